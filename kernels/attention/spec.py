@@ -1,0 +1,41 @@
+"""AttentionSpec: one frozen description of an attention call, which every backend takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where element 0 of what was passed stands in the whole tensor.
+
+    A shard of a tensor computes what the whole would: query i stands at position ``q + i``, key j at ``k + j``, head h
+    at ``head + h``, batch b at ``batch + b``. Causal and window masks, and everything else that depends on a position,
+    see only these. Each is an int, or an integer device tensor with one element (read on the device, no
+    synchronisation).
+    """
+
+    q: int | torch.Tensor = 0
+    k: int | torch.Tensor = 0
+    head: int | torch.Tensor = 0
+    batch: int | torch.Tensor = 0
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What is computed, apart from the tensors.
+
+    Query i and key j see each other iff ``-window_left <= (origin_k + j) - (origin_q + i) <= window_right``, where None
+    leaves a side open; ``causal`` is ``window_right = 0``.
+
+    The fields are plain numbers, because a torch custom op carries nothing else; ``None`` travels as -1. Origins that
+    are device tensors travel beside the spec as one int64 tensor ``[q, k]``, and are then zero here.
+    """
+
+    scale: float
+    window_left: int | None = None
+    window_right: int | None = None
+    origin_q: int = 0
+    origin_k: int = 0

@@ -1,0 +1,26 @@
+"""Every environment variable that FuseMesh reads, each read once, here.
+
+=====================  ==========================================================================================
+FUSEMESH_BACKEND       backend for calls that leave ``backend="auto"``: reference, torch, cpu, triton. Inherited by
+                       spawned ranks. Unset: each call chooses.
+FUSEMESH_CHECK         1: also check the contents of device tensors (costs a synchronisation).
+FUSEMESH_LOG           log level of the ``fusemesh`` logger: debug, info, warning, error. Default warning.
+=====================  ==========================================================================================
+
+``TRITON_INTERPRET`` is Triton's own: set to 1 before Triton is imported, kernels run in its interpreter on CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+BACKEND: str = os.environ.get("FUSEMESH_BACKEND", "auto")
+CHECK: bool = os.environ.get("FUSEMESH_CHECK", "0") == "1"
+LOG: str = os.environ.get("FUSEMESH_LOG", "warning")
+INTERPRET: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+logger = logging.getLogger("fusemesh")
+if "FUSEMESH_LOG" in os.environ:
+    logging.basicConfig(format="[%(name)s] %(message)s")
+    logger.setLevel(LOG.upper())

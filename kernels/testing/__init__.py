@@ -1,0 +1,1 @@
+"""Tools for testing kernels: error budgets, poisoned memory, a right interpreter."""

@@ -1,0 +1,51 @@
+"""FuseMesh: fused attention and parallel matmuls, placed on a mesh of devices.
+
+Importing this package imports neither torch nor triton; the public names below load their modules on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that holds it
+_PUBLIC = {
+    "flash_attention": "fusemesh.kernels.attention.api",
+    "attention_forward": "fusemesh.kernels.attention.api",
+    "attention_backward": "fusemesh.kernels.attention.api",
+    "Origin": "fusemesh.kernels.attention.spec",
+    "fused_linear": "fusemesh.kernels.matmul.api",
+    "use_backend": "fusemesh.kernels.backends",
+    "Layout": "fusemesh.hybrid.layout",
+    "parallelize": "fusemesh.hybrid.apply",
+    "Transformer": "fusemesh.transformer",
+    "TransformerConfig": "fusemesh.transformer",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from fusemesh.hybrid.apply import parallelize as parallelize
+    from fusemesh.hybrid.layout import Layout as Layout
+    from fusemesh.kernels.attention.api import attention_backward as attention_backward
+    from fusemesh.kernels.attention.api import attention_forward as attention_forward
+    from fusemesh.kernels.attention.api import flash_attention as flash_attention
+    from fusemesh.kernels.attention.spec import Origin as Origin
+    from fusemesh.kernels.backends import use_backend as use_backend
+    from fusemesh.kernels.matmul.api import fused_linear as fused_linear
+    from fusemesh.transformer import Transformer as Transformer
+    from fusemesh.transformer import TransformerConfig as TransformerConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fusemesh' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
