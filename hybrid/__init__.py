@@ -8,4 +8,6 @@ if __name__ == "hybrid":
     __path__: list[str] = []
 
     def __getattr__(name: str) -> object:
-        raise AttributeError(f"'hybrid' is the source folder of fusemesh.hybrid; import fusemesh.hybrid instead (wanted: {name})")
+        raise AttributeError(
+            f"'hybrid' is the source folder of fusemesh.hybrid; import fusemesh.hybrid instead (wanted: {name})"
+        )

@@ -25,6 +25,8 @@ NAMES = ("reference", "torch", "cpu", "triton")
 PROVEN_ON_GPU: dict[tuple[str, str], str] = {}
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("fusemesh_backend", default=None)
+# The same, for torch.compile, which traces no context variable but guards on a global; one for all threads.
+_traced_override: str | None = None
 _counts: Counter[tuple[str, str]] = Counter()
 _announced: set[tuple[str, str, str]] = set()
 
@@ -71,7 +73,7 @@ def requested(backend: str) -> str:
     """
     source = "backend"
     if backend == "auto":
-        inner = _override.get()
+        inner = _traced_override if torch.compiler.is_compiling() else _override.get()
         if inner is not None:
             backend = inner
         elif env.BACKEND != "auto":
@@ -101,14 +103,18 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block, calls that leave ``backend="auto"`` use this one: ``with fusemesh.use_backend("triton"):``.
 
     For places where a signature is fixed and leaves no room for ``backend=``. Holds in this thread and in tasks started
-    from it; spawned processes take FUSEMESH_BACKEND instead.
+    from it; for functions under ``torch.compile``, which are compiled again for it, in all threads. Spawned processes
+    take FUSEMESH_BACKEND instead.
     """
+    global _traced_override
     requested(name)
-    token = _override.set(name)
+    token, outer = _override.set(name), _traced_override
+    _traced_override = name
     try:
         yield
     finally:
         _override.reset(token)
+        _traced_override = outer
 
 
 def announce(operation: str, backend: str, why: str) -> None:

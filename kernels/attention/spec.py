@@ -39,3 +39,15 @@ class AttentionSpec:
     window_right: int | None = None
     origin_q: int = 0
     origin_k: int = 0
+
+
+def empty_laid_out_like(tensor: torch.Tensor, last: int) -> torch.Tensor:
+    """Uninitialised [B, H, S, last] with the dimensions of ``tensor`` [B, H, S, D] in the same order in memory.
+
+    Every backend returns outputs and gradients in this layout, so that heads that came out of one projection, [B, S, H,
+    D] in memory, go back into the next one without a copy. Without gaps, whatever the strides of ``tensor``.
+    """
+    B, H, S, _ = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty((B, S, H, last)).transpose(1, 2)
+    return tensor.new_empty((B, H, S, last))

@@ -1,0 +1,281 @@
+"""What a GPU must get right before a kernel counts as proven: the feature matrix of attention and the linear layer.
+
+Each case goes through the public function with backend="triton", forward and gradients, over memory poisoned with NaN,
+and is measured by the error budget of fusemesh.kernels.testing. bench/on_gpu.py and tests/gpu run the same table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import fusemesh
+from fusemesh import peers
+from fusemesh.kernels import backends
+from fusemesh.kernels.attention.spec import AttentionSpec
+from fusemesh.kernels.launch import TARGETS, assume_target, intercept
+from fusemesh.kernels.testing import attention as attention_testing
+from fusemesh.kernels.testing import budget, poison
+from fusemesh.kernels.testing.launches import any_device
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
+REPEATS = 50
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call. ``mask`` and ``bias`` name the dims, out of BHQK, in which they are not of size 1."""
+
+    dtype: str = "bf16"
+    sq: int = 203
+    sk: int = 203
+    d: int = 64
+    dv: int | None = None
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    causal: bool = False
+    align: str | None = None
+    window: tuple[int | None, int | None] | None = None
+    mask: str | None = None
+    bias: str | None = None
+    storage: str = "bhsd"  # order of dimensions in memory; "padded": strides larger than the shape asks for
+    dlse: bool = False
+    repeats: int = 0
+    op = "attention"
+
+    @property
+    def name(self) -> str:
+        """Every field that is not the default."""
+        return _differences(self)
+
+    def tiny(self) -> Attention:
+        """The same features on a shape small enough for any machine."""
+        return dataclasses.replace(self, sq=min(self.sq, 19), sk=min(self.sk, 23 if self.sk != self.sq else 19))
+
+    def inputs(self, device: torch.device | str, seed: int) -> Tensors:
+        """q, k, v, do, and bias, mask and dlse where the case has them."""
+        generator = torch.Generator(device).manual_seed(seed)
+        dtype, dv = DTYPES[self.dtype], self.d if self.dv is None else self.dv
+        kv = (self.batch, self.kv_heads, self.sk)
+        shapes = {
+            "q": (self.batch, self.heads, self.sq, self.d),
+            "k": (*kv, self.d),
+            "v": (*kv, dv),
+            "do": (self.batch, self.heads, self.sq, dv),
+        }
+        if self.bias is not None:
+            shapes["bias"] = self._broadcast(self.bias)
+        values = {n: torch.randn(s, generator=generator, device=device).to(dtype) for n, s in shapes.items()}
+        for name in ("q", "k", "v", "do"):
+            values[name] = self._store(values[name])
+        if self.mask is not None:
+            shape = self._broadcast(self.mask)
+            values["mask"] = torch.rand(shape, generator=generator, device=device) < 0.7
+            values["mask"][..., shape[2] // 2, :] = "Q" not in self.mask  # one query that sees no key
+        if self.dlse:
+            values["dlse"] = torch.randn(shapes["q"][:3], generator=generator, device=device)
+        return values
+
+    def _broadcast(self, dims: str) -> tuple[int, ...]:
+        sizes = zip("BHQK", (self.batch, self.heads, self.sq, self.sk), strict=True)
+        return tuple(size if letter in dims else 1 for letter, size in sizes)
+
+    def _store(self, x: torch.Tensor) -> torch.Tensor:
+        if self.storage == "bshd":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if self.storage == "padded":
+            return torch.nn.functional.pad(x, (0, 8, 1, 2))[:, :, 1:-2, : x.shape[3]]
+        return x
+
+    def expected(self, x: Tensors) -> attention_testing.Expected:
+        """The fp64 reference, and eager PyTorch's error."""
+        left, right = (None, None) if self.window is None else self.window
+        spec = AttentionSpec(
+            scale=self.d**-0.5,
+            window_left=left,
+            window_right=0 if self.causal else right,
+            origin_q=self.sk - self.sq if self.align == "bottom_right" else 0,
+        )
+        extra = {name: x.get(name) for name in ("do", "dlse", "mask", "bias")}
+        return attention_testing.expected(x["q"], x["k"], x["v"], spec=spec, **extra)
+
+    def compute(self, x: Tensors) -> Tensors:
+        """Forward and every gradient, through the public function."""
+        leaves = [x[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in x]
+        out, lse = fusemesh.flash_attention(
+            *leaves[:3],
+            causal=self.causal,
+            align=self.align,
+            window=self.window,
+            mask=x.get("mask"),
+            bias=leaves[3] if "bias" in x else None,
+            return_lse=True,
+            backend="triton",
+        )
+        upstream = [x["do"], *([x["dlse"]] if self.dlse else [])]
+        gradients = torch.autograd.grad([out, lse][: len(upstream)], leaves, upstream)
+        names = ("dq", "dk", "dv", "dbias")
+        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, gradients, strict=False))}
+
+    def check(self, outputs: Tensors, want: attention_testing.Expected) -> list[budget.Budget]:
+        """What was measured; AssertionError where ``outputs`` is outside the budget."""
+        return attention_testing.check(outputs, want)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer, M x K by N x K."""
+
+    dtype: str = "bf16"
+    m: int = 203
+    n: int = 113
+    k: int = 217
+    activation: str | None = None
+    gated: bool = False
+    has_bias: bool = True
+    storage: str = "rows"  # "columns": x and the weights with their first dimension contiguous
+    repeats: int = 0
+    op = "linear"
+
+    @property
+    def name(self) -> str:
+        """Every field that is not the default."""
+        return _differences(self)
+
+    def tiny(self) -> Linear:
+        """The same features on a shape small enough for any machine."""
+        return dataclasses.replace(self, m=min(self.m, 19), n=min(self.n, 17), k=min(self.k, 23))
+
+    @property
+    def _case(self) -> peers.LinearCase:
+        dtype = DTYPES[self.dtype]
+        return peers.LinearCase(self.m, self.k, self.n, self.activation, self.gated, dtype, self.has_bias)
+
+    def inputs(self, device: torch.device | str, seed: int) -> Tensors:
+        """x, w, dy, and bias and w_up where the case has them."""
+        values = self._case.inputs(device, seed)
+        if self.storage == "columns":
+            return {n: x.t().contiguous().t() if x.dim() == 2 else x for n, x in values.items()}
+        return values
+
+    def expected(self, x: Tensors) -> dict[str, tuple[Tensors, Tensors]]:
+        """The fp64 reference, and eager PyTorch's error."""
+        return {direction: self._case.expected(x, direction) for direction in peers.DIRECTIONS}
+
+    def compute(self, x: Tensors) -> Tensors:
+        """Forward and every gradient, through the public function, on one tape."""
+        names = [name for name in x if name != "dy"]
+        tape = {name: x[name].detach().requires_grad_() for name in names}
+        y = self._case.ours("triton").forward(tape)
+        gradients = torch.autograd.grad(y, [tape[name] for name in names], x["dy"])
+        return {"y": y.detach(), **{f"d{name}": g for name, g in zip(names, gradients, strict=True)}}
+
+    def check(self, outputs: Tensors, want: dict[str, tuple[Tensors, Tensors]]) -> list[budget.Budget]:
+        """What was measured; AssertionError where ``outputs`` is outside the budget."""
+        forward = {"y": outputs["y"]}
+        backward = {name: value for name, value in outputs.items() if name != "y"}
+        return self._case.check(forward, want["forward"]) + self._case.check(backward, want["backward"])
+
+
+Case = Attention | Linear
+
+
+def _differences(case: Case) -> str:
+    shown = [case.dtype]
+    for field in dataclasses.fields(case):
+        value = getattr(case, field.name)
+        if field.name != "dtype" and value != field.default:
+            shown.append(field.name if value is True else f"{field.name}={value}".replace(" ", ""))
+    return " ".join(shown)
+
+
+def verify(case: Case, device: torch.device | str, *, seed: int = 0) -> list[budget.Budget]:
+    """Run one case on ``device`` and measure it.
+
+    Raises:
+        AssertionError: outside the budget, bits that differ between repeats, or a backend that was not the one meant.
+    """
+    x = case.inputs(device, seed)
+    want = case.expected(x)
+    before = backends.call_counts()
+    with poison.poisoned_empty():
+        outputs = case.compute(x)
+    for direction in peers.DIRECTIONS:
+        key = (f"{case.op}_{direction}", "triton")
+        calls = backends.call_counts().get(key, 0) - before.get(key, 0)
+        if calls != 1:
+            raise AssertionError(f"{case.op} {direction}: expected 1 call of the triton backend, counted {calls}")
+    measured = case.check(outputs, want)
+    for repeat in range(1, case.repeats):
+        again = case.compute(x)
+        differing = [name for name in outputs if not torch.equal(again[name], outputs[name])]
+        if differing:
+            raise AssertionError(f"repeat {repeat} differs in the bits of {', '.join(differing)}")
+    return measured
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Within the block the triton backend takes CPU tensors, and launches are recorded by name and not started."""
+    names: list[str] = []
+
+    def hook(kernel: Callable[..., None], grid: object, args: object, kwargs: object) -> None:
+        names.append(kernel.__name__)
+
+    with any_device(), assume_target(TARGETS["sm_90"]), intercept(hook):
+        yield names
+
+
+# The most telling come first: a stage whose time runs out leaves out the end.
+ATTENTION: tuple[Attention, ...] = (
+    Attention(d=128, sq=1024, sk=1024, causal=True, repeats=REPEATS),
+    Attention(d=128, sq=1024, sk=1024),
+    Attention("fp32", bias="HQK", mask="BK", causal=True, dlse=True, repeats=REPEATS),
+    Attention("fp16", d=64, bias="BHQK", window=(40, 17)),
+    *(Attention(t, d=128, causal=True) for t in ("fp32", "fp16")),
+    *(
+        Attention("bf16", d=d, dv=dv, causal=c)
+        for d, dv in ((64, None), (256, None), (192, 128))
+        for c in (False, True)
+    ),
+    *(Attention("fp32", d=d, dv=dv) for d, dv in ((64, None), (128, None), (256, None), (192, 128), (16, 16))),
+    Attention(d=256, sq=777, sk=777, causal=True, heads=2, kv_heads=2, repeats=REPEATS),
+    *(Attention(sq=sq, sk=sk) for sq, sk in ((1, 1), (1, 113), (17, 203), (113, 17), (64, 64), (128, 256))),
+    *(
+        Attention(sq=sq, sk=sk, causal=True, align=align)
+        for sq, sk in ((203, 113), (113, 203), (1, 203))
+        for align in ("top_left", "bottom_right")
+    ),
+    *(Attention(window=window) for window in ((32, 0), (None, 5), (7, None), (0, 0))),
+    Attention("fp32", sq=301, sk=97, window=(20, 3), align="bottom_right", dlse=True),
+    *(Attention(heads=8, kv_heads=kv, causal=True) for kv in (1, 2, 8)),
+    *(Attention(mask=dims) for dims in ("BK", "QK", "BHQK")),
+    *(Attention(bias=dims) for dims in ("HQK", "K", "BQ", "H", "BHQK")),
+    Attention("fp32", bias="HQK", sq=129, sk=65),
+    Attention(mask="BHQK", bias="HQK", causal=True, window=(64, 0), dlse=True),
+    *(Attention(storage=storage, causal=True) for storage in ("bshd", "padded")),
+    Attention("fp32", storage="bshd", dlse=True),
+    *(Attention("bf16", d=d, dv=dv) for d, dv in ((16, None), (40, 72), (80, None), (96, 32), (160, None))),
+    Attention(d=128, sq=4096, sk=4096, batch=1, causal=True),
+    Attention(d=128, sq=8192, sk=8192, batch=1, heads=2, kv_heads=1),
+    *(Attention("fp16", d=d, dv=dv, causal=True) for d, dv in ((16, None), (64, None), (256, None), (80, 48))),
+)
+
+LINEAR: tuple[Linear, ...] = (
+    Linear(m=2048, n=2048, k=1024, activation="silu", gated=True, repeats=REPEATS),
+    Linear(m=1024, n=4096, k=1024, activation="gelu"),
+    Linear("fp32", m=512, n=1024, k=768, activation="gelu_tanh", repeats=REPEATS),
+    *(Linear(t, activation=a) for t in DTYPES for a in (None, "gelu", "gelu_tanh", "silu", "relu2")),
+    *(Linear(t, activation=a, gated=True) for t in DTYPES for a in ("silu", "gelu")),
+    *(Linear(t, m=m, n=n, k=k) for t in DTYPES for m, n, k in ((1, 1, 1), (17, 203, 1), (1, 113, 203), (4096, 16, 16))),
+    *(Linear(t, has_bias=False, activation=a) for t in DTYPES for a in (None, "relu2")),
+    *(Linear(t, storage="columns", activation="silu", gated=True) for t in DTYPES),
+)

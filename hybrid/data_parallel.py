@@ -1,0 +1,68 @@
+"""Data parallel: torch's fully_shard over the axes (dp, fsdp), set so that gradients are summed, not averaged.
+
+The loss that each replica differentiates is already divided by the token count of all replicas. An average would weigh
+a token by how many others happen to share its replica.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+class _NotPerReduction(logging.Filter):
+    """Drops DTensor's advice, given at every clipping and every merge, to flatten (fsdp, tp) into one mesh axis.
+
+    What is reduced there in two steps is one number, the norm, and what is gathered in two is a parameter that someone
+    looks at or saves; neither is worth a third process group.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "operations will be performed. This is suboptimal" not in str(record.msg)
+
+
+def shard_data_parallel(
+    model: nn.Module, mesh: DeviceMesh, *, blocks: list[nn.Module], dtype: torch.dtype | None = None
+) -> None:
+    """Wrap each of ``blocks``, then the rest of ``model``, in fully_shard over (dp, fsdp), sizes of 1 included.
+
+    Args:
+        mesh: with the axes dp and fsdp: replicas along dp, shards along fsdp.
+        blocks: parts of the model whose parameters are gathered and freed together; usually its layers.
+        dtype: of the computation; gradients are then reduced in fp32 and parameters stay in theirs. None: as they are.
+    """
+    _quiet()
+    precision = MixedPrecisionPolicy()
+    if dtype is not None:
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    replicas = mesh["dp", "fsdp"]
+    # With one shard there is nothing to free between forward and backward, and gathering again would only copy.
+    reshard = mesh["fsdp"].size() > 1
+    for block in blocks:
+        fully_shard(block, mesh=replicas, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(model, mesh=replicas, mp_policy=precision, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no scaled sum, which a factor would otherwise ask for.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _quiet() -> None:
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    if not any(isinstance(known, _NotPerReduction) for known in logger.filters):
+        logger.addFilter(_NotPerReduction())
+
+
+def sum_over_replicas(value: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The sum of ``value`` over all replicas (dp and fsdp), in a new tensor: for token counts and losses."""
+    total = value.detach().clone()
+    for axis in ("dp", "fsdp"):
+        if mesh[axis].size() > 1:
+            dist.all_reduce(total, group=mesh.get_group(axis))
+    return total

@@ -1,0 +1,177 @@
+"""Layout: how many ranks each axis of the mesh has, what that demands of the model, and which rank stands where."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+# Slowest axis first: neighbouring ranks differ in tp, whose collectives are the largest and the most frequent.
+AXES = ("pp", "dp", "fsdp", "cp", "tp")
+# Axes that parse but have no implementation yet.
+NOT_YET = {"cp": "context parallel", "pp": "pipeline parallel"}
+
+_TERM = re.compile(r"([a-z]+)\s*=?\s*(\d+)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The degree of each axis of the mesh; their product is the number of ranks.
+
+    ``dp`` replicates the model and ``fsdp`` shards it over ranks that see different samples; ``tp`` splits every
+    matmul; ``cp`` splits the sequence and ``pp`` the layers (both parse, and :meth:`validate` refuses them: they are
+    not there yet).
+
+    Raises:
+        ValueError: a degree is not a positive integer.
+    """
+
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            degree = getattr(self, axis)
+            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+                raise ValueError(f"layout: {axis} must be a positive integer, received {degree!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Read ``"dp2 x tp2"``, ``"fsdp4"``, ``"dp2xfsdp2xtp2"`` or ``"single"``.
+
+        Raises:
+            ValueError: an unknown axis, an axis given twice, a degree below 1, or text that is no layout.
+        """
+        form = f"axes {', '.join(AXES)} with degrees, joined by x, such as 'dp2 x tp2', or 'single'"
+        stripped = text.strip().lower()
+        if stripped == "single":
+            return cls()
+        degrees: dict[str, int] = {}
+        for term in re.split(r"(?<=\d)\s*[x*,]\s*|(?<=\d)\s+", stripped):
+            match = _TERM.fullmatch(term)
+            if match is None:
+                raise ValueError(f"layout: expected {form}; received {text!r}, in which {term!r} is no axis and degree")
+            axis, degree = match[1], int(match[2])
+            if axis not in AXES:
+                raise ValueError(f"layout: expected {form}; received {text!r} with the unknown axis {axis!r}")
+            if axis in degrees:
+                raise ValueError(f"layout: {axis} is given twice in {text!r}; give each axis once")
+            degrees[axis] = degree
+        return cls(**degrees)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The degrees in the order of :data:`AXES`."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.shape)
+
+    @property
+    def replicas(self) -> int:
+        """Number of groups of ranks that see different samples: dp times fsdp."""
+        return self.dp * self.fsdp
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where ``rank`` stands on each axis.
+
+        Raises:
+            ValueError: the rank is not below :attr:`world_size`.
+        """
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank: layout {self} has ranks 0 to {self.world_size - 1}, received {rank}")
+        coordinates = {}
+        for axis in reversed(AXES):
+            rank, coordinates[axis] = divmod(rank, getattr(self, axis))
+        return {axis: coordinates[axis] for axis in AXES}
+
+    def replica_of(self, rank: int) -> int:
+        """Which of the :attr:`replicas` ``rank`` belongs to; ranks of one replica see the same samples."""
+        at = self.coordinates(rank)
+        return at["dp"] * self.fsdp + at["fsdp"]
+
+    def validate(
+        self,
+        *,
+        world_size: int | None = None,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        intermediate_size: int | None = None,
+        sequence_length: int | None = None,
+        global_batch: int | None = None,
+        sequence_parallel: bool = True,
+    ) -> None:
+        """Refuse what this layout cannot run, before any rank waits for another. What is None is not looked at.
+
+        Args:
+            world_size: ranks that were started.
+            num_heads, num_kv_heads, intermediate_size: of the model.
+            sequence_length: tokens in one sample.
+            global_batch: samples in one step, over all replicas.
+            sequence_parallel: whether activations between the matmuls are split along the sequence over tp.
+
+        Raises:
+            ValueError: names the key, the value received, and legal ones.
+        """
+        for axis, name in NOT_YET.items():
+            if getattr(self, axis) != 1:
+                raise ValueError(
+                    f"layout: {name} ({axis}) is not there yet, received {self}; use {axis}1 with dp, fsdp, tp"
+                )
+        if world_size is not None and world_size != self.world_size:
+            raise ValueError(
+                f"layout: {self} needs {self.world_size} ranks and {world_size} were started; start {self.world_size} "
+                f"(--nproc {self.world_size}) or give degrees whose product is {world_size}"
+            )
+        if num_heads is not None and num_heads % self.tp != 0:
+            raise ValueError(
+                f"num_heads: {num_heads} heads cannot be split over tp{self.tp}; {_divisors(num_heads, 'tp')}"
+            )
+        if num_kv_heads is not None and num_kv_heads % self.tp != 0 and self.tp % num_kv_heads != 0:
+            legal = sorted({t for t in range(1, 2 * self.tp + 1) if num_kv_heads % t == 0 or t % num_kv_heads == 0})
+            raise ValueError(
+                f"num_kv_heads: {num_kv_heads} key/value heads fit tp{self.tp} only if one divides the other; "
+                f"use tp in {legal}"
+            )
+        if intermediate_size is not None and intermediate_size % self.tp != 0:
+            raise ValueError(
+                f"intermediate_size: {intermediate_size} cannot be split over tp{self.tp}; use a multiple of {self.tp}"
+            )
+        if sequence_length is not None and sequence_parallel and sequence_length % self.tp != 0:
+            raise ValueError(
+                f"sequence_length: {sequence_length} tokens cannot be split over tp{self.tp}; use a multiple of "
+                f"{self.tp}, or sequence_parallel=False"
+            )
+        if global_batch is not None and global_batch % self.replicas != 0:
+            raise ValueError(
+                f"global_batch: {global_batch} samples cannot be dealt to {self.replicas} replicas (dp{self.dp} x "
+                f"fsdp{self.fsdp}); use a multiple of {self.replicas}"
+            )
+
+    def describe(self) -> str:
+        """The layout in words, one line an axis."""
+        meaning = {
+            "pp": "stages of layers",
+            "dp": "replicas of the model, each with its own samples",
+            "fsdp": "shards of the parameters, each with its own samples",
+            "cp": "parts of the sequence",
+            "tp": "parts of every matmul",
+        }
+        lines = [f"{self}: {self.world_size} rank{'s' if self.world_size > 1 else ''}"]
+        lines += [
+            f"  {axis:<4} {degree} {meaning[axis]}" for axis, degree in zip(AXES, self.shape, strict=True) if degree > 1
+        ]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        terms = [f"{axis}{degree}" for axis, degree in zip(AXES, self.shape, strict=True) if degree > 1]
+        return " x ".join(terms) if terms else "single"
+
+
+def _divisors(number: int, axis: str) -> str:
+    return f"use {axis} in {[d for d in range(1, number + 1) if number % d == 0]}"

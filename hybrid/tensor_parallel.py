@@ -1,0 +1,289 @@
+"""Modules whose parameters are split over the tp axis: linear layers, embedding, norm, and the loss.
+
+Each is an ordinary module of one process until :meth:`TensorParallelModule.distribute` is called (by
+:func:`fusemesh.hybrid.apply.parallelize`). From then on its parameters are DTensors on tp, which is what fully_shard,
+clipping, optimizers and checkpoints see; its forward works on plain local tensors with an explicit process group.
+
+How a parameter's gradient relates to the ranks of tp is stated once, in :meth:`TensorParallelModule.placements`:
+``Shard`` for a sharded weight, ``Replicate`` where every rank computes the whole gradient, ``Partial`` where each rank
+computes a part of the sum (then the data-parallel wrapper's redistribution sums it, once).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+
+from fusemesh.kernels.matmul import parallel
+from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
+
+
+class TensorParallelModule(nn.Module):
+    """Base of the modules below: holds the group, and turns parameters into DTensors and back into local tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group: dist.ProcessGroup | None = None
+        self.sequence_parallel = False
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks on the tp axis."""
+        return parallel.group_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This process's place on the tp axis."""
+        return parallel.group_rank(self.group)
+
+    def placements(self) -> dict[str, tuple[Placement, Placement]]:
+        """Each parameter's placement on tp, and that of the gradient which this module's backward computes."""
+        raise NotImplementedError
+
+    def check(self, ranks: int) -> None:
+        """Raise ValueError if this module cannot be split over ``ranks`` ranks."""
+
+    def distribute(self, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+        """Split the parameters over the one-dimensional ``mesh``; every rank must hold the same whole ones."""
+        self.group, self.sequence_parallel = mesh.get_group(), sequence_parallel
+        for name, (placement, _) in self.placements().items():
+            whole = getattr(self, name)
+            if whole is None:
+                continue
+            # src_data_rank=None: each rank cuts its part out of what it holds, without communication.
+            part = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None)
+            self.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+    def local(self, name: str) -> torch.Tensor | None:
+        """This rank's part of a parameter, through which the gradient flows back to it."""
+        parameter = getattr(self, name)
+        if isinstance(parameter, DTensor):
+            return parameter.to_local(grad_placements=[self.placements()[name][1]])
+        return parameter
+
+
+class ColumnParallelLinear(TensorParallelModule):
+    """y = act(x W^T + bias), or act(x W^T + bias) * (x W_up^T); the output features are split over tp.
+
+    Local shapes: x [B, S, in], or [B, S / tp, in] under sequence parallel; ``weight``, ``weight_up`` [out / tp, in];
+    ``bias`` [out / tp]; y [B, S, out / tp]. The first dimension need not divide: the parts are those of torch.chunk,
+    the last of which may be smaller or empty.
+
+    Args:
+        in_features, out_features: of the whole layer.
+        bias: whether there is one.
+        activation: see :func:`fusemesh.kernels.matmul.api.fused_linear`.
+        gated: whether there is a ``weight_up``.
+        num_heads: the output is this many heads, none of which may be split. With fewer heads than ranks, each head is
+            computed by tp / num_heads ranks: the weight is stored whole, a rank uses its head's rows, and the
+            gradients (zero outside those rows) are summed over tp.
+        enter: whether forward takes x into the group (gather or copy). False if the caller did, for several layers at
+            once, by :meth:`enter_group`.
+        backend: of the matmul.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        activation: str | None = None,
+        gated: bool = False,
+        num_heads: int | None = None,
+        enter: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads is not None and out_features % num_heads != 0:
+            raise ValueError(f"out_features: expected a multiple of num_heads={num_heads}, received {out_features}")
+        self.in_features, self.out_features, self.num_heads = in_features, out_features, num_heads
+        self.activation, self.enter, self.backend = activation, enter, backend
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight_up = nn.Parameter(torch.empty(out_features, in_features)) if gated else None
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        _initialise_linear(self)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether there are fewer heads than ranks, so that every rank stores all of them."""
+        return self.num_heads is not None and self.num_heads < self.ranks
+
+    @property
+    def local_heads(self) -> int:
+        """Heads that this rank computes."""
+        assert self.num_heads is not None
+        return max(1, self.num_heads // self.ranks)
+
+    def check(self, ranks: int) -> None:
+        heads = self.num_heads
+        if heads is not None and heads % ranks != 0 and ranks % heads != 0:
+            raise ValueError(f"num_heads: {heads} heads fit tp{ranks} only if one divides the other")
+
+    def placements(self) -> dict[str, tuple[Placement, Placement]]:
+        pair: tuple[Placement, Placement] = (Replicate(), Partial()) if self.replicated else (Shard(0), Shard(0))
+        return dict.fromkeys(("weight", "weight_up", "bias"), pair)
+
+    def local(self, name: str) -> torch.Tensor | None:
+        part = super().local(name)
+        if part is None or not self.replicated:
+            return part
+        assert self.num_heads is not None
+        rows = self.out_features // self.num_heads
+        head = self.rank * self.num_heads // self.ranks
+        return part.narrow(0, head * rows, rows)
+
+    def enter_group(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` as matmuls split over tp need it: gathered along the sequence, or copied; dx is summed over tp."""
+        if self.sequence_parallel:
+            return parallel.gather_from_sequence(x, self.group)
+        return parallel.copy_to_group(x, self.group)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.local("weight")
+        assert weight is not None
+        return parallel.column_parallel_linear(
+            x,
+            weight,
+            self.local("bias"),
+            activation=self.activation,
+            w_up=self.local("weight_up"),
+            group=self.group if self.enter else None,
+            sequence_parallel=self.sequence_parallel,
+            backend=self.backend,
+        )
+
+
+class RowParallelLinear(TensorParallelModule):
+    """y = residual + x W^T + bias; the input features are split over tp, and the parts' products summed.
+
+    Local shapes: x [B, S, in / tp]; ``weight`` [out, in / tp]; ``bias`` [out] on every rank; y and residual
+    [B, S, out], or [B, S / tp, out] under sequence parallel (then a rank's dbias covers its own tokens: Partial).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, backend: str = "auto") -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.backend = in_features, out_features, backend
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        _initialise_linear(self)
+
+    def check(self, ranks: int) -> None:
+        if self.in_features % ranks != 0:
+            raise ValueError(
+                f"in_features: {self.in_features} cannot be split over tp{ranks}; use a multiple of {ranks}"
+            )
+
+    def placements(self) -> dict[str, tuple[Placement, Placement]]:
+        whole = Partial() if self.sequence_parallel else Replicate()
+        return {"weight": (Shard(1), Shard(1)), "bias": (Replicate(), whole)}
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        weight = self.local("weight")
+        assert weight is not None
+        return parallel.row_parallel_linear(
+            x,
+            weight,
+            self.local("bias"),
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            residual=residual,
+            backend=self.backend,
+        )
+
+
+class VocabParallelEmbedding(TensorParallelModule):
+    """Rows of a table by token id; the rows are split over tp, unevenly where tp does not divide the vocabulary.
+
+    Local shapes: ids [B, S] equal on every rank; ``weight`` [about V / tp, E], the parts of torch.chunk, the last of
+    which may be empty; y [B, S, E], or [B, S / tp, E] under sequence parallel.
+
+    - forward: y = reduce-scatter (or all-reduce) of the rows this rank holds, zero for the other ids
+    - wgrad: dW[id] = sum of dY over the positions of id; no sum over tp
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
+        nn.init.normal_(self.weight)
+
+    def placements(self) -> dict[str, tuple[Placement, Placement]]:
+        return {"weight": (Shard(0), Shard(0))}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        weight = self.local("weight")
+        assert weight is not None
+        if self.ranks == 1:
+            return F.embedding(ids, weight)
+        start = vocab_start(self.num_embeddings, self.ranks, self.rank)
+        local = ids - start
+        here = (local >= 0) & (local < weight.shape[0])
+        # A rank that holds no row looks up a row of zeros, so that its weight still gets its (empty) gradient.
+        table = weight if weight.shape[0] > 0 else F.pad(weight, (0, 0, 0, 1))
+        y = F.embedding(local.clamp(0, table.shape[0] - 1), table)
+        y = torch.where(here.unsqueeze(-1), y, torch.zeros_like(y))
+        if self.sequence_parallel:
+            return parallel.reduce_scatter_to_sequence(y, self.group)
+        return parallel.reduce_from_group(y, self.group)
+
+
+class RMSNorm(TensorParallelModule):
+    """torch's RMS norm, whose weight every rank of tp holds whole.
+
+    Under sequence parallel a rank norms its own part of the sequence, so its gradient of the weight is one term of a
+    sum over tp; otherwise every rank computes the whole gradient.
+    """
+
+    def __init__(self, features: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.features, self.eps = features, eps
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def placements(self) -> dict[str, tuple[Placement, Placement]]:
+        return {"weight": (Replicate(), Partial() if self.sequence_parallel else Replicate())}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (self.features,), self.local("weight"), self.eps)
+
+
+class VocabParallelLoss(TensorParallelModule):
+    """Cross entropy of each token, from logits whose vocabulary is split over tp as by :class:`ColumnParallelLinear`.
+
+    logits [B, S, V_local], targets [B, S] to loss [B, S], fp32 (fp64 for fp64).
+    """
+
+    def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.vocab_size, self.ignore_index = vocab_size, ignore_index
+
+    def placements(self) -> dict[str, tuple[Placement, Placement]]:
+        return {}
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return vocab_parallel_cross_entropy(
+            logits,
+            targets,
+            vocab_start=vocab_start(self.vocab_size, self.ranks, self.rank),
+            group=self.group,
+            ignore_index=self.ignore_index,
+        )
+
+
+def vocab_start(vocab_size: int, ranks: int, rank: int) -> int:
+    """The first id that ``rank`` holds: parts of ceil(V / ranks), as torch.chunk and Shard(0) cut them."""
+    return min(rank * math.ceil(vocab_size / ranks), vocab_size)
+
+
+def _initialise_linear(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "bias":
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))

@@ -1,0 +1,340 @@
+"""The public functions of attention: contract, validation, choice of backend.
+
+One formula, computed in this order everywhere, for each batch b, query head h and its key head h // (H / Hkv):
+
+    s = scale * q k^T;   s = s + bias;   s = -inf where mask is False, or causal or window hides the key
+    lse = log sum_k exp(s);   p = exp(s - lse);   out = p v
+
+It is the exact attention of Vaswani et al., arXiv:1706.03762, computed by fused backends as in FlashAttention
+(Dao et al., arXiv:2205.14135) and FlashAttention-2 (Dao, arXiv:2307.08691), without ever storing the Sq x Sk scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import backends
+from . import reference, torch_backend
+from .spec import Origin
+from .validation import Call, check_flag, check_qkv, check_saved, normalise, refuse_unbuilt, wrong
+
+FUSED = ("triton", "cpu")
+HEAD_DIMS = (16, 256)  # smallest and largest of a fused backend
+OPEN = -1  # an open side of the window, in the ops' plain integers
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    align: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: Any = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    origin: Origin | None = None,
+    descale: Any = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Scaled-dot-product attention, differentiable in q, k, v and bias; the formula is at the top of this module.
+
+    Args:
+        q: [B, H, Sq, D]. Any strides; only a last dimension that is not contiguous is copied, for fused backends.
+        k: [B, Hkv, Sk, D], H a multiple of Hkv (GQA, MQA).
+        v: [B, Hkv, Sk, Dv]; Dv may differ from D.
+        causal: hide the keys after the query's own position.
+        align: where the queries stand among the keys: ``"top_left"`` puts query 0 at key 0, ``"bottom_right"`` the last
+            query at the last key. With ``causal`` or ``window`` and Sq != Sk, this or ``origin`` must be given.
+        window: (left, right): how many keys before and after its own position a query sees, besides the one at it; None
+            leaves a side open. With ``causal`` the right side is 0.
+        mask: bool, True = attend, any shape that broadcasts to [B, H, Sq, Sk], any strides. No gradient.
+        bias: added to the scores, any shape that broadcasts to [B, H, Sq, Sk], any strides, q's dtype or fp32. Its
+            gradient has its own shape. Combines with mask.
+        scale: factor of q k^T; None means 1 / sqrt(D).
+        origin: where element 0 of what was passed stands in the whole (:class:`fusemesh.Origin`), so that a shard
+            computes what the whole would: query i stands at origin.q + i, key j at origin.k + j. Not with ``align``.
+        return_lse: also return the log-sum-exp, through which gradients flow, too.
+        backend: ``reference`` (plain PyTorch, memory Sq * Sk), ``torch`` (F.scaled_dot_product_attention; no window, no
+            return_lse), ``triton`` (GPUs; the CPU only in Triton's interpreter) or ``cpu``; one asked for by name runs
+            or raises. ``auto`` takes triton on a GPU where that is proven, else torch where it can do the call,
+            else reference, and says at INFO which.
+        alibi_slopes, softcap, score_mod, sinks, dropout_p, seed, descale, deterministic: part of the contract, not
+            built yet: anything but the default raises NotImplementedError.
+
+    Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). Under autocast q, k and
+    v are cast as F.scaled_dot_product_attention's are. Fused backends take D and Dv from 16 to 256, reference and torch
+    any. Same inputs give the same bits. A second backward (create_graph=True) works in eager mode; it costs the memory
+    of the reference.
+
+    Returns:
+        out [B, H, Sq, Dv] in q's dtype; with return_lse also lse [B, H, Sq], natural log, fp32 (fp64 for fp64). A query
+        that sees no key has out 0 and lse -inf, and no gradient comes from it. Sq = 0 and Sk = 0 work.
+
+    Raises:
+        ValueError: an argument is wrong, or a backend given by name cannot do the call; before anything runs, with the
+            argument's name, what was expected, what was received and what to change.
+        NotImplementedError: an argument is right but not built yet; named in the message.
+    """
+    q, k, v = _autocast(q, k, v)
+    check_qkv(q, k, v)
+    check_flag("return_lse", return_lse)
+    refuse_unbuilt(
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        score_mod=score_mod,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        descale=descale,
+        deterministic=deterministic,
+    )
+    call = normalise(q, k, causal=causal, align=align, window=window, mask=mask, bias=bias, scale=scale, origin=origin)
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, call.bias))
+    chosen = _choose(backend, q, v, call, needs_lse=return_lse, gradients=gradients)
+    if chosen == "torch":
+        _count("attention_forward", "torch")
+        return torch_backend.forward(q, k, v, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec)
+    out, lse = _forward(chosen, q, k, v, call)
+    return (out, lse) if return_lse else out
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    align: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: Any = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    origin: Origin | None = None,
+    descale: Any = None,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`flash_attention` without autograd, for those who keep their own tape (ring attention, checkpointing).
+
+    Arguments and errors are those of :func:`flash_attention`, except that backend ``torch`` is refused (it has no
+    log-sum-exp) and autocast is not applied.
+
+    Returns:
+        out [B, H, Sq, Dv] in q's dtype and lse [B, H, Sq]; neither requires a gradient.
+    """
+    check_qkv(q, k, v)
+    refuse_unbuilt(
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        score_mod=score_mod,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        descale=descale,
+        deterministic=deterministic,
+    )
+    with torch.no_grad():
+        call = normalise(
+            q, k, causal=causal, align=align, window=window, mask=mask, bias=bias, scale=scale, origin=origin
+        )
+        return _forward(_choose(backend, q, v, call, needs_lse=True, gradients=False), q, k, v, call)
+
+
+def attention_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    bias_grad: bool = False,
+    causal: bool = False,
+    align: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: Any = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    origin: Origin | None = None,
+    descale: Any = None,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gradients of :func:`attention_forward`, without autograd.
+
+    With the out and lse of a softmax over more keys than k holds (all shards of a ring), it gives the part of the
+    gradients that belongs to these keys; the parts of dq add up.
+
+    Args:
+        do: gradient of out, [B, H, Sq, Dv], q's dtype.
+        q, k, v, mask, bias and all options: as passed to the forward.
+        out, lse: as the forward returned them.
+        dlse: gradient of lse, [B, H, Sq], lse's dtype; None means zero.
+        bias_grad: also compute the gradient of bias.
+        backend: as in :func:`flash_attention`; ``torch`` and ``cpu`` are refused.
+
+    Returns:
+        dq, dk, dv in the shapes and dtypes of q, k, v, and dbias in bias's, None without bias_grad. A dimension of bias
+        with stride 0 (``expand``) counts as one of size 1, and so it has size 1 in dbias.
+    """
+    check_qkv(q, k, v)
+    check_flag("bias_grad", bias_grad)
+    refuse_unbuilt(
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        score_mod=score_mod,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        descale=descale,
+        deterministic=deterministic,
+    )
+    check_saved(q, v, do, out, lse, dlse)
+    if bias_grad and bias is None:
+        raise wrong("bias_grad", "False without bias", True, "pass the bias of the forward")
+    with torch.no_grad():
+        call = normalise(
+            q, k, causal=causal, align=align, window=window, mask=mask, bias=bias, scale=scale, origin=origin
+        )
+        chosen = _choose(backend, q, v, call, needs_lse=True, gradients=True)
+        dq, dk, dv, dbias = _backward(chosen, (do, q, k, v, out, lse, dlse), call, bias_grad)
+    if dbias is not None:
+        assert bias is not None
+        dbias = dbias.reshape(dbias.shape[dbias.dim() - bias.dim() :])
+    return dq, dk, dv, dbias
+
+
+def _forward(
+    chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if chosen == "reference":
+        _count("attention_forward", "reference")
+        return reference.forward(q, k, v, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec)
+    from . import ops  # noqa: F401  registers the ops
+
+    q, k, v = (_unit_last_stride(x) for x in (q, k, v))
+    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, call.mask, call.bias, call.origin, *_numbers(call), chosen)
+    return out, lse
+
+
+def _backward(
+    chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    if chosen == "reference":
+        _count("attention_backward", "reference")
+        return reference.backward(
+            *tensors, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec, bias_grad=bias_grad
+        )
+    from . import ops  # noqa: F401  registers the ops
+
+    do, q, k, v, out, lse, dlse = tensors
+    do, q, k, v, out = (_unit_last_stride(x) for x in (do, q, k, v, out))
+    dq, dk, dv, dbias = torch.ops.fusemesh.attention_backward(
+        do, q, k, v, out, lse, dlse, call.mask, call.bias, call.origin, *_numbers(call), bias_grad, chosen
+    )
+    return dq, dk, dv, dbias if bias_grad else None
+
+
+def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_lse: bool, gradients: bool) -> str:
+    """The backend that runs; for one given by name, ValueError if it cannot do this call."""
+    name = backends.requested(backend)
+    no_torch = torch_backend.why_not(q, call.bias, call.spec, needs_lse)
+    if name == "torch" and no_torch is not None:
+        raise wrong(
+            "backend",
+            "a backend that can do this call",
+            f"'torch', whose F.scaled_dot_product_attention does not express {no_torch}",
+            "use backend='auto' or 'reference'",
+        )
+    if name == "cpu" and gradients:
+        raise wrong(
+            "backend",
+            "one that computes gradients (reference, torch, triton)",
+            "'cpu', which computes the forward only",
+            "choose another, or call under torch.no_grad()",
+        )
+    no_fused = _why_not_fused(q, v)
+    if name in FUSED and no_fused is not None:
+        argument, expected, received = no_fused
+        remedy = "use backend='auto', 'reference' or 'torch'"
+        raise wrong(argument, f"{expected} for backend={name!r}", received, remedy)
+    if name != "auto":
+        backends.require(name, q.device)
+        return name
+    if no_fused is None and backends.proven("attention", q.device):
+        name, why = "triton", "proven on this GPU"
+    elif no_torch is None:
+        name, why = "torch", f"PyTorch's kernel on {q.device.type}"
+    else:
+        name, why = "reference", f"PyTorch's kernel does not express {no_torch}"
+    if not torch.compiler.is_compiling():
+        backends.announce("attention", name, why)
+    return name
+
+
+def _why_not_fused(q: torch.Tensor, v: torch.Tensor) -> tuple[str, str, object] | None:
+    """(argument, expected, received) that keeps fused backends from this call, or None."""
+    if q.dtype == torch.float64:
+        return "q", "float32, bfloat16 or float16", q.dtype
+    low, high = HEAD_DIMS
+    for name, x in (("q", q), ("v", v)):
+        if not low <= x.shape[3] <= high:
+            return name, f"a head dim from {low} to {high}", x.shape[3]
+    return None
+
+
+def _autocast(*inputs: Any) -> tuple[Any, ...]:
+    """What autocast does to the inputs of F.scaled_dot_product_attention; whatever is no such tensor stays as it is."""
+
+    def cast(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point or x.dtype == torch.float64:
+            return x
+        kind = x.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return x
+        return x.to(torch.get_autocast_dtype(kind))
+
+    return tuple(cast(x) for x in inputs)
+
+
+def _numbers(call: Call) -> tuple[float, int, int, int, int]:
+    """The spec as the plain numbers that a custom op carries."""
+    spec = call.spec
+    left = OPEN if spec.window_left is None else spec.window_left
+    right = OPEN if spec.window_right is None else spec.window_right
+    return spec.scale, left, right, spec.origin_q, spec.origin_k
+
+
+def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _count(operation: str, backend: str) -> None:
+    # A compiled graph runs without this file, so counting while it is traced would count what does not happen.
+    if not torch.compiler.is_compiling():
+        backends.count(operation, backend)

@@ -1,0 +1,80 @@
+"""The online softmax and its way back, as small jit functions that every attention kernel shares.
+
+The exponential is exp2, the one that GPUs have. Scores come with a ``factor`` still to be multiplied (scores.py), and
+maxima and LSE inside the kernels are in the units that the factor leads to:
+
+    NATURAL false   log2 units: p = exp2(s * factor - m), one FMA and one exp2 an element
+    NATURAL true    natural units: p = exp2((s * factor - m) * log2(e)). One multiplication more, and no rounding of the
+                    LSE beyond its own: where scores reach 60, each more costs 4e-6 of p, which is what fp32 must not
+                    lose and half precision does not see
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def power(b_exponent, NATURAL: tl.constexpr):
+    """2 to the power of ``b_exponent``, or e to it where NATURAL."""
+    if NATURAL:
+        b_exponent = b_exponent * LOG2E
+    return tl.exp2(b_exponent)
+
+
+@triton.jit
+def online_step(b_m, b_l, b_s, factor, NATURAL: tl.constexpr, MAY_BE_EMPTY: tl.constexpr):
+    """Take one tile of scores ``b_s`` [M, N] into the running maximum ``b_m`` and sum ``b_l`` [M].
+
+    Returns the new maximum and sum, the unnormalised probabilities [M, N] and the factor [M] for what was accumulated
+    before. MAY_BE_EMPTY: a row may have seen no key so far; its maximum is -inf, and -inf - -inf must not happen.
+    ``factor`` is not negative.
+    """
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
+    b_shift = b_m_new
+    if MAY_BE_EMPTY:
+        b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    b_p = power(b_s * factor - b_shift[:, None], NATURAL)
+    b_alpha = power(b_m - b_shift, NATURAL)
+    b_l = b_l * b_alpha + tl.sum(b_p, 1)
+    return b_m_new, b_l, b_p, b_alpha
+
+
+@triton.jit
+def finish(b_acc, b_m, b_l, NATURAL: tl.constexpr):
+    """Output [M, Dv] and natural-log LSE [M] of what :func:`online_step` accumulated.
+
+    A row without key has output 0 and LSE -inf.
+    """
+    # The largest score of a row contributes exp2(0) = 1 to its sum, so only a row without key has a sum of 0.
+    b_empty = b_l == 0.0
+    b_l = tl.where(b_empty, 1.0, b_l)
+    if NATURAL:
+        b_lse = b_m + tl.log2(b_l) * LN2
+    else:
+        b_lse = (b_m + tl.log2(b_l)) * LN2
+    return b_acc / b_l[:, None], tl.where(b_empty, float("-inf"), b_lse)
+
+
+@triton.jit
+def shift_of_lse(b_lse, NATURAL: tl.constexpr):
+    """A natural-log LSE as :func:`probabilities` subtracts it.
+
+    -inf, the LSE of a row without key, becomes +inf, which makes every probability of that row 0.
+    """
+    b_shift = b_lse
+    if not NATURAL:
+        b_shift = b_lse * LOG2E
+    return tl.where(b_lse == float("-inf"), float("inf"), b_shift)
+
+
+@triton.jit
+def probabilities(b_s, b_shift, factor, NATURAL: tl.constexpr):
+    """The normalised probabilities of scores ``b_s``, given :func:`shift_of_lse`, broadcast against them."""
+    return power(b_s * factor - b_shift, NATURAL)

@@ -1,0 +1,187 @@
+"""Attention backward in Triton: every sum in one program, so that equal inputs give equal bits.
+
+With the scores s, mask and p = exp(s - lse) recomputed tile by tile (Dao, "FlashAttention-2", arXiv:2307.08691,
+algorithm 2, split in two passes so that nothing is added atomically):
+
+    delta = rowsum(do * out) - dlse          ds = p * (do v^T - delta)
+    dv = p^T do      dk = scale * ds^T q     one program a block of keys, over the queries of every head of its group
+    dq = scale * ds k                        one program a block of queries, over the keys
+    dbias = ds                               summed to the bias's shape
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import launch
+from . import tiles
+from .loads import at_head, load_rows
+from .softmax import shift_of_lse
+from .spec import AttentionSpec, empty_laid_out_like
+from .triton_bias_gradient import bias_gradient
+from .triton_inputs import prepare, unit_stride
+from .triton_passes import attention_dkdv_kernel, attention_dq_kernel
+
+
+@triton.jit(do_not_specialize=["Sq"])
+def attention_delta_kernel(
+    p_do,
+    p_out,
+    p_lse,
+    p_dlse,
+    p_delta,
+    p_shift,
+    strides_do,
+    strides_out,
+    strides_lse,
+    strides_dlse,
+    H,
+    Sq,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    NATURAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program: delta and ``shift_of_lse`` of BLOCK_M queries of one head. Grid: cdiv(Sq, BLOCK_M) * B * H."""
+    blocks = tl.cdiv(Sq, BLOCK_M)
+    i_m = tl.program_id(0) % blocks * BLOCK_M
+    i_bh = tl.program_id(0) // blocks
+    i_b = i_bh // H
+    i_h = i_bh % H
+    p_do = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
+    p_out = at_head(p_out, strides_out[0], strides_out[1], i_b, i_h)
+    # [M, Dv]
+    b_do = load_rows(p_do, strides_do[2], i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
+    b_out = load_rows(p_out, strides_out[2], i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
+    # [M]
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    o_m64 = o_m.to(tl.int64)
+    m_m = o_m < Sq
+    p_lse = at_head(p_lse, strides_lse[0], strides_lse[1], i_b, i_h)
+    b_lse = tl.load(p_lse + o_m64 * strides_lse[2], mask=m_m, other=0.0)
+    if HAS_DLSE:
+        p_dlse = at_head(p_dlse, strides_dlse[0], strides_dlse[1], i_b, i_h)
+        b_delta -= tl.load(p_dlse + o_m64 * strides_dlse[2], mask=m_m, other=0.0)
+    # A row without key has probabilities 0; its delta must not turn them into NaN, whatever dlse holds there.
+    b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
+    o_row = i_bh.to(tl.int64) * Sq + o_m
+    tl.store(p_delta + o_row, b_delta, mask=m_m)
+    tl.store(p_shift + o_row, shift_of_lse(b_lse, NATURAL), mask=m_m)
+
+
+def backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    *,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    spec: AttentionSpec,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gradients of :func:`triton_forward.forward`, the same bits on every run.
+
+    ``out`` and ``lse`` are taken as given: those of a softmax over more keys than ``k`` holds (a ring of shards) give
+    these keys' part of the gradients.
+
+    Args:
+        do: gradient of out, [B, H, Sq, Dv] in q's dtype; like q, k, v and out it is copied only where its last stride
+            is not 1, and may be expanded.
+        out, lse: what the forward returned.
+        dlse: gradient of lse, [B, H, Sq] fp32, any strides, or None.
+        bias_grad: whether dbias is wanted.
+
+    Returns:
+        dq, dk, dv in the shapes, dtypes and memory order of q, k, v; dbias in shape and dtype of bias, or None where
+        not asked for. Beyond these: 8 bytes a query and head, and for a bias that is constant over queries or keys its
+        gradient before the sum over broadcast dimensions, 4 bytes a head and key or query.
+
+    Raises:
+        ValueError: a dtype or head dimension that these kernels do not have.
+    """
+    call = prepare(q, k, v, mask, bias, origin, spec)
+    do, out = unit_stride(do), unit_stride(out)
+    B, H, Sq, _ = q.shape
+    Hkv, Sk = k.shape[1], k.shape[2]
+    bias_grad = bias_grad and bias is not None
+    delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    shift = torch.empty_like(delta)
+    block = tiles.choose_delta(call.target, call.mode.block_dv)
+    launch(
+        attention_delta_kernel,
+        (triton.cdiv(Sq, block.block_m) * B * H,),
+        do,
+        out,
+        lse,
+        dlse,
+        delta,
+        shift,
+        do.stride()[:3],
+        out.stride()[:3],
+        lse.stride(),
+        (0, 0, 0) if dlse is None else dlse.stride(),
+        H,
+        Sq,
+        DV=call.mode.dv,
+        BLOCK_DV=call.mode.block_dv,
+        HAS_DLSE=dlse is not None,
+        NATURAL=call.mode.natural,
+        **block.launch_arguments(),
+    )
+    # Bias gradients that are constant over keys or queries need only sums that the other passes have at hand.
+    has_rows = bias_grad and bias is not None and bias.shape[3] == 1
+    has_columns = bias_grad and bias is not None and bias.shape[2] == 1 and not has_rows
+    dq, dk, dv = (empty_laid_out_like(x, x.shape[-1]) for x in (q, k, v))
+    rows = torch.empty_like(delta) if has_rows else None
+    columns = torch.empty(B, H, Sk, dtype=torch.float32, device=q.device) if has_columns else None
+    inputs = (call.q, call.k, call.v, do, shift, delta, origin)
+    strides = tuple(x.stride()[:3] for x in (call.q, call.k, call.v, do))
+    numbers = (call.scores, call.lo, call.hi, H, call.group, Sq, Sk)
+    tile = tiles.choose_dkdv(call.target, q.dtype, call.mode.block_d, call.mode.block_dv)
+    launch(
+        attention_dkdv_kernel,
+        (triton.cdiv(Sk, tile.block_n) * B * Hkv,),
+        *inputs,
+        dk,
+        dv,
+        columns,
+        *strides,
+        dk.stride()[:3],
+        dv.stride()[:3],
+        *numbers,
+        MODE=call.mode,
+        HAS_COLUMNS=has_columns,
+        **tile.launch_arguments(),
+    )
+    tile = tiles.choose_dq(call.target, q.dtype, call.mode.block_d, call.mode.block_dv)
+    launch(
+        attention_dq_kernel,
+        (triton.cdiv(Sq, tile.block_m) * B * H,),
+        *inputs,
+        dq,
+        rows,
+        *strides,
+        dq.stride()[:3],
+        *numbers,
+        MODE=call.mode,
+        HAS_ROWS=has_rows,
+        **tile.launch_arguments(),
+    )
+    dbias = None
+    if bias_grad and bias is not None:
+        if rows is not None:
+            dbias = rows.unsqueeze(3).sum_to_size(bias.shape).to(bias.dtype)
+        elif columns is not None:
+            dbias = columns.unsqueeze(2).sum_to_size(bias.shape).to(bias.dtype)
+        else:
+            dbias = bias_gradient(call, do, shift, delta, bias)
+    return dq, dk, dv, dbias

@@ -1,0 +1,136 @@
+"""Gradient of an attention bias that varies along queries and keys, in Triton: see triton_backward.py.
+
+Its own pass over the scores, because a bias that is broadcast over batches or heads sums their gradients, and the sum
+belongs in one program to be the same on every run, without a Sq x Sk buffer for each head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import launch
+from . import tiles
+from .loads import at_head, load_row_values, load_rows
+from .masks import key_range, window_bounds
+from .scores import modify_scores
+from .softmax import probabilities
+from .triton_inputs import Call
+
+
+@triton.jit(do_not_specialize=["lo", "hi", "Sq", "Sk"])
+def attention_dbias_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_shift,
+    p_delta,
+    p_origin,
+    p_dbias,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_do,
+    strides_dbias,
+    scores,
+    lo,
+    hi,
+    H,
+    GROUP,
+    HEADS,
+    SUM_B,
+    SUM_H,
+    Sq,
+    Sk,
+    MODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: a tile of a bias gradient [Bb, HEADS, Sq, Sk], summed over SUM_B batches and SUM_H heads.
+
+    Grid: cdiv(Sk, BLOCK_N) * cdiv(Sq, BLOCK_M) * Bb * HEADS.
+    """
+    blocks_n = tl.cdiv(Sk, BLOCK_N)
+    blocks_m = tl.cdiv(Sq, BLOCK_M)
+    i_n = tl.program_id(0) % blocks_n * BLOCK_N
+    i_m = tl.program_id(0) // blocks_n % blocks_m * BLOCK_M
+    i_bh = tl.program_id(0) // blocks_n // blocks_m
+    i_bias_b = i_bh // HEADS
+    i_bias_h = i_bh % HEADS
+    # [M], [N]
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
+    start, _, _, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
+    terms = tl.where((i_n >= start) & (i_n < end), SUM_B * SUM_H, 0)
+    # [M, N]
+    b_dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_term in tl.range(0, terms):
+        i_b = i_bias_b * SUM_B + i_term // SUM_H
+        i_h = i_bias_h * SUM_H + i_term % SUM_H
+        i_row = tl.cast(i_b * H + i_h, tl.int64) * Sq
+        p_q_head = at_head(p_q, strides_q[0], strides_q[1], i_b, i_h)
+        p_do_head = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
+        p_k_head = at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP)
+        p_v_head = at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP)
+        b_shift, b_delta = load_row_values(p_shift + i_row, p_delta + i_row, o_m, Sq, True)
+        # [M, D], [N, D], [M, N]
+        b_q = load_rows(p_q_head, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
+        b_k = load_rows(p_k_head, strides_k[2], i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, True)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
+        b_s = modify_scores(b_s, scores, i_b, i_h, o_m[:, None], o_n[None, :], lo, hi, Sq, Sk, MODE, True)
+        b_p = probabilities(b_s, b_shift[:, None], scores.factor, MODE.natural)
+        # [M, Dv], [N, Dv], [M, N]
+        b_do = load_rows(p_do_head, strides_do[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
+        b_v = load_rows(p_v_head, strides_v[2], i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, True)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=MODE.precision)
+        b_dbias += b_p * (b_dp - b_delta[:, None])
+    p_tile = at_head(p_dbias, strides_dbias[0], strides_dbias[1], i_bias_b, i_bias_h)
+    p_tile += o_m.to(tl.int64)[:, None] * strides_dbias[2] + o_n[None, :]
+    m_tile = (o_m < Sq)[:, None] & (o_n < Sk)[None, :]
+    tl.store(p_tile, b_dbias.to(p_dbias.dtype.element_ty), mask=m_tile)
+
+
+def bias_gradient(
+    call: Call, do: torch.Tensor, shift: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """ds summed to the shape of ``bias``, which is that of the scores in its last two dimensions; in bias's dtype.
+
+    Args:
+        call: the call whose backward this is.
+        do: gradient of out, unit last stride.
+        shift, delta: [B, H, Sq], what ``attention_delta_kernel`` wrote.
+    """
+    B, H, Sq, _ = call.q.shape
+    Sk = call.k.shape[2]
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    tile = tiles.choose_dbias(call.target, call.q.dtype, call.mode.block_d, call.mode.block_dv)
+    batches, heads = bias.shape[:2]
+    launch(
+        attention_dbias_kernel,
+        (triton.cdiv(Sk, tile.block_n) * triton.cdiv(Sq, tile.block_m) * batches * heads,),
+        call.q,
+        call.k,
+        call.v,
+        do,
+        shift,
+        delta,
+        call.origin,
+        dbias,
+        *(x.stride()[:3] for x in (call.q, call.k, call.v, do, dbias)),
+        call.scores,
+        call.lo,
+        call.hi,
+        H,
+        call.group,
+        heads,
+        B // max(batches, 1),
+        H // max(heads, 1),
+        Sq,
+        Sk,
+        MODE=call.mode,
+        **tile.launch_arguments(),
+    )
+    return dbias

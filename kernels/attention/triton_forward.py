@@ -1,0 +1,206 @@
+"""Attention forward in Triton: one program a block of queries, online softmax over the keys it sees.
+
+Source: Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1. The loop over keys runs in three parts, so that tiles
+inside the window pay for no mask (masks.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import launch
+from . import tiles
+from .loads import at_head, load_rows, store_rows
+from .masks import key_range, range_part, window_bounds
+from .scores import modify_scores
+from .softmax import finish, online_step
+from .spec import AttentionSpec, empty_laid_out_like
+from .triton_inputs import prepare
+
+
+@triton.jit
+def _visit_keys(
+    b_acc,
+    b_m,
+    b_l,
+    b_q,
+    p_k,
+    p_v,
+    stride_k,
+    stride_v,
+    scores,
+    i_b,
+    i_h,
+    i_m,
+    i_from,
+    i_to,
+    lo,
+    hi,
+    Sq,
+    Sk,
+    MODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_EDGE: tl.constexpr,
+):
+    """Take the key tiles from ``i_from`` to ``i_to`` into the accumulators."""
+    # [M, 1]
+    o_m = (i_m + tl.arange(0, BLOCK_M))[:, None]
+    for i_n in tl.range(i_from, i_to, BLOCK_N):
+        # [1, N]
+        o_n = (i_n + tl.arange(0, BLOCK_N))[None, :]
+        # [N, D]
+        b_k = load_rows(p_k, stride_k, i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, IS_EDGE)
+        # [M, N]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
+        b_s = modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE)
+        b_m, b_l, b_p, b_alpha = online_step(b_m, b_l, b_s, scores.factor, MODE.natural, IS_EDGE or MODE.has_tiles)
+        # [N, Dv]
+        b_v = load_rows(p_v, stride_v, i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, IS_EDGE)
+        # [M, Dv]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=MODE.precision)
+    return b_acc, b_m, b_l
+
+
+@triton.jit(do_not_specialize=["lo", "hi", "Sq", "Sk"])
+def attention_forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_origin,
+    p_out,
+    p_lse,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_out,
+    scores,
+    lo,
+    hi,
+    H,
+    GROUP,
+    Sq,
+    Sk,
+    MODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: block_m queries of one head. Grid: cdiv(Sq, block_m) * B * H, the blocks of a head side by side."""
+    blocks = tl.cdiv(Sq, BLOCK_M)
+    i_block = tl.program_id(0) % blocks
+    i_bh = tl.program_id(0) // blocks
+    if MODE.has_right:
+        # Under a causal mask the last blocks see most keys; starting them first evens out the end of the grid.
+        i_block = blocks - 1 - i_block
+    i_m = i_block * BLOCK_M
+    i_b = i_bh // H
+    i_h = i_bh % H
+    p_q = at_head(p_q, strides_q[0], strides_q[1], i_b, i_h)
+    p_k = at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP)
+    p_v = at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP)
+    p_out = at_head(p_out, strides_out[0], strides_out[1], i_b, i_h)
+
+    lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
+    start, full_start, full_end, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
+    # [M, D]
+    b_q = load_rows(p_q, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
+    # [M]
+    b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_M], tl.float32)
+    # [M, Dv]
+    BLOCK_DV: tl.constexpr = MODE.block_dv
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for PART in tl.static_range(3):
+        i_from, i_to = range_part(start, full_start, full_end, end, PART)
+        if PART > 0 or MODE.has_left:
+            b_acc, b_m, b_l = _visit_keys(
+                b_acc,
+                b_m,
+                b_l,
+                b_q,
+                p_k,
+                p_v,
+                strides_k[2],
+                strides_v[2],
+                scores,
+                i_b,
+                i_h,
+                i_m,
+                i_from,
+                i_to,
+                lo,
+                hi,
+                Sq,
+                Sk,
+                MODE,
+                BLOCK_M,
+                BLOCK_N,
+                IS_EDGE=PART != 1,
+            )
+    # [M, Dv], [M]
+    b_out, b_lse = finish(b_acc, b_m, b_l, MODE.natural)
+    store_rows(p_out, b_out, strides_out[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv)
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    tl.store(p_lse + i_bh.to(tl.int64) * Sq + o_m, b_lse, mask=o_m < Sq)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its log-sum-exp on the GPU that holds the tensors (or in Triton's interpreter).
+
+    Args:
+        q: [B, H, Sq, D], fp32, fp16 or bf16; D and Dv from 16 to 256.
+        k: [B, Hkv, Sk, D], H a multiple of Hkv.
+        v: [B, Hkv, Sk, Dv].
+        mask: bool, True = attend, 4-D, each dim 1 or that of [B, H, Sq, Sk], any strides; or None.
+        bias: added to the scores, likewise; or None.
+        origin: int64 [2] on the device = (origin_q, origin_k), added to those of ``spec``; or None.
+        spec: scale, window and origins.
+
+    Returns:
+        out [B, H, Sq, Dv] in q's dtype and order of dimensions in memory, and lse [B, H, Sq], natural log, fp32.
+
+    q, k or v whose last stride is not 1 is copied; nothing else is.
+
+    Raises:
+        ValueError: a dtype or head dimension that these kernels do not have.
+    """
+    call = prepare(q, k, v, mask, bias, origin, spec)
+    out = empty_laid_out_like(q, v.shape[-1])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tile = tiles.choose_forward(call.target, q.dtype, call.mode.block_d, call.mode.block_dv)
+    B, H, Sq, _ = q.shape
+    launch(
+        attention_forward_kernel,
+        (triton.cdiv(Sq, tile.block_m) * B * H,),
+        call.q,
+        call.k,
+        call.v,
+        origin,
+        out,
+        lse,
+        call.q.stride()[:3],
+        call.k.stride()[:3],
+        call.v.stride()[:3],
+        out.stride()[:3],
+        call.scores,
+        call.lo,
+        call.hi,
+        H,
+        call.group,
+        Sq,
+        k.shape[2],
+        MODE=call.mode,
+        **tile.launch_arguments(),
+    )
+    return out, lse

@@ -1,0 +1,116 @@
+"""What the Triton attention launchers share: their limits, and the arguments that every kernel takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..launch import Target, target_of
+from .scores import Mode, Scores, describe, dims
+from .spec import AttentionSpec
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = (16, 256)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call as the kernels see it."""
+
+    target: Target
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    origin: torch.Tensor | None
+    scores: Scores
+    mode: Mode
+    lo: int
+    hi: int
+    group: int  # query heads a key head
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    spec: AttentionSpec,
+) -> Call:
+    """Check these kernels' own limits and gather the arguments of forward and backward.
+
+    Raises:
+        ValueError: a dtype or head dimension that these kernels do not have.
+    """
+    if q.dtype not in DTYPES:
+        raise ValueError(
+            f"q: backend 'triton' computes {', '.join(str(dtype) for dtype in DTYPES)}, received {q.dtype}; convert "
+            "the tensors or use backend='reference'"
+        )
+    for name, tensor in (("q", q), ("v", v)):
+        if not HEAD_DIMS[0] <= tensor.shape[-1] <= HEAD_DIMS[1]:
+            raise ValueError(
+                f"{name}: backend 'triton' takes head dimensions from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, received "
+                f"{tensor.shape[-1]}; use backend='reference'"
+            )
+    target = target_of(q.device)
+    natural = q.dtype == torch.float32
+    scores, fold_scale = describe(mask, bias, spec, natural=natural)
+    d, dv = q.shape[-1], v.shape[-1]
+    mode = Mode(
+        d=d,
+        dv=dv,
+        block_d=triton.next_power_of_2(d),
+        block_dv=triton.next_power_of_2(dv),
+        mask_dims=dims(mask),
+        bias_dims=dims(bias),
+        has_left=spec.window_left is not None,
+        has_right=spec.window_right is not None,
+        has_origin=origin is not None,
+        fold_scale=fold_scale,
+        natural=natural,
+        precision=dot_precision(target, q.dtype),
+    )
+    lo, hi = _window(q.shape[2], k.shape[2], origin, spec)
+    return Call(
+        target=target,
+        q=unit_stride(q),
+        k=unit_stride(k),
+        v=unit_stride(v),
+        origin=origin,
+        scores=scores,
+        mode=mode,
+        lo=lo,
+        hi=hi,
+        group=q.shape[1] // max(k.shape[1], 1),
+    )
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last stride is 1, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def dot_precision(target: Target, dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: to fp32 accuracy on the matrix units there are.
+
+    On NVIDIA three TF32 products (IEEE products run outside the tensor cores and spill), or one where PyTorch's own
+    flag allows its error; on AMD, whose matrix units take fp32, IEEE. Half-precision dots are exact anyway.
+    """
+    if target.vendor != "cuda" or dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def _window(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec) -> tuple[int, int]:
+    """``lo`` and ``hi`` of masks.py as far as they are known on the host; 0 where a side is open."""
+    shift = spec.origin_q - spec.origin_k
+    lo = 0 if spec.window_left is None else shift - spec.window_left
+    hi = 0 if spec.window_right is None else shift + spec.window_right
+    # Without an origin on the device the answer is decided within [-Sq, Sk], which keeps the arguments in 32 bits (one
+    # compiled kernel whatever the positions); with one, 2^62 leaves room for it.
+    lowest, highest = (-sq, sk) if origin is None else (-(2**62), 2**62)
+    return min(max(lo, lowest), highest), min(max(hi, lowest), highest)

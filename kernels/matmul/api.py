@@ -1,0 +1,186 @@
+"""fused_linear: the contract, the checks, and the choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from .. import backends
+from . import ops, reference
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+BACKENDS = ("reference", "torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def fused_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    w_up: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A linear layer with its activation, ``y = act(x w^T + bias)``, gated by ``x w_up^T`` where ``w_up`` is given.
+
+    With z = x w^T + bias and u = x w_up^T, and with ``*`` elementwise:
+
+    - forward: ``y = act(z)``, gated ``y = act(z) * u`` (Shazeer, 2020, arXiv:2002.05202; the bias belongs to the gate)
+    - gradients of the pre-activations: ``dz = dy * act'(z)``, gated ``dz = dy * u * act'(z)``, ``du = dy * act(z)``
+    - dgrad: ``dx = dz w + du w_up``
+    - wgrad: ``dw = dz^T x``, ``dw_up = du^T x``, ``dbias = sum of dz over the rows``
+
+    The gate and the up projection are two weights, not one of [2N, K]: each is sharded by its own rows, and a kernel
+    reads both.
+
+    Args:
+        x: [..., K]; fp32, fp16 or bf16, and fp64 on the backends ``reference`` and ``torch``. Any strides. Leading
+            dimensions are merged without a copy where their strides allow it.
+        w: [N, K], in the dtype and on the device of ``x``. Any strides.
+        bias: [N] or None.
+        activation: None, ``"gelu"`` (exact, by erf), ``"gelu_tanh"``, ``"silu"`` or ``"relu2"`` (relu squared).
+        w_up: [N, K] or None. Needs an activation: without one the two factors are alike, so that there is no gate, and
+            the call is far more often a forgotten ``activation=`` than a wish for a bilinear product.
+        backend: ``"reference"`` (elementary PyTorch operations), ``"torch"`` (F.linear and PyTorch's activations),
+            ``"triton"`` (one kernel forward, two backward), or ``"auto"``.
+
+    Returns:
+        [..., N] in the dtype of ``x``, contiguous on the Triton backend.
+
+    Accumulation is in fp32 (fp64 for fp64). Same inputs, same bits, forward and backward. For backward the Triton
+    backend keeps, in the dtype of ``x`` and only where a gradient needs them, the slopes ``dy/dz`` (given an
+    activation) and ``dy/du`` (gated), which forward has at hand: backward's matmuls multiply by them as they read dy,
+    where from z they would evaluate the activation again for every column of tiles. ``x`` is kept only if a weight
+    requires a gradient, the weights only if ``x`` does.
+    Under autocast the tensors are cast to autocast's dtype first, as F.linear does.
+    Second derivatives: on ``reference`` and ``torch``; the Triton backend refuses them (RuntimeError).
+
+    Calls are counted (:func:`fusemesh.kernels.backends.call_counts`) as ``("linear_forward", backend)``, and as
+    ``("linear_backward", "triton")``; on the other two backends backward is PyTorch's own and is not counted.
+
+    Raises:
+        ValueError: an argument is wrong, with its name, what was expected and received; or the backend asked for by
+            name cannot run here.
+    """
+    _check_tensors(x, w, bias, w_up)
+    x, w, bias, w_up = _autocast(x, w, bias, w_up)
+    _check(x, w, bias, activation, w_up)
+    chosen = _choose(backend, x.device, x.dtype)
+    if chosen == "triton":
+        return ops.linear(x, w, bias, w_up, activation, chosen)
+    if not torch.compiler.is_compiling():
+        backends.count("linear_forward", chosen)
+    if chosen == "reference":
+        return reference.linear(x, w, bias, activation=activation, w_up=w_up)
+    return _torch_linear(x, w, bias, activation, w_up)
+
+
+def _torch_linear(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, activation: str | None, w_up: torch.Tensor | None
+) -> torch.Tensor:
+    y = F.linear(x, w, bias)
+    if activation == "gelu":
+        y = F.gelu(y)
+    elif activation == "gelu_tanh":
+        y = F.gelu(y, approximate="tanh")
+    elif activation == "silu":
+        y = F.silu(y)
+    elif activation == "relu2":
+        y = F.relu(y).square()
+    return y if w_up is None else y * F.linear(x, w_up)
+
+
+# Under torch.compile the choice is made once, while tracing, and not guarded: Dynamo cannot trace a context variable.
+@torch.compiler.assume_constant_result
+def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    name = backends.requested(backend)
+    if name == "auto":
+        if dtype != torch.float64 and backends.proven("linear", device):
+            name, why = "triton", "its kernels are proven on this GPU"
+        elif device.type == "cpu":
+            name, why = "torch", "PyTorch's matmul is the fast one on a CPU"
+        else:
+            name, why = "torch", "no record shows the Triton kernels right for this device and dtype"
+        backends.announce("linear", name, why)
+        return name
+    if name not in BACKENDS:
+        raise ValueError(
+            f"backend: fused_linear expected one of {('auto', *BACKENDS)}, received {name!r}. Pass backend='torch', "
+            "which runs everywhere (the argument goes before use_backend and FUSEMESH_BACKEND)"
+        )
+    backends.require(name, device)
+    if name == "triton" and dtype == torch.float64:
+        raise ValueError(
+            "x: backend='triton' expected dtype float32, float16 or bfloat16, received torch.float64. Use "
+            "backend='reference' or 'torch' for float64"
+        )
+    return name
+
+
+def _check_tensors(x: object, w: object, bias: object, w_up: object) -> None:
+    for name, value, optional in (("x", x, ""), ("w", w, ""), ("bias", bias, " or None"), ("w_up", w_up, " or None")):
+        if not isinstance(value, torch.Tensor) and not (optional and value is None):
+            raise ValueError(
+                f"{name}: expected a torch.Tensor{optional}, received {type(value).__name__}. Pass a tensor"
+            )
+
+
+def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors as F.linear sees them: in autocast's dtype where autocast is on (it leaves fp64 and integers)."""
+    assert tensors[0] is not None
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _check(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, activation: str | None, w_up: torch.Tensor | None
+) -> None:
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
+        raise ValueError(
+            f"activation: expected None or one of {ACTIVATIONS}, received {activation!r}. Pass a name of that list, or "
+            "None and apply your own function to the result"
+        )
+    if w_up is not None and activation is None:
+        raise ValueError(
+            "w_up: expected an activation for the gate, received activation=None. Pass activation='silu' (SwiGLU) or "
+            "another; for a plain product of two linear layers call fused_linear twice"
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"x: expected dtype float32, float16, bfloat16 or float64, received {x.dtype}. Cast it with x.to(...)"
+        )
+    if x.dim() < 1:
+        raise ValueError("x: expected [..., K] with at least 1 dimension, received a scalar. Pass x.reshape(1)")
+    if w.dim() != 2:
+        raise ValueError(f"w: expected [N, K] with 2 dimensions, received shape {tuple(w.shape)}. Reshape it to [N, K]")
+    if x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"w: expected [N, K] with K = x.shape[-1] = {x.shape[-1]}, received shape {tuple(w.shape)}. Pass the "
+            "weight as torch.nn.Linear stores it, out features first (a [K, N] weight: w.t())"
+        )
+    if w_up is not None and w_up.shape != w.shape:
+        raise ValueError(
+            f"w_up: expected the shape of w, {tuple(w.shape)}, received shape {tuple(w_up.shape)}. Gate and up "
+            "projection have the same in and out features"
+        )
+    if bias is not None and bias.shape != (w.shape[0],):
+        raise ValueError(
+            f"bias: expected [N] with N = w.shape[0] = {w.shape[0]}, received shape {tuple(bias.shape)}. Pass one "
+            "value for each out feature"
+        )
+    for name, tensor in (("w", w), ("bias", bias), ("w_up", w_up)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{name}: expected the dtype of x, {x.dtype}, received {tensor.dtype}. Cast one with .to(...), or call "
+                "under torch.autocast"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{name}: expected the device of x, {x.device}, received {tensor.device}. Move it with .to({x.device})"
+            )

@@ -1,0 +1,205 @@
+"""The torch.library ops of the linear layer: schema, fake kernels, autograd. Torch only.
+
+An op's implementation loads its backend on the first call, so that importing this module needs no Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import backends
+
+# slope = dy/dz and slope_up = dy/du are what backward needs of the pre-activations z = x w^T + bias and u = x w_up^T.
+# An output that was not asked for is a tensor of shape [0].
+FORWARD_SCHEMA = (
+    "(Tensor x, Tensor w, Tensor? bias, Tensor? w_up, str? activation, bool save_slope, bool save_slope_up,"
+    " str backend) -> (Tensor y, Tensor slope, Tensor slope_up)"
+)
+# dz = dy * slope (dy without an activation) and du = dy * slope_up; dx = dz w + du w_up, dw = dz^T x, dbias = sum of dz
+# over the rows, dw_up = du^T x. Only the tensors that the gradients asked for need are read.
+BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor? x, Tensor? w, Tensor? w_up, Tensor? slope, Tensor? slope_up,"
+    " bool x_grad, bool w_grad, bool bias_grad, bool w_up_grad, str backend)"
+    " -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dw_up)"
+)
+
+
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    w_up: torch.Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> torch.Tensor:
+    """The differentiable op: y of shape [..., N], keeping for backward only what the gradients asked for need."""
+
+    def needed(*tensors: torch.Tensor | None) -> bool:
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    save_slope = activation is not None and needed(x, w, bias)
+    save_slope_up = w_up is not None and needed(x, w_up)
+    return linear_forward(x, w, bias, w_up, activation, save_slope, save_slope_up, backend)[0]
+
+
+def slope_dtype(dtype: torch.dtype, activation: str | None, is_gated: bool) -> torch.dtype:
+    """The dtype in which slope is kept: that of x, except that slopes bounded by about 1 are kept in fp16 for bf16.
+
+    It takes the same memory and rounds 8 times finer, so that gradients are nearer the truth than eager PyTorch's.
+    """
+    if dtype == torch.bfloat16 and not is_gated and activation in ("gelu", "gelu_tanh", "silu"):
+        return torch.float16
+    return dtype
+
+
+def _implementation(backend: str) -> Any:
+    if backend != "triton":
+        raise ValueError(f"backend: the linear ops expected 'triton', received {backend!r}. Call fused_linear instead")
+    from . import triton_matmul
+
+    return triton_matmul
+
+
+@torch.library.custom_op("fusemesh::linear_forward", mutates_args=(), schema=FORWARD_SCHEMA)
+def linear_forward(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    w_up: torch.Tensor | None,
+    activation: str | None,
+    save_slope: bool,
+    save_slope_up: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    implementation = _implementation(backend)
+    backends.count("linear_forward", backend)
+    return implementation.forward(
+        x,
+        w,
+        bias,
+        w_up,
+        activation=activation,
+        save_slope=save_slope,
+        save_slope_up=save_slope_up,
+        slope_dtype=slope_dtype(x.dtype, activation, w_up is not None),
+    )
+
+
+@linear_forward.register_fake
+def _(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    w_up: torch.Tensor | None,
+    activation: str | None,
+    save_slope: bool,
+    save_slope_up: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (*x.shape[:-1], w.shape[0])
+    slope = x.new_empty(shape if save_slope else (0,), dtype=slope_dtype(x.dtype, activation, w_up is not None))
+    return x.new_empty(shape), slope, x.new_empty(shape if save_slope_up else (0,))
+
+
+@torch.library.custom_op("fusemesh::linear_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def linear_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    w: torch.Tensor | None,
+    w_up: torch.Tensor | None,
+    slope: torch.Tensor | None,
+    slope_up: torch.Tensor | None,
+    x_grad: bool,
+    w_grad: bool,
+    bias_grad: bool,
+    w_up_grad: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    implementation = _implementation(backend)
+    backends.count("linear_backward", backend)
+    return implementation.backward(
+        dy,
+        x,
+        w,
+        w_up,
+        slope,
+        slope_up,
+        x_grad=x_grad,
+        w_grad=w_grad,
+        bias_grad=bias_grad,
+        w_up_grad=w_up_grad,
+    )
+
+
+@linear_backward.register_fake
+def _(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    w: torch.Tensor | None,
+    w_up: torch.Tensor | None,
+    slope: torch.Tensor | None,
+    slope_up: torch.Tensor | None,
+    x_grad: bool,
+    w_grad: bool,
+    bias_grad: bool,
+    w_up_grad: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    N = dy.shape[-1]
+    dx = dw = dw_up = (0,)
+    if x_grad:
+        assert w is not None
+        dx = (*dy.shape[:-1], w.shape[1])
+    if w_grad or w_up_grad:
+        assert x is not None
+        dw = (N, x.shape[-1]) if w_grad else dw
+        dw_up = (N, x.shape[-1]) if w_up_grad else dw_up
+    dbias = (N,) if bias_grad else (0,)
+    return dy.new_empty(dx), dy.new_empty(dw), dy.new_empty(dbias), dy.new_empty(dw_up)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, w, _, w_up, activation, save_slope, save_slope_up, backend = inputs
+    x_grad, w_grad, _, w_up_grad = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(
+        x if w_grad or w_up_grad else None,
+        w if x_grad else None,
+        w_up if x_grad else None,
+        output[1] if save_slope else None,
+        output[2] if save_slope_up else None,
+    )
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+    ctx.has_activation, ctx.is_gated, ctx.backend = activation is not None, w_up is not None, backend
+
+
+def _backward(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+    nothing = (None,) * 4
+    if dy is None:
+        return nothing + nothing
+    x, w, w_up, slope, slope_up = ctx.saved_tensors
+    x_grad, w_grad, bias_grad, w_up_grad = wanted = ctx.needs_input_grad[:4]
+    if (ctx.has_activation and slope is None and (x_grad or w_grad or bias_grad)) or (
+        ctx.is_gated and slope_up is None and (x_grad or w_up_grad)
+    ):
+        raise RuntimeError(
+            "fusemesh::linear_forward ran without save_slope or save_slope_up, which the gradients asked for need; "
+            "call fused_linear, which sets them"
+        )
+    gradients = linear_backward(dy, x, w, w_up, slope, slope_up, x_grad, w_grad, bias_grad, w_up_grad, ctx.backend)
+    return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), *nothing)
+
+
+linear_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _backward_twice(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "fused_linear: second derivatives are not implemented on the Triton backend (the gradient of "
+        "fusemesh::linear_backward was asked for); use backend='reference' or backend='torch' for them"
+    )
+
+
+linear_backward.register_autograd(_backward_twice)

@@ -1,0 +1,171 @@
+"""The command line: ``fusemesh doctor | train | eval | merge``.
+
+With ``--json`` a command writes exactly one JSON object to stdout; messages always go to stderr. Every key of the
+configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusemesh import __version__, config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 for a run that failed, 2 for a request that cannot work."""
+    options = _parser().parse_args(arguments)
+    try:
+        result, text = options.command(options)
+    except (ValueError, OSError) as error:
+        return _fail(options, 2, str(error))
+    except RuntimeError as error:
+        return _fail(options, 1, str(error))
+    except KeyboardInterrupt:
+        return _fail(options, 130, "interrupted; go on with --resume if the run has saved a checkpoint")
+    if result is not None:
+        print(json.dumps(result) if options.json else text)
+    return 0
+
+
+def _fail(options: argparse.Namespace, status: int, message: str) -> int:
+    if options.json:
+        print(json.dumps({"error": message}))
+    print(f"fusemesh {options.name}: error: {message}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusemesh", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fusemesh {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="doctor | train | eval | merge")
+
+    doctor = _command(commands, "doctor", _doctor, "what this machine has and what auto chooses")
+    train = _command(commands, "train", _train, "train a model in any layout")
+    train.add_argument("--config", metavar="FILE", help="TOML file; the options below win over it")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint of run.directory, in any layout"
+    )
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    evaluation = _command(commands, "eval", _eval, "the held-out loss of a run, a checkpoint or a merged file")
+    evaluation.add_argument("target", help="run directory, checkpoint folder or .safetensors file")
+    merge = _command(commands, "merge", _merge, "write a run's last checkpoint as one safetensors file")
+    merge.add_argument("target", help="run directory or checkpoint folder")
+    merge.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
+    for command in (doctor, train, evaluation, merge):
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    for command in (train, evaluation):
+        command.add_argument(
+            "--nproc", type=int, metavar="N", help="local ranks to start; default: as many as the layout has"
+        )
+        keys = command.add_argument_group("configuration")
+        for key, spec in config.fields_of(config.Config).items():
+            text = spec.doc + (f" ({', '.join(spec.choices)})" if spec.choices else "")
+            keys.add_argument(
+                f"--{key}",
+                metavar=spec.type.__name__.upper(),
+                help=f"{text}; default {spec.default!r}".replace("%", "%%"),
+            )
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(command=function)
+    return command
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, str]:
+    given = vars(options)
+    return {key: given[key] for key in config.fields_of(config.Config) if given.get(key) is not None}
+
+
+def _ranks(options: argparse.Namespace, layout: str) -> tuple[int, bool]:
+    """How many ranks there will be, and whether this process starts them rather than being one of them."""
+    from fusemesh.hybrid.launch import rank_from_environment
+    from fusemesh.hybrid.layout import Layout
+
+    place = rank_from_environment()
+    if place is not None:
+        if options.nproc is not None:
+            raise ValueError(
+                f"--nproc: expected to be absent under {place.launcher}, which started {place.world_size} ranks "
+                f"already, received {options.nproc}"
+            )
+        return place.world_size, False
+    nproc = options.nproc if options.nproc is not None else Layout.parse(layout).world_size
+    if nproc < 1:
+        raise ValueError(f"--nproc: expected at least 1, received {nproc}")
+    return nproc, nproc > 1
+
+
+def _on_ranks(nproc: int, start: bool, function: Any, *arguments: Any) -> dict[str, Any] | None:
+    """The result of rank 0; None in a process that is another rank."""
+    from fusemesh.hybrid.launch import launch_local, rank_from_environment
+
+    if start:
+        return launch_local(nproc, function, *arguments)[0]
+    place = rank_from_environment()
+    result = function(*arguments)
+    return result if place is None or place.rank == 0 else None
+
+
+def _doctor(options: argparse.Namespace) -> tuple[Any, str]:
+    from fusemesh import doctor
+
+    findings = doctor.examine()
+    return findings, doctor.describe(findings)
+
+
+def _train(options: argparse.Namespace) -> tuple[Any, str]:
+    overrides = _overrides(options)
+    source = options.config
+    if options.resume and source is None:
+        overrides.setdefault("run.directory", config.fields_of(config.Config)["run.directory"].default)
+        saved = Path(overrides["run.directory"], "config.toml")
+        source = saved if saved.is_file() else None
+    resolved = config.load(source, overrides)
+    nproc, start = _ranks(options, resolved.layout)
+
+    from fusemesh.trainer import prepare, train_rank
+
+    prepare(resolved, nproc, resume=options.resume)
+    summary = _on_ranks(nproc, start, train_rank, config.as_dict(resolved), options.resume, options.quiet)
+    return summary, summary and (
+        f"{summary['steps']} steps in layout {summary['layout']} on {summary['world_size']} {summary['device']} ranks, "
+        f"{summary['tokens_per_second'] or 0:.0f} tokens/s\n"
+        f"held-out loss {summary['held_out']['loss']:.4f} ({summary['held_out']['bits_per_byte']:.3f} bits per byte)\n"
+        f"saved in {summary['directory']}"
+    )
+
+
+def _eval(options: argparse.Namespace) -> tuple[Any, str]:
+    from fusemesh.evaluator import check_layout, config_of, evaluate_file, evaluate_rank
+
+    base, overrides = config_of(options.target), _overrides(options)
+    # A merged file is no longer spread over ranks, unless the command line asks for it.
+    merged = Path(options.target).is_file()
+    resolved = config.load(None, {**({"layout": "single"} if merged else {}), **overrides}, base=base)
+    nproc, start = _ranks(options, resolved.layout)
+    check_layout(resolved, nproc)
+    if merged and nproc == 1:
+        result: Any = evaluate_file(options.target, resolved)
+    else:
+        result = _on_ranks(nproc, start, evaluate_rank, options.target, config.as_dict(resolved))
+    return result, result and (
+        f"step {result['step']}, layout {result['layout']}: held-out loss {result['loss']:.6f}, "
+        f"{result['bits_per_byte']:.4f} bits per byte over {result['tokens']} bytes"
+    )
+
+
+def _merge(options: argparse.Namespace) -> tuple[Any, str]:
+    from fusemesh.evaluator import checkpoint_of
+    from fusemesh.hybrid.checkpoint import merge
+
+    output = options.output or Path(options.target, "model.safetensors")
+    result = merge(checkpoint_of(options.target), output)
+    return result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}"

@@ -1,0 +1,283 @@
+"""Configuration of a run: typed, from a TOML file and the command line; this module imports nothing heavy.
+
+One rule joins the two: what the file calls ``steps`` under ``[training]``, the command line calls ``--training.steps``;
+the command line wins. The resolved configuration is saved with the run and can be loaded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
+
+
+def _doc(default: Any, text: str, *, least: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"doc": text, "least": least, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's shape."""
+
+    hidden_size: int = _doc(128, "width of the residual stream", least=1)
+    num_layers: int = _doc(4, "blocks", least=1)
+    num_heads: int = _doc(4, "query heads", least=1)
+    num_kv_heads: int = _doc(2, "key and value heads; divides num_heads", least=1)
+    intermediate_size: int = _doc(384, "width inside the gated feed-forward", least=1)
+    rope_theta: float = _doc(10000.0, "base of the rotary embedding's wavelengths", least=1.0)
+    norm_eps: float = _doc(1e-5, "added under the root in RMSNorm", least=1e-12)
+    initializer_range: float = _doc(0.02, "standard deviation of the initial weights", least=1e-12)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text."""
+
+    path: str = _doc("", "a text file or a folder of them; empty: the Python standard library's source")
+    sequence_length: int = _doc(256, "bytes per sample", least=1)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimisation."""
+
+    steps: int = _doc(300, "optimizer steps", least=1)
+    global_batch_size: int = _doc(32, "samples per step over all ranks", least=1)
+    accumulation: int = _doc(1, "micro-batches that each rank's part of a step is cut into", least=1)
+    learning_rate: float = _doc(3e-3, "peak of AdamW's learning rate", least=0.0)
+    min_learning_rate: float = _doc(3e-4, "where the cosine ends", least=0.0)
+    warmup_steps: int = _doc(20, "steps over which the learning rate rises linearly", least=0)
+    weight_decay: float = _doc(0.1, "decoupled, of matrices only", least=0.0)
+    beta1: float = _doc(0.9, "AdamW's decay of the mean gradient", least=0.0)
+    beta2: float = _doc(0.95, "AdamW's decay of the mean squared gradient", least=0.0)
+    clip_norm: float = _doc(1.0, "gradients are scaled down to this norm; 0: never", least=0.0)
+    dtype: str = _doc("float32", "of compute; parameters stay float32 unless float64", choices=DTYPES)
+    seed: int = _doc(0, "of weights and data order", least=0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The held-out evaluation."""
+
+    batch_size: int = _doc(16, "samples per rank and forward pass", least=1)
+    samples: int = _doc(0, "held-out samples used, from the first on; 0: all", least=0)
+    every: int = _doc(0, "steps between evaluations while training; 0: only at the end", least=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how it runs."""
+
+    directory: str = _doc("runs/latest", "everything that the run writes")
+    device: str = _doc("auto", "auto: GPUs where there are any", choices=DEVICES)
+    backend: str = _doc("auto", "of the kernels", choices=BACKENDS)
+    sequence_parallel: bool = _doc(True, "with tp: also shard activations along the sequence between the matmuls")
+    threads: int = _doc(1, "CPU threads per rank; 0: torch's choice", least=0)
+    log_every: int = _doc(10, "steps between metrics", least=1)
+    checkpoint_every: int = _doc(0, "steps between checkpoints; 0: only at the end", least=0)
+    keep_checkpoints: int = _doc(2, "newest checkpoints kept; 0: all", least=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run needs; ``layout`` says how it is spread over ranks.
+
+    Raises:
+        ValueError: a value that cannot work, named by its key, with what is legal.
+    """
+
+    layout: str = _doc("single", 'degrees of the axes: "single", "dp4", "dp2 x tp2", "fsdp2 x tp2"')
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for key, spec in fields_of(Config).items():
+            _check(key, spec, get(self, key))
+        model, training = self.model, self.training
+        if model.num_heads % model.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads: expected a divisor of model.num_heads = {model.num_heads}, "
+                f"received {model.num_kv_heads}"
+            )
+        if model.hidden_size % (2 * model.num_heads):
+            raise ValueError(
+                f"model.hidden_size: expected a multiple of 2 * model.num_heads = {2 * model.num_heads} (the rotary "
+                f"embedding turns pairs), received {model.hidden_size}"
+            )
+        if training.global_batch_size % training.accumulation:
+            raise ValueError(
+                f"training.global_batch_size: expected a multiple of training.accumulation = {training.accumulation}, "
+                f"received {training.global_batch_size}"
+            )
+        for name in ("beta1", "beta2"):
+            if getattr(training, name) >= 1:
+                raise ValueError(f"training.{name}: expected below 1, received {getattr(training, name)}")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of the configuration: its type, default, meaning and bounds."""
+
+    type: type
+    default: Any
+    doc: str
+    least: float | None
+    choices: tuple[str, ...] | None
+
+
+def fields_of(section: type, prefix: str = "") -> dict[str, Field]:
+    """Every key, dotted, of a configuration class."""
+    hints = typing.get_type_hints(section)
+    result: dict[str, Field] = {}
+    for item in dataclasses.fields(section):
+        key = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(hints[item.name]):
+            result.update(fields_of(hints[item.name], f"{key}."))
+        else:
+            meta = item.metadata
+            result[key] = Field(hints[item.name], item.default, meta["doc"], meta["least"], meta["choices"])
+    return result
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check(key: str, spec: Field, value: Any) -> None:
+    # bool is an int to isinstance, but never what a number's key means.
+    if not isinstance(value, spec.type) or (spec.type is not bool and isinstance(value, bool)):
+        raise ValueError(f"{key}: expected {spec.type.__name__}, received {value!r} ({type(value).__name__})")
+    if spec.choices is not None and value not in spec.choices:
+        raise ValueError(f"{key}: expected one of {spec.choices}, received {value!r}")
+    # Written so that nan fails too.
+    if spec.least is not None and not (spec.least <= value < float("inf")):
+        raise ValueError(f"{key}: expected a number of at least {spec.least}, received {value!r}")
+
+
+def _parse(key: str, spec: Field, text: str) -> Any:
+    """A command-line value as the key's type."""
+    if spec.type is str:
+        return text
+    if spec.type is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"--{key}: expected true or false, received {text!r}")
+        return text.lower() == "true"
+    try:
+        return spec.type(text)
+    except ValueError:
+        kind = "a whole number" if spec.type is int else "a number"
+        raise ValueError(f"--{key}: expected {kind}, received {text!r}") from None
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    """A configuration from dotted keys, defaults for the rest."""
+    known = fields_of(Config)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{key}: not a key of the configuration; the keys are: {', '.join(known)}")
+    sections: dict[str, Any] = {}
+    for key, value in values.items():
+        # TOML writes 1 where a float is meant, and nobody is misled by it.
+        if known[key].type is float and type(value) is int:
+            value = float(value)
+        section, _, name = key.rpartition(".")
+        if section:
+            sections.setdefault(section, {})[name] = value
+        else:
+            sections[name] = value
+    hints = typing.get_type_hints(Config)
+    return Config(**{k: hints[k](**v) if dataclasses.is_dataclass(hints[k]) else v for k, v in sections.items()})
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    sections = {hint for hint, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    result: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in sections:
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{key}: expected a section [{key}], received {value!r}")
+            result.update(_flatten(value, f"{key}."))
+        else:
+            result[key] = value
+    return result
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        import tomllib  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        try:
+            import tomli as tomllib  # type: ignore[import-not-found, no-redef, unused-ignore]
+        except ImportError as error:
+            raise ValueError(
+                f"config: reading {str(path)!r} on Python 3.10 needs tomli: pip install 'fusemesh[app]'"
+            ) from error
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config: expected a TOML file, received {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"config: {str(path)!r} is not valid TOML: {error}") from error
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration of a file with command-line values over it.
+
+    Args:
+        path: a TOML file; None for the defaults.
+        overrides: dotted key to text, as ``{"training.steps": "100"}``.
+        base: a configuration as :func:`as_dict` gives it, beneath the file.
+
+    Raises:
+        ValueError: an unknown key or an illegal value, named by its key; or the file cannot be read.
+    """
+    values = _flatten(base or {})
+    if path is not None:
+        values.update(_flatten(_read_toml(Path(path))))
+    known = fields_of(Config)
+    for key, text in (overrides or {}).items():
+        values[key] = _parse(key, known[key], text) if key in known else text
+    return _build(values)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values: JSON, TOML, and the ``base`` of :func:`load`."""
+    return dataclasses.asdict(config)
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that :func:`load` reads back to an equal one."""
+    tree = as_dict(config)
+    # JSON writes strings, numbers and booleans as TOML does.
+    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in tree.items() if not isinstance(v, dict)]
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]", *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def save(config: Config, path: str | os.PathLike[str]) -> None:
+    """Write the configuration as TOML."""
+    Path(path).write_text(to_toml(config), encoding="utf-8")

@@ -1,0 +1,222 @@
+"""The held-out loss: over all ranks of any layout, or of a merged model in one process; one answer either way."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fusemesh import config as configuration
+from fusemesh.config import Config
+from fusemesh.hybrid import checkpoint
+from fusemesh.hybrid.apply import parallelize
+from fusemesh.hybrid.data import evaluation_batches
+from fusemesh.hybrid.data_parallel import sum_over_replicas
+from fusemesh.hybrid.launch import World, build_mesh, distributed
+from fusemesh.hybrid.layout import Layout
+from fusemesh.tasks.language_model import VOCAB_SIZE, Samples, load_corpus
+from fusemesh.transformer import Transformer, TransformerConfig
+
+IGNORED = -100  # target of a token that does not count
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean, nats per token; tokens, samples: how many it is the mean of; seconds: wall time."""
+
+    loss: float
+    tokens: int
+    samples: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports; ``bits_per_byte`` because a token is a byte here."""
+        return {
+            "loss": self.loss,
+            "bits_per_byte": self.loss / math.log(2),
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def plain_model(config: Config) -> Transformer:
+    """The configured model, whole, on the CPU, as every rank makes it before it is cut."""
+    shape = configuration.as_dict(config)["model"]
+    return Transformer(
+        TransformerConfig(vocab_size=VOCAB_SIZE, max_sequence_length=config.data.sequence_length, **shape),
+        backend=config.run.backend,
+        seed=config.training.seed,
+        dtype=torch.float64 if config.training.dtype == "float64" else torch.float32,
+    )
+
+
+def place(model: Transformer, config: Config, world: World) -> tuple[Transformer, DeviceMesh]:
+    """``model`` parallelized by the configured layout, and the mesh it is on."""
+    layout = Layout.parse(config.layout)
+    mesh = build_mesh(layout, world)
+    dtype = torch.bfloat16 if config.training.dtype == "bfloat16" else None
+    model = parallelize(model, mesh, layout, sequence_parallel=config.run.sequence_parallel, dtype=dtype)
+    return model, mesh
+
+
+def check_layout(config: Config, world_size: int) -> Layout:
+    """The configured layout, if this many ranks can run this model with it.
+
+    Raises:
+        ValueError: they cannot; named by the key to change. No communication has happened.
+    """
+    layout = Layout.parse(config.layout)
+    layout.validate(
+        world_size=world_size,
+        num_heads=config.model.num_heads,
+        num_kv_heads=config.model.num_kv_heads,
+        intermediate_size=config.model.intermediate_size,
+        sequence_length=config.data.sequence_length,
+        sequence_parallel=config.run.sequence_parallel,
+    )
+    return layout
+
+
+def held_out_samples(config: Config, samples: Samples) -> int:
+    """How many of the held-out samples an evaluation takes."""
+    return min(config.evaluation.samples or len(samples), len(samples))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    samples: Samples,
+    count: int,
+    batch_size: int,
+    *,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Evaluation:
+    """The model's mean loss on the first ``count`` samples; every rank calls it and gets the same answer.
+
+    Each replica takes its share of the samples. Sums are taken in fp64 over tokens and divided once, so that the
+    layout enters only through the rounding of the losses themselves.
+
+    Args:
+        model: ``model.loss(tokens, targets)`` gives the summed loss of a batch; targets of -100 do not count.
+        batch_size: samples per replica and forward pass.
+        mesh: of a parallelized model; None for a model in one process.
+    """
+    began = time.perf_counter()
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for indices, valid in evaluation_batches(count, batch_size, replicas, replica):
+        tokens, targets = (torch.from_numpy(part).to(device) for part in samples.batch(indices))
+        targets[valid:] = IGNORED
+        total += model.loss(tokens, targets).double()  # type: ignore[operator]
+    if mesh is not None:
+        total = sum_over_replicas(total, mesh)
+    model.train(training)
+    tokens_counted = count * samples.sequence_length
+    return Evaluation(total.item() / tokens_counted, tokens_counted, count, time.perf_counter() - began)
+
+
+def config_of(target: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration saved with a run directory, a checkpoint or a merged file: the ``base`` of ``config.load``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    return _state_of(Path(target))["config"]
+
+
+def checkpoint_of(target: str | os.PathLike[str]) -> Path:
+    """The checkpoint meant by a run directory (its latest), a folder of checkpoints (the latest), or a checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(target)
+    return checkpoint.latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        return checkpoint.read_merged_state(path)
+    if not path.is_dir():
+        raise ValueError(
+            f"model: expected a run directory, a checkpoint or a .safetensors file, received {str(path)!r}"
+        )
+    return checkpoint.read_state(checkpoint_of(path))
+
+
+def evaluate_file(path: str | os.PathLike[str], config: Config) -> dict[str, Any]:
+    """Evaluate a merged file in this process alone: no process group, no mesh, the plain model.
+
+    Returns:
+        :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
+    """
+    kind = config.run.device
+    where = torch.device("cuda" if kind == "auto" and torch.cuda.is_available() else kind.replace("auto", "cpu"))
+    tensors, state = checkpoint.read_merged(path)
+    model = plain_model(config)
+    _load_whole(model, tensors)
+    samples = Samples(load_corpus(config.data.path).held_out, config.data.sequence_length)
+    count = held_out_samples(config, samples)
+    result = evaluate(model.to(where), samples, count, config.evaluation.batch_size, device=where)
+    return {"step": state["step"], "layout": "single", **result.as_dict()}
+
+
+def _load_whole(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if own != given:
+        differ = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        raise ValueError(
+            f"model: the file holds another model ({len(differ)} tensors differ), first {differ[0]}: "
+            f"expected {own.get(differ[0])}, received {given.get(differ[0])}; leave the model.* keys as they were saved"
+        )
+    model.load_state_dict(tensors)
+
+
+def evaluate_rank(target: str, values: dict[str, Any]) -> dict[str, Any]:
+    """One rank's part of evaluating a run, a checkpoint or a merged file in the configured layout.
+
+    Args:
+        target: see :func:`config_of`.
+        values: the configuration, as ``config.as_dict`` gives it.
+
+    Returns:
+        The same on every rank: :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
+    """
+    config = configuration.load(base=values)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with distributed(config.run.device) as world:
+        layout = check_layout(config, world.world_size)
+        model, path = plain_model(config), Path(target)
+        if path.is_file():
+            tensors, state = checkpoint.read_merged(path)
+            _load_whole(model, tensors)
+            model, mesh = place(model, config, world)
+        else:
+            model, mesh = place(model, config, world)
+            state = checkpoint.load(checkpoint_of(path), model)
+        samples = Samples(load_corpus(config.data.path).held_out, config.data.sequence_length)
+        result = evaluate(
+            model,
+            samples,
+            held_out_samples(config, samples),
+            config.evaluation.batch_size,
+            device=world.device,
+            mesh=mesh,
+            replica=layout.replica_of(world.rank),
+            replicas=layout.replicas,
+        )
+    return {"step": state["step"], "layout": str(layout), **result.as_dict()}

@@ -1,0 +1,329 @@
+"""The training loop: one loss for all layouts, metrics, checkpoints, and resuming to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fusemesh import config as configuration
+from fusemesh.config import Config, TrainingConfig
+from fusemesh.evaluator import check_layout, evaluate, held_out_samples, place, plain_model
+from fusemesh.hybrid import checkpoint
+from fusemesh.hybrid.data import BatchOrder
+from fusemesh.hybrid.launch import World, distributed
+from fusemesh.kernels import backends
+from fusemesh.metrics import MetricsWriter
+from fusemesh.tasks.language_model import Samples, load_corpus
+
+# What decides which samples a step takes and what the model is. A resumed run must leave these as they were.
+_FIXED_ON_RESUME = ("model.", "data.", "training.global_batch_size", "training.seed")
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss was infinite or NaN; the message names the step and the ranks."""
+
+
+def learning_rate(training: TrainingConfig, step: int) -> float:
+    """Of step ``step`` (from 0): linear warm-up to the peak, then a cosine down to the minimum at the last step."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    length = max(1, training.steps - 1 - training.warmup_steps)
+    progress = min(1.0, (step - training.warmup_steps) / length)
+    swing = (training.learning_rate - training.min_learning_rate) / 2
+    return training.min_learning_rate + swing * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW, whose decay is decoupled from the gradient and spares norms and biases (parameters with one dimension)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=training.learning_rate,
+        betas=(training.beta1, training.beta2),
+        fused=True,
+    )
+
+
+def prepare(config: Config, world_size: int, *, resume: bool) -> None:
+    """Everything about a run that can be wrong before it starts, found in one process.
+
+    Raises:
+        ValueError: named by the key to change.
+    """
+    layout = check_layout(config, world_size)
+    corpus = load_corpus(config.data.path)
+    for stream in (corpus.train, corpus.held_out):
+        samples = Samples(stream, config.data.sequence_length)
+    _order(config, len(samples), layout.replicas)
+    folder = Path(config.run.directory) / "checkpoints"
+    if resume:
+        _check_resumable(config, checkpoint.read_state(checkpoint.latest(folder))["config"])
+    elif checkpoint.all_checkpoints(folder):
+        raise ValueError(
+            f"run.directory: {config.run.directory!r} holds another run's checkpoints; go on with that run by "
+            "--resume, or choose another run.directory"
+        )
+
+
+def _order(config: Config, num_samples: int, replicas: int) -> BatchOrder:
+    training = config.training
+    return BatchOrder(
+        num_samples,
+        training.global_batch_size,
+        replicas=replicas,
+        accumulation=training.accumulation,
+        seed=training.seed,
+    )
+
+
+def _check_resumable(config: Config, saved: dict[str, Any]) -> None:
+    before = configuration.load(base=saved)
+    for key in configuration.fields_of(Config):
+        old, new = configuration.get(before, key), configuration.get(config, key)
+        if key.startswith(_FIXED_ON_RESUME) and old != new:
+            raise ValueError(
+                f"{key}: expected {old!r}, with which the run began (it decides what the model is and which samples "
+                f"each step takes), received {new!r}; leave it, or start a new run in another run.directory"
+            )
+
+
+@dataclass
+class _Step:
+    """What a step leaves on the device until metrics are due: reading it at once would stall a GPU."""
+
+    step: int
+    report: torch.Tensor  # fp64 [1 + world size]: summed loss of all replicas, then per rank whether its loss is bad
+    norm: torch.Tensor | None  # of the gradient before clipping
+
+
+class Trainer:
+    """One run on this rank.
+
+    Args:
+        config: the resolved configuration.
+        world: the ranks; their process group exists.
+        resume: go on from the latest checkpoint of ``run.directory``.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: the configuration cannot run on these ranks.
+    """
+
+    def __init__(self, config: Config, world: World, *, resume: bool = False, quiet: bool = False) -> None:
+        self.config, self.world, self.quiet = config, world, quiet
+        self.layout = check_layout(config, world.world_size)
+        self.folder = Path(config.run.directory)
+        corpus = load_corpus(config.data.path)
+        self.samples = Samples(corpus.train, config.data.sequence_length)
+        self.held_out = Samples(corpus.held_out, config.data.sequence_length)
+        self.order = _order(config, len(self.samples), self.layout.replicas)
+        self.replica = self.layout.replica_of(world.rank)
+        self.model, self.mesh = place(plain_model(config), config, world)
+        self.optimizer = build_optimizer(self.model, config.training)
+        self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
+        self.first_step = 0
+        if resume:
+            state = checkpoint.load(self.folder / "checkpoints", self.model, self.optimizer)
+            _check_resumable(config, state["config"])
+            self.first_step = state["step"]
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, evaluate, save; the summary, the same on every rank."""
+        training, run = self.config.training, self.config.run
+        began, tokens_before = time.perf_counter(), self.first_step
+        evaluating, evaluation = 0.0, None
+        with self._outputs() as metrics:
+            for step in range(self.first_step, training.steps):
+                metrics.add(self._train_step(step))
+                done = step + 1
+                last = done == training.steps
+                save = last or (run.checkpoint_every and done % run.checkpoint_every == 0)
+                if done % run.log_every == 0 or save:
+                    metrics.flush()
+                if last or (self.config.evaluation.every and done % self.config.evaluation.every == 0):
+                    evaluation = self._evaluate()
+                    evaluating += evaluation["seconds"]
+                    metrics.write_evaluation(done, evaluation)
+                if save:
+                    self._save(done)
+            training_loss = metrics.last_loss
+        seconds = time.perf_counter() - began - evaluating
+        tokens = (training.steps - tokens_before) * self.tokens_per_step
+        if evaluation is None:
+            evaluation = self._evaluate()
+        return {
+            "layout": str(self.layout),
+            "world_size": self.world.world_size,
+            "device": self.world.device.type,
+            "steps": training.steps,
+            "resumed_from": self.first_step or None,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "training_loss": training_loss,
+            "held_out": evaluation,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1) if tokens else None,
+            "backends": sorted({f"{op}: {name}" for op, name in backends.call_counts()}),
+            "directory": str(self.folder),
+        }
+
+    def _train_step(self, step: int) -> _Step:
+        training, device = self.config.training, self.world.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(training, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for indices in self.order.micro_batches(step, self.replica):
+            tokens, targets = (torch.from_numpy(part).to(device) for part in self.samples.batch(indices))
+            loss = self.model.loss(tokens, targets)
+            # The global token count, not this rank's: gradients are then summed over replicas and micro-batches, and
+            # the step is the same however they are cut.
+            (loss / self.tokens_per_step).backward()
+            total += loss.detach().double()
+        norm = None
+        if training.clip_norm > 0:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        self.optimizer.step()
+        report = torch.zeros(1 + self.world.world_size, dtype=torch.float64, device=device)
+        # The ranks of one replica hold the same loss; one of them counts.
+        report[0] = total / (self.world.world_size // self.layout.replicas)
+        report[1 + self.world.rank] = (~torch.isfinite(total)).double()
+        dist.all_reduce(report)
+        return _Step(step, report, norm)
+
+    def _evaluate(self) -> dict[str, Any]:
+        return evaluate(
+            self.model,
+            self.held_out,
+            held_out_samples(self.config, self.held_out),
+            self.config.evaluation.batch_size,
+            device=self.world.device,
+            mesh=self.mesh,
+            replica=self.replica,
+            replicas=self.layout.replicas,
+        ).as_dict()
+
+    def _save(self, step: int) -> None:
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.model,
+            self.optimizer,
+            {"step": step, "config": configuration.as_dict(self.config)},
+            step=step,
+            keep=self.config.run.keep_checkpoints,
+        )
+
+    @contextlib.contextmanager
+    def _outputs(self) -> Iterator[_Metrics]:
+        if self.world.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            configuration.save(self.config, self.folder / "config.toml")
+        writer = MetricsWriter(self.folder, self.first_step) if self.world.is_first else None
+        bar = _progress_bar(self.first_step, self.config.training.steps, self.world.is_first and not self.quiet)
+        try:
+            yield _Metrics(self.config.training, self.tokens_per_step, writer, bar)
+        finally:
+            if writer is not None:
+                writer.close()
+            if bar is not None:
+                bar.close()
+
+
+class _Metrics:
+    """Collects steps, and turns them into numbers where metrics are due."""
+
+    def __init__(self, training: TrainingConfig, tokens_per_step: int, writer: MetricsWriter | None, bar: Any) -> None:
+        self.training, self.tokens_per_step, self.writer, self.bar = training, tokens_per_step, writer, bar
+        self.pending: list[_Step] = []
+        self.since = time.perf_counter()
+        self.last_loss: float | None = None
+
+    def add(self, step: _Step) -> None:
+        self.pending.append(step)
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def flush(self) -> None:
+        """Read the pending steps; every rank calls it, at the same steps.
+
+        Raises:
+            NonFiniteLossError: naming the first bad step and the ranks where it was bad.
+        """
+        if not self.pending:
+            return
+        losses = []
+        for item in self.pending:
+            report = item.report.tolist()
+            bad = [rank for rank, flag in enumerate(report[1:]) if flag]
+            if bad:
+                raise NonFiniteLossError(
+                    f"step {item.step + 1}: the loss of rank {', '.join(map(str, bad))} is not finite; the step's "
+                    "weights are not saved. Go on with --resume from the last checkpoint, with a lower "
+                    "training.learning_rate, or a training.clip_norm above 0"
+                )
+            losses.append(report[0] / self.tokens_per_step)
+        last = self.pending[-1]
+        norm = last.norm.full_tensor() if isinstance(last.norm, DTensor) else last.norm
+        now = time.perf_counter()
+        values = {
+            "loss": sum(losses) / len(losses),
+            "learning_rate": learning_rate(self.training, last.step),
+            "gradient_norm": None if norm is None else norm.item(),
+            "tokens_per_second": len(losses) * self.tokens_per_step / (now - self.since),
+        }
+        self.pending, self.last_loss = [], values["loss"]
+        if self.writer is not None:
+            self.writer.write(last.step + 1, values)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_second']:.0f} tokens/s")
+        self.since = time.perf_counter()
+
+    def write_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, {"held_out_loss": evaluation["loss"]})
+        self.since = time.perf_counter()
+
+
+def _progress_bar(first: int, steps: int, wanted: bool) -> Any:
+    """A bar on a terminal's stderr; None elsewhere, where it would fill a log file."""
+    if not wanted or not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+
+def train_rank(values: dict[str, Any], resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """One rank's part of a run: joins the others, trains, and returns the summary, the same on every rank.
+
+    Args:
+        values: the configuration, as ``config.as_dict`` gives it.
+        resume, quiet: see :class:`Trainer`.
+    """
+    config = configuration.load(base=values)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with distributed(config.run.device) as world:
+        trainer = Trainer(config, world, resume=resume, quiet=quiet)
+        summary = trainer.run()
+        if world.is_first:
+            (trainer.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary

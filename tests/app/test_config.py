@@ -1,0 +1,118 @@
+"""The run configuration: files, overrides, errors. Layer: pure Python, no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fusemesh import config
+from fusemesh.config import Config
+
+EXAMPLE = """
+layout = "dp2 x tp2"
+[training]
+steps = 7
+learning_rate = 1
+[run]
+sequence_parallel = false
+"""
+
+
+def test_file_and_command_line_name_a_key_alike_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(EXAMPLE)
+    from_file = config.load(path)
+    assert (from_file.layout, from_file.training.steps, from_file.run.sequence_parallel) == ("dp2 x tp2", 7, False)
+    assert from_file.training.learning_rate == 1.0 and isinstance(from_file.training.learning_rate, float)
+    over = config.load(path, {"training.steps": "9", "run.sequence_parallel": "true", "layout": "fsdp4"})
+    assert (over.layout, over.training.steps, over.run.sequence_parallel) == ("fsdp4", 9, True)
+    assert over.training.learning_rate == 1.0
+    assert over == config.load(None, {"training.steps": "9", "layout": "fsdp4", "training.learning_rate": "1"})
+
+
+def test_resolved_configuration_loads_back_equal(tmp_path):
+    resolved = config.load(
+        None,
+        {"data.path": 'C:\\texts\\"é\n"', "training.learning_rate": "1e-5", "layout": "tp2", "run.keep_checkpoints": "0"},
+    )
+    config.save(resolved, tmp_path / "config.toml")
+    assert config.load(tmp_path / "config.toml") == resolved
+    assert config.load(base=config.as_dict(resolved)) == resolved
+    assert config.load(tmp_path / "config.toml", base=config.as_dict(Config())) == resolved
+
+
+def test_every_key_says_what_it_means():
+    fields = config.fields_of(Config)
+    assert len(fields) > 30 and {"layout", "model.hidden_size", "training.steps", "run.directory"} <= fields.keys()
+    for key, field in fields.items():
+        assert field.doc, key
+        assert config.get(Config(), key) == field.default
+        assert type(field.default) is field.type, key
+
+
+WRONG_OVERRIDES = [
+    ({"trainin.steps": "3"}, r"trainin\.steps: not a key of the configuration; the keys are: layout, model\.hidden_size"),
+    ({"steps": "3"}, "steps: not a key"),
+    ({"training.steps": "many"}, r"--training\.steps: expected a whole number, received 'many'"),
+    ({"training.steps": "1.5"}, r"--training\.steps: expected a whole number, received '1\.5'"),
+    ({"training.steps": "0"}, r"training\.steps: expected a number of at least 1, received 0"),
+    ({"training.learning_rate": "fast"}, r"--training\.learning_rate: expected a number, received 'fast'"),
+    ({"training.learning_rate": "nan"}, r"training\.learning_rate: expected a number of at least 0\.0, received nan"),
+    ({"training.learning_rate": "inf"}, r"training\.learning_rate: expected a number of at least 0\.0, received inf"),
+    ({"training.weight_decay": "-1"}, r"training\.weight_decay: expected a number of at least 0\.0, received -1\.0"),
+    ({"training.beta2": "1"}, r"training\.beta2: expected below 1, received 1\.0"),
+    ({"training.dtype": "fp8"}, r"training\.dtype: expected one of \('float32', 'bfloat16', 'float64'\), received 'fp8'"),
+    ({"training.accumulation": "5"}, r"training\.global_batch_size: expected a multiple of training\.accumulation = 5"),
+    ({"run.device": "tpu"}, r"run\.device: expected one of \('auto', 'cpu', 'cuda'\), received 'tpu'"),
+    ({"run.backend": "cuda"}, r"run\.backend: expected one of \('auto', 'reference', .*\), received 'cuda'"),
+    ({"run.sequence_parallel": "1"}, r"--run\.sequence_parallel: expected true or false, received '1'"),
+    ({"model.num_kv_heads": "3"}, r"model\.num_kv_heads: expected a divisor of model\.num_heads = 4, received 3"),
+    ({"model.hidden_size": "100"}, r"model\.hidden_size: expected a multiple of 2 \* model\.num_heads = 8 .*received 100"),
+    ({"model.num_layers": "0"}, r"model\.num_layers: expected a number of at least 1, received 0"),
+    ({"data.sequence_length": "0"}, r"data\.sequence_length: expected a number of at least 1, received 0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG_OVERRIDES, ids=[str(case[0]) for case in WRONG_OVERRIDES])
+def test_wrong_overrides(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(None, overrides)
+
+
+WRONG_FILES = [
+    ("layout = 3", r"layout: expected str, received 3 \(int\)"),
+    ("[training]\nsteps = true", r"training\.steps: expected int, received True \(bool\)"),
+    ("[training]\nsteps = 1.0", r"training\.steps: expected int, received 1\.0 \(float\)"),
+    ("[training]\nspets = 1", r"training\.spets: not a key"),
+    ("training = 5", r"training: expected a section \[training\], received 5"),
+    ("[run]\nsequence_parallel = 1", r"run\.sequence_parallel: expected bool, received 1 \(int\)"),
+    ("[optimizer]\nlr = 1", "optimizer: not a key"),
+    ("steps = = 1", r"config: '.*wrong\.toml' is not valid TOML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG_FILES, ids=[case[0] for case in WRONG_FILES])
+def test_wrong_files(tmp_path, text, message):
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"config: expected a TOML file, received '.*absent\.toml': No such file"):
+        config.load(tmp_path / "absent.toml")
+
+
+def test_command_line_starts_without_torch():
+    code = (
+        "import sys, fusemesh.cli as cli\n"
+        "try:\n    cli.main(['--version'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "try:\n    cli.main(['train', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert cli.main(['train', '--training.steps', 'x']) == 2\n"
+        "assert not {'torch', 'triton', 'numpy'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fusemesh 0.") and "--model.hidden_size" in done.stdout
+    assert "fusemesh train: error: --training.steps: expected a whole number, received 'x'" in done.stderr

@@ -1,0 +1,18 @@
+"""Layer: kernels on a real GPU. The cases of bench/gpu_cases.py: forward, gradients, equal bits on every repeat."""
+
+from __future__ import annotations
+
+import gpu_cases
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("case", gpu_cases.ATTENTION, ids=lambda case: case.name)
+def test_attention(case: gpu_cases.Attention) -> None:
+    gpu_cases.verify(case, "cuda")
+
+
+@pytest.mark.parametrize("case", gpu_cases.LINEAR, ids=lambda case: case.name)
+def test_linear(case: gpu_cases.Linear) -> None:
+    gpu_cases.verify(case, "cuda")

@@ -1,0 +1,158 @@
+"""Checkpoints: round trip, another layout, merging, and what a crash leaves. Layers: one process; 4 gloo ranks."""
+
+import json
+
+import checkpoint_ranks as ranks
+import pytest
+import torch
+from torch import nn
+
+from fusemesh.hybrid import checkpoint
+from fusemesh.hybrid.testing import RankPool
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def saved(pool, tmp_path_factory):
+    """A checkpoint that dp2 x tp2 wrote after 3 steps, and every tensor it should hold."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, pool.run(ranks.train_and_save, "dp2 x tp2", str(folder), 3)[0]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """5 steps in one process, plain modules and plain tensors."""
+    model = ranks.plain_model(seed=1)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    ranks.train(model, optimizer := torch.optim.AdamW(groups, lr=1e-2), ranks.Layout(), 0, range(5))
+    return ranks.snapshot(model, optimizer)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["dp2 x tp2", "fsdp4", "tp4", "fsdp2 x tp2", "dp2", "single"])
+def test_a_checkpoint_loads_into_any_layout(pool, saved, uninterrupted, layout):
+    folder, expected = saved
+    world = ranks.Layout.parse(layout).world_size
+    for state, loaded, after, decays in pool.run(ranks.load_and_go_on, layout, str(folder), range(3, 5), ranks=world):
+        assert state == {"step": 3, "layout": "dp2 x tp2"}
+        assert loaded.keys() == expected.keys() and len(loaded) > 60
+        for name in expected:
+            assert torch.equal(loaded[name], expected[name]), name
+        assert decays == [0.1, 0.0]
+        # Going on, the layouts differ by the order of sums alone.
+        for name, value in uninterrupted.items():
+            assert (after[name] - value).norm() <= 1e-10 * value.norm(), name
+
+
+@pytest.mark.distributed
+def test_merged_file_holds_the_plain_model(saved, tmp_path):
+    folder, expected = saved
+    assert not torch.distributed.is_initialized()
+    summary = checkpoint.merge(folder, tmp_path / "deep" / "model.safetensors")
+    tensors, state = checkpoint.read_merged(tmp_path / "deep" / "model.safetensors")
+    plain = ranks.plain_model().state_dict()
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {name: tuple(t.shape) for name, t in plain.items()}
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    assert state == checkpoint.read_merged_state(tmp_path / "deep" / "model.safetensors")
+    assert state == {"step": 3, "layout": "dp2 x tp2"}
+    assert summary["parameters"] == sum(tensor.numel() for tensor in plain.values())
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.distributed
+def test_every_rank_hears_of_a_failure_on_the_first(pool, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    messages = pool.run(ranks.save_into, str(file), ranks=2)
+    assert all("file" in message and "saved" not in message for message in messages)
+    messages = pool.run(ranks.load_from, str(tmp_path), ranks=2)
+    assert all(message.startswith("checkpoint: expected a folder step-*") for message in messages)
+
+
+def small():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def step(model, optimizer, seed):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+def test_one_process_without_a_group_goes_on_to_the_bit(tmp_path):
+    model, optimizer = small()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    path = checkpoint.save(tmp_path, model, optimizer, {"note": "ä"}, step=3)
+    assert path == tmp_path / "step-00000003" == checkpoint.latest(tmp_path) == checkpoint.latest(path)
+    other, other_optimizer = small()
+    assert checkpoint.load(path, other, other_optimizer) == {"note": "ä"}
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(other, other_optimizer, seed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_crash_while_writing_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch):
+    model, optimizer = small()
+    step(model, optimizer, 0)
+    whole = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.dcp, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, model, optimizer, {"step": 2}, step=2)
+    (tmp_path / "step-00000007").mkdir()  # a folder without a marker is no checkpoint
+    assert checkpoint.latest(tmp_path) == whole
+    assert len(list(tmp_path.glob(".unfinished-*"))) == 1
+    checkpoint.save(tmp_path, model, optimizer, {"step": 2}, step=2)
+    assert checkpoint.read_state(checkpoint.latest(tmp_path)) == {"step": 2}
+    assert not list(tmp_path.glob(".unfinished-*"))
+
+
+def test_the_same_step_is_replaced_and_only_the_newest_are_kept(tmp_path):
+    model, optimizer = small()
+    for number, state in ((9, 0), (10, 1), (10, 2), (100, 3)):
+        checkpoint.save(tmp_path, model, optimizer, {"state": state}, step=number, keep=2)
+    found = checkpoint.all_checkpoints(tmp_path)
+    assert [checkpoint.step_of(path) for path in found] == [10, 100]
+    assert [checkpoint.read_state(path) for path in found] == [{"state": 2}, {"state": 3}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+
+
+def test_wrong_input(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint: expected a folder step-\* with checkpoint.json in .*found none"):
+        checkpoint.latest(tmp_path)
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        checkpoint.read_state(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a \.safetensors file, received .*nowhere.*not found"):
+        checkpoint.read_merged(tmp_path / "nowhere.safetensors")
+    (tmp_path / "text.safetensors").write_text("this is no safetensors file")
+    with pytest.raises(ValueError, match=r"expected a \.safetensors file"):
+        checkpoint.read_merged(tmp_path / "text.safetensors")
+
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="expected a file that `fusemesh merge` wrote"):
+        checkpoint.read_merged(tmp_path / "other.safetensors")
+
+    model, optimizer = small()
+    path = checkpoint.save(tmp_path, model, optimizer, {}, step=1)
+    with pytest.raises(
+        ValueError, match=r"holds another model \(5 tensors differ\).*stored \(5, 3\), in the model \(4, 3\)"
+    ):
+        checkpoint.load(path, nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2), nn.Linear(2, 2)))
+    (path / "checkpoint.json").write_text(json.dumps({"format": 2, "state": {}}))
+    with pytest.raises(ValueError, match="expected format 1, received 2"):
+        checkpoint.read_state(path)

@@ -1,0 +1,214 @@
+"""Rank from the environment (pure), and processes of this machine that fail, hang, die, or lose their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import launch_ranks
+import pytest
+
+from fusemesh.hybrid.launch import Place, distributed, first_node, launch_local, rank_from_environment
+from fusemesh.hybrid.local_ranks import LocalRanks, RankError
+from fusemesh.hybrid.testing import RankPool
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "2",  # not in rank order, as Open MPI 5 may number them
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+PMI = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "10.0.0.7"}
+SLURM = {
+    "SLURM_PROCID": "9",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_JOB_ID": "77",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (TORCHRUN, Place("torchrun", 5, 8, 1, 4, "node0", 29500)),
+        ({**TORCHRUN, **SLURM, **OPEN_MPI}, Place("torchrun", 5, 8, 1, 4, "node0", 29500)),
+        ({**OPEN_MPI, "MASTER_PORT": "1234"}, Place("Open MPI", 1, 4, 2, 4, "127.0.0.1", 1234)),
+        ({**PMI, "MASTER_PORT": "1234"}, Place("MPI (PMI)", 3, 4, 1, 2, "10.0.0.7", 1234)),
+        ({**SLURM, "MASTER_PORT": "1234"}, Place("Slurm", 9, 16, 1, 0, "gpu003", 1234)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1", "MASTER_PORT": "1"}, Place("MPI (PMI)", 0, 1, 0, 0, "127.0.0.1", 1)),
+        ({}, None),
+        # Inside an allocation, but not a step of it: one process.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "77"}, None),
+        ({"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, None),
+    ],
+)
+def test_rank_from_environment(environ: dict[str, str], expected: Place | None) -> None:
+    assert rank_from_environment(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "parts"),
+    [
+        ({**TORCHRUN, "RANK": "8"}, ["RANK: ", "0 to WORLD_SIZE - 1 = 7", "received 8"]),
+        ({**TORCHRUN, "RANK": "one"}, ["RANK: ", "expected an integer", "'one'"]),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ["MASTER_ADDR: not set", "Open MPI", "4 ranks"]),
+        ({k: v for k, v in PMI.items() if k != "MASTER_ADDR"}, ["MASTER_ADDR: not set"]),
+        ({"PMI_RANK": "1", "PMI_SIZE": "4", "MASTER_ADDR": "a"}, ["MPI_LOCALRANKID: not set", "torchrun"]),
+        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"}, ["MASTER_PORT: not set"]),
+    ],
+)
+def test_rank_from_environment_refuses(environ: dict[str, str], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        rank_from_environment(environ)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_the_port_follows_from_the_run() -> None:
+    """Equal on all ranks of a run, without talking; different between runs; out of the range that systems hand out."""
+
+    def port(**change: str) -> int:
+        place = rank_from_environment({**SLURM, **change})
+        assert place is not None
+        return place.master_port
+
+    assert port(SLURM_PROCID="0", SLURM_LOCALID="0") == port(SLURM_PROCID="9")
+    ports = {port(SLURM_JOB_ID=str(job)) for job in range(50)}
+    assert len(ports) > 45 and min(ports) >= 20000 and max(ports) < 30000
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[003-006,9],login1", "gpu003"),
+        ("gpu[3,5]", "gpu3"),
+        ("a-b1,a-b2", "a-b1"),
+        ("rack[1-2]n", "rack1n"),
+    ],
+)
+def test_first_node(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+def test_a_plain_process_is_a_world_of_one() -> None:
+    import torch.distributed as dist
+
+    with distributed("cpu") as world:
+        assert (world.rank, world.world_size, world.is_first) == (0, 1, True)
+        assert dist.is_initialized()
+    assert not dist.is_initialized()
+    with pytest.raises(KeyError), distributed("cpu"):
+        raise KeyError
+    assert not dist.is_initialized()
+    with pytest.raises(ValueError, match="device: expected auto, cpu or cuda, received 'tpu'"), distributed("tpu"):
+        pass
+
+
+@pytest.mark.distributed
+def test_launch_local() -> None:
+    """Fresh processes under torchrun's variables, with the environment given; results in rank order."""
+    results = launch_local(2, launch_ranks.describe, "argument", env={"FUSEMESH_BACKEND": "reference"})
+    assert results == [
+        {"rank": rank, "world_size": 2, "sum": 3.0, "argument": "argument", "backend": "reference"} for rank in range(2)
+    ]
+
+
+@pytest.mark.distributed
+def test_failures() -> None:
+    """Every rank's failure is told, of whatever kind, and the next call finds healthy ranks."""
+    with LocalRanks(3) as ranks:
+        assert ranks.call(launch_ranks.own_rank) == [0, 1, 2]
+        processes = [process.pid for process in ranks._processes]
+
+        with pytest.raises(RankError) as caught:
+            ranks.call(launch_ranks.fail_on, (0, 2))
+        assert sorted(caught.value.failures) == [0, 2] and not caught.value.unfinished
+        for rank in (0, 2):
+            assert f"ZeroDivisionError: rank {rank} fails" in caught.value.failures[rank]
+            assert "in fail_on" in caught.value.failures[rank]
+            assert caught.value.failures[rank].strip() in str(caught.value)
+        assert ranks.call(launch_ranks.own_rank, ranks=2) == [0, 1]
+        assert [process.pid for process in ranks._processes] == processes
+
+        with pytest.raises(RankError, match=r"rank 1 ---\ndied by signal 9 \(SIGKILL") as caught:
+            ranks.call(launch_ranks.die_on, 1)
+        assert list(caught.value.failures) == [1]
+        assert ranks.call(launch_ranks.own_rank) == [0, 1, 2]
+
+        with pytest.raises(RankError, match=r"ranks \[2\] did not finish") as caught:
+            ranks.call(launch_ranks.hang_on, 2, timeout=1)
+        assert "in hang_on" in caught.value.unfinished[2]
+        assert ranks.call(launch_ranks.own_rank) == [0, 1, 2]
+
+        with pytest.raises(ValueError, match="fn: expected a function and arguments that another process can import"):
+            ranks.call(lambda: None)
+        with pytest.raises(ValueError, match="ranks: expected 1 to 3, received 4"):
+            ranks.call(launch_ranks.own_rank, ranks=4)
+    with pytest.raises(ValueError, match="nproc: expected at least 1, received 0"):
+        LocalRanks(0)
+
+
+@pytest.mark.distributed
+def test_one_pool_makes_worlds_of_any_size() -> None:
+    """Each call has a group of its own, also after one that failed."""
+    with RankPool(2) as pool:
+        for size in (2, 1, 2):
+            assert pool.run(launch_ranks.world_of, ranks=size) == [(rank, size) for rank in range(size)]
+        with pytest.raises(RankError, match="1 of 2 ranks failed, rank 1 first"):
+            pool.run(launch_ranks.fail_in_group, 1)
+        assert pool.run(launch_ranks.world_of) == [(0, 2), (1, 2)]
+
+
+@pytest.mark.distributed
+def test_a_failure_frees_the_others_from_a_collective() -> None:
+    """Two ranks wait for a third that has failed: they end too, and the first failure is told first."""
+    with pytest.raises(RankError, match="rank 1 first") as caught:
+        launch_local(3, launch_ranks.fail_before_a_collective, 1)
+    assert "ZeroDivisionError" in caught.value.failures[1]
+
+
+@pytest.mark.distributed
+def test_no_rank_outlives_its_parent(tmp_path: object) -> None:
+    """The parent is killed, so that it can end nobody; the ranks follow by themselves."""
+    code = f"import launch_ranks; launch_ranks.parent({str(tmp_path)!r})"
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(launch_ranks.__file__)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=env)
+    files = [os.path.join(str(tmp_path), f"{rank}.pid") for rank in range(2)]
+    try:
+        _until(lambda: all(os.path.exists(file) for file in files), 90, "the ranks did not start")
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    for file in files:
+        with open(file) as stream:
+            pid = int(stream.read())
+        _until(lambda pid=pid: not _alive(pid), 30, f"rank {pid} is still there")
+
+
+def _until(condition: object, seconds: float, message: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, message
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

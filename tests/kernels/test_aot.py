@@ -1,0 +1,197 @@
+"""Layer: kernels, ahead of time. The compiler's report is true, and refuses what it cannot do; toy kernels only."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fusemesh.kernels import aot
+from fusemesh.kernels.launch import TARGETS, Target, launch
+
+pytestmark = pytest.mark.aot
+
+
+@triton.jit(do_not_specialize=["M", "K"])
+def product_kernel(
+    p_a,
+    p_b,
+    p_c,
+    strides,
+    M,
+    K,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_ATOMIC: tl.constexpr,
+):
+    """c [M, BLOCK_N] = scale * a [M, K] b [K, BLOCK_N]; strides are three pairs."""
+    o_m = tl.cast(tl.program_id(0), tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    m_m = o_m[:, None] < M
+    # [BLOCK_M, BLOCK_N]
+    b_c = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
+        b_a = tl.load(p_a + o_m[:, None] * strides[0][0] + o_k[None, :] * strides[0][1], mask=m_m, other=0.0)
+        b_b = tl.load(p_b + o_k[:, None] * strides[1][0] + o_n[None, :] * strides[1][1])
+        b_c = tl.dot(b_a, b_b, b_c)
+    p_bc = p_c + o_m[:, None] * strides[2][0] + o_n[None, :] * strides[2][1]
+    if IS_ATOMIC:
+        tl.atomic_add(p_bc, b_c * scale, mask=m_m)
+    else:
+        tl.store(p_bc, b_c * scale, mask=m_m)
+
+
+def product(
+    block_m: int = 64,
+    block_n: int = 64,
+    *,
+    warps: int = 4,
+    stages: int = 3,
+    atomic: bool = False,
+    offset: int = 0,
+    times: int = 1,
+) -> Callable[[], None]:
+    def run() -> None:
+        a = torch.empty(300 * 256 + offset, dtype=torch.bfloat16)[offset:].view(300, 256)
+        b = torch.empty(256, block_n, dtype=torch.bfloat16)
+        c = torch.empty(300, block_n)
+        for _ in range(times):
+            launch(
+                product_kernel,
+                (triton.cdiv(300, block_m),),
+                a,
+                b,
+                c,
+                (a.stride(), b.stride(), c.stride()),
+                300,
+                256,
+                0.5,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                BLOCK_K=64,
+                IS_ATOMIC=atomic,
+                num_warps=warps,
+                num_stages=stages,
+            )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("target", "opcode"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")]
+)
+def test_report_of_a_clean_kernel(target: str, opcode: str) -> None:
+    (report,) = aot.compile_launches(product(times=2), target)
+    assert report.kernel == "product_kernel" and report.target == target and report.launches == 2
+    assert report.tile == "64x64x64 w4 s3"
+    assert 16 < report.registers <= 255 and report.instructions > 100
+    assert report.spill_stores == report.spill_loads == 0
+    # Two operands of 64 x 64 bf16, in flight at least once.
+    assert 2 * 64 * 64 * 2 <= report.shared_memory <= report.shared_memory_limit and report.fits
+    assert report.tensor_core and all(name.startswith(opcode) for name in report.tensor_core)
+    assert report.atomics == {}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_atomics_are_found(target: str) -> None:
+    (report,) = aot.compile_launches(product(atomic=True), target)
+    assert sum(report.atomics.values()) >= 16, report
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_spills_are_found(target: str) -> None:
+    # 256 x 256 fp32 accumulators over 4 warps are 512 registers a thread on sm_80, and as many as there are on gfx942.
+    (report,) = aot.compile_launches(product(256, 256, warps=4), target)
+    assert report.spill_stores > 1000 and report.spill_loads > 1000, report
+
+
+def test_spilled_bytes_are_those_that_ptxas_counts(tmp_path) -> None:
+    (item,) = aot.record_launches(product(256, 128, warps=4), TARGETS["sm_80"])
+    with aot._driver_for(TARGETS["sm_80"]):
+        compiled = item.kernel.warmup(*item.args, grid=item.grid, **item.kwargs)
+    (report,) = aot.compile_launches(product(256, 128, warps=4), "sm_80")
+    ptx = tmp_path / "kernel.ptx"
+    ptx.write_text(compiled.asm["ptx"])
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "-lineinfo", "--gpu-name=sm_80", ptx, "-o", tmp_path / "cubin"]
+    log = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stderr
+    assert f"{report.spill_stores} bytes spill stores, {report.spill_loads} bytes spill loads" in log
+    assert f"Used {report.registers} registers" in log
+
+
+def test_shared_memory_beyond_the_device_is_flagged() -> None:
+    small = Target("cuda", 80, 32768)
+    (report,) = aot.compile_launches(product(stages=3), small)
+    assert report.shared_memory > report.shared_memory_limit == 32768 and not report.fits
+    assert "TOO MUCH" in aot.table([report])
+
+
+def test_alignment_and_types_are_those_of_the_launch() -> None:
+    (aligned,) = aot.compile_launches(product(), "sm_80")
+    (misaligned,) = aot.compile_launches(product(offset=1), "sm_80")
+    # Rows that do not start on 16 bytes are read an element at a time.
+    assert misaligned.instructions > 1.2 * aligned.instructions
+
+
+def test_each_machine_code_is_reported_once() -> None:
+    def run() -> None:
+        product(times=2)()
+        product(32)()
+        product()()
+
+    reports = aot.compile_launches(run, "sm_80")
+    assert [(report.tile, report.launches) for report in reports] == [("64x64x64 w4 s3", 3), ("32x64x64 w4 s3", 1)]
+
+
+def test_a_grid_without_programs_is_no_launch() -> None:
+    def run() -> None:
+        launch(product_kernel, (0,))
+
+    with pytest.raises(ValueError, match=r"fn: expected .* received .* none"):
+        aot.compile_launches(run, "sm_90")
+
+
+def test_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target: expected one of \('sm_80'.*received 'sm_91'"):
+        aot.compile_launches(product(), "sm_91")
+
+
+def test_the_driver_is_put_back() -> None:
+    from triton.runtime import driver
+
+    before = driver._active
+    with pytest.raises(ZeroDivisionError), aot._driver_for(TARGETS["sm_90"]):
+        assert driver.active.get_current_target().arch == 90
+        raise ZeroDivisionError
+    assert driver._active is before
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot.env, "INTERPRET", True)
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET: expected it unset .* received 1"):
+        aot.compile_launches(product(), "sm_90")
+
+
+def test_triton_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="triton: expected it installed"):
+        aot.compile_launches(product(), "sm_90")
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--target", "sm_80", "--kernel", "linear", "--dtype", "bf16", "--no-backward"]
+    assert aot.main(arguments) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["kernel", "target", "tile"] and line.split()[:2] == ["linear_forward_kernel", "sm_80"]
+    assert aot.main([*arguments, "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["kernel"] == "linear_forward_kernel" and report["atomics"] == {} and report["registers"] > 0

@@ -1,0 +1,98 @@
+"""What the ranks do in tests/hybrid/test_launch.py. Imported by the ranks, so it holds no tests.
+
+torch is imported only where it is needed: most of what can befall a process does not need it, and starts sooner.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from fusemesh.hybrid.local_ranks import LocalRanks
+
+
+def describe(argument: str) -> dict[str, Any]:
+    """Who this rank is, a sum over the ranks, and what reached it."""
+    import torch
+    import torch.distributed as dist
+
+    from fusemesh.hybrid.launch import distributed
+    from fusemesh.kernels import env
+
+    with distributed("cpu") as world:
+        total = torch.tensor([world.rank + 1.0])
+        dist.all_reduce(total)
+        return {
+            "rank": world.rank,
+            "world_size": world.world_size,
+            "sum": total.item(),
+            "argument": argument,
+            "backend": env.BACKEND,
+        }
+
+
+def own_rank() -> int:
+    """This rank, by its environment."""
+    return int(os.environ["RANK"])
+
+
+def fail_on(ranks: tuple[int, ...]) -> None:
+    """Raise on some ranks."""
+    if own_rank() in ranks:
+        raise ZeroDivisionError(f"rank {own_rank()} fails")
+
+
+def die_on(rank: int) -> None:
+    """One rank is killed."""
+    if own_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang_on(rank: int) -> None:
+    """One rank does not return."""
+    if own_rank() == rank:
+        time.sleep(600)
+
+
+def world_of(world: Any) -> tuple[int, int]:
+    """Rank and world size, after a collective over this call's group."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    return world.rank, world.world_size
+
+
+def fail_in_group(world: Any, rank: int) -> None:
+    """One rank raises, the others return."""
+    if world.rank == rank:
+        raise ZeroDivisionError
+
+
+def fail_before_a_collective(rank: int) -> None:
+    """One rank raises while the others wait for it."""
+    import torch.distributed as dist
+
+    from fusemesh.hybrid.launch import distributed
+
+    with distributed("cpu") as world:
+        if world.rank == rank:
+            raise ZeroDivisionError
+        dist.barrier()
+
+
+def parent(folder: str) -> None:
+    """Start two ranks that never end."""
+    with LocalRanks(2) as ranks:
+        ranks.call(sleep, folder)
+
+
+def sleep(folder: str) -> None:
+    """Say that this process exists, then sleep."""
+    file = Path(folder) / f"{os.environ['RANK']}.pid"
+    part = file.with_suffix(".part")
+    part.write_text(str(os.getpid()))
+    part.rename(file)
+    time.sleep(600)

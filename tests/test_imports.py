@@ -1,0 +1,227 @@
+"""Layer: source text and one fresh process. Dependencies point downwards: tests -> fusemesh -> hybrid -> kernels."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fresh_process
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {"src/fusemesh": "fusemesh", "hybrid": "fusemesh.hybrid", "kernels": "fusemesh.kernels"}
+# What may not be imported from a floor: everything above it.
+ABOVE = {"fusemesh": (), "fusemesh.hybrid": ("fusemesh",), "fusemesh.kernels": ("fusemesh", "fusemesh.hybrid")}
+# Third-party packages of the lower floors; the application's are the extras of pyproject.toml.
+THIRD_PARTY = {
+    "fusemesh.hybrid": {"torch", "numpy", "safetensors"},
+    "fusemesh.kernels": {"torch", "triton", "numpy"},
+}
+LEAVES = ("fusemesh.kernels.env", "fusemesh.kernels.attention.spec")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its full name."""
+    found = {}
+    for folder, package in FLOORS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+MODULES = modules()
+
+
+def floor_of(module: str) -> str:
+    """The floor that a module stands on; csrc counts as kernels, whose engine it holds."""
+    for floor in ("fusemesh.hybrid", "fusemesh.kernels"):
+        if module == floor or module.startswith(floor + "."):
+            return floor
+    if module == "fusemesh.csrc" or module.startswith("fusemesh.csrc."):
+        return "fusemesh.kernels"
+    return "fusemesh"
+
+
+def imports(
+    module: str, source: str, is_package: bool, top_level_only: bool = False
+) -> Iterator[tuple[str, bool, int]]:
+    """(imported module, whether relative, line) for every import: absolute, relative, in functions, by a literal name.
+
+    ``from package import name`` yields ``package.name``, which may be a module or an attribute of one.
+    """
+    tree = ast.parse(source)
+    nodes = _at_import_time(tree) if top_level_only else ast.walk(tree)
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, False, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                yield ".".join([*base, alias.name]), node.level > 0, node.lineno
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            first = node.args[0] if node.args else None
+            if name in ("import_module", "__import__") and isinstance(first, ast.Constant):
+                yield str(first.value), False, node.lineno
+
+
+def _at_import_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: not in functions, not for type checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        yield from _at_import_time(node)
+
+
+def arrows_up(module: str, source: str, is_package: bool = False) -> list[str]:
+    """Imports of a module that point upwards, cross floors relatively, or reach a package its floor may not use."""
+    floor, wrong = floor_of(module), []
+    for target, relative, line in imports(module, source, is_package):
+        root = target.partition(".")[0]
+        where = f"{module}:{line} imports {target}"
+        if root == "fusemesh":
+            target_floor = "fusemesh" if target == "fusemesh" else floor_of(target)
+            if target_floor in ABOVE[floor]:
+                wrong.append(f"{where}: {floor} stands below {target_floor}")
+            elif relative and target_floor != floor:
+                wrong.append(f"{where}: relative across floors, write it absolutely")
+            elif not relative and target_floor == floor and floor != "fusemesh":
+                wrong.append(f"{where}: absolute inside a floor, write it relatively")
+        elif floor in THIRD_PARTY and root not in sys.stdlib_module_names and root not in THIRD_PARTY[floor]:
+            wrong.append(f"{where}: {floor} may use only {sorted(THIRD_PARTY[floor])}")
+    return wrong
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str) -> None:
+    path = MODULES[module]
+    assert arrows_up(module, path.read_text(), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fusemesh.kernels.attention.api", "import fusemesh.hybrid.layout"),
+        ("fusemesh.kernels.attention.api", "from fusemesh.hybrid import layout"),
+        ("fusemesh.kernels.attention.api", "from fusemesh import hybrid"),
+        ("fusemesh.kernels.attention.api", "import fusemesh"),
+        ("fusemesh.kernels.attention.api", "from ...hybrid import layout"),
+        ("fusemesh.kernels.attention.api", "from ... import transformer"),
+        (
+            "fusemesh.kernels.attention.api",
+            "def f():\n    if True:\n        from fusemesh.trainer import fit",
+        ),
+        ("fusemesh.kernels.attention.api", "import importlib\nimportlib.import_module('fusemesh.trainer')"),
+        ("fusemesh.kernels.attention.api", "from fusemesh.kernels import backends"),
+        ("fusemesh.kernels.attention.api", "import tqdm"),
+        ("fusemesh.hybrid.apply", "from fusemesh import Transformer"),
+        ("fusemesh.hybrid.apply", "from fusemesh.trainer import train"),
+        ("fusemesh.hybrid.apply", "from ..kernels import backends"),
+        ("fusemesh.hybrid.apply", "from .. import cli"),
+        ("fusemesh.hybrid.apply", "def f():\n    import triton"),
+        ("fusemesh.trainer", "from .hybrid import layout"),
+    ],
+)
+def test_the_check_finds_planted_arrows(module: str, source: str) -> None:
+    assert len(arrows_up(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fusemesh.kernels.attention.api", "from .. import backends\nfrom .spec import Origin\nimport torch, math"),
+        ("fusemesh.kernels.attention.cpu", "def f():\n    from ..engine import library"),
+        ("fusemesh.hybrid.apply", "from fusemesh.kernels import backends\nfrom .layout import Layout"),
+        ("fusemesh.trainer", "from fusemesh.hybrid.layout import Layout\nfrom . import metrics\nimport tqdm"),
+    ],
+)
+def test_the_check_allows_what_is_right(module: str, source: str) -> None:
+    assert arrows_up(module, source) == []
+
+
+def family(module: str) -> str | None:
+    """Which of the implementations that must not know each other a module belongs to."""
+    name = module.rpartition(".")[2]
+    if not module.startswith("fusemesh.kernels.") or module.count(".") < 3:
+        return None
+    for prefix, kind in (("triton_", "triton"), ("hopper", "hopper"), ("cpu", "cpu"), ("reference", "reference")):
+        if name.startswith(prefix):
+            return kind
+    return None
+
+
+def reachable(module: str, top_level_only: bool) -> set[str]:
+    """Our modules that ``module`` imports, directly or not; packages themselves are passed over."""
+    seen: set[str] = set()
+    pending = [module]
+    while pending:
+        current = pending.pop()
+        path = MODULES[current]
+        for target, _, _ in imports(current, path.read_text(), path.name == "__init__.py", top_level_only):
+            for name in (target, target.rpartition(".")[0]):
+                if name in MODULES and MODULES[name].name != "__init__.py" and name not in seen:
+                    seen.add(name)
+                    pending.append(name)
+    return seen
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if family(name)))
+def test_implementations_do_not_know_each_other(module: str) -> None:
+    """Not even through a third module: a reference that shares code with what it judges judges nothing."""
+    # Functions are passed over here: backends.why_unavailable asks, inside one, whether the engine's binding can load.
+    others = {name for name in reachable(module, top_level_only=True) if family(name) not in (None, family(module))}
+    assert others == set()
+    path = MODULES[module]
+    direct = {target for target, _, _ in imports(module, path.read_text(), False)}
+    assert {name for name in direct if family(name) not in (None, family(module))} == set()
+
+
+@pytest.mark.parametrize("module", LEAVES)
+def test_leaves_import_nothing_of_ours(module: str) -> None:
+    targets = [target for target, _, _ in imports(module, MODULES[module].read_text(), False)]
+    assert targets and not [target for target in targets if target.startswith("fusemesh")]
+
+
+TORCH_ONLY = sorted(
+    name
+    for name in MODULES
+    if name.startswith("fusemesh.kernels.")
+    and name.rpartition(".")[2] in ("api", "ops", "reference", "parallel", "spec")
+)
+
+
+@pytest.mark.parametrize("module", TORCH_ONLY)
+def test_torch_only_modules_reach_no_triton_when_imported(module: str) -> None:
+    for name in {module, *reachable(module, top_level_only=True)}:
+        path = MODULES[name]
+        roots = {target.partition(".")[0] for target, _, _ in imports(name, path.read_text(), False, True)}
+        assert "triton" not in roots, f"{module} reaches {name}, which imports triton"
+
+
+def test_importing_the_package_imports_neither_torch_nor_triton() -> None:
+    fresh_process.run(
+        """
+        import sys
+        import fusemesh
+        assert fusemesh.__version__ and "flash_attention" in dir(fusemesh)
+        heavy = {"torch", "triton", "numpy"} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    )
+
+
+def test_public_names_do_not_hide_modules() -> None:
+    """A function re-exported under its module's name would make the module unreachable by import ... as."""
+    import fusemesh
+
+    siblings = {path.stem for path in (ROOT / "src/fusemesh").glob("*.py")} | {"kernels", "hybrid", "csrc"}
+    assert len(fusemesh.__all__) > 5 and not set(fusemesh.__all__) & siblings
