@@ -55,11 +55,11 @@ lint: $(STAMP) ## formatting, lint, types
 	MYPYPATH=.venvs/types $(BIN)/mypy -p fusemesh
 
 bench: $(STAMP) ## every backend against PyTorch's own; tables, and JSON under bench/results/
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/pytest bench
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app,test,lint]"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[app,test,lint]"
 	@touch $@
 
 clean: ## remove environments and everything built

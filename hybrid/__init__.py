@@ -5,7 +5,7 @@ if __name__ == "hybrid":
     # publishes a package called `kernels`, and transformers probes for it by importing it). Under that name this is
     # an empty shell: importable, of version 0, and with nothing in it. The code lives at fusemesh.hybrid.
     __version__ = "0"
-    __path__: list[str] = []
+    __path__ = []
 
     def __getattr__(name: str) -> object:
         raise AttributeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
 
 
-def _sizes(model: nn.Module) -> dict[str, int]:
+def _sizes(model: nn.Module) -> dict[str, Any]:
     """What the model's configuration says of the sizes that a layout must fit."""
     config = getattr(model, "config", None)
     names = ("num_heads", "num_kv_heads", "intermediate_size")

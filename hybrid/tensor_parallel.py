@@ -72,8 +72,7 @@ class ColumnParallelLinear(TensorParallelModule):
     """y = act(x W^T + bias), or act(x W^T + bias) * (x W_up^T); the output features are split over tp.
 
     Local shapes: x [B, S, in], or [B, S / tp, in] under sequence parallel; ``weight``, ``weight_up`` [out / tp, in];
-    ``bias`` [out / tp]; y [B, S, out / tp]. The first dimension need not divide: the parts are those of torch.chunk,
-    the last of which may be smaller or empty.
+    ``bias`` [out / tp]; y [B, S, out / tp]. tp need not divide ``out``: see :func:`own_rows`.
 
     Args:
         in_features, out_features: of the whole layer.
@@ -112,8 +111,10 @@ class ColumnParallelLinear(TensorParallelModule):
 
     @property
     def replicated(self) -> bool:
-        """Whether there are fewer heads than ranks, so that every rank stores all of them."""
-        return self.num_heads is not None and self.num_heads < self.ranks
+        """Whether every rank stores all rows: with fewer heads than ranks, or if a rank would be left with none."""
+        if self.num_heads is not None:
+            return self.num_heads < self.ranks
+        return leaves_none(self.out_features, self.ranks)
 
     @property
     def local_heads(self) -> int:
@@ -134,7 +135,8 @@ class ColumnParallelLinear(TensorParallelModule):
         part = super().local(name)
         if part is None or not self.replicated:
             return part
-        assert self.num_heads is not None
+        if self.num_heads is None:
+            return part[own_rows(self.out_features, self.ranks, self.rank)]
         rows = self.out_features // self.num_heads
         head = self.rank * self.num_heads // self.ranks
         return part.narrow(0, head * rows, rows)
@@ -201,8 +203,8 @@ class RowParallelLinear(TensorParallelModule):
 class VocabParallelEmbedding(TensorParallelModule):
     """Rows of a table by token id; the rows are split over tp, unevenly where tp does not divide the vocabulary.
 
-    Local shapes: ids [B, S] equal on every rank; ``weight`` [about V / tp, E], the parts of torch.chunk, the last of
-    which may be empty; y [B, S, E], or [B, S / tp, E] under sequence parallel.
+    Local shapes: ids [B, S] equal on every rank; ``weight`` [about V / tp, E], see :func:`own_rows`; y [B, S, E], or
+    [B, S / tp, E] under sequence parallel.
 
     - forward: y = reduce-scatter (or all-reduce) of the rows this rank holds, zero for the other ids
     - wgrad: dW[id] = sum of dY over the positions of id; no sum over tp
@@ -214,18 +216,25 @@ class VocabParallelEmbedding(TensorParallelModule):
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
         nn.init.normal_(self.weight)
 
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank stores all rows, because one would be left with none."""
+        return leaves_none(self.num_embeddings, self.ranks)
+
     def placements(self) -> dict[str, tuple[Placement, Placement]]:
-        return {"weight": (Shard(0), Shard(0))}
+        return {"weight": (Replicate(), Partial()) if self.replicated else (Shard(0), Shard(0))}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         weight = self.local("weight")
         assert weight is not None
         if self.ranks == 1:
             return F.embedding(ids, weight)
-        start = vocab_start(self.num_embeddings, self.ranks, self.rank)
-        local = ids - start
+        rows = own_rows(self.num_embeddings, self.ranks, self.rank)
+        if self.replicated:
+            weight = weight[rows]
+        local = ids - rows.start
         here = (local >= 0) & (local < weight.shape[0])
-        # A rank that holds no row looks up a row of zeros, so that its weight still gets its (empty) gradient.
+        # A rank that has no rows looks up a row of zeros, so that its weight still gets a gradient.
         table = weight if weight.shape[0] > 0 else F.pad(weight, (0, 0, 0, 1))
         y = F.embedding(local.clamp(0, table.shape[0] - 1), table)
         y = torch.where(here.unsqueeze(-1), y, torch.zeros_like(y))
@@ -270,15 +279,30 @@ class VocabParallelLoss(TensorParallelModule):
         return vocab_parallel_cross_entropy(
             logits,
             targets,
-            vocab_start=vocab_start(self.vocab_size, self.ranks, self.rank),
+            vocab_start=own_rows(self.vocab_size, self.ranks, self.rank).start,
             group=self.group,
             ignore_index=self.ignore_index,
         )
 
 
-def vocab_start(vocab_size: int, ranks: int, rank: int) -> int:
-    """The first id that ``rank`` holds: parts of ceil(V / ranks), as torch.chunk and Shard(0) cut them."""
-    return min(rank * math.ceil(vocab_size / ranks), vocab_size)
+def own_rows(rows: int, ranks: int, rank: int) -> slice:
+    """The rows that ``rank`` computes: ceil(rows / ranks) each, as torch.chunk and Shard(0) cut them.
+
+    The last ranks may get fewer, or none. Nothing is padded: the stored shapes are the true ones, so that a checkpoint
+    loads at any tp.
+    """
+    size = math.ceil(rows / ranks)
+    return slice(min(rank * size, rows), min((rank + 1) * size, rows))
+
+
+def leaves_none(rows: int, ranks: int) -> bool:
+    """Whether :func:`own_rows` leaves some rank no row.
+
+    fully_shard takes no empty parameter. Such a weight has at most ranks^2 rows, so every rank stores it whole: each
+    computes its own rows, or none, and the gradients (zero outside them) are summed over tp.
+    """
+    last = own_rows(rows, ranks, ranks - 1)
+    return last.start == last.stop
 
 
 def _initialise_linear(module: nn.Module) -> None:

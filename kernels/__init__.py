@@ -5,7 +5,9 @@ if __name__ == "kernels":
     # publishes a package called `kernels`, and transformers probes for it by importing it). Under that name this is
     # an empty shell: importable, of version 0, and with nothing in it. The code lives at fusemesh.kernels.
     __version__ = "0"
-    __path__: list[str] = []
+    __path__ = []
 
     def __getattr__(name: str) -> object:
-        raise AttributeError(f"'kernels' is the source folder of fusemesh.kernels; import fusemesh.kernels instead (wanted: {name})")
+        raise AttributeError(
+            f"'kernels' is the source folder of fusemesh.kernels; import fusemesh.kernels instead (wanted: {name})"
+        )

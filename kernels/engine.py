@@ -190,14 +190,14 @@ def attention(
     lse = np.empty((batch, heads, seq_q), np.float32)
     # Named, because views that broadcast_to makes must outlive the call.
     arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
-    for name, array in (("mask", mask), ("bias", bias)):
-        if array is not None:
+    for name, given in (("mask", mask), ("bias", bias)):
+        if given is not None:
             try:
-                arrays[name] = np.broadcast_to(array, (batch, heads, seq_q, seq_k))
+                arrays[name] = np.broadcast_to(given, (batch, heads, seq_q, seq_k))
             except ValueError:
                 expected = [batch, heads, seq_q, seq_k]
                 raise ValueError(
-                    f"{name}: expected a shape that broadcasts to {expected}, received {array.shape}"
+                    f"{name}: expected a shape that broadcasts to {expected}, received {given.shape}"
                 ) from None
     tensors = {}
     for name, array in arrays.items():

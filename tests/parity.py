@@ -6,6 +6,7 @@ Imported by the ranks, so it holds no tests; those are in tests/hybrid/test_pari
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,9 +61,9 @@ class Run:
     counts: dict[tuple[str, str], int]
 
 
-def build_model(dtype: torch.dtype, backend: str) -> Transformer:
+def build_model(dtype: torch.dtype, backend: str, vocabulary: int) -> Transformer:
     """The parity model with every parameter moved off its initial value, biases and norms too."""
-    model = Transformer(CONFIG, backend, dtype=dtype)
+    model = Transformer(dataclasses.replace(CONFIG, vocab_size=vocabulary), backend, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -70,12 +71,12 @@ def build_model(dtype: torch.dtype, backend: str) -> Transformer:
     return model
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and targets [BATCH, LENGTH] of all replicas; no two samples have equally many targets that count."""
     generator = torch.Generator().manual_seed(1)
-    text = torch.randint(0, CONFIG.vocab_size, (BATCH, LENGTH + 1), generator=generator)
+    text = torch.randint(0, vocabulary, (BATCH, LENGTH + 1), generator=generator)
     # The last ids, which stand in the smaller part of an uneven vocabulary, are seen too.
-    text[:, 1] = CONFIG.vocab_size - 1 - torch.arange(BATCH)
+    text[:, 1] = vocabulary - 1 - torch.arange(BATCH)
     tokens, targets = text[:, :-1], text[:, 1:].clone()
     for sample, ignored in enumerate((0, 7, 2, 9)):
         targets[sample, LENGTH - ignored :] = -100
@@ -106,16 +107,19 @@ def train(
         loss = model.loss(tokens, targets) / count
         loss.backward()
         gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
+        # foreach=False: for a list of tensors DTensor plans a call anew, a second of each rank in every layout.
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=False))
         optimizer.step()
         parameters = {name: whole(parameter) for name, parameter in model.named_parameters()}
         done.append(Step(total(loss.detach()), norm, gradients, parameters))
     return Run(done, backends.call_counts())
 
 
-def one_process(world: World, dtype: torch.dtype, backend: str, steps: int = STEPS) -> Run:
+def one_process(
+    world: World, dtype: torch.dtype, backend: str, steps: int = STEPS, vocabulary: int = CONFIG.vocab_size
+) -> Run:
     """The run that all others are held against: no mesh, no wrapper, no group."""
-    return train(build_model(dtype, backend), *batch(), lambda value: value, steps)
+    return train(build_model(dtype, backend, vocabulary), *batch(vocabulary), lambda value: value, steps)
 
 
 def on_layout(
@@ -126,15 +130,16 @@ def on_layout(
     backend: str,
     steps: int = STEPS,
     mutation: str = "",
+    vocabulary: int = CONFIG.vocab_size,
 ) -> Run:
     """The same run on a mesh, each replica with its share of the samples."""
     layout = Layout.parse(text)
     with MUTATIONS[mutation].broken() if mutation else contextlib.nullcontext():
         mesh = build_mesh(layout, world)
-        model = parallelize(build_model(dtype, backend), mesh, layout, sequence_parallel=sequence_parallel)
+        model = parallelize(build_model(dtype, backend, vocabulary), mesh, layout, sequence_parallel=sequence_parallel)
         samples = BATCH // layout.replicas
         mine = slice(layout.replica_of(world.rank) * samples, (layout.replica_of(world.rank) + 1) * samples)
-        tokens, targets = (part[mine] for part in batch())
+        tokens, targets = (part[mine] for part in batch(vocabulary))
         return train(model, tokens, targets, lambda value: data_parallel.sum_over_replicas(value, mesh), steps)
 
 

@@ -1,4 +1,4 @@
-"""Attention on the C++ engine: torch tensors in, ``fm_attention_forward`` (csrc/), torch tensors out. fp32, forward."""
+"""Attention on the C++ engine: torch tensors in, ``fm_attention_forward`` (csrc/), torch tensors out; no gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from .. import engine
 from ..engine import why_unavailable as why_unavailable
-from .spec import AttentionSpec
+from .spec import AttentionSpec, empty_laid_out_like
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
@@ -42,14 +42,14 @@ def forward(
         origin: int64 [2], positions of query 0 and key 0, added to those of ``spec``.
 
     Returns:
-        out [B, H, Sq, Dv] and lse [B, H, Sq], float32; 0 and -inf in rows without a key.
+        out [B, H, Sq, Dv], its memory laid out like q's, and lse [B, H, Sq], float32; 0 and -inf in rows without a key.
 
     Raises:
         ValueError: a dtype or device that the engine does not take, or no engine in this installation.
     """
     batch, heads, seq_q, dim = q.shape
     kv_heads, seq_k, dim_v = k.shape[1], k.shape[2], v.shape[3]
-    out = q.new_empty(batch, heads, seq_q, dim_v)
+    out = empty_laid_out_like(q, dim_v)
     lse = q.new_empty(batch, heads, seq_q)
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     if mask is not None:
@@ -76,29 +76,3 @@ def forward(
     call.origin_q, call.origin_k = spec.origin_q + extra_q, spec.origin_k + extra_k
     engine.forward(call)
     return out, lse
-
-
-def backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dlse: torch.Tensor | None,
-    *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    bias_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The engine computes no gradient.
-
-    Raises:
-        ValueError: always, naming the backends that do.
-    """
-    raise ValueError(
-        "backend: expected one that computes gradients (reference, torch, triton), received 'cpu', which computes the "
-        "forward pass only; choose another, or call within torch.no_grad()"
-    )

@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# The largest block of queries of a backward kernel; the others divide it.
+ROW_PADDING: tl.constexpr = tl.constexpr(128)
+
 
 @triton.jit
 def at_head(p_tensor, stride_b, stride_h, i_b, i_h):
@@ -59,17 +62,21 @@ def store_rows(p_rows, b_tile, stride, i_start, rows, BLOCK_ROWS: tl.constexpr, 
 
 
 @triton.jit
-def load_row_values(p_shift, p_delta, o_m, Sq, IS_EDGE: tl.constexpr):
-    """What to subtract from scores (``shift_of_lse``) and delta of the queries ``o_m``, [M].
+def padded(Sq):
+    """Length of a row of the backward's values per query: whole blocks, so that their loads need no mask."""
+    return tl.cdiv(Sq, ROW_PADDING) * ROW_PADDING
 
-    Beyond the last query, those of a row without key.
+
+@triton.jit
+def load_row_values(p_shift, p_delta, i_m, BLOCK_M: tl.constexpr):
+    """What to subtract from scores (``shift_of_lse``) and delta of the queries from ``i_m`` on, [BLOCK_M].
+
+    Beyond the last query stand those of a row without key, up to :func:`padded`.
     """
-    if IS_EDGE:
-        b_shift = tl.load(p_shift + o_m, mask=o_m < Sq, other=float("inf"))
-        b_delta = tl.load(p_delta + o_m, mask=o_m < Sq, other=0.0)
-    else:
-        b_shift = tl.load(p_shift + o_m)
-        b_delta = tl.load(p_delta + o_m)
+    o_m = tl.arange(0, BLOCK_M)
+    # The block's start goes into the pointer first: what is left are constants of each thread.
+    b_shift = tl.load(p_shift + tl.cast(i_m, tl.int64) + o_m)
+    b_delta = tl.load(p_delta + tl.cast(i_m, tl.int64) + o_m)
     return b_shift, b_delta
 
 

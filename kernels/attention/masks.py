@@ -44,20 +44,23 @@ def tile_range(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
+    WHOLE_COLUMNS: tl.constexpr,
 ):
     """The column tiles that the rows [i_start, i_start + BLOCK_ROWS) see: ``start, full_start, full_end, end``.
 
     Tiles in [start, min(full_start, end)) and [full_end, end) have entries that are not seen or lie beyond the last
     column; tiles in [full_start, full_end) have none and need no mask. The three ranges are disjoint, each starts at a
     multiple of BLOCK_COLUMNS, and any of them may be empty.
-    WHOLE_ROWS: rows beyond the last one also disqualify a tile from the middle (kernels that read a tile of a mask or
-    bias, whose loads must be masked then).
+    WHOLE_ROWS, WHOLE_COLUMNS: rows, or columns, beyond the last one disqualify a tile from the middle. A kernel that
+    reads a tile of a mask or bias needs both; otherwise it does where such entries would change its result.
     """
     last = tl.minimum(i_start + BLOCK_ROWS, rows) - 1
     start = tl.cast(0, tl.int32)
     full_start = tl.cast(0, tl.int32)
     end = tl.cast(columns, tl.int32)
-    full_end = columns // BLOCK_COLUMNS * BLOCK_COLUMNS
+    full_end = end
+    if WHOLE_COLUMNS:
+        full_end = columns // BLOCK_COLUMNS * BLOCK_COLUMNS
     if HAS_LEFT:
         start = tl.maximum(i_start + lo, 0) // BLOCK_COLUMNS * BLOCK_COLUMNS
         full_start = (tl.maximum(last + lo, 0) + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * BLOCK_COLUMNS
@@ -89,24 +92,30 @@ def range_part(start, full_start, full_end, end, PART: tl.constexpr):
 @triton.jit
 def key_range(i_m, lo, hi, Sq, Sk, MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """:func:`tile_range` of the keys that a block of queries sees."""
-    return tile_range(i_m, lo, hi, Sq, Sk, BLOCK_M, BLOCK_N, MODE.has_left, MODE.has_right, MODE.has_tiles)
+    return tile_range(i_m, lo, hi, Sq, Sk, BLOCK_M, BLOCK_N, MODE.has_left, MODE.has_right, MODE.has_tiles, True)
 
 
 @triton.jit
 def query_range(i_n, lo, hi, Sq, Sk, MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """:func:`tile_range` of the queries that see a block of keys: j - hi <= i <= j - lo."""
-    return tile_range(i_n, -hi, -lo, Sk, Sq, BLOCK_N, BLOCK_M, MODE.has_right, MODE.has_left, MODE.has_tiles)
+    """:func:`tile_range` of the queries that see a block of keys: j - hi <= i <= j - lo.
+
+    Queries beyond the last one give nothing, because their probabilities are 0 (:func:`loads.load_row_values`).
+    """
+    return tile_range(
+        i_n, -hi, -lo, Sk, Sq, BLOCK_N, BLOCK_M, MODE.has_right, MODE.has_left, MODE.has_tiles, MODE.has_tiles
+    )
 
 
 @triton.jit
-def seen(o_m, o_n, lo, hi, Sq, Sk, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether query ``o_m`` sees key ``o_n``; the two are blocks that broadcast against each other.
+def hide(b_s, o_m, o_n, lo, hi, Sk, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_END: tl.constexpr):
+    """Scores ``b_s`` with -inf where query ``o_m`` does not see key ``o_n``; the two are blocks that broadcast.
 
-    False also beyond the last query and the last key.
+    HAS_END: also hide what lies beyond the last key.
     """
-    b_seen = (o_m < Sq) & (o_n < Sk)
+    if HAS_END:
+        b_s = tl.where(o_n < Sk, b_s, float("-inf"))
     if HAS_LEFT:
-        b_seen &= o_n >= o_m + lo
+        b_s = tl.where(o_n >= o_m + lo, b_s, float("-inf"))
     if HAS_RIGHT:
-        b_seen &= o_n <= o_m + hi
-    return b_seen
+        b_s = tl.where(o_n <= o_m + hi, b_s, float("-inf"))
+    return b_s

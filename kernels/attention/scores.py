@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .loads import at_head, load_tile
-from .masks import seen
+from .masks import hide
 from .spec import AttentionSpec
 
 
@@ -100,7 +100,9 @@ def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
 
 
 @triton.jit
-def modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE: tl.constexpr, IS_EDGE: tl.constexpr):
+def modify_scores(
+    b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE: tl.constexpr, IS_EDGE: tl.constexpr, HAS_END: tl.constexpr
+):
     """Scores of the products ``b_s``, -inf where a query does not see the key.
 
     Args:
@@ -110,6 +112,7 @@ def modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE: tl.cons
         o_m, o_n: positions within the tensors, shaped [M, 1] and [1, N], or [1, M] and [N, 1] for a transposed tile.
         lo, hi: the window (masks.py).
         IS_EDGE: the tile has entries that the window hides or that lie outside the tensors.
+        HAS_END: the scores of keys beyond the last one matter to the caller, and are to be -inf.
     """
     if not MODE.fold_scale:
         b_s = b_s * scores.scale
@@ -123,6 +126,5 @@ def modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE: tl.cons
         b_mask = load_tile(p_mask, scores.mask_m, scores.mask_n, o_m, o_n, Sq, Sk, MODE.mask_dims, IS_EDGE)
         b_s = tl.where(b_mask != 0, b_s, float("-inf"))
     if IS_EDGE:
-        b_seen = seen(o_m, o_n, lo, hi, Sq, Sk, MODE.has_left, MODE.has_right)
-        b_s = tl.where(b_seen, b_s, float("-inf"))
+        b_s = hide(b_s, o_m, o_n, lo, hi, Sk, MODE.has_left, MODE.has_right, HAS_END)
     return b_s

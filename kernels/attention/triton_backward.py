@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ..launch import launch
 from . import tiles
-from .loads import at_head, load_rows
+from .loads import ROW_PADDING, at_head, load_rows, padded
 from .softmax import shift_of_lse
 from .spec import AttentionSpec, empty_laid_out_like
 from .triton_bias_gradient import bias_gradient
@@ -45,8 +45,11 @@ def attention_delta_kernel(
     NATURAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program: delta and ``shift_of_lse`` of BLOCK_M queries of one head. Grid: cdiv(Sq, BLOCK_M) * B * H."""
-    blocks = tl.cdiv(Sq, BLOCK_M)
+    """One program: delta and ``shift_of_lse`` of BLOCK_M queries of one head, and of the padding beyond the last query.
+
+    Grid: padded(Sq) / BLOCK_M * B * H.
+    """
+    blocks = padded(Sq) // BLOCK_M
     i_m = tl.program_id(0) % blocks * BLOCK_M
     i_bh = tl.program_id(0) // blocks
     i_b = i_bh // H
@@ -60,17 +63,16 @@ def attention_delta_kernel(
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     o_m = i_m + tl.arange(0, BLOCK_M)
     o_m64 = o_m.to(tl.int64)
-    m_m = o_m < Sq
     p_lse = at_head(p_lse, strides_lse[0], strides_lse[1], i_b, i_h)
-    b_lse = tl.load(p_lse + o_m64 * strides_lse[2], mask=m_m, other=0.0)
+    b_lse = tl.load(p_lse + o_m64 * strides_lse[2], mask=o_m < Sq, other=float("-inf"))
     if HAS_DLSE:
         p_dlse = at_head(p_dlse, strides_dlse[0], strides_dlse[1], i_b, i_h)
-        b_delta -= tl.load(p_dlse + o_m64 * strides_dlse[2], mask=m_m, other=0.0)
+        b_delta -= tl.load(p_dlse + o_m64 * strides_dlse[2], mask=o_m < Sq, other=0.0)
     # A row without key has probabilities 0; its delta must not turn them into NaN, whatever dlse holds there.
     b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
-    o_row = i_bh.to(tl.int64) * Sq + o_m
-    tl.store(p_delta + o_row, b_delta, mask=m_m)
-    tl.store(p_shift + o_row, shift_of_lse(b_lse, NATURAL), mask=m_m)
+    o_row = i_bh.to(tl.int64) * padded(Sq) + o_m
+    tl.store(p_delta + o_row, b_delta)
+    tl.store(p_shift + o_row, shift_of_lse(b_lse, NATURAL))
 
 
 def backward(
@@ -113,12 +115,13 @@ def backward(
     B, H, Sq, _ = q.shape
     Hkv, Sk = k.shape[1], k.shape[2]
     bias_grad = bias_grad and bias is not None
-    delta = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    rows_padded = triton.cdiv(Sq, ROW_PADDING.value) * ROW_PADDING.value
+    delta = torch.empty(B, H, rows_padded, dtype=torch.float32, device=q.device)
     shift = torch.empty_like(delta)
     block = tiles.choose_delta(call.target, call.mode.block_dv)
     launch(
         attention_delta_kernel,
-        (triton.cdiv(Sq, block.block_m) * B * H,),
+        (rows_padded // block.block_m * B * H,),
         do,
         out,
         lse,
@@ -141,7 +144,7 @@ def backward(
     has_rows = bias_grad and bias is not None and bias.shape[3] == 1
     has_columns = bias_grad and bias is not None and bias.shape[2] == 1 and not has_rows
     dq, dk, dv = (empty_laid_out_like(x, x.shape[-1]) for x in (q, k, v))
-    rows = torch.empty_like(delta) if has_rows else None
+    rows = torch.empty(B, H, Sq, dtype=torch.float32, device=q.device) if has_rows else None
     columns = torch.empty(B, H, Sk, dtype=torch.float32, device=q.device) if has_columns else None
     inputs = (call.q, call.k, call.v, do, shift, delta, origin)
     strides = tuple(x.stride()[:3] for x in (call.q, call.k, call.v, do))

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..launch import launch
 from . import tiles
-from .loads import at_head, load_row_values, load_rows
+from .loads import at_head, load_row_values, load_rows, padded
 from .masks import key_range, window_bounds
 from .scores import modify_scores
 from .softmax import probabilities
@@ -70,17 +70,17 @@ def attention_dbias_kernel(
     for i_term in tl.range(0, terms):
         i_b = i_bias_b * SUM_B + i_term // SUM_H
         i_h = i_bias_h * SUM_H + i_term % SUM_H
-        i_row = tl.cast(i_b * H + i_h, tl.int64) * Sq
+        i_row = tl.cast(i_b * H + i_h, tl.int64) * padded(Sq)
         p_q_head = at_head(p_q, strides_q[0], strides_q[1], i_b, i_h)
         p_do_head = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
         p_k_head = at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP)
         p_v_head = at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP)
-        b_shift, b_delta = load_row_values(p_shift + i_row, p_delta + i_row, o_m, Sq, True)
+        b_shift, b_delta = load_row_values(p_shift + i_row, p_delta + i_row, i_m, BLOCK_M)
         # [M, D], [N, D], [M, N]
         b_q = load_rows(p_q_head, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
         b_k = load_rows(p_k_head, strides_k[2], i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, True)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
-        b_s = modify_scores(b_s, scores, i_b, i_h, o_m[:, None], o_n[None, :], lo, hi, Sq, Sk, MODE, True)
+        b_s = modify_scores(b_s, scores, i_b, i_h, o_m[:, None], o_n[None, :], lo, hi, Sq, Sk, MODE, True, True)
         b_p = probabilities(b_s, b_shift[:, None], scores.factor, MODE.natural)
         # [M, Dv], [N, Dv], [M, N]
         b_do = load_rows(p_do_head, strides_do[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
@@ -101,7 +101,7 @@ def bias_gradient(
     Args:
         call: the call whose backward this is.
         do: gradient of out, unit last stride.
-        shift, delta: [B, H, Sq], what ``attention_delta_kernel`` wrote.
+        shift, delta: what ``attention_delta_kernel`` wrote.
     """
     B, H, Sq, _ = call.q.shape
     Sk = call.k.shape[2]

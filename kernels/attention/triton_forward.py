@@ -55,7 +55,7 @@ def _visit_keys(
         b_k = load_rows(p_k, stride_k, i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, IS_EDGE)
         # [M, N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
-        b_s = modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE)
+        b_s = modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, True)
         b_m, b_l, b_p, b_alpha = online_step(b_m, b_l, b_s, scores.factor, MODE.natural, IS_EDGE or MODE.has_tiles)
         # [N, Dv]
         b_v = load_rows(p_v, stride_v, i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, IS_EDGE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loads import at_head, load_row_values, load_rows, store_rows
+from .loads import at_head, load_row_values, load_rows, padded, store_rows
 from .masks import key_range, query_range, range_part, window_bounds
 from .scores import modify_scores
 from .softmax import probabilities
@@ -42,26 +42,26 @@ def _visit_queries(
 ):
     """Add what the query tiles from ``i_from`` to ``i_to`` give to dk / scale, dv and the column sums of ds."""
     # [N, 1]; the scores are transposed here, so that they enter both products as left operand, straight from registers
-    o_n = (i_n + tl.arange(0, BLOCK_N))[None, :]
+    o_n = (i_n + tl.arange(0, BLOCK_N))[:, None]
     for i_m in tl.range(i_from, i_to, BLOCK_M):
         # [M]
         o_m = i_m + tl.arange(0, BLOCK_M)
-        b_shift, b_delta = load_row_values(p_shift, p_delta, o_m, Sq, IS_EDGE)
+        b_shift, b_delta = load_row_values(p_shift, p_delta, i_m, BLOCK_M)
         # [M, D]
-        b_q = load_rows(p_q, stride_q, i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, IS_EDGE)
+        b_q = load_rows(p_q, stride_q, i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
         # [N, M]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
-        b_s = modify_scores(b_s, scores, i_b, i_h, o_m[:, None], o_n, lo, hi, Sq, Sk, MODE, IS_EDGE)
-        b_p = probabilities(b_s, b_shift[:, None], scores.factor, MODE.natural)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=MODE.precision)
+        b_s = modify_scores(b_s, scores, i_b, i_h, o_m[None, :], o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, False)
+        b_p = probabilities(b_s, b_shift[None, :], scores.factor, MODE.natural)
         # [M, Dv]
-        b_do = load_rows(p_do, stride_do, i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, IS_EDGE)
-        b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=MODE.precision)
+        b_do = load_rows(p_do, stride_do, i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=MODE.precision)
         # [N, M]
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=MODE.precision)
-        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=MODE.precision)
+        b_ds = b_p * (b_dp - b_delta[None, :])
         if HAS_COLUMNS:
-            b_columns += tl.sum(b_ds, 0)
-        b_dk = tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk, input_precision=MODE.precision)
+            b_columns += tl.sum(b_ds, 1)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=MODE.precision)
     return b_dk, b_dv, b_columns
 
 
@@ -128,8 +128,8 @@ def attention_dkdv_kernel(
         b_columns = tl.zeros([BLOCK_N], tl.float32)
         for PART in tl.static_range(3):
             i_from, i_to = range_part(start, full_start, full_end, end, PART)
-            # The first range holds tiles that a causal mask cuts; without one it is empty.
-            if PART > 0 or MODE.has_right:
+            # Tiles that a causal mask cuts are in the first range, those that a left bound cuts in the last.
+            if (PART == 0 and MODE.has_right) or PART == 1 or (PART == 2 and (MODE.has_left or MODE.has_tiles)):
                 b_dk, b_dv, b_columns = _visit_queries(
                     b_dk,
                     b_dv,
@@ -138,8 +138,8 @@ def attention_dkdv_kernel(
                     b_v,
                     p_q_head,
                     p_do_head,
-                    p_shift + i_row * Sq,
-                    p_delta + i_row * Sq,
+                    p_shift + i_row * padded(Sq),
+                    p_delta + i_row * padded(Sq),
                     strides_q[2],
                     strides_do[2],
                     scores,
@@ -203,7 +203,7 @@ def _visit_keys(
         b_v = load_rows(p_v, stride_v, i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, IS_EDGE)
         # [M, N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
-        b_s = modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE)
+        b_s = modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, True)
         b_p = probabilities(b_s, b_shift[:, None], scores.factor, MODE.natural)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=MODE.precision)
         b_ds = b_p * (b_dp - b_delta[:, None])
@@ -268,8 +268,8 @@ def attention_dq_kernel(
     b_do = load_rows(p_do, strides_do[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
     # [M]
     o_m = i_m + tl.arange(0, BLOCK_M)
-    i_row = i_bh.to(tl.int64) * Sq
-    b_shift, b_delta = load_row_values(p_shift + i_row, p_delta + i_row, o_m, Sq, True)
+    i_row = i_bh.to(tl.int64) * padded(Sq)
+    b_shift, b_delta = load_row_values(p_shift + i_row, p_delta + i_row, i_m, BLOCK_M)
     b_rows = tl.zeros([BLOCK_M], tl.float32)
     BLOCK_D: tl.constexpr = MODE.block_d
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -305,4 +305,4 @@ def attention_dq_kernel(
             )
     store_rows(p_dq, b_dq * scores.scale, strides_dq[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d)
     if HAS_ROWS:
-        tl.store(p_rows + i_row + o_m, b_rows, mask=o_m < Sq)
+        tl.store(p_rows + i_bh.to(tl.int64) * Sq + o_m, b_rows, mask=o_m < Sq)

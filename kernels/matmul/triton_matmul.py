@@ -21,7 +21,7 @@ from .epilogues import activate, load_scaled
 
 @triton.jit
 def _tile_of_program(num_rows, num_cols, GROUP: tl.constexpr):
-    """(row, column) of this program's tile. Programs that run together share GROUP rows of tiles, and so the L2 cache."""
+    """(row, column) of this program's tile. Programs that run together share GROUP rows of tiles: the L2 cache's."""
     i_program = tl.program_id(0)
     per_group = GROUP * num_cols
     first = i_program // per_group * GROUP
@@ -102,17 +102,18 @@ def linear_forward_kernel(
     o_y = o_m[:, None] * N + o_n[None, :]
     m_y = m_m & m_n
     if ACTIVATION is None:
-        b_y = b_z
+        tl.store(p_y + o_y, b_z.to(p_y.dtype.element_ty), mask=m_y)
     else:
         b_y, b_slope = activate(b_z, ACTIVATION)
         if p_slope_up is not None:
             tl.store(p_slope_up + o_y, b_y.to(p_slope_up.dtype.element_ty), mask=m_y)
         if p_w_up is not None:
             b_y *= b_u
-            b_slope *= b_u
+        tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
         if p_slope is not None:
+            if p_w_up is not None:
+                b_slope *= b_u
             tl.store(p_slope + o_y, b_slope.to(p_slope.dtype.element_ty), mask=m_y)
-    tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -236,7 +237,7 @@ def linear_wgrad_kernel(
         if p_dw is not None or p_dbias is not None:
             # [BLOCK_M, BLOCK_N]
             b_dz = load_scaled(p_bdy, p_bslope, m_m & m_n, p_slope is not None)
-            if p_dbias is not None:
+            if p_dbias is not None:  # noqa: SIM102 (decided at compile time, the inner one at run time)
                 # Every column of tiles has these dz; the first one sums them.
                 if i_k == 0:
                     b_dbias += tl.sum(b_dz.to(tl.float32), 0)
@@ -256,8 +257,9 @@ def linear_wgrad_kernel(
         tl.store(p_dw + o_dw, b_dw.to(p_dw.dtype.element_ty), mask=m_dw)
     if p_dw_up is not None:
         tl.store(p_dw_up + o_dw, b_dw_up.to(p_dw_up.dtype.element_ty), mask=m_dw)
-    if p_dbias is not None and i_k == 0:
-        tl.store(p_dbias + o_n, b_dbias.to(p_dbias.dtype.element_ty), mask=o_n < N)
+    if p_dbias is not None:  # noqa: SIM102
+        if i_k == 0:
+            tl.store(p_dbias + o_n, b_dbias.to(p_dbias.dtype.element_ty), mask=o_n < N)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -283,7 +285,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, slope, slope_up): y [..., N], and of the same shape the slopes asked for; the others of shape [0].
 
-    ``slope_dtype`` is slope's, by default that of x. ``tile`` replaces the one that :func:`tiles.choose` would take. Shapes and dtypes have been checked by the caller.
+    ``slope_dtype`` is slope's, by default that of x; ``tile`` replaces the one that :func:`tiles.choose` would take.
+    Shapes and dtypes have been checked by the caller.
     """
     N, K = w.shape
     x_rows = _rows(x)

@@ -126,6 +126,7 @@ class Attention(nn.Module):
         k = rotate(self.key(x).view(batch, length, self.key.local_heads, self.head_dim), table)
         v = self.value(x).view(batch, length, self.value.local_heads, self.head_dim)
         y = flash_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True, backend=self.backend)
+        assert isinstance(y, torch.Tensor)  # not a pair, since no LSE was asked for
         return self.output(y.transpose(1, 2).reshape(batch, length, -1), residual)
 
 
@@ -195,7 +196,8 @@ class Transformer(nn.Module):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             onto_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-            generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            # torch's CPU generator takes 32 bits of its seed and ignores the others.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_(values * (std / math.sqrt(2 * self.config.num_layers) if onto_residual else std))
 

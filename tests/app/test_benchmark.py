@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ CASES = [
     for case in (ATTENTION, LINEAR)
     for direction in peers.DIRECTIONS
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On such small tensors threads only wait for each other, the longer the more tests run beside this one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_flops_follow_the_convention() -> None:
@@ -192,9 +202,20 @@ def test_a_wrong_result_fails_correctness_after_it_was_written(
 
 def test_a_wrong_result_fails_the_sweep_after_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = on_gpu._dry_outputs
-    monkeypatch.setattr(on_gpu, "_dry_outputs", lambda *arguments: _twice(right(*arguments)))
+
+    def wrong(compute: Any, known: Any, contender: peers.Contender, inputs: Any, direction: str) -> peers.Tensors:
+        outputs = right(compute, known, contender, inputs, direction)
+        return _twice(outputs) if contender.name == "triton" else outputs
+
+    monkeypatch.setattr(on_gpu, "_dry_outputs", wrong)
+    monkeypatch.setattr(on_gpu, "sweep_cases", lambda cases=on_gpu.sweep_cases(): cases[:2])  # noqa: B008
     status, payload = _dry_run("sweep", tmp_path)
-    assert status == 1 and all(row["check"].startswith("WRONG: ") for row in payload["rows"])
+    assert status == 1
+    assert {(row["contender"], row["check"][:6]) for row in payload["rows"]} == {
+        ("triton", "WRONG:"),
+        ("sdpa", "ok"),
+        ("F.linear", "ok"),
+    }
 
 
 def test_a_launcher_that_launches_nothing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

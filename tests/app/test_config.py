@@ -33,7 +33,12 @@ def test_file_and_command_line_name_a_key_alike_and_the_command_line_wins(tmp_pa
 def test_resolved_configuration_loads_back_equal(tmp_path):
     resolved = config.load(
         None,
-        {"data.path": 'C:\\texts\\"é\n"', "training.learning_rate": "1e-5", "layout": "tp2", "run.keep_checkpoints": "0"},
+        {
+            "data.path": 'C:\\texts\\"é\n"',
+            "training.learning_rate": "1e-5",
+            "layout": "tp2",
+            "run.keep_checkpoints": "0",
+        },
     )
     config.save(resolved, tmp_path / "config.toml")
     assert config.load(tmp_path / "config.toml") == resolved
@@ -51,7 +56,10 @@ def test_every_key_says_what_it_means():
 
 
 WRONG_OVERRIDES = [
-    ({"trainin.steps": "3"}, r"trainin\.steps: not a key of the configuration; the keys are: layout, model\.hidden_size"),
+    (
+        {"trainin.steps": "3"},
+        r"trainin\.steps: not a key of the configuration; the keys are: layout, model\.hidden_size",
+    ),
     ({"steps": "3"}, "steps: not a key"),
     ({"training.steps": "many"}, r"--training\.steps: expected a whole number, received 'many'"),
     ({"training.steps": "1.5"}, r"--training\.steps: expected a whole number, received '1\.5'"),
@@ -61,13 +69,19 @@ WRONG_OVERRIDES = [
     ({"training.learning_rate": "inf"}, r"training\.learning_rate: expected a number of at least 0\.0, received inf"),
     ({"training.weight_decay": "-1"}, r"training\.weight_decay: expected a number of at least 0\.0, received -1\.0"),
     ({"training.beta2": "1"}, r"training\.beta2: expected below 1, received 1\.0"),
-    ({"training.dtype": "fp8"}, r"training\.dtype: expected one of \('float32', 'bfloat16', 'float64'\), received 'fp8'"),
+    (
+        {"training.dtype": "fp8"},
+        r"training\.dtype: expected one of \('float32', 'bfloat16', 'float64'\), received 'fp8'",
+    ),
     ({"training.accumulation": "5"}, r"training\.global_batch_size: expected a multiple of training\.accumulation = 5"),
     ({"run.device": "tpu"}, r"run\.device: expected one of \('auto', 'cpu', 'cuda'\), received 'tpu'"),
     ({"run.backend": "cuda"}, r"run\.backend: expected one of \('auto', 'reference', .*\), received 'cuda'"),
     ({"run.sequence_parallel": "1"}, r"--run\.sequence_parallel: expected true or false, received '1'"),
     ({"model.num_kv_heads": "3"}, r"model\.num_kv_heads: expected a divisor of model\.num_heads = 4, received 3"),
-    ({"model.hidden_size": "100"}, r"model\.hidden_size: expected a multiple of 2 \* model\.num_heads = 8 .*received 100"),
+    (
+        {"model.hidden_size": "100"},
+        r"model\.hidden_size: expected a multiple of 2 \* model\.num_heads = 8 .*received 100",
+    ),
     ({"model.num_layers": "0"}, r"model\.num_layers: expected a number of at least 1, received 0"),
     ({"data.sequence_length": "0"}, r"data\.sequence_length: expected a number of at least 1, received 0"),
 ]

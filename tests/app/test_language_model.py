@@ -81,7 +81,7 @@ def test_samples_tile_the_stream():
     tokens, targets = samples.batch([3, 0])
     assert tokens.tolist() == [[15, 16, 17, 18, 19], [0, 1, 2, 3, 4]]
     assert targets.tolist() == [[16, 17, 18, 19, 20], [1, 2, 3, 4, 5]]
-    assert tokens.dtype == targets.dtype == np.int64
+    assert tokens.dtype == targets.dtype == np.int64 and not np.shares_memory(tokens, targets)
     assert len(Samples(stream, 22)) == 1
     with pytest.raises(ValueError, match=r"data\.sequence_length: expected at most 22, .*received 23"):
         Samples(stream, 23)

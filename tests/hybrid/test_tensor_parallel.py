@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fusemesh.hybrid.tensor_parallel import ColumnParallelLinear, RMSNorm, RowParallelLinear, vocab_start
+from fusemesh.hybrid.tensor_parallel import ColumnParallelLinear, RMSNorm, RowParallelLinear, leaves_none, own_rows
 from fusemesh.hybrid.testing import RankPool
 from fusemesh.transformer import Transformer
 
@@ -28,9 +28,12 @@ def test_storage(rank_pool: RankPool, layout: str) -> None:
         "gate": sharded,
         "head": sharded,
         # 2 key/value heads on 4 ranks: stored whole
-        **dict.fromkeys(("key", "value"), {"weight": "Replicate", "bias": "Replicate"} if layout == "tp4" else sharded),
-        **dict.fromkeys(("output", "down"), {"weight": "Shard1", "bias": "Replicate"}),
-        **dict.fromkeys(("attention_norm", "mlp_norm", "norm"), {"weight": "Replicate"}),
+        **{
+            name: {"weight": "Replicate", "bias": "Replicate"} if layout == "tp4" else sharded
+            for name in ("key", "value")
+        },
+        **{name: {"weight": "Shard1", "bias": "Replicate"} for name in ("output", "down")},
+        **{name: {"weight": "Replicate"} for name in ("attention_norm", "mlp_norm", "norm")},
     }
     for table in rank_pool.run(module_ranks.storage, layout):
         assert len(table) == 18
@@ -46,10 +49,11 @@ def test_storage(rank_pool: RankPool, layout: str) -> None:
 
 @distributed
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["nosp", "sp"])
-@pytest.mark.parametrize(("vocabulary", "rows"), [(8, [2, 2, 2, 2]), (7, [2, 2, 2, 1]), (5, [2, 2, 1, 0])])
+@pytest.mark.parametrize(("vocabulary", "rows"), [(8, [2, 2, 2, 2]), (7, [2, 2, 2, 1]), (5, [5, 5, 5, 5])])
 def test_embedding_of_an_uneven_vocabulary(
     rank_pool: RankPool, vocabulary: int, rows: list[int], sequence_parallel: bool
 ) -> None:
+    """5 rows would leave the fourth rank none: all store all of them, and the fourth looks nothing up."""
     weight = torch.arange(vocabulary * 6.0).view(vocabulary, 6).requires_grad_()
     expected = F.embedding(torch.arange(8).view(1, 8) % vocabulary, weight)
     expected.sum().backward()
@@ -61,11 +65,14 @@ def test_embedding_of_an_uneven_vocabulary(
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 8, 101])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_vocab_start_agrees_with_chunk(vocabulary: int, ranks: int) -> None:
-    chunks = torch.arange(vocabulary).chunk(ranks)
+def test_own_rows_agree_with_chunk(vocabulary: int, ranks: int) -> None:
+    """torch.chunk makes fewer chunks than it is asked for where some would be empty."""
+    whole = torch.arange(vocabulary)
+    chunks = whole.chunk(ranks)
     for rank in range(ranks):
-        expected = int(chunks[rank][0]) if rank < len(chunks) else vocabulary
-        assert vocab_start(vocabulary, ranks, rank) == expected
+        expected = chunks[rank] if rank < len(chunks) else whole[:0]
+        assert torch.equal(whole[own_rows(vocabulary, ranks, rank)], expected)
+    assert leaves_none(vocabulary, ranks) == (len(chunks) < ranks)
 
 
 @distributed

@@ -105,14 +105,36 @@ def test_report_of_a_clean_kernel(target: str, opcode: str) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_atomics_are_found(target: str) -> None:
     (report,) = aot.compile_launches(product(atomic=True), target)
-    assert sum(report.atomics.values()) >= 16, report
+    assert sum(report.atomics.values()) >= 8, report
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_spills_are_found(target: str) -> None:
-    # 256 x 256 fp32 accumulators over 4 warps are 512 registers a thread on sm_80, and as many as there are on gfx942.
-    (report,) = aot.compile_launches(product(256, 256, warps=4), target)
-    assert report.spill_stores > 1000 and report.spill_loads > 1000, report
+    # 256 x 128 fp32 accumulators over 4 warps are 256 registers a thread.
+    (report,) = aot.compile_launches(product(256, 128, warps=4), target)
+    assert report.spill_stores > 500 and report.spill_loads > 500, report
+
+
+def test_spills_and_atomics_of_amd_are_read_off_the_compilers_text() -> None:
+    text = """kernel:
+\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]
+\tbuffer_atomic_add_f32 v1, v2, s[0:3], 0 offen
+\tds_add_f32 v1, v2
+\tds_read_b128 v[0:3], v4
+\tscratch_store_dword off, v1, s32 ; 4-byte Folded Spill
+    .sgpr_spill_count: 2
+    .vgpr_count:     300
+    .vgpr_spill_count: 5
+"""
+    read = aot._read_amd({"amdgcn": text})
+    assert read == {
+        "registers": 300,
+        "spill_stores": 28,
+        "spill_loads": 28,
+        "tensor_core": {"v_mfma_f32_32x32x8_bf16": 1},
+        "atomics": {"buffer_atomic_add_f32": 1, "ds_add_f32": 1},
+        "instructions": 5,
+    }
 
 
 def test_spilled_bytes_are_those_that_ptxas_counts(tmp_path) -> None:
@@ -129,17 +151,16 @@ def test_spilled_bytes_are_those_that_ptxas_counts(tmp_path) -> None:
 
 
 def test_shared_memory_beyond_the_device_is_flagged() -> None:
-    small = Target("cuda", 80, 32768)
-    (report,) = aot.compile_launches(product(stages=3), small)
-    assert report.shared_memory > report.shared_memory_limit == 32768 and not report.fits
+    (report,) = aot.compile_launches(product(), Target("cuda", 80, 16384))
+    assert report.shared_memory > report.shared_memory_limit == 16384 and not report.fits
     assert "TOO MUCH" in aot.table([report])
 
 
 def test_alignment_and_types_are_those_of_the_launch() -> None:
     (aligned,) = aot.compile_launches(product(), "sm_80")
     (misaligned,) = aot.compile_launches(product(offset=1), "sm_80")
-    # Rows that do not start on 16 bytes are read an element at a time.
-    assert misaligned.instructions > 1.2 * aligned.instructions
+    # Rows that do not start on 16 bytes cannot be copied asynchronously: they take no buffers, but more instructions.
+    assert misaligned.shared_memory < aligned.shared_memory and misaligned.instructions > aligned.instructions
 
 
 def test_each_machine_code_is_reported_once() -> None:

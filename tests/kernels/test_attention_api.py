@@ -187,11 +187,14 @@ def test_options_mean_what_they_say(name: str, backend: str) -> None:
 FEATURES = ["nothing", "mask", "mask_keys", "bias", "bias_heads", "mask_and_bias", "bias_of_minus_inf"]
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("align", [None, "top_left", "bottom_right"])
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_torch_backend_within_the_budget(feature: str, causal: bool, dtype: torch.dtype) -> None:
-    """PyTorch's kernel under our contract: GQA, D != Dv, rows without keys, mask with bias, the bias gradient."""
+def test_torch_backend_within_the_budget(feature: str, align: str | None, dtype: torch.dtype) -> None:
+    """PyTorch's kernel under our contract: GQA, D != Dv, rows without keys, mask with bias, the bias gradient.
+
+    Causal where ``align`` is given.
+    """
     q, k, v = qkv(9, 13, dtype=dtype, requires_grad=True)
     mask = bias = None
     if "mask" in feature:
@@ -202,14 +205,13 @@ def test_torch_backend_within_the_budget(feature: str, causal: bool, dtype: torc
         if feature == "bias_of_minus_inf":
             bias[:, :, 3] = -math.inf
         bias.requires_grad_()
-    out = flash_attention(
-        q, k, v, causal=causal, align="bottom_right" if causal else None, mask=mask, bias=bias, backend="torch"
-    )
+    causal = align is not None
+    out = flash_attention(q, k, v, causal=causal, align=align, mask=mask, bias=bias, backend="torch")
     assert out.dtype == dtype and backends.call_counts() == {(FORWARD, "torch"): 1}
     inputs = [x for x in (q, k, v, bias) if x is not None]
     do = torch.randn_like(out)
     actual = dict(zip(["out", "dq", "dk", "dv", "dbias"], [out, *torch.autograd.grad(out, inputs, do)], strict=False))
-    spec = AttentionSpec(0.25, None, 0, 4, 0) if causal else AttentionSpec(0.25)
+    spec = AttentionSpec(0.25, None, 0 if causal else None, 4 if align == "bottom_right" else 0)
     four = None if bias is None else bias.detach()[(None,) * (4 - bias.dim())]
     if bias is not None:
         assert actual["dbias"].shape == bias.shape

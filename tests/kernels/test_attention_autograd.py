@@ -14,7 +14,7 @@ from attention_inputs import close, qkv
 
 import fusemesh
 from fusemesh import attention_backward, attention_forward, flash_attention
-from fusemesh.kernels.attention import validation
+from fusemesh.kernels.attention import ops, validation
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +84,18 @@ class TestSecondDerivative:
         assert torch.autograd.gradgradcheck(call, (q, k, v, bias), fast_mode=True)
 
     def test_one_tensor_in_three_roles(self, backend: str) -> None:
-        """x attends to itself: its gradient is the sum of three, in the first derivative and in the second."""
+        """x attends to itself: its gradient is the sum of three, recorded or not, and so is the second one."""
         x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x: flash_attention(x, x, x, backend=backend), x)
-        assert torch.autograd.gradgradcheck(lambda x: flash_attention(x, x, x, backend=backend), x)
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            return flash_attention(x, x, x, backend=backend)
+
+        assert torch.autograd.gradcheck(call, x)
+        close(
+            torch.autograd.grad(call(x).square().sum(), x, create_graph=True)[0],
+            torch.autograd.grad(call(x).square().sum(), x)[0],
+        )
+        assert torch.autograd.gradgradcheck(call, x)
 
     def test_recorded_and_plain_backward_agree(self, backend: str) -> None:
         tensors = qkv(requires_grad=True)
@@ -100,6 +108,17 @@ class TestSecondDerivative:
         for mine, theirs in zip(plain, recorded, strict=True):
             assert not mine.requires_grad and theirs.requires_grad
             close(mine, theirs)
+
+
+def test_the_op_with_one_tensor_in_three_roles() -> None:
+    """The custom op, whose backward is an op too, on the reference: what fused backends go through."""
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return ops.attention_forward(x, x, x, None, None, None, 0.5, -1, 0, 0, 0, "reference")[0]
+
+    assert torch.autograd.gradcheck(call, x)
+    assert torch.autograd.gradgradcheck(call, x)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -160,6 +160,28 @@ def test_attention_with_a_planted_error_fails(dtype: torch.dtype, name: str) -> 
     assert [line.split()[4] for line in str(caught.value).splitlines()] == [name]
 
 
+def test_absolute_gradients_are_sums_of_absolute_values() -> None:
+    """Every factor of the gradients' formulas by its absolute value, in loops, with a gradient of the lse."""
+    q, k, v, do = (torch.randn(1, 1, 3, 2, dtype=torch.float64) for _ in range(4))
+    dlse = torch.randn(1, 1, 3, dtype=torch.float64)
+    bias = torch.randn(1, 1, 1, 3, dtype=torch.float64)
+    want = attention_budget.expected(q, k, v, do=do, dlse=dlse, bias=bias, spec=AttentionSpec(-0.5))
+    p = torch.softmax(-0.5 * q[0, 0] @ k[0, 0].T + bias[0, 0], -1)
+    dq, dk, dv, dbias = (torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3))
+    for i in range(3):
+        rows = [(do[0, 0, i].abs() * v[0, 0, j].abs()).sum() for j in range(3)]
+        delta = sum(p[i, j] * rows[j] for j in range(3)) + dlse[0, 0, i].abs()
+        for j in range(3):
+            ds = p[i, j] * (rows[j] + delta)
+            dq[i] += 0.5 * ds * k[0, 0, j].abs()
+            dk[j] += 0.5 * ds * q[0, 0, i].abs()
+            dv[j] += p[i, j] * do[0, 0, i].abs()
+            dbias[j] += ds
+    for name, value in (("dq", dq), ("dk", dk), ("dv", dv), ("dbias", dbias[None])):
+        torch.testing.assert_close(want.absolute[name][0, 0], value.double(), rtol=1e-6, atol=0)
+        assert (want.absolute[name] >= want.exact[name].abs()).all()
+
+
 def test_attention_without_a_gradient_that_was_expected_fails() -> None:
     actual, want = attention_case(torch.float32)
     with pytest.raises(AssertionError, match="dbias: expected a tensor, received None"):

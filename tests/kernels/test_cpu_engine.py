@@ -14,7 +14,8 @@ import pytest
 import torch
 from engine_required import require_engine
 
-from fusemesh.kernels import engine
+import fusemesh
+from fusemesh.kernels import backends, engine
 from fusemesh.kernels.attention import cpu
 from fusemesh.kernels.attention.spec import AttentionSpec
 from fusemesh.kernels.testing import attention as expectations
@@ -268,5 +269,49 @@ def test_wrong_tensors() -> None:
         cpu.forward(q, k, v, mask=None, bias=torch.zeros(1, 1, 1, 1).double(), origin=None, spec=spec)
     with pytest.raises(ValueError, match=r"k: backend 'cpu' expected a CPU tensor, received one on meta"):
         cpu.forward(q, k.to("meta"), v, mask=None, bias=None, origin=None, spec=spec)
-    with pytest.raises(ValueError, match="received 'cpu', which computes the forward pass only"):
-        cpu.backward(q, q, k, v, q, q[..., 0], None, mask=None, bias=None, origin=None, spec=spec, bias_grad=False)
+
+
+def test_by_name_through_the_public_functions() -> None:
+    q, k, v = inputs(2, 4, 2, 19, 31, 16, 24)
+    options = {"causal": True, "align": "bottom_right", "bias": normal(1, 4, 1, 31, seed=9)}
+    spec = AttentionSpec(0.25, window_right=0, origin_q=12)
+    want = expectations.expected(q, k, v, spec=spec, bias=options["bias"])
+    backends.reset_call_counts()
+    out, lse = fusemesh.flash_attention(q, k, v, **options, return_lse=True, backend="cpu")
+    expectations.check({"out": out, "lse": lse}, want)
+    out, lse = fusemesh.attention_forward(q, k, v, **options, backend="cpu")
+    expectations.check({"out": out, "lse": lse}, want)
+    with fusemesh.use_backend("cpu"):
+        heads_last = q.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(fusemesh.flash_attention(heads_last, k, v, **options), out)
+    assert backends.call_counts() == {("attention_forward", "cpu"): 3}
+
+
+def test_auto_does_not_choose_the_engine() -> None:
+    q, k, v = inputs(1, 2, 2, 9, 9, 16, 16)
+    backends.reset_call_counts()
+    fusemesh.flash_attention(q, k, v)
+    fusemesh.flash_attention(q, k, v, window=(3, 0))
+    fusemesh.attention_forward(q, k, v)
+    assert backends.call_counts() == {("attention_forward", "torch"): 1, ("attention_forward", "reference"): 2}
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
+def test_gradients_are_refused(name: str) -> None:
+    tensors = dict(zip("qkv", inputs(1, 2, 2, 9, 9, 16, 16), strict=True), bias=normal(1, 1, 9, 9, seed=4))
+    tensors[name].requires_grad_()
+    expected = r"^backend: expected one that computes gradients .* received 'cpu'"
+    with pytest.raises(ValueError, match=expected):
+        fusemesh.flash_attention(**tensors, backend="cpu")
+    with torch.no_grad():
+        assert fusemesh.flash_attention(**tensors, backend="cpu").shape == (1, 2, 9, 16)
+    out, lse = fusemesh.attention_forward(**tensors, backend="cpu")
+    with pytest.raises(ValueError, match=expected):
+        fusemesh.attention_backward(out, tensors.pop("q"), tensors.pop("k"), tensors.pop("v"), out, lse, backend="cpu")
+
+
+def test_other_dtypes_are_refused() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        q, k, v = (x.to(dtype) for x in inputs(1, 2, 2, 9, 9, 16, 16))
+        with pytest.raises(ValueError, match=r"^q: .*float32.*received " + str(dtype)):
+            fusemesh.flash_attention(q, k, v, backend="cpu")

@@ -131,10 +131,10 @@ class Samples:
         return self.count
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets of these samples, each int64 [len(indices), S]."""
+        """Tokens and targets of these samples, each int64 [len(indices), S], sharing no memory."""
         at = np.asarray(indices, dtype=np.int64)[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         window = self.stream[at].astype(np.int64)
-        return window[:, :-1], window[:, 1:]
+        return window[:, :-1].copy(), window[:, 1:].copy()
 
 
 def ngram_bits_per_byte(

@@ -1,0 +1,164 @@
+"""The command line: one JSON object, exit states, messages. Layers: one process; fresh processes; 2 gloo ranks."""
+
+import json
+
+import fresh_process
+import pytest
+import tiny_run
+
+from fusemesh import __version__, cli, config
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny_run.write_text(tmp_path_factory.mktemp("text") / "documents")
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A run that the command line trained in one process."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", "--quiet", *tiny_run.options(text, folder, run__checkpoint_every="3")]) == 0
+    return folder
+
+
+def call(capfd, *arguments):
+    """Exit status, the one JSON object on stdout, and stderr. By file descriptor, so that ranks' output counts too."""
+    capfd.readouterr()
+    status = cli.main([*map(str, arguments), "--json"])
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1 and out.endswith("\n")
+    return status, json.loads(out), err
+
+
+def test_version_and_module():
+    out = fresh_process.run(
+        "import runpy, sys; sys.argv = ['fusemesh', '--version']; runpy.run_module('fusemesh', run_name='__main__')"
+    )
+    assert out == f"fusemesh {__version__}\n"
+
+
+def test_train_eval_merge_in_one_process(run, text, capfd):
+    assert config.load(run / "config.toml").training.steps == 6
+    status, evaluated, _ = call(capfd, "eval", run)
+    assert status == 0 and evaluated["step"] == 6 and evaluated["tokens"] == 21 * 16
+    assert evaluated["loss"] == json.loads((run / "summary.json").read_text())["held_out"]["loss"]
+    _, earlier, _ = call(capfd, "eval", run / "checkpoints" / "step-00000003")
+    assert earlier["step"] == 3 and earlier["loss"] > evaluated["loss"]
+    status, merged, _ = call(capfd, "merge", run)
+    assert status == 0 and merged["output"] == str(run / "model.safetensors")
+    assert merged["checkpoint"].endswith("step-00000006")
+    status, alone, _ = call(capfd, "eval", merged["output"], "--evaluation.samples", "21")
+    assert status == 0 and alone["layout"] == "single"
+    assert alone["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
+    _, fewer, _ = call(capfd, "eval", merged["output"], "--evaluation.samples=3")
+    assert fewer["tokens"] == 48 and fewer["loss"] != alone["loss"]
+
+
+def test_text_for_people(run, capfd):
+    for arguments, expected in (
+        (["eval", run], "step 6, layout single: held-out loss "),
+        (["merge", run, "-o", run / "other.safetensors"], "parameters of "),
+        (["doctor"], "auto on cpu     attention: torch, linear: torch"),
+    ):
+        capfd.readouterr()
+        assert cli.main(list(map(str, arguments))) == 0
+        assert expected in capfd.readouterr().out
+
+
+@pytest.mark.distributed
+def test_local_ranks_follow_from_the_layout_and_resume_takes_the_saved_configuration(run, text, tmp_path, capfd):
+    folder = tmp_path / "run"
+    options = tiny_run.options(text, folder, run__checkpoint_every="3", layout="dp2")
+    status, summary, _ = call(capfd, "train", *options)
+    assert status == 0 and summary["world_size"] == 2 and summary["layout"] == "dp2"
+    status, longer, _ = call(
+        capfd, "train", "--resume", "--run.directory", folder, "--training.steps=8", "--layout=single"
+    )
+    assert status == 0 and (longer["resumed_from"], longer["steps"], longer["world_size"]) == (6, 8, 1)
+    assert longer["held_out"]["tokens"] == 21 * 16
+    assert longer["tokens"] == 2 * 8 * 16
+
+
+def test_doctor(capfd):
+    status, findings, _ = call(capfd, "doctor")
+    assert status == 0
+    assert findings["fusemesh"] == __version__ and findings["libraries"]["numpy"]
+    assert findings["devices"][0]["device"] == "cpu" and findings["devices"][0]["cores"] >= 1
+    assert set(findings["backends"]["cpu"]) == {"reference", "torch", "cpu", "triton"}
+    assert findings["backends"]["cpu"]["torch"] is None
+    assert "TRITON_INTERPRET=1" in findings["backends"]["cpu"]["triton"]
+    assert findings["auto"]["cpu"] == {"attention": "torch", "linear": "torch"}
+    assert findings["process_groups"]["gloo"] is True
+    assert findings["engine"]["available"] is (findings["backends"]["cpu"]["cpu"] is None)
+
+
+def test_doctor_says_what_no_gpu_has_proven(capfd, monkeypatch):
+    from fusemesh.kernels import backends
+
+    monkeypatch.setattr(backends, "PROVEN_ON_GPU", {})
+    cli.main(["doctor"])
+    assert "proven on GPU   nothing yet" in capfd.readouterr().out
+    monkeypatch.setattr(backends, "PROVEN_ON_GPU", {("attention", "sm_90"): "bench/results/h100/x.json"})
+    cli.main(["doctor"])
+    assert "proven on GPU   attention on sm_90 (bench/results/h100/x.json)" in capfd.readouterr().out
+
+
+# Python without triton and without the `app` extras.
+BARE = (
+    fresh_process.WITHOUT_TRITON.replace('== "triton"', "in HIDDEN")
+    + '\nHIDDEN = {"triton", "safetensors", "tqdm", "tensorboard", "matplotlib"}\n'
+)
+
+
+def test_doctor_and_training_without_triton_and_extras(text, tmp_path):
+    options = tiny_run.options(text, tmp_path / "run")
+    code = f"""
+        import json
+        from fusemesh import cli
+        assert cli.main(["doctor"]) == 0
+        assert cli.main(["train", *{options!r}]) == 0
+        assert cli.main(["eval", {str(tmp_path / "run")!r}]) == 0
+        assert cli.main(["merge", {str(tmp_path / "run")!r}, "--json"]) == 2
+        import sys
+        assert not HIDDEN & sys.modules.keys()
+        """
+    out = fresh_process.run(code, preamble=BARE)
+    assert "triton absent, numpy" in out and "safetensors absent" in out
+    assert "no: triton is not installed (pip install triton; Linux only)" in out
+    assert "merge needs safetensors; install it with: pip install 'fusemesh[app]'" in out
+    assert (tmp_path / "run" / "metrics.jsonl").is_file() and not (tmp_path / "run" / "tensorboard").exists()
+
+
+WRONG = [
+    (["train", "--training.steps", "x"], "--training.steps: expected a whole number, received 'x'"),
+    (["train", "--nproc", "3", "--layout", "dp2"], "layout: dp2 needs 2 ranks and 3 were started"),
+    (["train", "--nproc", "0"], "--nproc: expected at least 1, received 0"),
+    (["train", "--layout", "ep2"], "received 'ep2' with the unknown axis 'ep'"),
+    (["train", "--config", "/nowhere.toml"], "config: expected a TOML file, received '/nowhere.toml'"),
+    (["train", "--resume", "--run.directory", "/nowhere"], "checkpoint: expected a folder step-* with checkpoint.json"),
+    (["eval", "/nowhere"], "model: expected a run directory, a checkpoint or a .safetensors file, received '/nowhere'"),
+    (["merge", "/nowhere"], "checkpoint: expected a folder step-*"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
+def test_wrong_requests_end_with_2_and_one_message(capfd, arguments, message):
+    status, result, err = call(capfd, *arguments)
+    assert status == 2
+    assert result.keys() == {"error"} and message in result["error"]
+    assert err.startswith(f"fusemesh {arguments[0]}: error: ") and message in err
+
+
+def test_a_merged_file_is_not_evaluated_as_another_model(run, capfd):
+    call(capfd, "merge", run)
+    status, result, _ = call(capfd, "eval", run / "model.safetensors", "--model.num_layers", "3")
+    assert status == 2 and "the file holds another model (9 tensors differ)" in result["error"]
+
+
+def test_nproc_is_refused_under_a_launcher(monkeypatch, capfd):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    status, result, _ = call(capfd, "train", "--nproc", "2", "--layout", "dp2")
+    assert status == 2 and "--nproc: expected to be absent under torchrun, which started 2 ranks" in result["error"]

@@ -1,0 +1,227 @@
+"""Training, resuming and evaluating. Layers: pure functions; one process; 4 gloo ranks."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+
+from fusemesh import config, trainer
+from fusemesh.evaluator import evaluate_file
+from fusemesh.hybrid import checkpoint
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.local_ranks import LocalRanks
+from fusemesh.metrics import MetricsWriter, read_metrics
+
+
+def test_learning_rate_rises_linearly_and_falls_by_a_cosine():
+    training = config.TrainingConfig(steps=21, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.2)
+    rates = [trainer.learning_rate(training, step) for step in range(22)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0 and rates[15] == pytest.approx(0.6) and rates[20] == rates[21] == pytest.approx(0.2)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:21]))
+
+
+def test_decay_spares_norms_and_biases():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    optimizer = trainer.build_optimizer(model, config.TrainingConfig(weight_decay=0.1))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {id(p): (0.1 if name == "0.weight" else 0.0) for name, p in model.named_parameters()}
+
+
+def test_metrics_of_a_resumed_run_are_written_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (2, 4, 6):
+        writer.write(step, {"loss": float(step), "gradient_norm": None})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # a crash in the middle of a line
+    writer = MetricsWriter(tmp_path, first_step=4)
+    writer.write(6, {"loss": 60.0})
+    writer.close()
+    assert read_metrics(tmp_path) == [{"step": s, "loss": v} for s, v in ((2, 2.0), (4, 4.0), (6, 60.0))]
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny_run.write_text(tmp_path_factory.mktemp("text") / "documents")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with LocalRanks(4, {"OMP_NUM_THREADS": "1"}) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def runs(text, ranks, tmp_path_factory):
+    """Runs six steps in a layout, once for each set of arguments, with a checkpoint in the middle."""
+    done = {}
+
+    def run(layout, **overrides):
+        key = (layout, *sorted(overrides.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("run") / "run"
+            settings = tiny_run.settings(text, folder, layout=layout, run__checkpoint_every="3", **overrides)
+            done[key] = settings, execute(ranks, settings)
+        return done[key]
+
+    return run
+
+
+def execute(ranks, settings, resume=False):
+    """Rank 0's summary, after the others' has been found equal."""
+    values = config.as_dict(settings)
+    world = Layout.parse(settings.layout).world_size
+    if world == 1:
+        return tiny_run.train(values, resume)
+    summaries = ranks.call(tiny_run.train, values, resume, ranks=world, timeout=120)
+    assert all(summary["held_out"]["loss"] == summaries[0]["held_out"]["loss"] for summary in summaries)
+    return summaries[0]
+
+
+def killed_after_three(settings, folder, **changes):
+    """A run directory as a run that died after its checkpoint of step 3 leaves it, and the settings to go on with."""
+    shutil.copytree(settings.run.directory, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    (folder / "summary.json").unlink()
+    return config.load(folder / "config.toml", {"run.directory": str(folder), **changes})
+
+
+def weights(settings, step):
+    folder = f"{settings.run.directory}/checkpoints/step-{step:08d}"
+    checkpoint.merge(folder, f"{settings.run.directory}/merged-{step}.safetensors")
+    return checkpoint.read_merged(f"{settings.run.directory}/merged-{step}.safetensors")[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["single", "dp2 x tp2", "fsdp2 x tp2"])
+def test_resuming_equals_the_uninterrupted_run_to_the_bit(runs, ranks, tmp_path, layout):
+    whole, summary = runs(layout)
+    again = killed_after_three(whole, tmp_path / "run")
+    resumed = execute(ranks, again, resume=True)
+    assert resumed["resumed_from"] == 3 and summary["resumed_from"] is None
+    before, expected, received = weights(whole, 3), weights(whole, 6), weights(again, 6)
+    assert expected.keys() == received.keys() and len(expected) > 20
+    for name in expected:
+        assert torch.equal(expected[name], received[name]), name
+        assert not torch.equal(expected[name], before[name]), name
+    assert resumed["held_out"]["loss"] == summary["held_out"]["loss"]
+    for one, other in zip(read_metrics(whole.run.directory), read_metrics(again.run.directory), strict=True):
+        assert {**one, "tokens_per_second": 0} == {**other, "tokens_per_second": 0}
+
+
+@pytest.mark.distributed
+def test_resuming_in_other_layouts_gives_the_same_model(runs, ranks, tmp_path):
+    exact = dict(training__dtype="float64", run__backend="reference")
+    whole, summary = runs("dp2 x tp2", **exact)
+    expected = weights(whole, 6)
+    for number, layout in enumerate(("single", "fsdp4")):
+        again = killed_after_three(whole, tmp_path / str(number), layout=layout)
+        resumed = execute(ranks, again, resume=True)
+        assert resumed["held_out"]["loss"] == pytest.approx(summary["held_out"]["loss"], rel=1e-12)
+        received = weights(again, 6)
+        for name in expected:
+            assert (received[name] - expected[name]).norm() <= 1e-10 * expected[name].norm(), name
+
+
+@pytest.mark.distributed
+def test_micro_batches_change_nothing_but_rounding(runs):
+    exact = dict(training__dtype="float64", run__backend="reference")
+    whole, _ = runs("dp2 x tp2", **exact)
+    cut, _ = runs("dp2 x tp2", training__accumulation="4", **exact)
+    expected, received = weights(whole, 6), weights(cut, 6)
+    for name in expected:
+        assert (received[name] - expected[name]).norm() <= 1e-10 * expected[name].norm(), name
+
+
+@pytest.mark.distributed
+def test_one_held_out_loss_whatever_the_layout(runs, ranks, tmp_path):
+    whole, summary = runs("dp2 x tp2")
+    file = tmp_path / "model.safetensors"
+    checkpoint.merge(f"{whole.run.directory}/checkpoints", file)
+    alone = evaluate_file(file, config.load(base=config.as_dict(whole)))
+    assert (alone["step"], alone["tokens"], alone["samples"]) == (6, 21 * 16, 21)
+    assert summary["held_out"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    for target, layout in ((whole.run.directory, "fsdp4"), (whole.run.directory, "tp2"), (str(file), "dp2")):
+        values = config.as_dict(config.load(base=config.as_dict(whole), overrides={"layout": layout}))
+        world = Layout.parse(layout).world_size
+        answers = ranks.call(tiny_run.evaluate, target, values, ranks=world, timeout=120)
+        assert all({**a, "seconds": 0} == {**answers[0], "seconds": 0} for a in answers)
+        assert answers[0]["layout"] == layout and answers[0]["tokens"] == alone["tokens"]
+        assert answers[0]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_a_rank_whose_loss_is_not_finite_is_named(text, ranks, tmp_path):
+    settings = tiny_run.settings(text, tmp_path / "run", layout="dp4", run__checkpoint_every="2")
+    messages = ranks.call(tiny_run.train_with_a_bad_rank, config.as_dict(settings), 2, 3, timeout=120)
+    for message in messages:
+        assert message.startswith("NonFiniteLossError: step 4: the loss of rank 2 is not finite"), message
+    # The weights of that step are lost, and those before it are not.
+    assert checkpoint.step_of(checkpoint.latest(tmp_path / "run" / "checkpoints")) == 2
+
+
+@pytest.mark.distributed
+def test_what_a_run_leaves(runs):
+    whole, summary = runs("dp2 x tp2")
+    folder = Path(whole.run.directory)
+    assert config.load(folder / "config.toml") == whole
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert (summary["layout"], summary["world_size"], summary["steps"]) == ("dp2 x tp2", 4, 6)
+    assert summary["tokens"] == 6 * 8 * 16 and summary["tokens_per_second"] > 0
+    assert summary["backends"] == ["attention_forward: torch", "linear_forward: torch"]
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4, 6]
+    assert all(
+        {"learning_rate", "gradient_norm", "tokens_per_second"} <= line.keys() for line in lines if "loss" in line
+    )
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [6]
+    assert lines[-1]["held_out_loss"] == summary["held_out"]["loss"] < lines[0]["loss"]
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    state = checkpoint.read_state(folder / "checkpoints" / "step-00000003")
+    assert state == {"step": 3, "config": config.as_dict(whole)}
+
+
+WRONG = [
+    (dict(layout="tp8"), 8, r"num_heads: 4 heads cannot be split over tp8"),
+    (dict(layout="dp4"), 2, r"layout: dp4 needs 4 ranks and 2 were started"),
+    (dict(layout="dp3"), 3, r"global_batch_size: expected a multiple of .*= 3, received 8; change training"),
+    (dict(layout="cp2"), 2, r"layout: context parallel \(cp\) is not there yet"),
+    (dict(layout="two"), 1, r"layout: expected axes .*received 'two'"),
+    (dict(data__sequence_length="100000"), 1, r"data\.sequence_length: expected at most"),
+    (dict(data__path="/nowhere"), 1, r"data\.path: expected a text file or a folder"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world", "message"), WRONG, ids=[str(case[0]) for case in WRONG])
+def test_what_cannot_run_is_refused_before_it_starts(text, tmp_path, overrides, world, message):
+    settings = tiny_run.settings(text, tmp_path / "run", **overrides)
+    with pytest.raises(ValueError, match=message):
+        trainer.prepare(settings, world, resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(runs, tmp_path):
+    whole, _ = runs("single")
+    with pytest.raises(ValueError, match=r"run\.directory: '.*' holds another run's checkpoints; .*--resume"):
+        trainer.prepare(whole, 1, resume=False)
+    for changes, message in (
+        (
+            {"training.global_batch_size": "4"},
+            r"training\.global_batch_size: expected 8, with which the run began .* 4",
+        ),
+        ({"model.num_layers": "3"}, r"model\.num_layers: expected 2, .*received 3"),
+        ({"data.sequence_length": "8"}, r"data\.sequence_length: expected 16"),
+        ({"training.seed": "5"}, r"training\.seed: expected 0"),
+    ):
+        other = config.load(base=config.as_dict(whole), overrides=changes)
+        with pytest.raises(ValueError, match=message):
+            trainer.prepare(other, 1, resume=True)
+    absent = config.load(base=config.as_dict(whole), overrides={"run.directory": str(tmp_path / "absent")})
+    with pytest.raises(ValueError, match=r"checkpoint: expected a folder step-\* .*found none"):
+        trainer.prepare(absent, 1, resume=True)

@@ -1,0 +1,183 @@
+"""Attention calls for the tests of kernels: one description of a call, its inputs, and its comparison with fp64."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fusemesh.kernels.attention import triton_backward, triton_bias_gradient, triton_forward
+from fusemesh.kernels.attention.spec import AttentionSpec, empty_laid_out_like
+from fusemesh.kernels.testing import poison
+from fusemesh.kernels.testing.attention import check, expected
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Dims of mask and bias are written as a subset of "bhmn", the dimensions in which they are not 1."""
+
+    dtype: str = "fp32"
+    B: int = 1
+    H: int = 2
+    Hkv: int = 2
+    Sq: int = 17
+    Sk: int = 113
+    D: int = 16
+    Dv: int = 16
+    window_left: int | None = None
+    window_right: int | None = None
+    origin_q: int = 0
+    origin_k: int = 0
+    origin: tuple[int, int] | None = None  # on the device
+    mask: str | None = None
+    bias: str | None = None
+    bias_dtype: str | None = None  # default: that of q
+    dlse: bool = False
+    scale: float | None = None  # default: 1 / sqrt(D)
+    q_size: float = 1.0
+    k_size: float = 1.0
+    layout: str = "bhsd"  # or "bshd": positions outside heads in memory
+
+    def __str__(self) -> str:
+        default = Case()
+        changed = [
+            f"{name}={getattr(self, name)}".replace(" ", "")
+            for name in self.__dataclass_fields__
+            if getattr(self, name) != getattr(default, name)
+        ]
+        return "-".join(changed) or "default"
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(
+            scale=self.D**-0.5 if self.scale is None else self.scale,
+            window_left=self.window_left,
+            window_right=self.window_right,
+            origin_q=self.origin_q,
+            origin_k=self.origin_k,
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor | None]:
+        """q, k, v, do, dlse, mask, bias, origin; the same at every call."""
+        generator = torch.Generator().manual_seed(1234)
+        dtype = DTYPES[self.dtype]
+
+        def new(*shape: int, size: float = 1.0) -> torch.Tensor:
+            return (size * torch.randn(*shape, generator=generator)).to(dtype)
+
+        def heads(heads: int, positions: int, dim: int, size: float = 1.0) -> torch.Tensor:
+            if self.layout == "bshd":
+                return new(self.B, positions, heads, dim, size=size).transpose(1, 2)
+            return new(self.B, heads, positions, dim, size=size)
+
+        def shape(dims: str) -> tuple[int, ...]:
+            whole = {"b": self.B, "h": self.H, "m": self.Sq, "n": self.Sk}
+            return tuple(size if name in dims else 1 for name, size in whole.items())
+
+        mask = bias = None
+        if self.mask is not None:
+            mask = torch.rand(shape(self.mask), generator=generator) > 0.3
+        if self.bias is not None:
+            bias = torch.randn(shape(self.bias), generator=generator).to(DTYPES[self.bias_dtype or self.dtype])
+        return {
+            "q": heads(self.H, self.Sq, self.D, self.q_size),
+            "k": heads(self.Hkv, self.Sk, self.D, self.k_size),
+            "v": heads(self.Hkv, self.Sk, self.Dv),
+            "do": heads(self.H, self.Sq, self.Dv),
+            "dlse": torch.randn(self.B, self.H, self.Sq, generator=generator) if self.dlse else None,
+            "mask": mask,
+            "bias": bias,
+            "origin": None if self.origin is None else torch.tensor(self.origin),
+        }
+
+
+class _Guard:
+    """Hands out outputs that lie inside larger buffers of NaN, and tells whether anything beyond them was written."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[torch.Tensor, int]] = []
+        self.outputs: list[poison.Surrounded] = []
+
+    def empty(self, *shape: Any, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
+        """torch.empty, contiguous, with 256 elements of NaN on either side."""
+        sizes = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        buffer = torch.full((sizes.numel() + 512,), math.nan, dtype=dtype)
+        self.rows.append((buffer, sizes.numel()))
+        return buffer[256 : 256 + sizes.numel()].view(sizes)
+
+    def empty_laid_out_like(self, tensor: torch.Tensor, last: int) -> torch.Tensor:
+        """That of spec.py, with NaN on either side in every dimension."""
+        plain = empty_laid_out_like(tensor, last)
+        is_transposed = plain.stride(1) < plain.stride(2)
+        memory = plain.transpose(1, 2) if is_transposed else plain
+        guarded = poison.surround(torch.full_like(memory, math.nan))
+        self.outputs.append(guarded)
+        return guarded.view.transpose(1, 2) if is_transposed else guarded.view
+
+    def assert_intact(self) -> None:
+        for guarded in self.outputs:
+            guarded.assert_intact("an output")
+        for buffer, count in self.rows:
+            outside = torch.cat([buffer[:256], buffer[256 + count :]])
+            assert outside.isnan().all(), "a kernel wrote beyond one of its rows of values"
+
+
+@contextlib.contextmanager
+def guarded_outputs() -> Iterator[None]:
+    """Within the block the launchers' outputs hold NaN and are surrounded by it, which must stay intact."""
+    guard = _Guard()
+    namespace = types.SimpleNamespace(empty=guard.empty, empty_like=lambda x: guard.empty(x.shape, dtype=x.dtype))
+    namespace.float32 = torch.float32
+    with contextlib.ExitStack() as patches:
+        for module in (triton_forward, triton_backward, triton_bias_gradient):
+            patches.enter_context(mock.patch.object(module, "torch", namespace))
+        for module in (triton_forward, triton_backward):
+            patches.enter_context(mock.patch.object(module, "empty_laid_out_like", guard.empty_laid_out_like))
+        yield
+    assert guard.outputs and guard.rows, "the launchers take their outputs from elsewhere"
+    guard.assert_intact()
+
+
+def surrounded(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor in a sea of NaN (mask: of True), its dimensions in the same order in memory."""
+    if tensor is None or tensor.dtype == torch.int64:
+        return tensor
+    if tensor.dim() == 4 and tensor.stride(1) < tensor.stride(2) and tensor.shape[1] > 1:
+        return poison.surround(tensor.transpose(1, 2)).view.transpose(1, 2)
+    return poison.surround(tensor).view
+
+
+def run(case: Case, **changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Forward and every gradient of the Triton backend by its launchers, inputs and outputs as ``case`` has them."""
+    x: dict[str, Any] = {**case.inputs(), **changed}
+    options = {"mask": x["mask"], "bias": x["bias"], "origin": x["origin"], "spec": case.spec}
+    out, lse = triton_forward.forward(x["q"], x["k"], x["v"], **options)
+    dq, dk, dv, dbias = triton_backward.backward(
+        x["do"], x["q"], x["k"], x["v"], out, lse, x["dlse"], **options, bias_grad=x["bias"] is not None
+    )
+    result = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    if dbias is not None:
+        result["dbias"] = dbias
+    return result
+
+
+def compare(case: Case, result: dict[str, torch.Tensor], **changed: torch.Tensor | None) -> None:
+    """Assert that every result of ``case`` is within the error budget."""
+    x: dict[str, Any] = {**case.inputs(), **changed}
+    names = ("q", "k", "v", "do", "dlse", "mask", "bias", "origin")
+    check(result, expected(**{name: x[name] for name in names}, spec=case.spec))
+
+
+def run_and_compare(case: Case) -> None:
+    """:func:`run` and :func:`compare` with inputs and outputs in seas of NaN."""
+    with guarded_outputs():
+        result = run(case, **{name: surrounded(tensor) for name, tensor in case.inputs().items()})
+    compare(case, result)
