@@ -27,7 +27,7 @@ def rank_pool() -> Iterator[RankPool]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under ``pytest -n N --dist loadgroup`` one process runs all tests that share a pool, so that no second one starts."""
+    """Under ``pytest --dist loadgroup`` one process runs all tests that share a pool, so that no second one starts."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             if any(name.endswith("pool") for name in getattr(item, "fixturenames", ())):

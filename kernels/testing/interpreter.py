@@ -7,10 +7,11 @@ Three faults of triton 3.6 to 3.9, none of which raises an error:
 - casts to bfloat16 truncate, and casts to fp8 round half up without carrying into the exponent, where a GPU rounds to
   nearest even.
 
-Of the same kind, though the numbers look right: numpy's BLAS adds up the products of an element in an order that depends
-on where the element stands in a tile. A matrix unit does not, and a backward that recomputes the scores of the forward
-relies on getting the same ones: where scores reach 60, the difference alone is several times fp32's error budget. Here
-dots are summed in one order, in steps of 8 products of fp32 or 16 of half precision, as the hardware's instructions do.
+Of the same kind, though the numbers look right: numpy's BLAS adds up the products of an element in an order that
+depends on where the element stands in a tile. A matrix unit does not, and a backward that recomputes the scores of the
+forward relies on getting the same ones: where scores reach 60, the difference alone is several times fp32's error
+budget. Here dots are summed in one order, in steps of 8 products of fp32 or 16 of half precision, as the hardware's
+instructions do.
 
 The last repair is for speed: the interpreter prepares ``triton.language`` anew for every call of one jit function by
 another, which takes longer than most such functions run; a kernel made of small functions spends half its time there.

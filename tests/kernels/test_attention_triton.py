@@ -233,9 +233,8 @@ def test_tiles_outside_the_window_are_not_read() -> None:
     # Queries stand at 60 to 79 and see keys 50 to 79, in tiles that start at 48 and end at 80 or earlier.
     for poisoned in (k, v):
         poisoned[:, :, :48], poisoned[:, :, 80:] = math.nan, math.nan
-    with tiles.force(tiles.Tile(16, 16, num_warps=4, num_stages=1)):
-        with guarded_outputs():
-            result = run(case, k=k, v=v)
+    with tiles.force(tiles.Tile(16, 16, num_warps=4, num_stages=1)), guarded_outputs():
+        result = run(case, k=k, v=v)
     for name in ("out", "lse", "dq"):
         torch.testing.assert_close(result[name], want[name])
     for name in ("dk", "dv"):
@@ -279,7 +278,7 @@ def test_tile_ranges(flags: tuple[bool, bool, bool, bool]) -> None:
         launch(_range_kernel, (1,), found, i_start, lo, hi, rows, columns, *flags)
         parts = found.view(3, 2).tolist()
         visited = [list(range(first, bound, 32)) for first, bound in parts]
-        tiles_seen = sum(visited, [])
+        tiles_seen = [tile for part in visited for tile in part]
         assert len(tiles_seen) == len(set(tiles_seen)) and all(tile % 32 == 0 for tile in tiles_seen)
         block = range(i_start, min(i_start + 16, rows))
         seen = {
