@@ -42,6 +42,8 @@ def _triton_importable() -> bool:
     return True
 
 
+# torch.compile takes the answer as a constant: it cannot trace an import, and a process does not change its mind.
+@torch.compiler.assume_constant_result
 def why_unavailable(backend: str, device: torch.device | str) -> str | None:
     """Why ``backend`` cannot run on tensors of ``device`` on this machine, or None if it can."""
     kind = torch.device(device).type

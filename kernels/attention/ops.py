@@ -7,6 +7,7 @@ as the plain numbers of :class:`AttentionSpec`, an open side of the window as -1
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,10 +176,37 @@ def _backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> t
     if do is None:
         do = torch.zeros_like(out)
     bias_grad = ctx.needs_input_grad[4]
+    is_constant_over_keys = bias_grad and bias.shape[3] == 1
     dq, dk, dv, dbias = torch.ops.fusemesh.attention_backward(
-        do, q, k, v, out, lse, dlse, mask, bias, origin, *ctx.numbers, bias_grad, ctx.backend
+        do,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dlse,
+        mask,
+        bias,
+        origin,
+        *ctx.numbers,
+        bias_grad and not is_constant_over_keys,
+        ctx.backend,
     )
+    if is_constant_over_keys:
+        dbias = _gradient_of_row_shifts(bias, lse, dlse)
     return dq, dk, dv, None, dbias if bias_grad else None, *(None,) * 7
+
+
+def _gradient_of_row_shifts(bias: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+    """The gradient of a bias that is the same for all keys: it moves lse by as much and leaves out as it is.
+
+    Exactly so, where a sum of ds over all keys would be the rounding of ``out``. Only for the softmax over all keys: of
+    a shard's keys the sum is what is wanted, and ``attention_backward`` gives that.
+    """
+    if dlse is None:
+        return torch.zeros_like(bias)
+    rows = torch.where(lse == -math.inf, 0.0, dlse)
+    return rows.unsqueeze(3).sum_to_size(bias.shape).to(bias.dtype)
 
 
 attention_forward.register_autograd(_backward, setup_context=_save_for_backward)

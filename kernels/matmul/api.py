@@ -91,8 +91,6 @@ def _torch_linear(
     return y if w_up is None else y * F.linear(x, w_up)
 
 
-# Under torch.compile the choice is made once, while tracing, and not guarded: Dynamo cannot trace a context variable.
-@torch.compiler.assume_constant_result
 def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     name = backends.requested(backend)
     if name == "auto":
@@ -102,7 +100,8 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             name, why = "torch", "PyTorch's matmul is the fast one on a CPU"
         else:
             name, why = "torch", "no record shows the Triton kernels right for this device and dtype"
-        backends.announce("linear", name, why)
+        if not torch.compiler.is_compiling():
+            backends.announce("linear", name, why)
         return name
     if name not in BACKENDS:
         raise ValueError(

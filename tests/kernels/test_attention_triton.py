@@ -19,7 +19,7 @@ from attention_cases import DTYPES, Case, compare, guarded_outputs, run, run_and
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention import masks, tiles, triton_forward
 from fusemesh.kernels.attention.api import flash_attention
-from fusemesh.kernels.attention.spec import AttentionSpec
+from fusemesh.kernels.attention.spec import AttentionSpec, Origin
 from fusemesh.kernels.launch import launch
 
 pytestmark = pytest.mark.interpreter
@@ -322,6 +322,20 @@ class TestThroughTheDoor:
         }
         result = {"out": out, "lse": lse, **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
         compare(case, result)
+
+    @pytest.mark.parametrize("dlse", [False, True])
+    @pytest.mark.parametrize("dims", ["", "h", "bm", "hm"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_bias_that_is_the_same_for_all_keys(self, dtype: str, dims: str, dlse: bool) -> None:
+        case = Case(dtype=dtype, B=2, Sq=33, Sk=17, window_right=0, origin_k=2, bias=dims, dlse=dlse)
+        x = case.inputs()
+        bias = x["bias"].requires_grad_()
+        origin = Origin(case.origin_q, case.origin_k)
+        options = {"causal": True, "origin": origin, "bias": bias, "return_lse": True, "backend": "triton"}
+        out, lse = flash_attention(x["q"], x["k"], x["v"], **options)
+        outputs, grads = ((out, lse), (x["do"], x["dlse"])) if dlse else ((out,), (x["do"],))
+        torch.autograd.backward(outputs, grads)
+        compare(case, {"out": out.detach(), "lse": lse.detach(), "dbias": bias.grad}, bias=bias.detach())
 
     def test_only_the_lse_is_used(self) -> None:
         case = Case(dtype="fp32", Sq=17, Sk=33)
