@@ -30,8 +30,7 @@ def main(arguments=None):
     began = time.perf_counter()
     settings = read_settings(arguments)
     folder = Path(settings.run.directory)
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove_earlier_run(folder)
     ranks = Layout.parse(settings.layout).world_size
     prepare(settings, ranks, resume=False)
 
@@ -95,6 +94,15 @@ def main(arguments=None):
         print("FAILED: the model is no better than the n-gram with 1 byte of context", file=sys.stderr)
         return 1
     return 0
+
+
+def remove_earlier_run(folder):
+    """Delete what an earlier run of this script left there, and nothing else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.toml").is_file() or not (folder / "checkpoints").is_dir():
+        sys.exit(f"run.directory: {str(folder)!r} holds files, but no run; choose a new folder")
+    shutil.rmtree(folder)
 
 
 def read_settings(arguments):

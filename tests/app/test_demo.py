@@ -56,3 +56,16 @@ def test_fails_where_the_losses_differ_or_the_model_learnt_nothing(demo, tmp_pat
         )
         assert demo.main(options(tmp_path, text, layout="single", training__steps=steps)) == 1
         assert message in capfd.readouterr().err
+
+
+def test_deletes_an_earlier_run_and_nothing_else(demo, tmp_path):
+    demo.remove_earlier_run(tmp_path / "absent")
+    demo.remove_earlier_run(tmp_path)
+    assert tmp_path.is_dir()
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(SystemExit, match=r"run\.directory: .* holds files, but no run"):
+        demo.main(["--run.directory", str(tmp_path)])
+    assert (tmp_path / "config.toml").is_file()
+    (tmp_path / "checkpoints").mkdir()
+    demo.remove_earlier_run(tmp_path)
+    assert not tmp_path.exists()
