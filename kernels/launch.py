@@ -55,7 +55,8 @@ def target_of(device: torch.device) -> Target:
         return assumed
     if device.type == "cpu":
         return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
+    # Any, because torch's type stub does not list all of the properties.
+    properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Target("hip", properties.gcnArchName.split(":")[0], 65536)
     major, minor = torch.cuda.get_device_capability(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,13 @@ def rank_pool() -> Iterator[RankPool]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under ``pytest --dist loadgroup`` one process runs all tests that share a pool, so that no second one starts."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if any(name.endswith("pool") for name in getattr(item, "fixturenames", ())):
-                item.add_marker(pytest.mark.xdist_group("ranks"))
+    """What a plain ``pytest`` cannot run in this process is skipped, with the command that runs it.
+
+    Triton's interpreter is on or off for a whole process, so the suite is two runs (``make test``).
+    """
+    is_interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if not is_interpreting and item.get_closest_marker("interpreter"):
+            item.add_marker(pytest.mark.skip(reason="run it by TRITON_INTERPRET=1 pytest -m interpreter"))
+        if is_interpreting and item.get_closest_marker("aot"):
+            item.add_marker(pytest.mark.skip(reason="run it without TRITON_INTERPRET"))

@@ -78,8 +78,8 @@ def describe(
         bias,
         *_strides(mask),
         *_strides(bias),
-        scale=float(spec.scale),
-        factor=(spec.scale if fold_scale else 1.0) * (1.0 if natural else 1 / math.log(2)),
+        float(spec.scale),
+        (spec.scale if fold_scale else 1.0) * (1.0 if natural else 1 / math.log(2)),
     )
     return scores, fold_scale
 
@@ -92,11 +92,12 @@ def dims(tensor: torch.Tensor | None) -> str | None:
     return ("m" if m else "") + ("n" if n else "")
 
 
-def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
+def _strides(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
     """Strides in elements, 0 along dimensions of size 1."""
     if tensor is None:
         return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    b, h, m, n = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return b, h, m, n
 
 
 @triton.jit

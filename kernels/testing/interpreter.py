@@ -87,8 +87,8 @@ def _replacements(interpreter: Any) -> dict[str, Callable[..., Any]]:
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
         if d.dtype.scalar == tl.float32 and all(x.dtype.scalar in (tl.bfloat16, tl.float16) for x in (a, b)):
-            values = [decode_bf16(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b)]
-            return handle(dot_like_matrix_units(*values, d.data, chunk=16), tl.float32)
+            x, y = (decode_bf16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
+            return handle(dot_like_matrix_units(x, y, d.data, chunk=16), tl.float32)
         if d.dtype.scalar == a.dtype.scalar == b.dtype.scalar == tl.float32:
             return handle(dot_like_matrix_units(a.data, b.data, d.data, chunk=8), tl.float32)
         return original_dot(self, a, b, d, *precision)

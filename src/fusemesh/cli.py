@@ -121,7 +121,7 @@ def _doctor(options: argparse.Namespace) -> tuple[Any, str]:
     return findings, doctor.describe(findings)
 
 
-def _train(options: argparse.Namespace) -> tuple[Any, str]:
+def _train(options: argparse.Namespace) -> tuple[Any, str | None]:
     overrides = _overrides(options)
     source = options.config
     if options.resume and source is None:
@@ -135,7 +135,9 @@ def _train(options: argparse.Namespace) -> tuple[Any, str]:
 
     prepare(resolved, nproc, resume=options.resume)
     summary = _on_ranks(nproc, start, train_rank, config.as_dict(resolved), options.resume, options.quiet)
-    return summary, summary and (
+    if summary is None:
+        return None, None
+    return summary, (
         f"{summary['steps']} steps in layout {summary['layout']} on {summary['world_size']} {summary['device']} ranks, "
         f"{summary['tokens_per_second'] or 0:.0f} tokens/s\n"
         f"held-out loss {summary['held_out']['loss']:.4f} ({summary['held_out']['bits_per_byte']:.3f} bits per byte)\n"
@@ -143,7 +145,7 @@ def _train(options: argparse.Namespace) -> tuple[Any, str]:
     )
 
 
-def _eval(options: argparse.Namespace) -> tuple[Any, str]:
+def _eval(options: argparse.Namespace) -> tuple[Any, str | None]:
     from fusemesh.evaluator import check_layout, config_of, evaluate_file, evaluate_rank
 
     base, overrides = config_of(options.target), _overrides(options)
@@ -156,7 +158,9 @@ def _eval(options: argparse.Namespace) -> tuple[Any, str]:
         result: Any = evaluate_file(options.target, resolved)
     else:
         result = _on_ranks(nproc, start, evaluate_rank, options.target, config.as_dict(resolved))
-    return result, result and (
+    if result is None:
+        return None, None
+    return result, (
         f"step {result['step']}, layout {result['layout']}: held-out loss {result['loss']:.6f}, "
         f"{result['bits_per_byte']:.4f} bits per byte over {result['tokens']} bytes"
     )

@@ -165,8 +165,9 @@ def _check(key: str, spec: Field, value: Any) -> None:
         raise ValueError(f"{key}: expected {spec.type.__name__}, received {value!r} ({type(value).__name__})")
     if spec.choices is not None and value not in spec.choices:
         raise ValueError(f"{key}: expected one of {spec.choices}, received {value!r}")
+    number: Any = value
     # Written so that nan fails too.
-    if spec.least is not None and not (spec.least <= value < float("inf")):
+    if spec.least is not None and not (spec.least <= number < float("inf")):
         raise ValueError(f"{key}: expected a number of at least {spec.least}, received {value!r}")
 
 
