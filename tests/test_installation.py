@@ -87,6 +87,23 @@ def test_engine_on_each_python(version: str, wheel: Path, tmp_path: Path) -> Non
         assert output[2] == version
 
 
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_can_be_met(version: str, tmp_path: Path) -> None:
+    """Every pinned version exists for every Python, and pip finds the pins and our bounds compatible."""
+    interpreter = find_python(version)
+    if interpreter is None:
+        pytest.skip(f"there is no Python {version} on this machine")
+    python = environment(tmp_path / "env", interpreter)
+    command = ("-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "-c", ROOT / "constraints.txt")
+    tree = copy_tree(tmp_path / "tree")
+    output = run(python, *command, f"{tree}[app,test,lint]", cwd=tmp_path, timeout=1800).stdout
+    (found,) = (line for line in output.splitlines() if line.startswith("Would install"))
+    for pin in re.findall(r"^[a-z-]+==[0-9.]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE):
+        name, number = pin.split("==")
+        if len(re.findall(rf"^{name}==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)) == 1:
+            assert f"{name}-{number}" in found, (pin, found)
+
+
 def test_install_with_torch_beside_hugging_face_kernels(tmp_path: Path) -> None:
     """`pip install .` outside the clone: the public names, `fusemesh doctor`, and a package called kernels intact."""
     python = environment(tmp_path / "env")
