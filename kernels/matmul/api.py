@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -49,10 +51,12 @@ def fused_linear(
         [..., N] in the dtype of ``x``, contiguous on the Triton backend.
 
     Accumulation is in fp32 (fp64 for fp64). Same inputs, same bits, forward and backward. For backward the Triton
-    backend keeps, in the dtype of ``x`` and only where a gradient needs them, the slopes ``dy/dz`` (given an
-    activation) and ``dy/du`` (gated), which forward has at hand: backward's matmuls multiply by them as they read dy,
-    where from z they would evaluate the activation again for every column of tiles. ``x`` is kept only if a weight
-    requires a gradient, the weights only if ``x`` does.
+    backend keeps, only where a gradient needs them, the slopes ``dy/dz`` (given an activation) and ``dy/du`` (gated),
+    which forward has at hand: backward's matmuls multiply by them as they read dy, where from z they would evaluate the
+    activation again for every column of tiles. They are kept in the dtype of ``x``, but for gelu, gelu_tanh and silu
+    without a gate ``dy/dz`` in fp16 where ``x`` is bf16, and in fp32 where it is fp16: there a slope in the dtype of
+    ``x`` would make gradients less exact than eager PyTorch's. ``x`` is kept only if a weight requires a gradient, the
+    weights only if ``x`` does.
     Under autocast the tensors are cast to autocast's dtype first, as F.linear does.
     Second derivatives: on ``reference`` and ``torch``; the Triton backend refuses them (RuntimeError).
 
@@ -125,7 +129,7 @@ def _check_tensors(x: object, w: object, bias: object, w_up: object) -> None:
             )
 
 
-def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _autocast(*tensors: torch.Tensor | None) -> list[Any]:
     """The tensors as F.linear sees them: in autocast's dtype where autocast is on (it leaves fp64 and integers)."""
     assert tensors[0] is not None
     device = tensors[0].device.type

@@ -2,7 +2,8 @@
 
 No number here was measured on a GPU. Each was found by compiling ahead of time for sm_80, sm_90, sm_100 and gfx942 and
 taking the largest tile in use for such kernels that spills no register, fits shared memory and keeps the tensor cores'
-instructions asynchronous.
+instructions asynchronous (tests/kernels/test_matmul_aot.py). All for operands whose rows start on 16 bytes: others
+cannot be copied asynchronously, and large tiles of them spill.
 """
 
 from __future__ import annotations
@@ -73,12 +74,22 @@ _LARGE: dict[tuple[str, str, int], Tile] = {
     ("wgrad", "sloped", 4): Tile(128, 64, 32, 8),
     ("wgrad", "gated", 4): Tile(64, 64, 32, 8),
 }
-# Results with too few large tiles to occupy a GPU.
-_SMALL = {2: Tile(64, 64, 64, 4), 4: Tile(64, 64, 32, 4)}
-# Narrower ones of this kernel make ptxas serialise sm_90's matrix instructions (its remark C7515).
-_SMALL_DGRAD_WITH_SLOPE = {2: Tile(64, 128, 64, 4), 4: Tile(64, 64, 32, 4)}
+# Results with too few large tiles to occupy a GPU. fp32 takes 8 warps: three tf32 products need the split operands'
+# registers besides.
+_SMALL = {2: Tile(64, 64, 64, 4), 4: Tile(64, 64, 32, 8)}
+# For sm_90: in the tiles above, ptxas serialises these kernels' matrix instructions (its remark C7515). fp16 has a case
+# of its own because its slope may be fp32 (ops.slope_dtype).
+_SMALL_SM_90: dict[tuple[str, str, torch.dtype], Tile] = {
+    ("dgrad", "sloped", torch.float16): Tile(64, 128, 64, 4),
+    ("dgrad", "sloped", torch.bfloat16): Tile(64, 128, 64, 4),
+    ("dgrad", "gated", torch.float16): Tile(64, 128, 64, 4),
+    ("dgrad", "gated", torch.bfloat16): Tile(64, 128, 64, 4),
+    ("wgrad", "sloped", torch.float16): Tile(64, 32, 64, 4),
+}
 # A few tokens (generation): bound by reading the weights, so that the tile is deep and not high.
 _SKINNY = {2: Tile(16, 64, 128, 4), 4: Tile(16, 64, 32, 4)}
+# Of the tiles with about as many bytes in flight, those with which this kernel spills nothing on any target.
+_SKINNY_DGRAD = {2: Tile(16, 64, 64, 4, 4), 4: Tile(16, 32, 64, 4)}
 _INTERPRETER = Tile(128, 128, 64)
 
 _SKINNY_ROWS = 32
@@ -98,13 +109,21 @@ def get(op: str, target: Target, dtype: torch.dtype, form: str, size: str) -> Ti
     itemsize = dtype.itemsize
     if size == "large":
         tile = _LARGE[op, form, itemsize]
+    elif size == "skinny":
+        tile = (_SKINNY_DGRAD if op == "dgrad" else _SKINNY)[itemsize]
     else:
-        small = _SMALL_DGRAD_WITH_SLOPE if op == "dgrad" and form != "plain" else _SMALL
-        tile = (small if size == "small" else _SKINNY)[itemsize]
+        tile = _SMALL[itemsize]
+        if target.name == "sm_90":
+            tile = _SMALL_SM_90.get((op, form, dtype), tile)
     if size != "skinny" and not _has_asynchronous_tensor_cores(target):
         # Operands pass through registers on their way to the tensor cores, so that a deep step would need too many.
         tile = replace(tile, depth=tile.depth // 2)
-    return replace(tile, num_stages=2) if target.vendor == "hip" else tile
+    if target.vendor == "hip":
+        tile = replace(tile, num_stages=2)
+        if op == "dgrad" and size == "skinny":
+            # A deeper one spills scalar registers, which hold the masks of its loads.
+            tile = replace(tile, depth=min(tile.depth, 32))
+    return tile
 
 
 def choose(op: str, target: Target, dtype: torch.dtype, shape: tuple[int, int, int], form: str) -> Tile:
@@ -160,6 +179,9 @@ def shared_memory(tile: Tile, op: str, target: Target, dtype: torch.dtype, form:
         rows = row_block * direct
     else:
         rows = row_block * (row_operands * ahead + row_operands - 1)
+        if form == "sloped" and dtype == torch.float16:
+            # The slope may be kept in fp32 (ops.slope_dtype), twice as wide as dy.
+            rows += row_block * ahead
     # 1 KiB for barriers.
     total = rows + col_operands * col_block * direct + 1024
     if op == "wgrad":

@@ -27,7 +27,7 @@ def make(requires_grad: tuple[str, ...] = NAMES, dtype: torch.dtype = torch.floa
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("activation, gated", [(None, False), ("gelu", False), ("silu", True)])
 def test_opcheck_of_forward(activation: str | None, gated: bool, dtype: torch.dtype) -> None:
     x, w, bias, w_up = make(dtype=dtype)
@@ -124,15 +124,16 @@ def test_nothing_is_stored_without_gradients() -> None:
     assert stored == [(None, None), (None, None)]
 
 
-def test_slopes_of_a_bf16_layer_are_kept_in_fp16_where_they_are_bounded() -> None:
-    kept = {
-        (activation, gated): ops.slope_dtype(torch.bfloat16, activation, gated)
-        for activation in ("gelu", "gelu_tanh", "silu", "relu2")
-        for gated in (False, True)
-    }
-    bounded = {("gelu", False), ("gelu_tanh", False), ("silu", False)}
-    assert all(dtype == (torch.float16 if case in bounded else torch.bfloat16) for case, dtype in kept.items())
-    assert ops.slope_dtype(torch.float32, "gelu", False) == torch.float32
+def test_bounded_slopes_are_kept_finer_than_16_bit_inputs() -> None:
+    finer = {torch.float32: torch.float32, torch.float16: torch.float32, torch.bfloat16: torch.float16}
+    x, w, bias, w_up = make(())
+    for dtype, activation, gated in itertools.product(finer, ("gelu", "gelu_tanh", "silu", "relu2"), (False, True)):
+        expected = finer[dtype] if activation != "relu2" and not gated else dtype
+        assert ops.slope_dtype(dtype, activation, gated) == expected
+        args = [t.to(dtype) for t in (x, w, bias)]
+        up = w_up.to(dtype) if gated else None
+        y, slope, slope_up = ops.linear_forward(*args, up, activation, True, gated, "triton")
+        assert (y.dtype, slope.dtype, slope_up.dtype) == (dtype, expected, dtype)
 
 
 def test_a_forward_that_saved_nothing_is_refused_by_backward() -> None:
