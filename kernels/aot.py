@@ -38,8 +38,12 @@ _ATOMIC = re.compile(
     r"^(?:RED|REDG|REDAS|ATOM|ATOMG|ATOMS|ATOMCAS|SUATOM|SURED|UTMAREDG|UTMAREDS|UBLKRED"
     r"|(?:global|flat|buffer|s_buffer)_atomic\w*|ds_(?:add|sub|rsub|inc|dec|min|max|and|or|xor|pk_add|cmpst|wrxchg)\w*)$"
 )
-_SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-_GCN_LINE = re.compile(r"^\t([a-z][a-z0-9_]+)\b", re.MULTILINE)
+# One group matches: a label, or an instruction's opcode, with the label it jumps to if it is a branch.
+_SASS_LINE = re.compile(
+    r"^(\.L\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(?:.*`\((\.L\w+)\))?",
+    re.MULTILINE,
+)
+_GCN_LINE = re.compile(r"^(\.L\w+):|^\t([a-z][a-z0-9_]+)\b(?:[ \t]+(\.L\w+))?", re.MULTILINE)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,8 +52,10 @@ class Report:
     """What compiling one kernel for one target came to.
 
     Sizes are in bytes. ``spill_stores`` and ``spill_loads`` add up the widths of the instructions, each counted once
-    for one thread, as ptxas does; on AMD they are registers spilled (vector and scalar) times 4. ``registers`` is per
-    thread (AMD: vector registers, accumulation registers included).
+    for one thread, as ptxas does; on AMD they are registers spilled (vector and scalar) times 4. ``loop_spills`` is the
+    part, stores and loads together, inside the innermost loops that hold matrix instructions: what is spilled elsewhere
+    (addresses computed before a loop, read back once after it) costs little. ``registers`` is per thread (AMD: vector
+    registers, accumulation registers included).
     """
 
     kernel: str
@@ -58,6 +64,7 @@ class Report:
     registers: int
     spill_stores: int
     spill_loads: int
+    loop_spills: int
     shared_memory: int
     shared_memory_limit: int
     tensor_core: dict[str, int]  # opcode -> number of instructions of the matrix units
@@ -223,21 +230,16 @@ def _read_nvidia(asm: Any) -> dict[str, Any]:
         resources = _run(knobs.nvidia.cuobjdump.path, "-res-usage", path)
         # Both read the same formats; nvdisasm writes less around the code.
         lines = _SASS_LINE.findall(_run(knobs.nvidia.nvdisasm.path, "-c", "-hex", path))
-    spill = {"STL": 0, "LDL": 0}
-    opcodes: Counter[str] = Counter()
-    for opcode in lines:
-        name, *modifiers = opcode.split(".")
-        opcodes[opcode if opcode in ("ATOMS.OR", "ATOMS.AND") else name] += 1
-        if name in spill:
-            width = next((int(modifier) for modifier in modifiers if modifier in ("64", "128")), 32)
-            spill[name] += width // 8
+    opcodes = [opcode for _, opcode, _ in lines if opcode]
     registers = re.search(r"REG:(\d+)", resources)
     assert registers is not None and opcodes, f"cuobjdump or nvdisasm wrote nothing readable: {resources}"
+    counts = Counter(name if name in ("ATOMS.OR", "ATOMS.AND") else name.split(".")[0] for name in opcodes)
     return {
         "registers": int(registers.group(1)),
-        "spill_stores": spill["STL"],
-        "spill_loads": spill["LDL"],
-        **_summary(opcodes),
+        "spill_stores": _spilled(opcodes, "STL"),
+        "spill_loads": _spilled(opcodes, "LDL"),
+        "loop_spills": _spilled(_in_matrix_loops(lines), "STL", "LDL"),
+        **_summary(counts),
     }
 
 
@@ -250,12 +252,45 @@ def _read_amd(asm: Any) -> dict[str, Any]:
         return int(match.group(1))
 
     spilled = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
+    lines = _GCN_LINE.findall(text)
     return {
         "registers": value("vgpr_count"),
         "spill_stores": spilled,
         "spill_loads": spilled,
-        **_summary(Counter(_GCN_LINE.findall(text))),
+        "loop_spills": _spilled(_in_matrix_loops(lines), "scratch_store", "scratch_load"),
+        **_summary(Counter(opcode for _, opcode, _ in lines if opcode)),
     }
+
+
+def _in_matrix_loops(lines: list[tuple[str, str, str]]) -> list[str]:
+    """Opcodes inside the innermost loops that hold matrix instructions; lines are (label, opcode, label jumped to)."""
+    starts = {label: index for index, (label, _, _) in enumerate(lines) if label}
+    loops: dict[int, int] = {}  # first line -> last jump back to it
+    for index, (_, _, target) in enumerate(lines):
+        if target in starts and starts[target] < index:
+            loops[starts[target]] = index
+    # Other loops may lie within: those that wait for a barrier.
+    bodies = {
+        (first, last): [opcode for _, opcode, _ in lines[first : last + 1] if opcode]
+        for first, last in loops.items()
+        if any(_TENSOR_CORE.match(opcode) for _, opcode, _ in lines[first : last + 1])
+    }
+    found = []
+    for (first, last), body in bodies.items():
+        if not any(first < start <= last for start, _ in bodies):
+            found += body
+    return found
+
+
+def _spilled(opcodes: list[str], *prefixes: str) -> int:
+    """Bytes that instructions to and from a thread's own memory move: ``STL.64``, ``scratch_load_dwordx2``."""
+    total = 0
+    for opcode in opcodes:
+        if opcode.startswith(prefixes):
+            width = re.search(r"\.(64|128)\b|dwordx([234])$", opcode)
+            bits, words = width.groups() if width else (None, None)
+            total += int(bits) // 8 if bits else 4 * int(words or 1)
+    return total
 
 
 def _summary(opcodes: Counter[str]) -> dict[str, Any]:
@@ -275,7 +310,19 @@ def _run(*command: object) -> str:
 
 def table(reports: list[Report]) -> str:
     """The reports as lines of text, one row each."""
-    head = ("kernel", "target", "tile", "regs", "spill st/ld", "shared", "of", "tensor core", "atomics", "instr", "s")
+    head = (
+        "kernel",
+        "target",
+        "tile",
+        "regs",
+        "spill st/ld/loop",
+        "shared",
+        "of",
+        "tensor core",
+        "atomics",
+        "instr",
+        "s",
+    )
     rows = [head]
     for report in reports:
         rows.append(
@@ -284,7 +331,7 @@ def table(reports: list[Report]) -> str:
                 report.target,
                 report.tile,
                 str(report.registers),
-                f"{report.spill_stores}/{report.spill_loads}",
+                f"{report.spill_stores}/{report.spill_loads} ({report.loop_spills})",
                 str(report.shared_memory) + ("" if report.fits else " TOO MUCH"),
                 str(report.shared_memory_limit),
                 " ".join(f"{name} {number}" for name, number in report.tensor_core.items()) or "none",

@@ -55,18 +55,22 @@ def tile_range(
     reads a tile of a mask or bias needs both; otherwise it does where such entries would change its result.
     """
     last = tl.minimum(i_start + BLOCK_ROWS, rows) - 1
-    start = tl.cast(0, tl.int32)
+    first = tl.cast(0, tl.int32)
     full_start = tl.cast(0, tl.int32)
     end = tl.cast(columns, tl.int32)
     full_end = end
     if WHOLE_COLUMNS:
         full_end = columns // BLOCK_COLUMNS * BLOCK_COLUMNS
     if HAS_LEFT:
-        start = tl.maximum(i_start + lo, 0) // BLOCK_COLUMNS * BLOCK_COLUMNS
+        first = tl.maximum(i_start + lo, 0)
         full_start = (tl.maximum(last + lo, 0) + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * BLOCK_COLUMNS
     if HAS_RIGHT:
         end = tl.maximum(tl.minimum(columns, last + hi + 1), 0)
         full_end = tl.minimum(full_end, tl.maximum(i_start + hi + 1, 0) // BLOCK_COLUMNS * BLOCK_COLUMNS)
+    if HAS_LEFT:
+        # Rounded down to a tile, a first column beyond the last one would look as if it were seen.
+        end = tl.where(first < end, end, 0)
+    start = first // BLOCK_COLUMNS * BLOCK_COLUMNS
     if WHOLE_ROWS:
         full_end = tl.where(i_start + BLOCK_ROWS > rows, 0, full_end)
     # A window narrower than a tile has no middle; the third range must not repeat tiles of the first.

@@ -149,7 +149,8 @@ def backward(
     inputs = (call.q, call.k, call.v, do, shift, delta, origin)
     strides = tuple(x.stride()[:3] for x in (call.q, call.k, call.v, do))
     numbers = (call.scores, call.lo, call.hi, H, call.group, Sq, Sk)
-    tile = tiles.choose_dkdv(call.target, q.dtype, call.mode.block_d, call.mode.block_dv)
+    size = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, call.mode.mask_dims, call.mode.bias_dims)
+    tile = tiles.choose_dkdv(*size)
     launch(
         attention_dkdv_kernel,
         (triton.cdiv(Sk, tile.block_n) * B * Hkv,),
@@ -165,7 +166,7 @@ def backward(
         HAS_COLUMNS=has_columns,
         **tile.launch_arguments(),
     )
-    tile = tiles.choose_dq(call.target, q.dtype, call.mode.block_d, call.mode.block_dv)
+    tile = tiles.choose_dq(*size)
     launch(
         attention_dq_kernel,
         (triton.cdiv(Sq, tile.block_m) * B * H,),

@@ -178,7 +178,8 @@ def forward(
     call = prepare(q, k, v, mask, bias, origin, spec)
     out = empty_laid_out_like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile = tiles.choose_forward(call.target, q.dtype, call.mode.block_d, call.mode.block_dv)
+    mode = call.mode
+    tile = tiles.choose_forward(call.target, q.dtype, mode.block_d, mode.block_dv, mode.mask_dims, mode.bias_dims)
     B, H, Sq, _ = q.shape
     launch(
         attention_forward_kernel,

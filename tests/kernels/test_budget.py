@@ -68,7 +68,10 @@ def test_the_numbers_are_those_of_the_definition() -> None:
     measured = budget.measure("y", actual, exact, eager)
     rounded = exact.float()
     floor = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
-    assert floor > 0 and measured.floor == floor
+    assert floor > 0
+    # In fp32 it is two roundings of the largest element if that is more.
+    floor = max(floor, 4.0 * torch.finfo(torch.float32).eps)
+    assert measured.floor == floor
     assert (measured.actual_max, measured.eager_max) == (0.25, 0.5)
     assert (measured.actual_mean, measured.eager_mean) == (0.25 / 3, 0.5 / 3)
     assert measured.allowed_max == 3 * 0.5 + floor and measured.allowed_mean == 2 * (0.5 / 3) + floor
