@@ -11,8 +11,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 
-from fusemesh.kernels.attention import reference, triton_backward, triton_bias_gradient, triton_forward
+from fusemesh.kernels.attention import reference, score_mods, triton_backward, triton_bias_gradient, triton_forward
 from fusemesh.kernels.attention.spec import AttentionSpec, empty_laid_out_like
 from fusemesh.kernels.testing import poison
 from fusemesh.kernels.testing.attention import check, expected
@@ -45,6 +47,13 @@ class Case:
     q_size: float = 1.0
     k_size: float = 1.0
     layout: str = "bhsd"  # or "bshd": positions outside heads in memory
+    softcap: float | None = None
+    alibi: str | None = None  # dims of the slopes, "h" or "bh"
+    mod: bool = False  # the mod of this file
+    sinks: bool = False
+    dropout: float = 0.0
+    origin_head: int = 0
+    origin_batch: int = 0
 
     def __str__(self) -> str:
         default = Case()
@@ -63,7 +72,25 @@ class Case:
             window_right=self.window_right,
             origin_q=self.origin_q,
             origin_k=self.origin_k,
+            origin_head=self.origin_head,
+            origin_batch=self.origin_batch,
+            mods=tuple(part.mod.name for part in self.mods()),
+            params=tuple(number for part in self.mods() for number in part.params),
+            dropout_p=self.dropout,
         )
+
+    def mods(self) -> list[score_mods.BoundScoreMod]:
+        """The score mods of the call with their tensors, in the contract's order."""
+        generator = torch.Generator().manual_seed(99)
+        bound = []
+        if self.softcap is not None:
+            bound.append(score_mods.softcap(self.softcap))
+        if self.alibi is not None:
+            slopes = torch.rand((self.B, self.H) if "b" in self.alibi else (self.H,), generator=generator) / 8
+            bound.append(score_mods.alibi(slopes, torch.empty(self.B, self.H, 1, 1)))
+        if self.mod:
+            bound.append(TABLE_MOD(torch.randn(TABLE, generator=generator), weight=0.25))
+        return bound
 
     def inputs(self) -> dict[str, torch.Tensor | None]:
         """q, k, v, do, dlse, mask, bias, origin; the same at every call."""
@@ -95,8 +122,50 @@ class Case:
             "dlse": torch.randn(self.B, self.H, self.Sq, generator=generator) if self.dlse else None,
             "mask": mask,
             "bias": bias,
-            "origin": None if self.origin is None else torch.tensor(self.origin),
+            "origin": None if self.origin is None else torch.tensor([*self.origin, 3, 5]),
+            "sinks": torch.randn(self.H, generator=generator).to(dtype) if self.sinks else None,
+            "seed": torch.tensor([2**40 + 7]) if self.dropout else None,
         }
+
+    def options(self, x: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a backend's functions besides those for gradients."""
+        names = ("mask", "bias", "origin", "sinks", "seed")
+        aux = tuple(tensor for part in self.mods() for tensor in part.aux)
+        return {**{name: x[name] for name in names}, "aux": aux, "spec": self.spec}
+
+
+# A user's mod: it reads a table by position, depends on the head and the batch, and has a slope that is not 1.
+TABLE = 97
+
+
+@triton.jit
+def _table_mod(b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    b_index = (((i_q - i_k) % 97) + 97) % 97
+    return b_s + numbers[0] * tl.load(aux[0] + b_index) * (1.0 + 0.1 * (i_h + 2 * i_b)) * b_s
+
+
+@triton.jit
+def _table_mod_backward(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    b_index = (((i_q - i_k) % 97) + 97) % 97
+    return b_ds * (1.0 + numbers[0] * tl.load(aux[0] + b_index) * (1.0 + 0.1 * (i_h + 2 * i_b)))
+
+
+def _table_mod_torch(
+    s: torch.Tensor,
+    i_b: torch.Tensor,
+    i_h: torch.Tensor,
+    i_q: torch.Tensor,
+    i_k: torch.Tensor,
+    table: torch.Tensor,
+    *,
+    weight: float,
+) -> torch.Tensor:
+    return s + weight * table.to(s.dtype)[(i_q - i_k) % TABLE] * (1.0 + 0.1 * (i_h + 2 * i_b)) * s
+
+
+TABLE_MOD = score_mods.register_score_mod(
+    score_mods.ScoreMod("table of the tests", _table_mod, _table_mod_backward, _table_mod_torch, 1, 1)
+)
 
 
 class _Guard:
@@ -148,7 +217,7 @@ def guarded_outputs() -> Iterator[None]:
 
 def surrounded(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor in a sea of NaN (mask: of True), its dimensions in the same order in memory."""
-    if tensor is None or tensor.dtype == torch.int64:
+    if tensor is None or tensor.dtype == torch.int64 or tensor.dim() == 1:
         return tensor
     if tensor.dim() == 4 and tensor.stride(1) < tensor.stride(2) and tensor.shape[1] > 1:
         return poison.surround(tensor.transpose(1, 2)).view.transpose(1, 2)
@@ -162,26 +231,28 @@ def run(case: Case, **changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
     how the saved out was rounded. There backward gets out in fp32; flash_attention has a formula without that sum.
     """
     x: dict[str, Any] = {**case.inputs(), **changed}
-    options = {"mask": x["mask"], "bias": x["bias"], "origin": x["origin"], "spec": case.spec}
+    options = case.options(x)
     out, lse = triton_forward.forward(x["q"], x["k"], x["v"], **options)
     saved = out
     if x["bias"] is not None and x["bias"].shape[3] == 1:
         wide = {**options, "bias": x["bias"].double()}
         saved = reference.forward(*(x[name].double() for name in "qkv"), **wide)[0].float()
-    dq, dk, dv, dbias = triton_backward.backward(
+    dq, dk, dv, dbias, dsinks = triton_backward.backward(
         x["do"], x["q"], x["k"], x["v"], saved, lse, x["dlse"], **options, bias_grad=x["bias"] is not None
     )
     result = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     if dbias is not None:
         result["dbias"] = dbias
+    if dsinks is not None:
+        result["dsinks"] = dsinks
     return result
 
 
 def compare(case: Case, result: dict[str, torch.Tensor], **changed: torch.Tensor | None) -> None:
     """Assert that every result of ``case`` is within the error budget."""
     x: dict[str, Any] = {**case.inputs(), **changed}
-    names = ("q", "k", "v", "do", "dlse", "mask", "bias", "origin")
-    check(result, expected(**{name: x[name] for name in names}, spec=case.spec))
+    names = ("q", "k", "v", "do", "dlse")
+    check(result, expected(**{name: x[name] for name in names}, **case.options(x)))
 
 
 def run_and_compare(case: Case) -> None:

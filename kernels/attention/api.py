@@ -2,8 +2,9 @@
 
 One formula, computed in this order everywhere, for each batch b, query head h and its key head h // (H / Hkv):
 
-    s = scale * q k^T;   s = s + bias;   s = -inf where mask is False, or causal or window hides the key
-    lse = log sum_k exp(s);   p = exp(s - lse);   out = p v
+    s = scale * q k^T;   s = softcap * tanh(s / softcap);   s = s - slope * |i_q - i_k|;   s = score_mod(s)
+    s = s + bias;   s = -inf where mask is False, or causal or window hides the key
+    lse = log sum_k exp(s);   p = exp(s - log(exp(lse) + exp(sink)));   out = dropout(p) v
 
 It is the exact attention of Vaswani et al., arXiv:1706.03762, computed by fused backends as in FlashAttention
 (Dao et al., arXiv:2205.14135) and FlashAttention-2 (Dao, arXiv:2307.08691), without ever storing the Sq x Sk scores.
@@ -11,18 +12,27 @@ It is the exact attention of Vaswani et al., arXiv:1706.03762, computed by fused
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import backends
 from . import reference, torch_backend
 from .spec import Origin
-from .validation import Call, check_flag, check_qkv, check_saved, normalise, refuse_unbuilt, wrong
+from .validation import Call, check_flag, check_qkv, check_saved, check_seed, normalise, wrong
 
 FUSED = ("triton", "cpu")
 HEAD_DIMS = (16, 256)  # smallest and largest of a fused backend
-OPEN = -1  # an open side of the window, in the ops' plain integers
+
+
+class AttentionGradients(NamedTuple):
+    """What :func:`attention_backward` returns; None where there is no such input or it was not asked for."""
+
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    dbias: torch.Tensor | None
+    dsinks: torch.Tensor | None
 
 
 def flash_attention(
@@ -70,8 +80,18 @@ def flash_attention(
             return_lse), ``triton`` (GPUs; the CPU only in Triton's interpreter) or ``cpu``; one asked for by name runs
             or raises. ``auto`` takes triton on a GPU where that is proven, else torch where it can do the call,
             else reference, and says at INFO which.
-        alibi_slopes, softcap, score_mod, sinks, dropout_p, seed, descale, deterministic: part of the contract, not
-            built yet: anything but the default raises NotImplementedError.
+        alibi_slopes: [H] or [B, H], ALiBi's; no gradient. Like score_mod it counts positions, and so asks for ``align``
+            or ``origin`` where Sq != Sk.
+        softcap: scores are limited to (-softcap, softcap) by tanh.
+        score_mod: ``mod(*aux, **params)`` with mod from :func:`fusemesh.register_score_mod`.
+        sinks: [H], q's dtype or fp32: a logit of each head that takes part in the softmax and has no value; has a
+            gradient. lse leaves it out.
+        dropout_p: share of the probabilities that are dropped, the others divided by 1 - dropout_p; not in lse.
+        seed: of dropout, an int or an int64 tensor on the device with one element: which elements are dropped depends
+            on the seed and on positions (``origin``) alone, the same on every backend. None draws one from torch's
+            generator.
+        descale: of fp8, not built yet.
+        deterministic: False allows a faster backward; there is none so far.
 
     Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). Under autocast q, k and
     v are cast as F.scaled_dot_product_attention's are. Fused backends take D and Dv from 16 to 256, reference and torch
@@ -90,7 +110,16 @@ def flash_attention(
     q, k, v = _autocast(q, k, v)
     check_qkv(q, k, v)
     check_flag("return_lse", return_lse)
-    refuse_unbuilt(
+    call = normalise(
+        q,
+        k,
+        causal=causal,
+        align=align,
+        window=window,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        origin=origin,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         score_mod=score_mod,
@@ -100,8 +129,8 @@ def flash_attention(
         descale=descale,
         deterministic=deterministic,
     )
-    call = normalise(q, k, causal=causal, align=align, window=window, mask=mask, bias=bias, scale=scale, origin=origin)
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, call.bias))
+    inputs = (q, k, v, call.bias, call.sinks, *call.aux)
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     chosen = _choose(backend, q, v, call, needs_lse=return_lse, gradients=gradients)
     if chosen == "torch":
         _count("attention_forward", "torch")
@@ -141,19 +170,26 @@ def attention_forward(
         out [B, H, Sq, Dv] in q's dtype and lse [B, H, Sq]; neither requires a gradient.
     """
     check_qkv(q, k, v)
-    refuse_unbuilt(
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        score_mod=score_mod,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        seed=seed,
-        descale=descale,
-        deterministic=deterministic,
-    )
+    check_seed(dropout_p, seed)
     with torch.no_grad():
         call = normalise(
-            q, k, causal=causal, align=align, window=window, mask=mask, bias=bias, scale=scale, origin=origin
+            q,
+            k,
+            causal=causal,
+            align=align,
+            window=window,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            origin=origin,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            score_mod=score_mod,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            seed=seed,
+            descale=descale,
+            deterministic=deterministic,
         )
         return _forward(_choose(backend, q, v, call, needs_lse=True, gradients=False), q, k, v, call)
 
@@ -184,7 +220,7 @@ def attention_backward(
     descale: Any = None,
     deterministic: bool = True,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> AttentionGradients:
     """The gradients of :func:`attention_forward`, without autograd.
 
     With the out and lse of a softmax over more keys than k holds (all shards of a ring), it gives the part of the
@@ -199,34 +235,43 @@ def attention_backward(
         backend: as in :func:`flash_attention`; ``torch`` and ``cpu`` are refused.
 
     Returns:
-        dq, dk, dv in the shapes and dtypes of q, k, v, and dbias in bias's, None without bias_grad. A dimension of bias
-        with stride 0 (``expand``) counts as one of size 1, and so it has size 1 in dbias.
+        dq, dk, dv in the shapes and dtypes of q, k, v; dbias in bias's, None without bias_grad; dsinks in sinks', None
+        without (in a ring each part computes the whole of it, which counts once). A dimension of bias with stride 0
+        (``expand``) counts as one of size 1, and so it has size 1 in dbias.
     """
     check_qkv(q, k, v)
     check_flag("bias_grad", bias_grad)
-    refuse_unbuilt(
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        score_mod=score_mod,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        seed=seed,
-        descale=descale,
-        deterministic=deterministic,
-    )
     check_saved(q, v, do, out, lse, dlse)
+    check_seed(dropout_p, seed)
     if bias_grad and bias is None:
         raise wrong("bias_grad", "False without bias", True, "pass the bias of the forward")
     with torch.no_grad():
         call = normalise(
-            q, k, causal=causal, align=align, window=window, mask=mask, bias=bias, scale=scale, origin=origin
+            q,
+            k,
+            causal=causal,
+            align=align,
+            window=window,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            origin=origin,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            score_mod=score_mod,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            seed=seed,
+            descale=descale,
+            deterministic=deterministic,
         )
         chosen = _choose(backend, q, v, call, needs_lse=True, gradients=True)
-        dq, dk, dv, dbias = _backward(chosen, (do, q, k, v, out, lse, dlse), call, bias_grad)
+        gradients = _backward(chosen, (do, q, k, v, out, lse, dlse), call, bias_grad)
+    dbias = gradients.dbias
     if dbias is not None:
         assert bias is not None
-        dbias = dbias.reshape(dbias.shape[dbias.dim() - bias.dim() :])
-    return dq, dk, dv, dbias
+        gradients = gradients._replace(dbias=dbias.reshape(dbias.shape[dbias.dim() - bias.dim() :]))
+    return gradients
 
 
 def _forward(
@@ -234,36 +279,34 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if chosen == "reference":
         _count("attention_forward", "reference")
-        return reference.forward(q, k, v, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec)
-    from . import ops  # noqa: F401  registers the ops
+        return reference.forward(q, k, v, **call.arguments())
+    from . import ops
 
     q, k, v = (_unit_last_stride(x) for x in (q, k, v))
-    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, call.mask, call.bias, call.origin, *_numbers(call), chosen)
+    tensors = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
+    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *tensors, *ops.numbers_of(call.spec), chosen)
     return out, lse
 
 
-def _backward(
-    chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _backward(chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool) -> AttentionGradients:
     if chosen == "reference":
         _count("attention_backward", "reference")
-        return reference.backward(
-            *tensors, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec, bias_grad=bias_grad
-        )
-    from . import ops  # noqa: F401  registers the ops
+        return AttentionGradients(*reference.backward(*tensors, **call.arguments(), bias_grad=bias_grad))
+    from . import ops
 
     do, q, k, v, out, lse, dlse = tensors
     do, q, k, v, out = (_unit_last_stride(x) for x in (do, q, k, v, out))
-    dq, dk, dv, dbias = torch.ops.fusemesh.attention_backward(
-        do, q, k, v, out, lse, dlse, call.mask, call.bias, call.origin, *_numbers(call), bias_grad, chosen
+    others = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
+    dq, dk, dv, dbias, dsinks = torch.ops.fusemesh.attention_backward(
+        do, q, k, v, out, lse, dlse, *others, *ops.numbers_of(call.spec), bias_grad, chosen
     )
-    return dq, dk, dv, dbias if bias_grad else None
+    return AttentionGradients(dq, dk, dv, dbias if bias_grad else None, None if call.sinks is None else dsinks)
 
 
 def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_lse: bool, gradients: bool) -> str:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
     name = backends.requested(backend)
-    no_torch = torch_backend.why_not(q, call.bias, call.spec, needs_lse)
+    no_torch = torch_backend.why_not(q, call.bias, call.sinks, call.spec, needs_lse)
     if name == "torch" and no_torch is not None:
         raise wrong(
             "backend",
@@ -320,14 +363,6 @@ def _autocast(*inputs: Any) -> tuple[Any, ...]:
         return x.to(torch.get_autocast_dtype(kind))
 
     return tuple(cast(x) for x in inputs)
-
-
-def _numbers(call: Call) -> tuple[float, int, int, int, int]:
-    """The spec as the plain numbers that a custom op carries."""
-    spec = call.spec
-    left = OPEN if spec.window_left is None else spec.window_left
-    right = OPEN if spec.window_right is None else spec.window_right
-    return spec.scale, left, right, spec.origin_q, spec.origin_k
 
 
 def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:

@@ -33,20 +33,30 @@ def forward(
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
     spec: AttentionSpec,
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of attention on CPU tensors, on as many threads as PyTorch uses.
 
     Args:
         q: [B, H, Sq, D] float32, any strides; k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv] likewise, H a multiple of Hkv.
         mask: bool, True = attend, and ``bias``: float32; 4-D, each dimension 1 or the one of [B, H, Sq, Sk].
-        origin: int64 [2], positions of query 0 and key 0, added to those of ``spec``.
+        origin: int64 [4], of which positions of query 0 and key 0 count here, added to those of ``spec``.
+        aux, sinks, seed: not for this engine yet.
 
     Returns:
         out [B, H, Sq, Dv], its memory laid out like q's, and lse [B, H, Sq], float32; 0 and -inf in rows without a key.
 
     Raises:
-        ValueError: a dtype or device that the engine does not take, or no engine in this installation.
+        ValueError: a dtype, device or feature that the engine does not take, or no engine in this installation.
     """
+    unknown = [name for name, there in (("score_mod", spec.mods), ("dropout_p", spec.dropout_p)) if there]
+    unknown += ["sinks"] if sinks is not None else []
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: backend 'cpu' expected none, received one; use backend='reference' or backend='auto'"
+        )
     batch, heads, seq_q, dim = q.shape
     kv_heads, seq_k, dim_v = k.shape[1], k.shape[2], v.shape[3]
     out = empty_laid_out_like(q, dim_v)
@@ -72,7 +82,7 @@ def forward(
         threads=torch.get_num_threads(),
         **{name: _view(tensor) for name, tensor in tensors.items()},
     )
-    extra_q, extra_k = (0, 0) if origin is None else (int(position) for position in origin.tolist())
+    extra_q, extra_k = (0, 0) if origin is None else (int(position) for position in origin[:2].tolist())
     call.origin_q, call.origin_k = spec.origin_q + extra_q, spec.origin_k + extra_k
     engine.forward(call)
     return out, lse

@@ -84,19 +84,19 @@ def load_row_values(p_shift, p_delta, i_m, BLOCK_M: tl.constexpr):
 def load_tile(p_tile, stride_m, stride_n, o_m, o_n, Sq, Sk, DIMS: tl.constexpr, IS_EDGE: tl.constexpr):
     """The part of a mask or bias that belongs to queries ``o_m`` and keys ``o_n`` (blocks that broadcast).
 
-    DIMS: along which of the two it varies: "mn", "m", "n" or "". The result has size 1 along the other, so a mask over
-    keys alone costs BLOCK_N loads a tile, not BLOCK_M * BLOCK_N. Beyond the tensors, which is allowed where IS_EDGE,
-    the values are 0.
+    DIMS: along which of the two it varies: 1 for queries plus 2 for keys. The result has size 1 along the other, so a
+    mask over keys alone costs BLOCK_N loads a tile, not BLOCK_M * BLOCK_N. Beyond the tensors, which is allowed where
+    IS_EDGE, the values are 0.
     """
     o_m64 = o_m.to(tl.int64)
     o_n64 = o_n.to(tl.int64)
-    if DIMS == "mn":
+    if DIMS == 3:
         p_tile += o_m64 * stride_m + o_n64 * stride_n
         m_tile = (o_m < Sq) & (o_n < Sk)
-    elif DIMS == "m":
+    elif DIMS == 1:
         p_tile += o_m64 * stride_m
         m_tile = o_m < Sq
-    elif DIMS == "n":
+    elif DIMS == 2:
         p_tile += o_n64 * stride_n
         m_tile = o_n < Sk
     else:

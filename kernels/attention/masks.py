@@ -33,6 +33,24 @@ def window_bounds(lo, hi, p_origin, Sq, Sk, HAS_ORIGIN: tl.constexpr):
 
 
 @triton.jit
+def origins(origin_q, origin_k, origin_h, origin_b, p_origin, HAS_ORIGIN: tl.constexpr):
+    """Where element 0 of queries, keys, heads and batches stands in the whole: four int32 scalars.
+
+    ``p_origin`` adds int64 [q, k, head, batch] from the device. Positions count modulo 2^32 here.
+    """
+    q = tl.cast(origin_q, tl.int64)
+    k = tl.cast(origin_k, tl.int64)
+    h = tl.cast(origin_h, tl.int64)
+    b = tl.cast(origin_b, tl.int64)
+    if HAS_ORIGIN:
+        q += tl.load(p_origin)
+        k += tl.load(p_origin + 1)
+        h += tl.load(p_origin + 2)
+        b += tl.load(p_origin + 3)
+    return q.to(tl.int32), k.to(tl.int32), h.to(tl.int32), b.to(tl.int32)
+
+
+@triton.jit
 def tile_range(
     i_start,
     lo,

@@ -16,17 +16,20 @@ import torch
 from .. import backends
 from .spec import AttentionSpec, empty_laid_out_like
 
-_NUMBERS = "float scale, SymInt window_left, SymInt window_right, SymInt origin_q, SymInt origin_k"
-FORWARD_SCHEMA = (
-    f"(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? origin, {_NUMBERS}, str backend)"
-    " -> (Tensor out, Tensor lse)"
+_TENSORS = "Tensor? mask, Tensor? bias, Tensor? origin, Tensor[] aux, Tensor? sinks, Tensor? seed"
+_NUMBERS = (
+    "float scale, SymInt window_left, SymInt window_right, SymInt origin_q, SymInt origin_k, SymInt origin_head,"
+    " SymInt origin_batch, str[] mods, float[] params, float dropout_p"
 )
-# dbias is a tensor of shape [0] unless bias_grad.
+FORWARD_SCHEMA = f"(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_NUMBERS}, str backend) -> (Tensor out, Tensor lse)"
+# dbias is a tensor of shape [0] unless bias_grad, and so is dsinks without sinks.
 BACKWARD_SCHEMA = (
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
-    f" Tensor? mask, Tensor? bias, Tensor? origin, {_NUMBERS}, bool bias_grad, str backend)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+    f" {_TENSORS}, {_NUMBERS}, bool bias_grad, str backend)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
+# How many arguments carry the spec.
+_SPEC = 10
 
 # backend -> modules of its forward and backward
 _MODULES = {
@@ -47,13 +50,38 @@ def _module(backend: str, *, is_backward: bool) -> Any:
     return importlib.import_module(name, __package__)
 
 
-def _spec(scale: float, window_left: int, window_right: int, origin_q: int, origin_k: int) -> AttentionSpec:
+def numbers_of(spec: AttentionSpec) -> tuple[Any, ...]:
+    """The spec as the plain values that a custom op carries."""
+    left = -1 if spec.window_left is None else spec.window_left
+    right = -1 if spec.window_right is None else spec.window_right
+    origins = (spec.origin_q, spec.origin_k, spec.origin_head, spec.origin_batch)
+    return spec.scale, left, right, *origins, list(spec.mods), list(spec.params), spec.dropout_p
+
+
+def spec_of(
+    scale: float,
+    window_left: int,
+    window_right: int,
+    origin_q: int,
+    origin_k: int,
+    origin_head: int,
+    origin_batch: int,
+    mods: Sequence[str],
+    params: Sequence[float],
+    dropout_p: float,
+) -> AttentionSpec:
+    """The spec whose :func:`numbers_of` these are."""
     return AttentionSpec(
-        scale=scale,
-        window_left=None if window_left < 0 else window_left,
-        window_right=None if window_right < 0 else window_right,
-        origin_q=origin_q,
-        origin_k=origin_k,
+        scale,
+        None if window_left < 0 else window_left,
+        None if window_right < 0 else window_right,
+        origin_q,
+        origin_k,
+        origin_head,
+        origin_batch,
+        tuple(mods),
+        tuple(params),
+        dropout_p,
     )
 
 
@@ -71,18 +99,28 @@ def attention_forward(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
+    aux: Sequence[torch.Tensor],
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
     origin_q: int,
     origin_k: int,
+    origin_head: int,
+    origin_batch: int,
+    mods: Sequence[str],
+    params: Sequence[float],
+    dropout_p: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp; see :func:`fusemesh.kernels.attention.reference.forward`."""
     module = _module(backend, is_backward=False)
     backends.count("attention_forward", backend)
-    spec = _spec(scale, window_left, window_right, origin_q, origin_k)
-    out, lse = module.forward(q, k, v, mask=mask, bias=bias, origin=origin, spec=spec)
+    at = (origin_q, origin_k, origin_head, origin_batch)
+    spec = spec_of(scale, window_left, window_right, *at, mods, params, dropout_p)
+    options = {"mask": mask, "bias": bias, "origin": origin, "aux": tuple(aux), "sinks": sinks, "seed": seed}
+    out, lse = module.forward(q, k, v, **options, spec=spec)
     return _laid_out_like(out, q), lse.contiguous()
 
 
@@ -94,11 +132,19 @@ def _(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
+    aux: Sequence[torch.Tensor],
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
     origin_q: int,
     origin_k: int,
+    origin_head: int,
+    origin_batch: int,
+    mods: Sequence[str],
+    params: Sequence[float],
+    dropout_p: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -117,23 +163,32 @@ def attention_backward(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
+    aux: Sequence[torch.Tensor],
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
     origin_q: int,
     origin_k: int,
+    origin_head: int,
+    origin_batch: int,
+    mods: Sequence[str],
+    params: Sequence[float],
+    dropout_p: float,
     bias_grad: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of attention; see :func:`fusemesh.kernels.attention.reference.backward`."""
     module = _module(backend, is_backward=True)
     backends.count("attention_backward", backend)
-    spec = _spec(scale, window_left, window_right, origin_q, origin_k)
-    dq, dk, dv, dbias = module.backward(
-        do, q, k, v, out, lse, dlse, mask=mask, bias=bias, origin=origin, spec=spec, bias_grad=bias_grad
-    )
+    at = (origin_q, origin_k, origin_head, origin_batch)
+    spec = spec_of(scale, window_left, window_right, *at, mods, params, dropout_p)
+    options = {"mask": mask, "bias": bias, "origin": origin, "aux": tuple(aux), "sinks": sinks, "seed": seed}
+    dq, dk, dv, dbias, dsinks = module.backward(do, q, k, v, out, lse, dlse, **options, spec=spec, bias_grad=bias_grad)
     dbias = q.new_empty(0) if dbias is None else dbias.contiguous()
-    return _laid_out_like(dq, q), _laid_out_like(dk, k), _laid_out_like(dv, v), dbias
+    dsinks = q.new_empty(0) if dsinks is None else dsinks.contiguous()
+    return _laid_out_like(dq, q), _laid_out_like(dk, k), _laid_out_like(dv, v), dbias, dsinks
 
 
 @attention_backward.register_fake
@@ -148,53 +203,62 @@ def _(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
+    aux: Sequence[torch.Tensor],
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
     origin_q: int,
     origin_k: int,
+    origin_head: int,
+    origin_batch: int,
+    mods: Sequence[str],
+    params: Sequence[float],
+    dropout_p: float,
     bias_grad: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dbias = bias.new_empty(bias.shape) if bias_grad and bias is not None else q.new_empty(0)
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     dq, dk, dv = (empty_laid_out_like(x, x.shape[-1]) for x in (q, k, v))
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias, dsinks
+
+
+def _nothing(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The gradients of values that have none; autograd takes an empty list for one of tensors, and wants it back."""
+    return tuple([] if isinstance(value, (list, tuple)) and not value else None for value in values)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
     # The gradient of an output that the loss does not use is then None, not a tensor of zeros.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.numbers = inputs[6:11]
-    ctx.backend = inputs[11]
+    q, k, v, mask, bias, origin, aux, sinks, seed = inputs[:9]
+    ctx.save_for_backward(q, k, v, mask, bias, origin, sinks, seed, *output, *aux)
+    ctx.numbers = inputs[9 : 9 + _SPEC]
+    ctx.backend = inputs[9 + _SPEC]
 
 
 def _backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
-    q, k, v, mask, bias, origin, out, lse = ctx.saved_tensors
+    q, k, v, mask, bias, origin, sinks, seed, out, lse, *aux = ctx.saved_tensors
+    nothing = (*_nothing(ctx.numbers), None)
+    none_of_aux = [None] * len(aux)
     if do is None and dlse is None:
-        return (None,) * 12
+        return (None,) * 6 + (none_of_aux, None, None) + nothing
     if do is None:
         do = torch.zeros_like(out)
     bias_grad = ctx.needs_input_grad[4]
-    is_constant_over_keys = bias_grad and bias.shape[3] == 1
-    dq, dk, dv, dbias = torch.ops.fusemesh.attention_backward(
-        do,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dlse,
-        mask,
-        bias,
-        origin,
-        *ctx.numbers,
-        bias_grad and not is_constant_over_keys,
-        ctx.backend,
+    # Beside a sink such a bias does change the output.
+    is_shift = bias_grad and bias.shape[3] == 1 and sinks is None
+    tensors = (mask, bias, origin, aux, sinks, seed)
+    dq, dk, dv, dbias, dsinks = torch.ops.fusemesh.attention_backward(
+        do, q, k, v, out, lse, dlse, *tensors, *ctx.numbers, bias_grad and not is_shift, ctx.backend
     )
-    if is_constant_over_keys:
+    if is_shift:
         dbias = _gradient_of_row_shifts(bias, lse, dlse)
-    return dq, dk, dv, None, dbias if bias_grad else None, *(None,) * 7
+    dbias = dbias if bias_grad else None
+    dsinks = dsinks if ctx.needs_input_grad[7] else None
+    return dq, dk, dv, None, dbias, None, none_of_aux, dsinks, None, *nothing
 
 
 def _gradient_of_row_shifts(bias: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
@@ -214,28 +278,29 @@ attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    do, q, k, v, _, _, dlse, mask, bias, origin = inputs[:10]
-    ctx.save_for_backward(do, q, k, v, dlse, mask, bias, origin)
-    ctx.numbers = inputs[10:15]
-    ctx.bias_grad = inputs[15]
+    do, q, k, v, _, _, dlse, mask, bias, origin, aux, sinks, seed = inputs[:13]
+    ctx.save_for_backward(do, q, k, v, dlse, mask, bias, origin, sinks, seed, *aux)
+    ctx.numbers = inputs[13 : 13 + _SPEC]
+    ctx.bias_grad = inputs[13 + _SPEC]
 
 
 def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     """Second derivatives by the reference's formulas, with their memory of Sq * Sk.
 
-    out and lse are functions of q, k, v and bias here, so no gradient goes to those that were passed in.
+    out and lse are functions of q, k, v, bias and sinks here, so no gradient goes to those that were passed in.
     """
     from . import reference
 
-    do, q, k, v, dlse, mask, bias, origin = ctx.saved_tensors
+    do, q, k, v, dlse, mask, bias, origin, sinks, seed, *aux = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because q, k and v may be one tensor, and each has its own part of that tensor's gradient.
-        views: list[Any] = [None if x is None else x.view_as(x) for x in (do, q, k, v, dlse, bias)]
-        do, q, k, v, dlse, bias = views
-        names = ("do", "q", "k", "v", "dlse", "bias")
+        views: list[Any] = [None if x is None else x.view_as(x) for x in (do, q, k, v, dlse, bias, sinks)]
+        do, q, k, v, dlse, bias, sinks = views
+        names = ("do", "q", "k", "v", "dlse", "bias", "sinks")
         tensors = dict(zip(names, views, strict=True))
-        options: dict[str, Any] = {"mask": mask, "bias": bias, "origin": origin, "spec": _spec(*ctx.numbers)}
+        options: dict[str, Any] = {"mask": mask, "bias": bias, "origin": origin, "spec": spec_of(*ctx.numbers)}
+        options |= {"aux": tuple(aux), "sinks": sinks, "seed": seed}
         out, lse = reference.forward(q, k, v, **options)
         first = reference.backward(do, q, k, v, out, lse, dlse, bias_grad=ctx.bias_grad, **options)
     pairs = [(x, grad) for x, grad in zip(first, grads, strict=True) if x is not None and grad is not None]
@@ -251,7 +316,8 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         )
         found = dict(zip(wanted, second, strict=True))
     gradients = [found.get(name) for name in ("do", "q", "k", "v")]
-    return *gradients, None, None, found.get("dlse"), None, found.get("bias"), None, *(None,) * 7
+    tail = (None, found.get("bias"), None, [None] * len(aux), found.get("sinks"), None)
+    return *gradients, None, None, found.get("dlse"), *tail, *_nothing(ctx.numbers), None, None
 
 
 attention_backward.register_autograd(_double_backward, setup_context=_save_for_double_backward)

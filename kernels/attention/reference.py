@@ -1,12 +1,14 @@
 """Attention in plain PyTorch: the definition of right. Every other backend is compared with this file.
 
-With s = scale * q k^T + bias where the query may see the key and -inf elsewhere (Dao et al., "FlashAttention",
-arXiv:2205.14135, and "FlashAttention-2", arXiv:2307.08691, without the tiling):
+With s = mods(scale * q k^T) + bias where the query may see the key and -inf elsewhere, and d the elements that dropout
+keeps, divided by 1 - dropout_p (Dao et al., "FlashAttention", arXiv:2205.14135, and "FlashAttention-2",
+arXiv:2307.08691, without the tiling):
 
-    lse = log sum_k exp(s)          p = exp(s - lse)          out = p v
+    lse = log sum_k exp(s)          all = log(exp(lse) + exp(sink))          p = exp(s - all)          out = (p * d) v
 
-    dv = p^T do                     dp = do v^T               delta = rowsum(do * out) - dlse
-    ds = p * (dp - delta)           dq = scale * ds k         dk = scale * ds^T q           dbias = ds, summed to bias
+    dv = (p * d)^T do     dp = d * do v^T     delta = rowsum(do * out)     ds = p * (dp - delta) + dlse * exp(s - lse)
+    dbias = ds, summed to bias     dsink = -exp(sink - all) * delta, summed to sinks
+    dx = ds through the mods       dq = scale * dx k       dk = scale * dx^T q
 
 A row that sees no key has lse = -inf, out = 0 and no gradient. Half precision is computed in fp32, fp64 in fp64.
 It holds the whole matrix of scores, so its memory grows with Sq * Sk; that is the price of being readable.
@@ -22,6 +24,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from . import philox
+from .score_mods import split
 from .spec import AttentionSpec
 
 P = ParamSpec("P")
@@ -56,8 +60,11 @@ def forward(
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
     spec: AttentionSpec,
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and its log-sum-exp, differentiable (any number of times) in q, k, v and bias.
+    """Attention and its log-sum-exp, differentiable (any number of times) in q, k, v, bias and sinks.
 
     Args:
         q: [B, H, Sq, D].
@@ -65,21 +72,27 @@ def forward(
         v: [B, Hkv, Sk, Dv].
         mask: bool, True = attend, 4-D, each dim 1 or that of [B, H, Sq, Sk]; or None.
         bias: added to the scores, 4-D, each dim 1 or that of [B, H, Sq, Sk]; or None.
-        origin: int64 [2] = (origin_q, origin_k), added to those of ``spec``; or None.
-        spec: scale, window and origins.
+        origin: int64 [4] = origins of q, k, head and batch, added to those of ``spec``; or None.
+        spec: scale, window, origins, score mods and dropout.
+        aux: the tensors of the score mods.
+        sinks: [H], a logit of each head that joins the denominator; or None.
+        seed: int64, one element, of dropout; or None.
 
     Returns:
-        out [B, H, Sq, Dv] in q's dtype, and lse [B, H, Sq], natural log, fp32 (fp64 for fp64 inputs).
+        out [B, H, Sq, Dv] in q's dtype, and lse [B, H, Sq], natural log, fp32 (fp64 for fp64 inputs), without the sink.
     """
     groups = _groups(q, k)
     dtype = _compute_dtype(q)
-    s = _scores(q, k, mask, bias, origin, spec)
+    _, s = _scores(q, k, mask, bias, origin, spec, aux)
     # Rows without a key are all -inf, and exp(-inf - -inf) is NaN: they are computed as rows of zeros and then erased,
     # which also erases whatever gradient comes in for them.
     empty = (s == -math.inf).all(-1, keepdim=True)
     s = s.masked_fill(empty, 0.0)
     lse = torch.logsumexp(s, -1, keepdim=True)
-    p = torch.exp(s - lse).masked_fill(empty, 0.0)
+    p = torch.exp(s - _with_sinks(lse, sinks)).masked_fill(empty, 0.0)
+    kept = _kept(s, origin, spec, seed)
+    if kept is not None:
+        p = p.masked_fill(~kept, 0.0) / (1 - spec.dropout_p)
     out = p @ _repeat_heads(v.to(dtype), groups)
     return out.to(q.dtype), lse.masked_fill(empty, -math.inf).squeeze(-1)
 
@@ -99,11 +112,14 @@ def backward(
     origin: torch.Tensor | None,
     spec: AttentionSpec,
     bias_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of :func:`forward`, by the formulas above; itself differentiable in all its tensors.
 
     ``out`` and ``lse`` are taken as given: those of a softmax over more keys than ``k`` holds (a ring of shards) give
-    these keys' part of the gradients.
+    these keys' part of the gradients, except that dsinks is whole.
 
     Args:
         do: gradient of out, [B, H, Sq, Dv].
@@ -112,26 +128,38 @@ def backward(
         bias_grad: whether dbias is wanted.
 
     Returns:
-        dq, dk, dv in the shapes and dtypes of q, k, v, and dbias in bias's, or None where not asked for.
+        dq, dk, dv in the shapes and dtypes of q, k, v; dbias in bias's, or None where not asked for; dsinks in sinks',
+        or None without.
     """
     groups = _groups(q, k)
     dtype = _compute_dtype(q)
-    s = _scores(q, k, mask, bias, origin, spec)
+    products, s = _scores(q, k, mask, bias, origin, spec, aux)
     do, qc, lse = do.to(dtype), q.to(dtype), lse.to(dtype).unsqueeze(-1)
     kc, vc = _repeat_heads(k.to(dtype), groups), _repeat_heads(v.to(dtype), groups)
     # Where a row has no key, an lse of +inf makes p zero, and its delta is dropped, whatever dlse holds there.
     empty = lse == -math.inf
-    p = torch.exp(s - lse.masked_fill(empty, math.inf))
-    delta = (do * out.to(dtype)).sum(-1, keepdim=True)
+    whole = _with_sinks(lse.masked_fill(empty, 0.0), sinks)
+    p = torch.exp(s - whole.masked_fill(empty, math.inf))
+    delta = (do * out.to(dtype)).sum(-1, keepdim=True).masked_fill(empty, 0.0)
+    dp = do @ vc.transpose(-1, -2)
+    kept = _kept(s, origin, spec, seed)
+    p_kept = p
+    if kept is not None:
+        p_kept, dp = (x.masked_fill(~kept, 0.0) / (1 - spec.dropout_p) for x in (p, dp))
+    ds = p * (dp - delta)
     if dlse is not None:
-        delta = delta - dlse.to(dtype).unsqueeze(-1)
-    delta = delta.masked_fill(empty, 0.0)
-    ds = p * (do @ vc.transpose(-1, -2) - delta)
-    dq = spec.scale * (ds @ kc)
-    dk = _sum_heads(spec.scale * (ds.transpose(-1, -2) @ qc), groups)
-    dv = _sum_heads(p.transpose(-1, -2) @ do, groups)
+        softmax = torch.exp(s - lse.masked_fill(empty, math.inf))
+        ds = ds + softmax * dlse.to(dtype).unsqueeze(-1).masked_fill(empty, 0.0)
+    dx = _through_mods(ds, products, q, origin, spec, aux)
+    dq = spec.scale * (dx @ kc)
+    dk = _sum_heads(spec.scale * (dx.transpose(-1, -2) @ qc), groups)
+    dv = _sum_heads(p_kept.transpose(-1, -2) @ do, groups)
     dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias_grad and bias is not None else None
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
+    dsinks = None
+    if sinks is not None:
+        share = torch.exp(sinks.to(dtype)[:, None, None] - whole).masked_fill(empty, 0.0)
+        dsinks = -(share * delta).sum((0, 2, 3)).to(sinks.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
 
 
 def visible(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec, device: torch.device) -> torch.Tensor:
@@ -160,10 +188,12 @@ def _scores(
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
     spec: AttentionSpec,
-) -> torch.Tensor:
-    """scale * q k^T + bias, -inf where the query does not see the key; [B, H, Sq, Sk]."""
+    aux: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale * q k^T, and mods of it + bias, -inf where the query does not see the key; both [B, H, Sq, Sk]."""
     dtype = _compute_dtype(q)
-    s = spec.scale * (q.to(dtype) @ _repeat_heads(k.to(dtype), _groups(q, k)).transpose(-1, -2))
+    products = spec.scale * (q.to(dtype) @ _repeat_heads(k.to(dtype), _groups(q, k)).transpose(-1, -2))
+    s = _mods(products, origin, spec, aux)
     if bias is not None:
         s = s + bias.to(dtype)
     seen = None
@@ -171,7 +201,68 @@ def _scores(
         seen = visible(q.shape[2], k.shape[2], origin, spec, q.device)
     if mask is not None:
         seen = mask if seen is None else mask & seen
-    return s if seen is None else s.masked_fill(~seen, -math.inf)
+    return products, s if seen is None else s.masked_fill(~seen, -math.inf)
+
+
+def _mods(
+    s: torch.Tensor, origin: torch.Tensor | None, spec: AttentionSpec, aux: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """The scores after the call's score mods."""
+    at = positions(s.shape, origin, spec, s.device) if spec.mods else ()
+    for mod, tensors, numbers in split(spec.mods, aux, spec.params):
+        params = dict(zip(mod.param_names, numbers, strict=True))
+        # Tensors of another dtype, positions among them, are not to change that of the scores.
+        s = mod.torch_forward(s, *at, *tensors, **params).to(s.dtype)
+    return s
+
+
+def _through_mods(
+    ds: torch.Tensor,
+    products: torch.Tensor,
+    q: torch.Tensor,
+    origin: torch.Tensor | None,
+    spec: AttentionSpec,
+    aux: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """The gradient of scale * q k^T from that of the scores after the mods, by autograd through the mods alone."""
+    if not spec.mods:
+        return ds
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = products if create_graph and products.requires_grad else products.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(_mods(x, origin, spec, aux), x, ds, create_graph=create_graph)
+    return dx
+
+
+def positions(
+    shape: torch.Size, origin: torch.Tensor | None, spec: AttentionSpec, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Positions of batch, head, query and key in the whole: int64 [B,1,1,1], [1,H,1,1], [1,1,Sq,1], [1,1,1,Sk]."""
+    starts = (spec.origin_batch, spec.origin_head, spec.origin_q, spec.origin_k)
+    order = (3, 2, 0, 1)  # of origin's elements
+    found = []
+    for dim, (size, start) in enumerate(zip(shape, starts, strict=True)):
+        index = torch.arange(size, device=device) + start
+        if origin is not None:
+            index = index + origin[order[dim]]
+        found.append(index.view([-1 if i == dim else 1 for i in range(4)]))
+    i_b, i_h, i_q, i_k = found
+    return i_b, i_h, i_q, i_k
+
+
+def _kept(
+    s: torch.Tensor, origin: torch.Tensor | None, spec: AttentionSpec, seed: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Which probabilities dropout keeps, bool [B, H, Sq, Sk]; None without dropout."""
+    if spec.dropout_p == 0:
+        return None
+    assert seed is not None
+    return philox.keep(seed, *positions(s.shape, origin, spec, s.device), spec.dropout_p)
+
+
+def _with_sinks(lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """log(exp(lse) + exp(sink)), [B, H, Sq, 1]."""
+    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
 
 
 def _compute_dtype(q: torch.Tensor) -> torch.dtype:

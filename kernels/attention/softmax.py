@@ -47,10 +47,11 @@ def online_step(b_m, b_l, b_s, factor, NATURAL: tl.constexpr, MAY_BE_EMPTY: tl.c
 
 
 @triton.jit
-def finish(b_acc, b_m, b_l, NATURAL: tl.constexpr):
+def finish(b_acc, b_m, b_l, p_sinks, i_h, NATURAL: tl.constexpr, HAS_SINKS: tl.constexpr):
     """Output [M, Dv] and natural-log LSE [M] of what :func:`online_step` accumulated.
 
-    A row without key has output 0 and LSE -inf.
+    A row without key has output 0 and LSE -inf. HAS_SINKS: the logit of head ``i_h`` joins the denominator of the
+    output; the LSE leaves it out.
     """
     # The largest score of a row contributes exp2(0) = 1 to its sum, so only a row without key has a sum of 0.
     b_empty = b_l == 0.0
@@ -59,6 +60,12 @@ def finish(b_acc, b_m, b_l, NATURAL: tl.constexpr):
         b_lse = b_m + tl.log2(b_l) * LN2
     else:
         b_lse = (b_m + tl.log2(b_l)) * LN2
+    if HAS_SINKS:
+        sink = tl.load(p_sinks + i_h).to(tl.float32)
+        if not NATURAL:
+            sink = sink * LOG2E
+        # Infinite where the sink is far above every score: the output is then 0, as it should be.
+        b_l += power(sink - tl.where(b_empty, 0.0, b_m), NATURAL)
     return b_acc / b_l[:, None], tl.where(b_empty, float("-inf"), b_lse)
 
 
@@ -78,3 +85,13 @@ def shift_of_lse(b_lse, NATURAL: tl.constexpr):
 def probabilities(b_s, b_shift, factor, NATURAL: tl.constexpr):
     """The normalised probabilities of scores ``b_s``, given :func:`shift_of_lse`, broadcast against them."""
     return power(b_s * factor - b_shift, NATURAL)
+
+
+@triton.jit
+def with_sink(b_lse, sink):
+    """log(exp(lse) + exp(sink)), natural, of the rows that see a key."""
+    b_high = tl.maximum(b_lse, sink)
+    b_low = tl.minimum(b_lse, sink)
+    b_sum = b_high + tl.log2(1.0 + tl.exp2((b_low - b_high) * LOG2E)) * LN2
+    # A sink of -inf, and inf - inf, change nothing.
+    return tl.where(b_low == float("-inf"), b_high, b_sum)

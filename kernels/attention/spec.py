@@ -30,8 +30,9 @@ class AttentionSpec:
     Query i and key j see each other iff ``-window_left <= (origin_k + j) - (origin_q + i) <= window_right``, where None
     leaves a side open; ``causal`` is ``window_right = 0``.
 
-    The fields are plain numbers, because a torch custom op carries nothing else; ``None`` travels as -1. Origins that
-    are device tensors travel beside the spec as one int64 tensor ``[q, k]``, and are then zero here.
+    The fields are plain numbers and names, because a torch custom op carries nothing else; ``None`` travels as -1.
+    Origins that are device tensors travel beside the spec as one int64 tensor ``[q, k, head, batch]``, and are added to
+    those here. So do the tensors of the score mods (``aux``), the sinks and dropout's seed.
     """
 
     scale: float
@@ -39,6 +40,16 @@ class AttentionSpec:
     window_right: int | None = None
     origin_q: int = 0
     origin_k: int = 0
+    origin_head: int = 0
+    origin_batch: int = 0
+    mods: tuple[str, ...] = ()  # names of registered score mods, in the order in which they apply
+    params: tuple[float, ...] = ()  # their parameters, those of the first mod first
+    dropout_p: float = 0.0
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether anything besides masks by position needs to know where an element stands."""
+        return bool(self.mods) or self.dropout_p > 0
 
 
 def empty_laid_out_like(tensor: torch.Tensor, last: int) -> torch.Tensor:

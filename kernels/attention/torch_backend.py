@@ -12,12 +12,20 @@ from . import reference
 from .spec import AttentionSpec
 
 
-def why_not(q: torch.Tensor, bias: torch.Tensor | None, spec: AttentionSpec, needs_lse: bool) -> str | None:
+def why_not(
+    q: torch.Tensor, bias: torch.Tensor | None, sinks: torch.Tensor | None, spec: AttentionSpec, needs_lse: bool
+) -> str | None:
     """Which argument F.scaled_dot_product_attention cannot express, or None if it can do this call."""
     if needs_lse:
         return "the log-sum-exp (return_lse)"
     if spec.window_left is not None or spec.window_right not in (None, 0):
         return "window"
+    if spec.mods:
+        return f"score mods {spec.mods}"
+    if sinks is not None:
+        return "sinks"
+    if spec.dropout_p > 0:
+        return "dropout by seed (dropout_p)"
     if bias is not None and bias.dtype != q.dtype and q.device.type != "cpu":
         return f"bias of {bias.dtype} beside q of {q.dtype}"
     return None

@@ -18,7 +18,7 @@ import triton.language as tl
 from ..launch import launch
 from . import tiles
 from .loads import ROW_PADDING, at_head, load_rows, padded
-from .softmax import shift_of_lse
+from .softmax import power, shift_of_lse, with_sink
 from .spec import AttentionSpec, empty_laid_out_like
 from .triton_bias_gradient import bias_gradient
 from .triton_inputs import prepare, unit_stride
@@ -31,8 +31,10 @@ def attention_delta_kernel(
     p_out,
     p_lse,
     p_dlse,
+    p_sinks,
     p_delta,
     p_shift,
+    p_dsink,
     strides_do,
     strides_out,
     strides_lse,
@@ -65,14 +67,28 @@ def attention_delta_kernel(
     o_m64 = o_m.to(tl.int64)
     p_lse = at_head(p_lse, strides_lse[0], strides_lse[1], i_b, i_h)
     b_lse = tl.load(p_lse + o_m64 * strides_lse[2], mask=o_m < Sq, other=float("-inf"))
+    b_is_empty = b_lse == float("-inf")
+    b_whole = b_lse
+    if p_sinks is not None:
+        # The probabilities are those of a softmax that the sink is part of.
+        sink = tl.load(p_sinks + i_h).to(tl.float32)
+        b_whole = tl.where(b_is_empty, b_lse, with_sink(b_lse, sink))
+        # [M]: what each row gives to the sink's gradient
+        b_dsink = -b_delta * power(tl.where(b_is_empty, float("-inf"), sink - b_whole), True)
+        tl.store(p_dsink + i_bh.to(tl.int64) * Sq + o_m, b_dsink, mask=o_m < Sq)
     if HAS_DLSE:
         p_dlse = at_head(p_dlse, strides_dlse[0], strides_dlse[1], i_b, i_h)
-        b_delta -= tl.load(p_dlse + o_m64 * strides_dlse[2], mask=o_m < Sq, other=0.0)
+        b_dlse = tl.load(p_dlse + o_m64 * strides_dlse[2], mask=o_m < Sq, other=0.0)
+        if p_sinks is not None:
+            # The LSE leaves the sink out, and its softmax is this much larger. Where fp32 cannot hold the factor, the
+            # probabilities that it will multiply are 0.
+            b_dlse *= power(tl.where(b_is_empty, 0.0, tl.minimum(b_whole - b_lse, 87.0)), True)
+        b_delta -= b_dlse
     # A row without key has probabilities 0; its delta must not turn them into NaN, whatever dlse holds there.
-    b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
+    b_delta = tl.where(b_is_empty, 0.0, b_delta)
     o_row = i_bh.to(tl.int64) * padded(Sq) + o_m
     tl.store(p_delta + o_row, b_delta)
-    tl.store(p_shift + o_row, shift_of_lse(b_lse, NATURAL))
+    tl.store(p_shift + o_row, shift_of_lse(b_whole, NATURAL))
 
 
 def backward(
@@ -89,7 +105,10 @@ def backward(
     origin: torch.Tensor | None,
     spec: AttentionSpec,
     bias_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of :func:`triton_forward.forward`, the same bits on every run.
 
     ``out`` and ``lse`` are taken as given: those of a softmax over more keys than ``k`` holds (a ring of shards) give
@@ -104,13 +123,19 @@ def backward(
 
     Returns:
         dq, dk, dv in the shapes, dtypes and memory order of q, k, v; dbias in shape and dtype of bias, or None where
-        not asked for. Beyond these: 8 bytes a query and head, and for a bias that is constant over queries or keys its
-        gradient before the sum over broadcast dimensions, 4 bytes a head and key or query.
+        not asked for; dsinks [H] in dtype of sinks, or None without. Beyond these: 8 bytes a query and head, with sinks
+        12, and for a bias that is constant over queries or keys its gradient before the sum over broadcast dimensions,
+        4 bytes a head and key or query.
 
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.
     """
-    call = prepare(q, k, v, mask, bias, origin, spec)
+    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed)
+    for name, function in zip(spec.mods, call.mode.mod_backwards, strict=True):
+        if function is None:
+            raise ValueError(
+                f"score_mod: {name!r} has no gradient in Triton; register it with backward=, or use backend='reference'"
+            )
     do, out = unit_stride(do), unit_stride(out)
     B, H, Sq, _ = q.shape
     Hkv, Sk = k.shape[1], k.shape[2]
@@ -118,6 +143,7 @@ def backward(
     rows_padded = triton.cdiv(Sq, ROW_PADDING.value) * ROW_PADDING.value
     delta = torch.empty(B, H, rows_padded, dtype=torch.float32, device=q.device)
     shift = torch.empty_like(delta)
+    dsink_rows = None if sinks is None else torch.empty(B, H, Sq, dtype=torch.float32, device=q.device)
     block = tiles.choose_delta(call.target, call.mode.block_dv)
     launch(
         attention_delta_kernel,
@@ -126,8 +152,10 @@ def backward(
         out,
         lse,
         dlse,
+        sinks,
         delta,
         shift,
+        dsink_rows,
         do.stride()[:3],
         out.stride()[:3],
         lse.stride(),
@@ -148,8 +176,8 @@ def backward(
     columns = torch.empty(B, H, Sk, dtype=torch.float32, device=q.device) if has_columns else None
     inputs = (call.q, call.k, call.v, do, shift, delta, origin)
     strides = tuple(x.stride()[:3] for x in (call.q, call.k, call.v, do))
-    numbers = (call.scores, call.lo, call.hi, H, call.group, Sq, Sk)
-    size = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, call.mode.mask_dims, call.mode.bias_dims)
+    numbers = (call.scores, call.aux, call.numbers, *call.origins, call.lo, call.hi, H, call.group, Sq, Sk)
+    size = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, *call.mode.tile_dims)
     tile = tiles.choose_dkdv(*size)
     launch(
         attention_dkdv_kernel,
@@ -188,4 +216,5 @@ def backward(
             dbias = columns.unsqueeze(2).sum_to_size(bias.shape).to(bias.dtype)
         else:
             dbias = bias_gradient(call, do, shift, delta, bias)
-    return dq, dk, dv, dbias
+    dsinks = None if sinks is None or dsink_rows is None else dsink_rows.sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dbias, dsinks

@@ -13,13 +13,14 @@ import triton.language as tl
 from ..launch import launch
 from . import tiles
 from .loads import at_head, load_row_values, load_rows, padded
-from .masks import key_range, window_bounds
+from .masks import key_range, origins, window_bounds
 from .scores import modify_scores
 from .softmax import probabilities
+from .triton_dropout import kept
 from .triton_inputs import Call
 
 
-@triton.jit(do_not_specialize=["lo", "hi", "Sq", "Sk"])
+@triton.jit(do_not_specialize=["origin_q", "origin_k", "origin_h", "origin_b", "lo", "hi", "Sq", "Sk"])
 def attention_dbias_kernel(
     p_q,
     p_k,
@@ -35,6 +36,12 @@ def attention_dbias_kernel(
     strides_do,
     strides_dbias,
     scores,
+    aux,
+    numbers,
+    origin_q,
+    origin_k,
+    origin_h,
+    origin_b,
     lo,
     hi,
     H,
@@ -63,6 +70,7 @@ def attention_dbias_kernel(
     o_m = i_m + tl.arange(0, BLOCK_M)
     o_n = i_n + tl.arange(0, BLOCK_N)
     lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
+    at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
     start, _, _, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
     terms = tl.where((i_n >= start) & (i_n < end), SUM_B * SUM_H, 0)
     # [M, N]
@@ -80,12 +88,17 @@ def attention_dbias_kernel(
         b_q = load_rows(p_q_head, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
         b_k = load_rows(p_k_head, strides_k[2], i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, True)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
-        b_s = modify_scores(b_s, scores, i_b, i_h, o_m[:, None], o_n[None, :], lo, hi, Sq, Sk, MODE, True, True)
+        b_s = modify_scores(
+            b_s, scores, aux, numbers, at, i_b, i_h, o_m[:, None], o_n[None, :], lo, hi, Sq, Sk, MODE, True, True
+        )
         b_p = probabilities(b_s, b_shift[:, None], scores.factor, MODE.natural)
         # [M, Dv], [N, Dv], [M, N]
         b_do = load_rows(p_do_head, strides_do[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
         b_v = load_rows(p_v_head, strides_v[2], i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, True)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=MODE.precision)
+        if MODE.has_dropout:
+            b_keep = kept(scores.p_seed, scores.threshold, at, i_b, i_h, o_m[:, None], o_n[None, :])
+            b_dp = tl.where(b_keep, b_dp * scores.keep_scale, 0.0)
         b_dbias += b_p * (b_dp - b_delta[:, None])
     p_tile = at_head(p_dbias, strides_dbias[0], strides_dbias[1], i_bias_b, i_bias_h)
     p_tile += o_m.to(tl.int64)[:, None] * strides_dbias[2] + o_n[None, :]
@@ -121,6 +134,9 @@ def bias_gradient(
         dbias,
         *(x.stride()[:3] for x in (call.q, call.k, call.v, do, dbias)),
         call.scores,
+        call.aux,
+        call.numbers,
+        *call.origins,
         call.lo,
         call.hi,
         H,

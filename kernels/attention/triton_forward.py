@@ -13,10 +13,11 @@ import triton.language as tl
 from ..launch import launch
 from . import tiles
 from .loads import at_head, load_rows, store_rows
-from .masks import key_range, range_part, window_bounds
+from .masks import key_range, origins, range_part, window_bounds
 from .scores import modify_scores
 from .softmax import finish, online_step
 from .spec import AttentionSpec, empty_laid_out_like
+from .triton_dropout import kept
 from .triton_inputs import prepare
 
 
@@ -31,6 +32,9 @@ def _visit_keys(
     stride_k,
     stride_v,
     scores,
+    aux,
+    numbers,
+    at,
     i_b,
     i_h,
     i_m,
@@ -55,8 +59,11 @@ def _visit_keys(
         b_k = load_rows(p_k, stride_k, i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, IS_EDGE)
         # [M, N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
-        b_s = modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, True)
+        b_s = modify_scores(b_s, scores, aux, numbers, at, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, True)
         b_m, b_l, b_p, b_alpha = online_step(b_m, b_l, b_s, scores.factor, MODE.natural, IS_EDGE or MODE.has_tiles)
+        if MODE.has_dropout:
+            # Only what meets v is dropped; the sums are those of all probabilities.
+            b_p = tl.where(kept(scores.p_seed, scores.threshold, at, i_b, i_h, o_m, o_n), b_p, 0.0)
         # [N, Dv]
         b_v = load_rows(p_v, stride_v, i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, IS_EDGE)
         # [M, Dv]
@@ -64,7 +71,7 @@ def _visit_keys(
     return b_acc, b_m, b_l
 
 
-@triton.jit(do_not_specialize=["lo", "hi", "Sq", "Sk"])
+@triton.jit(do_not_specialize=["origin_q", "origin_k", "origin_h", "origin_b", "lo", "hi", "Sq", "Sk"])
 def attention_forward_kernel(
     p_q,
     p_k,
@@ -77,6 +84,12 @@ def attention_forward_kernel(
     strides_v,
     strides_out,
     scores,
+    aux,
+    numbers,
+    origin_q,
+    origin_k,
+    origin_h,
+    origin_b,
     lo,
     hi,
     H,
@@ -103,6 +116,7 @@ def attention_forward_kernel(
     p_out = at_head(p_out, strides_out[0], strides_out[1], i_b, i_h)
 
     lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
+    at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
     start, full_start, full_end, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
     # [M, D]
     b_q = load_rows(p_q, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
@@ -125,6 +139,9 @@ def attention_forward_kernel(
                 strides_k[2],
                 strides_v[2],
                 scores,
+                aux,
+                numbers,
+                at,
                 i_b,
                 i_h,
                 i_m,
@@ -140,7 +157,9 @@ def attention_forward_kernel(
                 IS_EDGE=PART != 1,
             )
     # [M, Dv], [M]
-    b_out, b_lse = finish(b_acc, b_m, b_l, MODE.natural)
+    b_out, b_lse = finish(b_acc, b_m, b_l, scores.p_sinks, i_h, MODE.natural, MODE.has_sinks)
+    if MODE.has_dropout:
+        b_out *= scores.keep_scale
     store_rows(p_out, b_out, strides_out[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv)
     o_m = i_m + tl.arange(0, BLOCK_M)
     tl.store(p_lse + i_bh.to(tl.int64) * Sq + o_m, b_lse, mask=o_m < Sq)
@@ -155,6 +174,9 @@ def forward(
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
     spec: AttentionSpec,
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp on the GPU that holds the tensors (or in Triton's interpreter).
 
@@ -164,8 +186,11 @@ def forward(
         v: [B, Hkv, Sk, Dv].
         mask: bool, True = attend, 4-D, each dim 1 or that of [B, H, Sq, Sk], any strides; or None.
         bias: added to the scores, likewise; or None.
-        origin: int64 [2] on the device = (origin_q, origin_k), added to those of ``spec``; or None.
-        spec: scale, window and origins.
+        origin: int64 [4] on the device = origins of q, k, head and batch, added to those of ``spec``; or None.
+        spec: scale, window, origins, score mods and dropout.
+        aux: the tensors of the score mods, contiguous.
+        sinks: [H], a logit of each head that joins the denominator; or None.
+        seed: int64 [1] on the device, of dropout; or None.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype and order of dimensions in memory, and lse [B, H, Sq], natural log, fp32.
@@ -175,11 +200,11 @@ def forward(
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.
     """
-    call = prepare(q, k, v, mask, bias, origin, spec)
+    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed)
     out = empty_laid_out_like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     mode = call.mode
-    tile = tiles.choose_forward(call.target, q.dtype, mode.block_d, mode.block_dv, mode.mask_dims, mode.bias_dims)
+    tile = tiles.choose_forward(call.target, q.dtype, mode.block_d, mode.block_dv, *mode.tile_dims)
     B, H, Sq, _ = q.shape
     launch(
         attention_forward_kernel,
@@ -195,6 +220,9 @@ def forward(
         call.v.stride()[:3],
         out.stride()[:3],
         call.scores,
+        call.aux,
+        call.numbers,
+        *call.origins,
         call.lo,
         call.hi,
         H,

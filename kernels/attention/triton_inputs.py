@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ..launch import Target, target_of
-from .scores import Mode, Scores, describe, dims
+from .scores import Mode, Scores, describe, dims, mods_of
 from .spec import AttentionSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,6 +25,9 @@ class Call:
     v: torch.Tensor
     origin: torch.Tensor | None
     scores: Scores
+    aux: tuple[torch.Tensor, ...]  # of the score mods
+    numbers: tuple[float, ...]
+    origins: tuple[int, int, int, int]  # of q, k, head and batch, without those on the device
     mode: Mode
     lo: int
     hi: int
@@ -39,6 +42,9 @@ def prepare(
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
     spec: AttentionSpec,
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> Call:
     """Check these kernels' own limits and gather the arguments of forward and backward.
 
@@ -58,7 +64,8 @@ def prepare(
             )
     target = target_of(q.device)
     natural = q.dtype == torch.float32
-    scores, fold_scale = describe(mask, bias, spec, natural=natural)
+    seed = seed if spec.dropout_p > 0 else None
+    scores, fold_scale = describe(mask, bias, sinks, seed, spec, natural=natural)
     d, dv = q.shape[-1], v.shape[-1]
     mode = Mode(
         d=d,
@@ -73,6 +80,9 @@ def prepare(
         fold_scale=fold_scale,
         natural=natural,
         precision=dot_precision(target, q.dtype),
+        has_sinks=sinks is not None,
+        has_dropout=spec.dropout_p > 0,
+        **mods_of(spec, aux),
     )
     lo, hi = _window(q.shape[2], k.shape[2], origin, spec)
     return Call(
@@ -82,11 +92,24 @@ def prepare(
         v=unit_stride(v),
         origin=origin,
         scores=scores,
+        aux=aux,
+        numbers=spec.params,
+        origins=(
+            _signed(spec.origin_q),
+            _signed(spec.origin_k),
+            _signed(spec.origin_head),
+            _signed(spec.origin_batch),
+        ),
         mode=mode,
         lo=lo,
         hi=hi,
         group=q.shape[1] // max(k.shape[1], 1),
     )
+
+
+def _signed(position: int) -> int:
+    """Modulo 2^32, as the kernels count positions, and of one integer type whatever it is."""
+    return (position + 2**31) % 2**32 - 2**31
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:

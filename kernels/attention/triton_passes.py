@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 from .loads import at_head, load_row_values, load_rows, padded, store_rows
-from .masks import key_range, query_range, range_part, window_bounds
-from .scores import modify_scores
+from .masks import key_range, origins, query_range, range_part, window_bounds
+from .scores import modify_scores, score_gradient
 from .softmax import probabilities
+from .triton_dropout import kept
 
 
 @triton.jit
@@ -25,6 +26,9 @@ def _visit_queries(
     stride_q,
     stride_do,
     scores,
+    aux,
+    numbers,
+    at,
     i_b,
     i_h,
     i_n,
@@ -50,22 +54,30 @@ def _visit_queries(
         # [M, D]
         b_q = load_rows(p_q, stride_q, i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
         # [N, M]
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=MODE.precision)
-        b_s = modify_scores(b_s, scores, i_b, i_h, o_m[None, :], o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, False)
+        b_qk = tl.dot(b_k, tl.trans(b_q), input_precision=MODE.precision)
+        b_s = modify_scores(
+            b_qk, scores, aux, numbers, at, i_b, i_h, o_m[None, :], o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, False
+        )
         b_p = probabilities(b_s, b_shift[None, :], scores.factor, MODE.natural)
         # [M, Dv]
         b_do = load_rows(p_do, stride_do, i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=MODE.precision)
         # [N, M]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=MODE.precision)
+        b_p_kept = b_p
+        if MODE.has_dropout:
+            b_keep = kept(scores.p_seed, scores.threshold, at, i_b, i_h, o_m[None, :], o_n)
+            b_p_kept = tl.where(b_keep, b_p, 0.0)
+            b_dp = tl.where(b_keep, b_dp * scores.keep_scale, 0.0)
+        b_dv = tl.dot(b_p_kept.to(b_do.dtype), b_do, b_dv, input_precision=MODE.precision)
         b_ds = b_p * (b_dp - b_delta[None, :])
         if HAS_COLUMNS:
             b_columns += tl.sum(b_ds, 1)
+        b_ds = score_gradient(b_ds, b_qk, scores, aux, numbers, at, i_b, i_h, o_m[None, :], o_n, Sq, Sk, MODE, IS_EDGE)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=MODE.precision)
     return b_dk, b_dv, b_columns
 
 
-@triton.jit(do_not_specialize=["lo", "hi", "Sq", "Sk"])
+@triton.jit(do_not_specialize=["origin_q", "origin_k", "origin_h", "origin_b", "lo", "hi", "Sq", "Sk"])
 def attention_dkdv_kernel(
     p_q,
     p_k,
@@ -84,6 +96,12 @@ def attention_dkdv_kernel(
     strides_dk,
     strides_dv,
     scores,
+    aux,
+    numbers,
+    origin_q,
+    origin_k,
+    origin_h,
+    origin_b,
     lo,
     hi,
     H,
@@ -110,6 +128,7 @@ def attention_dkdv_kernel(
     p_dv = at_head(p_dv, strides_dv[0], strides_dv[1], i_b, i_hk)
 
     lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
+    at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
     start, full_start, full_end, end = query_range(i_n, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
     # [N, D], [N, Dv]
     b_k = load_rows(p_k, strides_k[2], i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, True)
@@ -143,6 +162,9 @@ def attention_dkdv_kernel(
                     strides_q[2],
                     strides_do[2],
                     scores,
+                    aux,
+                    numbers,
+                    at,
                     i_b,
                     i_h,
                     i_n,
@@ -161,6 +183,8 @@ def attention_dkdv_kernel(
         if HAS_COLUMNS:
             tl.store(p_columns + i_row * Sk + o_n, b_columns, mask=o_n < Sk)
     store_rows(p_dk, b_dk * scores.scale, strides_dk[2], i_n, Sk, BLOCK_N, MODE.d, MODE.block_d)
+    if MODE.has_dropout:
+        b_dv *= scores.keep_scale
     store_rows(p_dv, b_dv, strides_dv[2], i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv)
 
 
@@ -177,6 +201,9 @@ def _visit_keys(
     stride_k,
     stride_v,
     scores,
+    aux,
+    numbers,
+    at,
     i_b,
     i_h,
     i_m,
@@ -202,19 +229,23 @@ def _visit_keys(
         b_k = load_rows(p_k, stride_k, i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, IS_EDGE)
         b_v = load_rows(p_v, stride_v, i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, IS_EDGE)
         # [M, N]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
-        b_s = modify_scores(b_s, scores, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, True)
+        b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
+        b_s = modify_scores(b_qk, scores, aux, numbers, at, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, True)
         b_p = probabilities(b_s, b_shift[:, None], scores.factor, MODE.natural)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=MODE.precision)
+        if MODE.has_dropout:
+            b_keep = kept(scores.p_seed, scores.threshold, at, i_b, i_h, o_m, o_n)
+            b_dp = tl.where(b_keep, b_dp * scores.keep_scale, 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
         if HAS_ROWS:
             b_rows += tl.sum(b_ds, 1)
+        b_ds = score_gradient(b_ds, b_qk, scores, aux, numbers, at, i_b, i_h, o_m, o_n, Sq, Sk, MODE, IS_EDGE)
         # [M, D]
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=MODE.precision)
     return b_dq, b_rows
 
 
-@triton.jit(do_not_specialize=["lo", "hi", "Sq", "Sk"])
+@triton.jit(do_not_specialize=["origin_q", "origin_k", "origin_h", "origin_b", "lo", "hi", "Sq", "Sk"])
 def attention_dq_kernel(
     p_q,
     p_k,
@@ -231,6 +262,12 @@ def attention_dq_kernel(
     strides_do,
     strides_dq,
     scores,
+    aux,
+    numbers,
+    origin_q,
+    origin_k,
+    origin_h,
+    origin_b,
     lo,
     hi,
     H,
@@ -262,6 +299,7 @@ def attention_dq_kernel(
     p_dq = at_head(p_dq, strides_dq[0], strides_dq[1], i_b, i_h)
 
     lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
+    at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
     start, full_start, full_end, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
     # [M, D], [M, Dv]
     b_q = load_rows(p_q, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
@@ -288,6 +326,9 @@ def attention_dq_kernel(
                 strides_k[2],
                 strides_v[2],
                 scores,
+                aux,
+                numbers,
+                at,
                 i_b,
                 i_h,
                 i_m,

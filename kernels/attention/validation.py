@@ -7,11 +7,13 @@ backend are not here but with the choice among them (``api.py``) and in the back
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from . import score_mods
+from .score_mods import SOFTCAP, BoundScoreMod
 from .spec import AttentionSpec, Origin
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,8 +26,15 @@ class Call:
 
     mask: torch.Tensor | None  # 4-D view, each dim 1 or that of [B, H, Sq, Sk]
     bias: torch.Tensor | None  # likewise
-    origin: torch.Tensor | None  # int64 [2]
+    origin: torch.Tensor | None  # int64 [4]: q, k, head, batch
     spec: AttentionSpec
+    aux: tuple[torch.Tensor, ...] = ()  # of the score mods
+    sinks: torch.Tensor | None = None  # [H]
+    seed: torch.Tensor | None = None  # int64 [1]
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that every backend's functions take."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def wrong(name: str, expected: str, received: object, remedy: str) -> ValueError:
@@ -79,37 +88,6 @@ def check_flag(name: str, value: object) -> None:
         raise wrong(name, "True or False", repr(value), "pass a Python bool")
 
 
-def refuse_unbuilt(
-    *,
-    alibi_slopes: object,
-    softcap: object,
-    score_mod: object,
-    sinks: object,
-    dropout_p: object,
-    seed: object,
-    descale: object,
-    deterministic: object,
-) -> None:
-    """Refuse, by name, what the contract holds and no backend computes yet."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
-        raise wrong("dropout_p", "a number in [0, 1)", repr(dropout_p), "0.0 switches dropout off")
-    check_flag("deterministic", deterministic)
-    for name, value in (
-        ("softcap", softcap),
-        ("alibi_slopes", alibi_slopes),
-        ("score_mod", score_mod),
-        ("sinks", sinks),
-        ("seed", seed),
-        ("descale", descale),
-    ):
-        if value is not None:
-            raise NotImplementedError(f"{name}: not built yet; expected None, received a {type(value).__name__}")
-    if dropout_p > 0:
-        raise NotImplementedError(f"dropout_p: not built yet; expected 0.0, received {dropout_p}")
-    if not deterministic:
-        raise NotImplementedError("deterministic: a faster backward is not built yet; expected True, received False")
-
-
 def normalise(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -121,9 +99,22 @@ def normalise(
     bias: torch.Tensor | None,
     scale: float | None,
     origin: Origin | None,
+    alibi_slopes: Any = None,
+    softcap: Any = None,
+    score_mod: Any = None,
+    sinks: Any = None,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+    descale: Any = None,
+    deterministic: Any = True,
 ) -> Call:
     """Check everything besides q, k and v, and bring it into the form that backends take."""
     check_flag("causal", causal)
+    check_flag("deterministic", deterministic)
+    if descale is not None:
+        raise NotImplementedError(f"descale: fp8 is not built yet; expected None, received a {type(descale).__name__}")
+    _check_dropout(dropout_p)
+    bound = _score_mods(q, alibi_slopes, softcap, score_mod)
     left, right = _window(window)
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -131,15 +122,29 @@ def normalise(
         scale = 1.0 / math.sqrt(q.shape[3])
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise wrong("scale", "a finite number or None", _short(scale), "None means 1 / sqrt(D)")
-    positional = left is not None or right is not None
-    numbers, tensor = _origins(q, k, align, origin, positional)
-    if not positional:
-        numbers, tensor = (0, 0), None
+    ahead = left is not None or right is not None
+    # Softcap looks at no position.
+    positional = ahead or any(part.mod is not SOFTCAP for part in bound)
+    needs = "causal or window" if ahead else "alibi_slopes or score_mod"
+    numbers, tensor = _origins(q, k, align, origin, needs if positional else None)
+    if not positional and dropout_p == 0:
+        numbers, tensor = (0, 0, 0, 0), None
     return Call(
         mask=_mask(mask, q, k),
         bias=_bias(bias, q, k),
         origin=tensor,
-        spec=AttentionSpec(float(scale), left, right, *numbers),
+        spec=AttentionSpec(
+            float(scale),
+            left,
+            right,
+            *numbers,
+            mods=tuple(part.mod.name for part in bound),
+            params=tuple(number for part in bound for number in part.params),
+            dropout_p=float(dropout_p),
+        ),
+        aux=tuple(tensor for part in bound for tensor in part.aux),
+        sinks=_sinks(sinks, q),
+        seed=_seed(seed, q) if dropout_p > 0 else None,
     )
 
 
@@ -179,35 +184,105 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     return window[0], window[1]
 
 
+def check_seed(dropout_p: Any, seed: Any) -> None:
+    """Raise where forward and backward are two calls and would each draw a seed of its own."""
+    if isinstance(dropout_p, (int, float)) and 0 < dropout_p < 1 and seed is None:
+        remedy = "pass the same seed to attention_forward and attention_backward"
+        raise wrong("seed", "an int or an int64 tensor, because dropout_p is given", None, remedy)
+
+
+def _check_dropout(p: Any) -> None:
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise wrong("dropout_p", "a number in [0, 1)", repr(p), "0.0 switches dropout off")
+
+
+def _score_mods(q: torch.Tensor, alibi_slopes: Any, softcap: Any, score_mod: Any) -> list[BoundScoreMod]:
+    """Softcap, ALiBi and the user's mod, in the contract's order."""
+    bound = []
+    if softcap is not None:
+        bound.append(score_mods.softcap(softcap))
+    if alibi_slopes is not None:
+        bound.append(score_mods.alibi(alibi_slopes, q))
+    if score_mod is not None:
+        if not isinstance(score_mod, BoundScoreMod):
+            remedy = "pass mod(*aux, **params), with mod from fusemesh.register_score_mod"
+            raise wrong("score_mod", "a registered mod with its arguments, or None", _short(score_mod), remedy)
+        score_mods.get(score_mod.mod.name)
+        for x in score_mod.aux:
+            if x.device != q.device or not x.is_contiguous():
+                received = f"{_short(x)} on {x.device}, strides {x.stride()}"
+                remedy = "move it or call .contiguous()"
+                raise wrong("score_mod", f"contiguous aux tensors on q's device {q.device}", received, remedy)
+            if x.requires_grad and not score_mod.mod.aux_grad:
+                remedy = "detach it, or register the mod with aux_grad=True (reference backend)"
+                raise wrong("score_mod", "aux tensors without gradient", "requires_grad=True", remedy)
+        bound.append(score_mod)
+    return bound
+
+
+def _sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor | None:
+    if sinks is None:
+        return None
+    expected = f"a tensor [H] = [{q.shape[1]}] of q's dtype {q.dtype} or torch.float32 on {q.device}"
+    remedy = "one logit for each query head"
+    if not isinstance(sinks, torch.Tensor) or sinks.dtype not in (q.dtype, torch.float32) or sinks.device != q.device:
+        received = f"{sinks.dtype} on {sinks.device}" if isinstance(sinks, torch.Tensor) else _short(sinks)
+        raise wrong("sinks", expected, received, remedy)
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise wrong("sinks", expected, f"shape {tuple(sinks.shape)}", remedy)
+    return sinks if sinks.is_contiguous() else sinks.contiguous()
+
+
+def _seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
+    """Dropout's seed on the device, int64 [1]; drawn from torch's generator where there is none."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+            received = f"a tensor of shape {tuple(seed.shape)}, {seed.dtype} on {seed.device}"
+            remedy = "it is read on the device, without a synchronisation"
+            raise wrong("seed", f"an int, or an int64 tensor with one element on {q.device}", received, remedy)
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        remedy = "pass the same seed for the same mask; None draws one"
+        raise wrong("seed", "an int of 64 bits, an int64 tensor, or None", _short(seed), remedy)
+    return torch.full((1,), seed, dtype=torch.int64, device=q.device)
+
+
 def _origins(
-    q: torch.Tensor, k: torch.Tensor, align: Any, origin: Any, positional: bool
-) -> tuple[tuple[int, int], torch.Tensor | None]:
-    """(origin_q, origin_k) as ints, and the part of it that lives on the device as int64 [2], or None."""
+    q: torch.Tensor, k: torch.Tensor, align: Any, origin: Any, needs: str | None
+) -> tuple[tuple[int, int, int, int], torch.Tensor | None]:
+    """Origins of q, k, head and batch as ints, and the part of them that lives on the device as int64 [4], or None.
+
+    ``needs`` names the arguments that depend on how queries and keys are aligned.
+    """
     sq, sk = q.shape[2], k.shape[2]
     if align is not None and align not in ALIGN:
         raise wrong("align", f"one of {ALIGN} or None", _short(align), "see the table of positions in the docstring")
     if align is not None and origin is not None:
         raise wrong("align, origin", "at most one of them", f"align={align!r} and {origin}", "drop one of the two")
     if origin is None:
-        if align is None and positional and sq != sk:
+        if align is None and needs is not None and sq != sk:
             raise wrong(
                 "align, origin",
-                "one of them, because causal or window is given and Sq differs from Sk",
+                f"one of them, because {needs} is given and Sq differs from Sk",
                 f"neither, with Sq={sq} and Sk={sk}",
                 "pass align='top_left' (query 0 stands at key 0), align='bottom_right' (the last query stands at the "
                 "last key), or origin=Origin(q=..., k=...)",
             )
-        return (sk - sq if align == "bottom_right" else 0, 0), None
+        return (sk - sq if align == "bottom_right" else 0, 0, 0, 0), None
     if not isinstance(origin, Origin):
         raise wrong("origin", "a fusemesh.Origin or None", _short(origin), "pass origin=Origin(q=..., k=...)")
     for name in ("q", "k", "head", "batch"):
         _check_position(f"origin.{name}", getattr(origin, name), q.device)
-    numbers = [0 if isinstance(x, torch.Tensor) else x for x in (origin.q, origin.k)]
-    if not isinstance(origin.q, torch.Tensor) and not isinstance(origin.k, torch.Tensor):
-        return (numbers[0], numbers[1]), None
+    parts = (origin.q, origin.k, origin.head, origin.batch)
+    at_q, at_k, at_head, at_batch = (0 if isinstance(x, torch.Tensor) else x for x in parts)
+    numbers = (at_q, at_k, at_head, at_batch)
+    if not any(isinstance(x, torch.Tensor) for x in parts):
+        return numbers, None
     zero = torch.zeros((), dtype=torch.int64, device=q.device)
-    parts = [x.reshape(()).to(torch.int64) if isinstance(x, torch.Tensor) else zero for x in (origin.q, origin.k)]
-    return (numbers[0], numbers[1]), torch.stack(parts)
+    tensors = [x.reshape(()).to(torch.int64) if isinstance(x, torch.Tensor) else zero for x in parts]
+    return numbers, torch.stack(tensors)
 
 
 def _check_position(name: str, value: object, device: torch.device) -> None:

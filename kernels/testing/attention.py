@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from . import budget
 
 @dataclass(frozen=True)
 class Expected:
-    """Each maps ``out lse dq dk dv dbias`` (as far as asked for) to a tensor of the result's shape."""
+    """Each maps ``out lse dq dk dv dbias dsinks`` (as far as asked for) to a tensor of the result's shape."""
 
     exact: dict[str, torch.Tensor]  # fp64 reference on the same inputs
     eager: dict[str, torch.Tensor]  # matmul, softmax, matmul in the tested dtype, autograd for gradients
@@ -41,23 +42,29 @@ def expected(
     bias: torch.Tensor | None = None,
     origin: torch.Tensor | None = None,
     bias_grad: bool = True,
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
 ) -> Expected:
     """What a right backend returns for these inputs, and how far off plain PyTorch is.
 
     Args:
-        q, k, v, mask, bias, origin, spec: as :func:`fusemesh.kernels.attention.reference.forward` takes them.
+        q, k, v, mask, bias, origin, aux, sinks, seed, spec: as
+            :func:`fusemesh.kernels.attention.reference.forward` takes them.
         do: gradient of out; None asks for the forward only.
         dlse: gradient of lse, or None.
         bias_grad: whether dbias is computed (where there is a bias and a ``do``).
     """
     q, k, v = q.detach(), k.detach(), v.detach()
-    bias = None if bias is None else bias.detach()
+    bias, sinks = (None if x is None else x.detach() for x in (bias, sinks))
     bias_grad = bias_grad and bias is not None
 
     def double(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x.double()
 
     inputs: dict[str, Any] = {"mask": mask, "bias": double(bias), "origin": origin, "spec": spec}
+    wide_aux = tuple(x.double() if x.is_floating_point() else x for x in aux)
+    inputs |= {"aux": wide_aux, "sinks": double(sinks), "seed": seed}
     out, lse = reference.forward(q.double(), k.double(), v.double(), **inputs)
     exact = {"out": out, "lse": lse}
     absolute: dict[str, torch.Tensor] = {}
@@ -67,12 +74,14 @@ def expected(
         )
         exact.update(_named(gradients))
         absolute = _absolute(do, q, k, v, dlse, bias_grad, inputs)
-    eager = _eager(q, k, v, do, dlse, mask, bias, origin, spec, bias_grad)
+    plain: dict[str, Any] = {"mask": mask, "bias": bias, "origin": origin, "spec": spec}
+    plain |= {"aux": aux, "sinks": sinks, "seed": seed}
+    eager = _eager(q, k, v, do, dlse, bias_grad, plain)
     return Expected(exact, eager, absolute)
 
 
 def check(actual: Mapping[str, torch.Tensor | None], want: Expected) -> list[budget.Budget]:
-    """Assert that each of ``actual`` (keys out of ``out lse dq dk dv dbias``) is within its budget.
+    """Assert that each of ``actual`` (keys out of ``out lse dq dk dv dbias dsinks``) is within its budget.
 
     The lse is fp32 whatever the inputs, so eager's lse, too, is computed in fp32 and the ratios are those of fp32.
 
@@ -105,7 +114,7 @@ def check(actual: Mapping[str, torch.Tensor | None], want: Expected) -> list[bud
 
 
 def _named(gradients: tuple[torch.Tensor | None, ...]) -> dict[str, torch.Tensor]:
-    names = ("dq", "dk", "dv", "dbias")
+    names = ("dq", "dk", "dv", "dbias", "dsinks")
     return {name: value for name, value in zip(names, gradients, strict=True) if value is not None}
 
 
@@ -115,55 +124,59 @@ def _eager(
     v: torch.Tensor,
     do: torch.Tensor | None,
     dlse: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
     bias_grad: bool,
+    inputs: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
     """The formula that anyone would write first, all of it in q's dtype."""
+    spec: AttentionSpec = inputs["spec"]
+    bias, sinks = inputs["bias"], inputs["sinks"]
     groups = q.shape[1] // max(k.shape[1], 1)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    if bias is not None:
-        leaves.append(bias.clone().requires_grad_(bias_grad))
+    lq, lk, lv = (x.clone().requires_grad_() for x in (q, k, v))
+    lbias = None if bias is None else bias.clone().requires_grad_(bias_grad)
+    lsinks = None if sinks is None else sinks.clone().requires_grad_()
     with torch.enable_grad():
-        lq = leaves[0]
-        lk, lv = (x.repeat_interleave(groups, dim=1) for x in leaves[1:3])
-        s = spec.scale * (lq @ lk.transpose(-1, -2))
-        seen = reference.visible(q.shape[2], k.shape[2], origin, spec, q.device)
-        seen = seen if mask is None else seen & mask
-        if bias is not None:
-            s = s + leaves[3].to(q.dtype)
-        s = s.masked_fill(~seen, -math.inf)
+        s = _masked_scores(lq, lk.repeat_interleave(groups, dim=1), lbias, inputs)
         empty = (s == -math.inf).all(-1, keepdim=True)
         s = s.masked_fill(empty, 0.0)
-        out = s.softmax(-1).masked_fill(empty, 0.0) @ lv
+        if lsinks is None:
+            p = s.softmax(-1)
+        else:
+            column = lsinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
+            p = torch.cat([s, column], -1).softmax(-1)[..., :-1]
+        p = p.masked_fill(empty, 0.0)
+        kept = reference._kept(s, inputs["origin"], spec, inputs["seed"])
+        if kept is not None:
+            p = p.masked_fill(~kept, 0.0) / (1 - spec.dropout_p)
+        out = p @ lv.repeat_interleave(groups, dim=1)
         lse = torch.logsumexp(s, -1, keepdim=True).masked_fill(empty, -math.inf).squeeze(-1)
-    values = {"out": out.detach(), "lse": _lse_fp32(q, k, mask, bias, origin, spec)}
+    values = {"out": out.detach(), "lse": _lse_fp32(q, k, inputs)}
     if do is not None:
-        wanted = [x for x in leaves if x.requires_grad]
+        leaves = {"dq": lq, "dk": lk, "dv": lv, "dbias": lbias if bias_grad else None, "dsinks": lsinks}
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
         outputs, grads_in = [out], [do.to(out.dtype)]
         if dlse is not None:
             outputs, grads_in = [out, lse], [*grads_in, dlse.to(lse.dtype)]
-        gradients = torch.autograd.grad(outputs, wanted, grads_in)
-        values.update(_named((*gradients, *[None] * (4 - len(gradients)))))
+        gradients = torch.autograd.grad(outputs, list(wanted.values()), grads_in)
+        values.update(zip(wanted, gradients, strict=True))
     return values
 
 
-def _lse_fp32(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-) -> torch.Tensor:
+def _masked_scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, inputs: dict[str, Any]) -> torch.Tensor:
+    """Scores in q's dtype, mods, bias and mask applied; k has as many heads as q."""
+    spec: AttentionSpec = inputs["spec"]
+    s = spec.scale * (q @ k.transpose(-1, -2))
+    s = reference._mods(s, inputs["origin"], spec, inputs["aux"])
+    seen = reference.visible(q.shape[2], k.shape[2], inputs["origin"], spec, q.device)
+    seen = seen if inputs["mask"] is None else seen & inputs["mask"]
+    if bias is not None:
+        s = s + bias.to(q.dtype)
+    return s.masked_fill(~seen, -math.inf)
+
+
+def _lse_fp32(q: torch.Tensor, k: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
     """Eager lse in fp32 of the inputs as they are: the lse keeps fp32 where q is half precision."""
     groups = q.shape[1] // max(k.shape[1], 1)
-    s = spec.scale * (q.float() @ k.float().repeat_interleave(groups, dim=1).transpose(-1, -2))
-    seen = reference.visible(q.shape[2], k.shape[2], origin, spec, q.device)
-    seen = seen if mask is None else seen & mask
-    s = (s if bias is None else s + bias.float()).masked_fill(~seen, -math.inf)
+    s = _masked_scores(q.float(), k.float().repeat_interleave(groups, dim=1), inputs["bias"], inputs)
     empty = (s == -math.inf).all(-1)
     lse = torch.logsumexp(s.masked_fill(empty.unsqueeze(-1), 0.0), -1)
     return lse.masked_fill(empty, -math.inf)
@@ -186,20 +199,32 @@ def _absolute(
     ka, va = (x.double().abs().repeat_interleave(groups, dim=1) for x in (k, v))
     # p is the true one: its factors are exponentials, positive already.
     ones = torch.eye(k.shape[2], dtype=torch.float64, device=k.device).expand(*k.shape[:2], -1, -1)
-    p, _ = reference.forward(q.double(), k.double(), ones, **inputs)
-    delta = (do * (p @ va)).sum(-1, keepdim=True)
+    p_kept, lse = reference.forward(q.double(), k.double(), ones, **inputs)
+    without = {**inputs, "spec": dataclasses.replace(spec, dropout_p=0.0)}
+    p, _ = reference.forward(q.double(), k.double(), ones, **without)
+    delta = (do * (p_kept @ va)).sum(-1, keepdim=True)
+    # Elements that dropout drops have no dp, but are given one here: no more than an upper bound is meant.
+    ds = p * (do @ va.transpose(-1, -2) / (1 - spec.dropout_p) + delta)
     if dlse is not None:
-        delta = delta + dlse.double().abs().nan_to_num(0.0).unsqueeze(-1)
-    ds = p * (do @ va.transpose(-1, -2) + delta)
+        softmax, _ = reference.forward(q.double(), k.double(), ones, **{**without, "sinks": None})
+        ds = ds + softmax * dlse.double().abs().nan_to_num(0.0).unsqueeze(-1)
+    dsinks = None
+    if inputs["sinks"] is not None:
+        share = torch.exp(inputs["sinks"][:, None] - lse).clamp(max=1.0).masked_fill(lse == -math.inf, 0.0)
+        dsinks = (share.unsqueeze(-1) * delta).sum((0, 2, 3))
+    products = spec.scale * (q.double() @ k.double().repeat_interleave(groups, dim=1).transpose(-1, -2))
+    slope = reference._through_mods(torch.ones_like(ds), products, q, inputs["origin"], spec, inputs["aux"])
+    dx = ds * slope.abs()
 
     def sum_heads(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(1, (k.shape[1], groups)).sum(2)
 
     return _named(
         (
-            abs(spec.scale) * (ds @ ka),
-            sum_heads(abs(spec.scale) * (ds.transpose(-1, -2) @ qa)),
-            sum_heads(p.transpose(-1, -2) @ do),
+            abs(spec.scale) * (dx @ ka),
+            sum_heads(abs(spec.scale) * (dx.transpose(-1, -2) @ qa)),
+            sum_heads(p_kept.transpose(-1, -2) @ do),
             ds.sum_to_size(bias.shape) if bias_grad and bias is not None else None,
+            dsinks,
         )
     )

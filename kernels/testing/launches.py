@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,6 +35,11 @@ def attention_launches(
     groups: int = 2,
     length: int = 512,
     backward: bool = True,
+    softcap: float | None = None,
+    alibi: bool = False,
+    score_mod: Any = None,
+    sinks: bool = False,
+    dropout_p: float = 0.0,
 ) -> Callable[[], None]:
     """``flash_attention`` on the Triton backend: the forward and, unless switched off, the backward.
 
@@ -44,6 +50,7 @@ def attention_launches(
         bias: the dims, out of BHQK, in which a bias is not of size 1; its gradient is taken, too.
         groups: query heads per key head.
         length: Sq and Sk.
+        softcap, alibi, score_mod, sinks, dropout_p: as flash_attention takes them, tensors made here.
     """
     from ..attention.api import flash_attention
 
@@ -56,12 +63,28 @@ def attention_launches(
 
         q, k, v = leaf(2, 2 * groups, length, head_dim), leaf(2, 2, length, head_dim), leaf(2, 2, length, dv)
         b = None if bias is None else leaf(*(size if letter in bias else 1 for letter, size in sizes.items()))
+        s = leaf(2 * groups) if sinks else None
         m = torch.empty(2, 1, length, length, dtype=torch.bool) if mask else None
         with any_device():
-            out = flash_attention(q, k, v, causal=causal, window=window, mask=m, bias=b, backend="triton")
+            out = flash_attention(
+                q,
+                k,
+                v,
+                causal=causal,
+                window=window,
+                mask=m,
+                bias=b,
+                softcap=softcap,
+                alibi_slopes=torch.empty(2 * groups) if alibi else None,
+                score_mod=score_mod,
+                sinks=s,
+                dropout_p=dropout_p,
+                seed=1 if dropout_p else None,
+                backend="triton",
+            )
             assert isinstance(out, torch.Tensor)
             if backward:
-                torch.autograd.grad(out, [x for x in (q, k, v, b) if x is not None], torch.empty_like(out))
+                torch.autograd.grad(out, [x for x in (q, k, v, b, s) if x is not None], torch.empty_like(out))
 
     return run
 

@@ -15,7 +15,12 @@ _PUBLIC = {
     "flash_attention": "fusemesh.kernels.attention.api",
     "attention_forward": "fusemesh.kernels.attention.api",
     "attention_backward": "fusemesh.kernels.attention.api",
+    "flash_attention_decode": "fusemesh.kernels.attention.decode",
+    "merge_attention": "fusemesh.kernels.attention.merge",
+    "MultiheadAttention": "fusemesh.kernels.attention.module",
     "Origin": "fusemesh.kernels.attention.spec",
+    "ScoreMod": "fusemesh.kernels.attention.score_mods",
+    "register_score_mod": "fusemesh.kernels.attention.score_mods",
     "fused_linear": "fusemesh.kernels.matmul.api",
     "use_backend": "fusemesh.kernels.backends",
     "Layout": "fusemesh.hybrid.layout",
@@ -32,6 +37,11 @@ if TYPE_CHECKING:
     from fusemesh.kernels.attention.api import attention_backward as attention_backward
     from fusemesh.kernels.attention.api import attention_forward as attention_forward
     from fusemesh.kernels.attention.api import flash_attention as flash_attention
+    from fusemesh.kernels.attention.decode import flash_attention_decode as flash_attention_decode
+    from fusemesh.kernels.attention.merge import merge_attention as merge_attention
+    from fusemesh.kernels.attention.module import MultiheadAttention as MultiheadAttention
+    from fusemesh.kernels.attention.score_mods import ScoreMod as ScoreMod
+    from fusemesh.kernels.attention.score_mods import register_score_mod as register_score_mod
     from fusemesh.kernels.attention.spec import Origin as Origin
     from fusemesh.kernels.backends import use_backend as use_backend
     from fusemesh.kernels.matmul.api import fused_linear as fused_linear

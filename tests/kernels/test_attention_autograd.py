@@ -15,6 +15,7 @@ from attention_inputs import close, qkv
 import fusemesh
 from fusemesh import attention_backward, attention_forward, flash_attention
 from fusemesh.kernels.attention import ops, validation
+from fusemesh.kernels.attention.spec import AttentionSpec
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ class TestBias:
         assert torch.autograd.gradcheck(call, bias, fast_mode=True)
         out, lse = attention_forward(q, k, v, bias=bias)
         do = torch.randn_like(out)
-        *_, dbias = attention_backward(do, q, k, v, out, lse, bias=bias, bias_grad=True)
+        dbias = attention_backward(do, q, k, v, out, lse, bias=bias, bias_grad=True).dbias
         want = torch.autograd.grad(call(bias), bias, do)[0]
         assert dbias is not None and dbias.shape == want.shape == bias.shape
         close(dbias, want)
@@ -115,7 +116,8 @@ def test_the_op_with_one_tensor_in_three_roles() -> None:
     x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        return ops.attention_forward(x, x, x, None, None, None, 0.5, -1, 0, 0, 0, "reference")[0]
+        numbers = ops.numbers_of(AttentionSpec(0.5, window_right=0))
+        return ops.attention_forward(x, x, x, None, None, None, [], None, None, *numbers, "reference")[0]
 
     assert torch.autograd.gradcheck(call, x)
     assert torch.autograd.gradgradcheck(call, x)

@@ -13,7 +13,7 @@ from fusemesh.kernels.testing import attention as attention_budget
 from fusemesh.kernels.testing import budget, poison
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KEYS = ("out", "lse", "dq", "dk", "dv", "dbias")
+KEYS = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +131,7 @@ def attention_case(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], attenti
     bias = normal(1, 4, 17, 23).to(dtype)
     do, dlse = normal(2, 4, 17, 8).to(dtype), normal(2, 4, 17)
     options: dict = {"mask": mask, "bias": bias, "origin": None, "spec": AttentionSpec(0.25, 9, 0, 6, 0)}
+    options["sinks"] = normal(4).to(dtype)
     out, lse = reference.forward(q, k, v, **options)
     gradients = reference.backward(do, q, k, v, out, lse, dlse, bias_grad=True, **options)
     want = attention_budget.expected(q, k, v, do=do, dlse=dlse, **options)
@@ -142,7 +143,7 @@ def test_attention_in_its_dtype_passes(dtype: torch.dtype) -> None:
     actual, want = attention_case(dtype)
     budgets = attention_budget.check(actual, want)
     assert [entry.name for entry in budgets] == list(KEYS)
-    assert [entry.dtype for entry in budgets] == [dtype, torch.float32, dtype, dtype, dtype, dtype]
+    assert [entry.dtype for entry in budgets] == [dtype, torch.float32, *[dtype] * 5]
     # The measuring stick is not zero: eager errs in every tensor, the exact one in none.
     assert all(entry.eager_max > 0 for entry in budgets)
     # Eager is an independent formula that agrees with the exact one up to the dtype's rounding.
