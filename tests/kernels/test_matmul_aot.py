@@ -6,16 +6,14 @@ what a GPU would run.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from ptxas_log import ptxas_log
 
 from fusemesh.kernels import aot
-from fusemesh.kernels.launch import TARGETS, Target
+from fusemesh.kernels.launch import TARGETS
 from fusemesh.kernels.matmul import ops, tiles, triton_matmul
 from fusemesh.kernels.matmul.api import ACTIVATIONS
 
@@ -157,29 +155,20 @@ def test_every_shipped_tile(op: str, target: str, dtype: str) -> None:
     check([case for case in SHIPPED if case[:3] == (op, target, TYPES[dtype])], all_activations)
 
 
-def remarks(case: Case, activation: str | None, folder: Path) -> str:
+def remarks(case: Case, activation: str | None) -> str:
     """What ptxas says of the kernel beside its result."""
-    from triton import knobs
-
     op, target, dtype, form, size = case
-    assumed: Target = TARGETS[target]
-    (item,) = aot.record_launches(launches(op, dtype, form, SHAPES[size], activation), assumed)
-    with aot._driver_for(assumed):
-        compiled: Any = item.kernel.warmup(*item.args, grid=item.grid, **item.kwargs)
-    source = folder / "kernel.ptx"
-    source.write_text(compiled.asm["ptx"])
-    command = [knobs.nvidia.ptxas.path, f"--gpu-name={target}a", source, "-o", folder / "kernel.cubin"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    (item,) = aot.record_launches(launches(op, dtype, form, SHAPES[size], activation), TARGETS[target])
+    return ptxas_log(item, TARGETS[target])
 
 
-def check_asynchronous(cases: list[Case], select: Callable[[Case], tuple[str | None, ...]], folder: Path) -> None:
+def check_asynchronous(cases: list[Case], select: Callable[[Case], tuple[str | None, ...]]) -> None:
     """ptxas serialises wgmma where it cannot follow the accumulators, at a great loss of speed, and only remarks it."""
-    found = {(case, a): remarks(case, a, folder) for case in cases for a in select(case)}
+    found = {(case, a): remarks(case, a) for case in cases for a in select(case)}
     assert found and not any("wgmma" in text for text in found.values()), found
 
 
-def test_hoppers_matrix_instructions_stay_asynchronous(tmp_path: Path) -> None:
+def test_hoppers_matrix_instructions_stay_asynchronous() -> None:
     # Those whose neighbours in the table do not.
     check_asynchronous(
         [
@@ -187,21 +176,20 @@ def test_hoppers_matrix_instructions_stay_asynchronous(tmp_path: Path) -> None:
             ("wgrad", "sm_90", torch.float16, "sloped", "small"),
         ],
         first_activation,
-        tmp_path,
     )
 
 
-def test_serialised_matrix_instructions_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serialised_matrix_instructions_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "choose", lambda *_: tiles.Tile(64, 64, 64, 4))
-    assert "C7515" in remarks(("dgrad", "sm_90", torch.bfloat16, "sloped", "small"), "silu", tmp_path)
+    assert "C7515" in remarks(("dgrad", "sm_90", torch.bfloat16, "sloped", "small"), "silu")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("op", tiles.OPS)
-def test_all_of_hoppers_matrix_instructions_stay_asynchronous(op: str, dtype: str, tmp_path: Path) -> None:
+def test_all_of_hoppers_matrix_instructions_stay_asynchronous(op: str, dtype: str) -> None:
     cases = [case for case in SHIPPED if case[:3] == (op, "sm_90", TYPES[dtype]) and case[4] != "skinny"]
-    check_asynchronous(cases, all_activations, tmp_path)
+    check_asynchronous(cases, all_activations)
 
 
 def test_faults_are_found() -> None:
