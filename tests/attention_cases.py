@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import random
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -260,3 +262,73 @@ def run_and_compare(case: Case) -> None:
     with guarded_outputs():
         result = run(case, **{name: surrounded(tensor) for name, tensor in case.inputs().items()})
     compare(case, result)
+
+
+# Every option of a call with the values that tests give it; the first is the plain one.
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("fp32", "bf16", "fp16"),
+    "B": (1, 2),
+    "heads": ((2, 2), (4, 2), (3, 1)),
+    "sizes": ((17, 17), (1, 40), (33, 17), (17, 50)),
+    "dims": ((16, 16), (24, 16), (16, 40)),
+    "window": ((None, None), (None, 0), (9, 0), (5, 4)),
+    "align": ("top_left", "bottom_right", "device"),
+    "mask": (None, "mn", "n", "bh", "bhmn"),
+    "bias": (None, "mn", "n", "hm", "bhmn", ""),
+    "dlse": (False, True),
+    "softcap": (None, 3.0),
+    "alibi": (None, "h", "bh"),
+    "mod": (False, True),
+    "sinks": (False, True),
+    "dropout": (0.0, 0.2),
+    "scale": (None, -0.3),
+    "layout": ("bhsd", "bshd"),
+}
+
+
+def pairwise(seed: int = 0, tries: int = 40) -> list[dict[str, Any]]:
+    """Calls in which every two values of two options meet at least once: of some random ones always the most telling."""
+    draw = random.Random(seed)
+    names = list(OPTIONS)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(OPTIONS[a]))
+        for j in range(len(OPTIONS[b]))
+    }
+    found = []
+    while missing:
+        # Start from a pair that is missing, so that each call brings at least one.
+        start = dict(min(missing))
+
+        def made(start: dict[str, int] = start) -> dict[str, int]:
+            return {name: start.get(name, draw.randrange(len(OPTIONS[name]))) for name in names}
+
+        best = max((made() for _ in range(tries)), key=lambda c: len(missing & _pairs(c)))
+        missing -= _pairs(best)
+        found.append({name: OPTIONS[name][best[name]] for name in names})
+    return found
+
+
+def _pairs(choice: dict[str, int]) -> set[Any]:
+    return set(itertools.combinations(choice.items(), 2))
+
+
+def case_of(options: dict[str, Any]) -> Case:
+    """The call with these values of :data:`OPTIONS`."""
+    (H, Hkv), (Sq, Sk), (D, Dv) = options["heads"], options["sizes"], options["dims"]
+    left, right = options["window"]
+    same = ("dtype", "B", "mask", "bias", "dlse", "softcap", "alibi", "mod", "sinks", "dropout", "scale", "layout")
+    return Case(
+        **{name: options[name] for name in same},
+        H=H,
+        Hkv=Hkv,
+        Sq=Sq,
+        Sk=Sk,
+        D=D,
+        Dv=Dv,
+        window_left=left,
+        window_right=right,
+        origin_q=Sk - Sq if options["align"] == "bottom_right" else 0,
+        origin=(2**33 + 5, 2**33 + 2) if options["align"] == "device" else None,
+    )

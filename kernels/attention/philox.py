@@ -1,7 +1,7 @@
 """Dropout's random bits in plain PyTorch: integers only, so that every backend drops the same elements.
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter of an element is
-(i_k >> 2, i_q, head, batch), positions in the whole, as 32-bit words; the key is the seed's (low, high) word; word
+(i_k >> 2, i_q, head, batch), positions in the whole as signed 32-bit words (they wrap around); the key is the seed's (low, high) word; word
 i_k & 3 of the result decides: an element is kept iff that word, unsigned, is at least floor(p * 2^32).
 """
 
@@ -53,6 +53,7 @@ def keep(
     seed: torch.Tensor, i_b: torch.Tensor, i_h: torch.Tensor, i_q: torch.Tensor, i_k: torch.Tensor, p: float
 ) -> torch.Tensor:
     """Which elements dropout keeps: bool, the shape to which the int64 positions broadcast."""
+    i_k = (i_k + 2**31) % 2**32 - 2**31
     words = philox(seed.reshape(()), (i_k >> 2, i_q, i_h, i_b))
     lane = (i_k & 3).expand(words[0].shape)
     word = torch.where(lane < 2, torch.where(lane == 0, words[0], words[1]), torch.where(lane == 2, words[2], words[3]))

@@ -14,7 +14,17 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from attention_cases import DTYPES, Case, compare, guarded_outputs, run, run_and_compare, surrounded
+from attention_cases import (
+    DTYPES,
+    Case,
+    case_of,
+    compare,
+    guarded_outputs,
+    pairwise,
+    run,
+    run_and_compare,
+    surrounded,
+)
 
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention import masks, tiles, triton_forward
@@ -123,9 +133,24 @@ def combinations(count: int, seed: int) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("case", combinations(24, seed=0), ids=str)
-def test_combinations(case: Case) -> None:
+@pytest.mark.parametrize("case", [case_of(options) for options in pairwise()], ids=str)
+def test_every_pair_of_options(case: Case) -> None:
+    """Each value of each option meets each value of every other."""
     run_and_compare(case)
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 64), (64, 32)], ids=str)
+def test_dropout_drops_what_the_reference_drops(blocks: tuple[int, int]) -> None:
+    """The probabilities themselves (v is the identity): the same are 0 on both, whatever the tiles and positions."""
+    q, k = torch.randn(2, 3, 45, 16), torch.randn(2, 3, 48, 16)
+    v = torch.eye(48).expand(2, 3, 48, 48)
+    options = {"dropout_p": 0.3, "seed": -7, "origin": Origin(q=torch.tensor(2**31 - 9), k=6, head=2, batch=1)}
+    with tiles.force(tiles.Tile(*blocks, num_warps=4, num_stages=1)):
+        fused = flash_attention(q, k, v, backend="triton", **options)
+    plain = flash_attention(q, k, v, backend="reference", **options)
+    assert torch.equal(fused == 0, plain == 0)
+    assert 0.28 < (plain == 0).float().mean() < 0.32
+    torch.testing.assert_close(fused, plain)
 
 
 @pytest.mark.slow
