@@ -7,7 +7,8 @@ lies around the tensors. Entries of the table beyond a sequence's pages are no p
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -236,3 +237,106 @@ def compare(case: Case, out: torch.Tensor, lse: torch.Tensor, **changed: Any) ->
 def run_and_compare(case: Case, backend: str) -> None:
     """:func:`run` and :func:`compare`."""
     compare(case, *run(case, backend))
+
+
+# One feature each, over two sequences of which the shorter one ends inside a tile.
+FEATURES = {
+    "plain": Case(),
+    "four_queries": Case(Sq=4, causal=True),
+    "four_queries_that_see_all": Case(Sq=4),
+    "grouped_queries": Case(H=6, Hkv=2, Sq=4, causal=True),
+    "one_key_head": Case(H=5, Hkv=1, Sq=4, causal=True),
+    "more_rows_than_a_tile": Case(H=12, Hkv=2, Sq=7, causal=True),
+    "other_head_dims": Case(D=80, Dv=48),
+    "large_head_dims": Case(H=1, Hkv=1, D=192, Dv=129),
+    "no_keys": Case(lens=(0, 0), Sq=2, sinks=True),
+    "lengths": Case(lens=(0, 1, 70, 32, 33, 64), Sq=2, causal=True),
+    "fewer_keys_than_queries": Case(lens=(3, 1, 0), Sq=5, causal=True, sinks=True),
+    "append": Case(added=1, lens=(69, 33)),
+    "append_into_nothing": Case(added=3, Sq=3, lens=(0, 31), causal=True),
+    "append_many": Case(added=19, Sq=19, H=4, lens=(40, 51), causal=True),
+    "append_more_than_are_asked": Case(added=5, Sq=2, lens=(65, 30), causal=True),
+    "starts": Case(starts=(0, 21), lens=(70, 40)),
+    "starts_hide_all": Case(starts=(70, 12), lens=(70, 13), Sq=3, causal=True),
+    "starts_and_append": Case(starts=(5, 40), lens=(60, 41), added=2, Sq=2, causal=True, window=(30, None)),
+    "window": Case(window=(20, None), Sq=4, causal=True),
+    "window_ahead": Case(window=(7, 2), Sq=4),
+    "window_of_none": Case(window=(0, 0), Sq=4),
+    "huge_window": Case(window=(2**40, 2**40), Sq=4),
+    "mask": Case(mask="bhmn", Sq=3),
+    "mask_over_keys": Case(mask="bn", H=4, Hkv=2),
+    "mask_over_heads": Case(mask="h", H=4, Hkv=2, lens=(17, 40)),
+    "bias": Case(bias="bhmn", Sq=3, H=4, Hkv=2),
+    "bias_over_keys": Case(bias="n"),
+    "bias_and_mask_and_starts": Case(bias="hn", mask="mn", Sq=4, starts=(11, 1), H=4, Hkv=2),
+    "softcap": Case(softcap=2.0, q_size=4.0),
+    "alibi": Case(alibi="h", Sq=4, causal=True, H=4, Hkv=2),
+    "alibi_of_batches": Case(alibi="bh", starts=(3, 9), H=4, Hkv=2),
+    "sinks": Case(sinks=True, H=4, Hkv=2),
+    "all_at_once": Case(
+        **{"H": 4, "Hkv": 2, "Sq": 4, "added": 2, "lens": (60, 33), "starts": (2, 0), "causal": True, "sinks": True},
+        **{"window": (40, None), "mask": "bmn", "bias": "hmn", "softcap": 5.0, "alibi": "h", "page": 14},
+    ),
+    "negative_scale": Case(scale=-0.3),
+    "heads_inside_positions": Case(layout="bshd", H=4, added=1, lens=(69, 3)),
+    "wide_indices": Case(indices=torch.int64, starts=(3, 4), added=1, lens=(60, 33), page=35),
+    "pages_of_1": Case(page=1, capacity=40, lens=(37, 8), added=2),
+    "pages_of_16": Case(page=16, capacity=80, lens=(70, 15), added=2, Sq=2, causal=True),
+    "pages_of_17": Case(page=17, capacity=85, lens=(83, 17), added=1, starts=(20, 0)),
+    "pages_of_64": Case(page=64, capacity=128, lens=(100, 63), added=4, Sq=4, causal=True, layout="bshd"),
+    "pages_and_window": Case(page=16, capacity=160, lens=(150, 80), window=(20, None)),
+    "latent": Case(latent=True, H=4, Hkv=1, D=40, Dv=32, added=1, lens=(69, 33)),
+    "latent_pages": Case(latent=True, H=4, Hkv=1, D=24, Dv=16, page=16, capacity=80, Sq=2, causal=True, added=2),
+    "latent_all_columns": Case(latent=True, H=2, Hkv=1, D=32, Dv=32),
+    "latent_large": Case(latent=True, H=3, Hkv=1, D=576, Dv=512, capacity=40, lens=(40, 7), added=0),
+    "large_without_latent": Case(H=2, Hkv=1, D=576, Dv=512, capacity=40, lens=(40, 7)),
+    "huge_logits": Case(q_size=20.0, sinks=True),
+}
+
+
+def refilled(case: Case, **changed: Any) -> Case:
+    """The case with other fields, its lengths short enough for its cache."""
+    case = replace(case, **changed)
+    return replace(case, lens=tuple(min(n, case.capacity - case.added) for n in case.lens))
+
+
+FEATURES = {name: refilled(case) for name, case in FEATURES.items()}
+
+
+def combinations(count: int, seed: int) -> list[Case]:
+    """Calls that draw every feature at random, the same ones at every run."""
+    draw = random.Random(seed)
+    dims = ["mn", "n", "m", "", "bhmn", "hmn", "bn", "bm", "b", "h"]
+    cases = []
+    for _ in range(count):
+        page = draw.choice([None, None, 1, 16, 17, 64])
+        capacity = 64 if page is None else page * draw.choice([1, 2, 3]) if page > 1 else 30
+        added = draw.choice([0, 0, 1, 3])
+        lens = tuple(draw.randint(0, max(capacity - added, 0)) for _ in range(draw.choice([1, 2, 3])))
+        Hkv = draw.choice([1, 2])
+        latent = draw.choice([False, False, True])
+        cases.append(
+            Case(
+                dtype=draw.choice(["fp32", "fp16", "bf16"]),
+                H=Hkv * draw.choice([1, 3, 8]),
+                Hkv=Hkv,
+                Sq=draw.choice([1, 1, 2, 5]),
+                D=draw.choice([33, 64, 80]),
+                Dv=draw.choice([16, 24, 32]),
+                capacity=capacity,
+                lens=lens,
+                starts=draw.choice([None, tuple(draw.randint(0, n + added) for n in lens)]),
+                added=added,
+                page=page,
+                latent=latent,
+                causal=draw.choice([False, True]),
+                window=draw.choice([None, None, (draw.randint(0, 40), None), (None, 1), (9, 4)]),
+                mask=draw.choice([None, None, *dims]),
+                bias=draw.choice([None, None, *dims]),
+                softcap=draw.choice([None, 3.0]),
+                alibi=draw.choice([None, "h", "bh"]),
+                sinks=draw.choice([False, True]),
+                layout=draw.choice(["bhsd", "bshd"]),
+            )
+        )
+    return cases

@@ -23,7 +23,7 @@ from ..launch import Target
 from .tiles import Tile, _family
 
 APPEND_ROWS = 8  # new keys of a program of the append kernel
-COMBINE_SPLITS = 16  # splits that the combine kernel loads at a time
+COMBINED = 4096  # elements of the splits' outputs that a program of the combine kernel loads at a time
 
 # Multiprocessors of each target's largest product; by target and not by device, so that one architecture gives one
 # answer to the bit.

@@ -73,6 +73,7 @@ def _append(call: DecodeCall, layout: Layout) -> None:
             BLOCK_T=decode_tiles.APPEND_ROWS,
             num_warps=4,
             num_stages=1,
+            enable_fp_fusion=True,
         )
 
 
@@ -140,7 +141,7 @@ def _attend(
         Sq,
         splits,
         MODE=mode,
-        BLOCK_S=min(triton.next_power_of_2(splits), decode_tiles.COMBINE_SPLITS),
+        BLOCK_S=min(triton.next_power_of_2(splits), decode_tiles.COMBINED // mode.block_dv),
         num_warps=4,
         num_stages=1,
         enable_fp_fusion=True,
