@@ -45,20 +45,21 @@ def _devices() -> list[dict[str, Any]]:
 def _auto(kind: str) -> dict[str, str]:
     """What ``auto`` chooses on a device, found by calling each operation, with gradients, and reading the counts."""
     from fusemesh.kernels.attention.api import flash_attention
+    from fusemesh.kernels.attention.decode import flash_attention_decode
     from fusemesh.kernels.matmul.api import fused_linear
 
     x = torch.zeros(1, 1, 16, 16, device=kind, requires_grad=True)
+    cache, lengths = torch.zeros_like(x), torch.ones(1, dtype=torch.int32, device=kind)
     chosen = {}
-    for operation, run in (
-        ("attention", lambda: flash_attention(x, x, x, causal=True)),
-        ("linear", lambda: fused_linear(x, x[0, 0])),
+    for operation, counted, run in (
+        ("attention", "attention_forward", lambda: flash_attention(x, x, x, causal=True)),
+        ("linear", "linear_forward", lambda: fused_linear(x, x[0, 0])),
+        ("decode", "attention_decode", lambda: flash_attention_decode(x.detach(), cache, cache, cache_lens=lengths)),
     ):
         before = backends.call_counts()
         run()
         after = backends.call_counts()
-        ran = [
-            name for (op, name), n in after.items() if op == f"{operation}_forward" and n > before.get((op, name), 0)
-        ]
+        ran = [name for (op, name), n in after.items() if op == counted and n > before.get((op, name), 0)]
         chosen[operation] = ran[0]
     return chosen
 

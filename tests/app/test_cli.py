@@ -59,7 +59,7 @@ def test_text_for_people(run, capfd):
     for arguments, expected in (
         (["eval", run], "step 6, layout single: held-out loss "),
         (["merge", run, "-o", run / "other.safetensors"], "parameters of "),
-        (["doctor"], "auto on cpu     attention: torch, linear: torch"),
+        (["doctor"], "auto on cpu     attention: torch, linear: torch, decode: reference"),
     ):
         capfd.readouterr()
         assert cli.main(list(map(str, arguments))) == 0
