@@ -86,4 +86,4 @@ def test_attention_on_the_cpu_engine_and_doctor() -> None:
     assert found["libraries"]["triton"] is None
     assert found["backends"]["cpu"]["triton"].startswith("triton is not installed")
     assert (found["backends"]["cpu"]["cpu"] is None) == (engine == "ran 1")
-    assert found["auto"]["cpu"] == {"attention": "torch", "linear": "torch"}
+    assert found["auto"]["cpu"] == {"attention": "torch", "linear": "torch", "decode": "reference"}
