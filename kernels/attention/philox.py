@@ -1,8 +1,9 @@
 """Dropout's random bits in plain PyTorch: integers only, so that every backend drops the same elements.
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter of an element is
-(i_k >> 2, i_q, head, batch), positions in the whole as signed 32-bit words (they wrap around); the key is the seed's (low, high) word; word
-i_k & 3 of the result decides: an element is kept iff that word, unsigned, is at least floor(p * 2^32).
+(i_k >> 2, i_q, head, batch), positions in the whole as signed 32-bit words (they wrap around); the key is the seed's
+(low, high) word; word i_k & 3 of the result decides: an element is kept iff that word, unsigned, is at least
+floor(p * 2^32).
 """
 
 from __future__ import annotations
