@@ -287,7 +287,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def pairwise(seed: int = 0, tries: int = 40) -> list[dict[str, Any]]:
-    """Calls in which every two values of two options meet at least once: of some random ones always the most telling."""
+    """Calls in which every two values of two options meet: of some random ones always the one that brings most."""
     draw = random.Random(seed)
     names = list(OPTIONS)
     missing = {

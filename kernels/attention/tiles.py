@@ -129,7 +129,7 @@ _TABLE: dict[tuple[str, int, str], tuple[_Pair, _Pair, _Pair]] = {
     ("sm_90", 4, "forward"): (
         (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         (Tile(128, 32, 8, 2), Tile(128, 32, 8, 1)),
-        (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (Tile(32, 32, 8, 1), Tile(16, 32, 4, 1)),
     ),
     ("sm_90", 4, "dkdv"): (
         (Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)),
