@@ -62,6 +62,7 @@ def flash_attention(
 
     Args:
         q: [B, H, Sq, D]. Any strides; only a last dimension that is not contiguous is copied, for fused backends.
+            Jagged tensors [B, H, j, D] go to :func:`fusemesh.flash_attention_varlen`, and the results are jagged.
         k: [B, Hkv, Sk, D], H a multiple of Hkv (GQA, MQA).
         v: [B, Hkv, Sk, Dv]; Dv may differ from D.
         causal: hide the keys after the query's own position.
@@ -107,28 +108,31 @@ def flash_attention(
             argument's name, what was expected, what was received and what to change.
         NotImplementedError: an argument is right but not built yet; named in the message.
     """
+    options: dict[str, Any] = {
+        "causal": causal,
+        "align": align,
+        "window": window,
+        "mask": mask,
+        "bias": bias,
+        "scale": scale,
+        "origin": origin,
+        "alibi_slopes": alibi_slopes,
+        "softcap": softcap,
+        "score_mod": score_mod,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "seed": seed,
+        "descale": descale,
+        "deterministic": deterministic,
+    }
+    if any(isinstance(x, torch.Tensor) and x.layout == torch.jagged for x in (q, k, v)):
+        from . import jagged
+
+        return jagged.attention(q, k, v, **options, return_lse=return_lse, backend=backend)
     q, k, v = _autocast(q, k, v)
     check_qkv(q, k, v)
     check_flag("return_lse", return_lse)
-    call = normalise(
-        q,
-        k,
-        causal=causal,
-        align=align,
-        window=window,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        origin=origin,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        score_mod=score_mod,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        seed=seed,
-        descale=descale,
-        deterministic=deterministic,
-    )
+    call = normalise(q, k, **options)
     inputs = (q, k, v, call.bias, call.sinks, *call.aux)
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     chosen = _choose(backend, q, v, call, needs_lse=return_lse, gradients=gradients)

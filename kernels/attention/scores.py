@@ -48,6 +48,8 @@ class Scores(NamedTuple):
     factor: float
     keep_scale: float  # of the probabilities that dropout keeps
     threshold: int  # random words below it are dropped
+    p_cu_q: torch.Tensor | None = None  # [B + 1], where packed sequences begin (packed.py)
+    p_cu_k: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Mode:
     has_user_mods: bool = False
     has_sinks: bool = False
     has_dropout: bool = False
+    has_lengths: bool = False  # packed sequences
+    is_bottom_right: bool = False  # each of them aligned at its end
 
     @property
     def mask_code(self) -> int:

@@ -11,6 +11,8 @@ algorithm 2, split in two passes so that nothing is added atomically):
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +20,16 @@ import triton.language as tl
 from ..launch import launch
 from . import tiles
 from .loads import ROW_PADDING, at_head, load_rows, padded
+from .packed import Packed
 from .softmax import power, shift_of_lse, with_sink
 from .spec import AttentionSpec, empty_laid_out_like
 from .triton_bias_gradient import bias_gradient
-from .triton_inputs import prepare, unit_stride
+from .triton_inputs import Call, prepare, unit_stride
+from .triton_packed import row_values
 from .triton_passes import attention_dkdv_kernel, attention_dq_kernel
 
 
-@triton.jit(do_not_specialize=["Sq"])
+@triton.jit(do_not_specialize=["Sq", "total_q"])
 def attention_delta_kernel(
     p_do,
     p_out,
@@ -35,12 +39,14 @@ def attention_delta_kernel(
     p_delta,
     p_shift,
     p_dsink,
+    p_cu_q,
     strides_do,
     strides_out,
     strides_lse,
     strides_dlse,
     H,
     Sq,
+    total_q,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_DLSE: tl.constexpr,
@@ -49,7 +55,8 @@ def attention_delta_kernel(
 ):
     """One program: delta and ``shift_of_lse`` of BLOCK_M queries of one head, and of the padding beyond the last query.
 
-    Grid: padded(Sq) / BLOCK_M * B * H.
+    Grid: padded(Sq) / BLOCK_M * B * H. Packed (with p_cu_q): Sq is that of the longest sequence, and lse, dlse and
+    dsink are contiguous [H, total_q].
     """
     blocks = padded(Sq) // BLOCK_M
     i_m = tl.program_id(0) % blocks * BLOCK_M
@@ -58,6 +65,23 @@ def attention_delta_kernel(
     i_h = i_bh % H
     p_do = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
     p_out = at_head(p_out, strides_out[0], strides_out[1], i_b, i_h)
+    p_lse = at_head(p_lse, strides_lse[0], strides_lse[1], i_b, i_h)
+    if HAS_DLSE:
+        p_dlse = at_head(p_dlse, strides_dlse[0], strides_dlse[1], i_b, i_h)
+    i_dsink = i_bh.to(tl.int64) * Sq
+    i_values = i_bh.to(tl.int64) * padded(Sq)
+    if p_cu_q is not None:
+        first_q = tl.load(p_cu_q + i_b).to(tl.int64)
+        Sq = tl.minimum(tl.load(p_cu_q + i_b + 1).to(tl.int64) - first_q, Sq).to(tl.int32)
+        if i_m >= padded(Sq):
+            return
+        p_do += first_q * strides_do[2]
+        p_out += first_q * strides_out[2]
+        i_dsink = tl.cast(i_h, tl.int64) * total_q + first_q
+        p_lse += i_dsink
+        if HAS_DLSE:
+            p_dlse += i_dsink
+        i_values = row_values(i_b, i_h, H, Sq, first_q)
     # [M, Dv]
     b_do = load_rows(p_do, strides_do[2], i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
     b_out = load_rows(p_out, strides_out[2], i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
@@ -65,7 +89,6 @@ def attention_delta_kernel(
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     o_m = i_m + tl.arange(0, BLOCK_M)
     o_m64 = o_m.to(tl.int64)
-    p_lse = at_head(p_lse, strides_lse[0], strides_lse[1], i_b, i_h)
     b_lse = tl.load(p_lse + o_m64 * strides_lse[2], mask=o_m < Sq, other=float("-inf"))
     b_is_empty = b_lse == float("-inf")
     b_whole = b_lse
@@ -75,9 +98,8 @@ def attention_delta_kernel(
         b_whole = tl.where(b_is_empty, b_lse, with_sink(b_lse, sink))
         # [M]: what each row gives to the sink's gradient
         b_dsink = -b_delta * power(tl.where(b_is_empty, float("-inf"), sink - b_whole), True)
-        tl.store(p_dsink + i_bh.to(tl.int64) * Sq + o_m, b_dsink, mask=o_m < Sq)
+        tl.store(p_dsink + i_dsink + o_m, b_dsink, mask=o_m < Sq)
     if HAS_DLSE:
-        p_dlse = at_head(p_dlse, strides_dlse[0], strides_dlse[1], i_b, i_h)
         b_dlse = tl.load(p_dlse + o_m64 * strides_dlse[2], mask=o_m < Sq, other=0.0)
         if p_sinks is not None:
             # The LSE leaves the sink out, and its softmax is this much larger. Where fp32 cannot hold the factor, the
@@ -86,9 +108,8 @@ def attention_delta_kernel(
         b_delta -= b_dlse
     # A row without key has probabilities 0; its delta must not turn them into NaN, whatever dlse holds there.
     b_delta = tl.where(b_is_empty, 0.0, b_delta)
-    o_row = i_bh.to(tl.int64) * padded(Sq) + o_m
-    tl.store(p_delta + o_row, b_delta)
-    tl.store(p_shift + o_row, shift_of_lse(b_whole, NATURAL))
+    tl.store(p_delta + i_values + o_m, b_delta)
+    tl.store(p_shift + i_values + o_m, shift_of_lse(b_whole, NATURAL))
 
 
 def backward(
@@ -108,6 +129,7 @@ def backward(
     aux: tuple[torch.Tensor, ...] = (),
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
+    packed: Packed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of :func:`triton_forward.forward`, the same bits on every run.
 
@@ -120,6 +142,7 @@ def backward(
         out, lse: what the forward returned.
         dlse: gradient of lse, [B, H, Sq] fp32, any strides, or None.
         bias_grad: whether dbias is wanted.
+        packed: as the forward takes it; lse and dlse are then contiguous.
 
     Returns:
         dq, dk, dv in the shapes, dtypes and memory order of q, k, v; dbias in shape and dtype of bias, or None where
@@ -130,65 +153,41 @@ def backward(
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.
     """
-    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed)
+    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed)
     for name, function in zip(spec.mods, call.mode.mod_backwards, strict=True):
         if function is None:
             raise ValueError(
                 f"score_mod: {name!r} has no gradient in Triton; register it with backward=, or use backend='reference'"
             )
     do, out = unit_stride(do), unit_stride(out)
-    B, H, Sq, _ = q.shape
-    Hkv, Sk = k.shape[1], k.shape[2]
     bias_grad = bias_grad and bias is not None
-    rows_padded = triton.cdiv(Sq, ROW_PADDING.value) * ROW_PADDING.value
-    delta = torch.empty(B, H, rows_padded, dtype=torch.float32, device=q.device)
-    shift = torch.empty_like(delta)
-    dsink_rows = None if sinks is None else torch.empty(B, H, Sq, dtype=torch.float32, device=q.device)
-    block = tiles.choose_delta(call.target, call.mode.block_dv)
-    launch(
-        attention_delta_kernel,
-        (rows_padded // block.block_m * B * H,),
-        do,
-        out,
-        lse,
-        dlse,
-        sinks,
-        delta,
-        shift,
-        dsink_rows,
-        do.stride()[:3],
-        out.stride()[:3],
-        lse.stride(),
-        (0, 0, 0) if dlse is None else dlse.stride(),
-        H,
-        Sq,
-        DV=call.mode.dv,
-        BLOCK_DV=call.mode.block_dv,
-        HAS_DLSE=dlse is not None,
-        NATURAL=call.mode.natural,
-        **block.launch_arguments(),
-    )
+    shift, delta, dsink_rows = _row_values(call, do, out, lse, dlse, sinks)
     # Bias gradients that are constant over keys or queries need only sums that the other passes have at hand.
     has_rows = bias_grad and bias is not None and bias.shape[3] == 1
     has_columns = bias_grad and bias is not None and bias.shape[2] == 1 and not has_rows
     dq, dk, dv = (empty_laid_out_like(x, x.shape[-1]) for x in (q, k, v))
-    rows = torch.empty(B, H, Sq, dtype=torch.float32, device=q.device) if has_rows else None
-    columns = torch.empty(B, H, Sk, dtype=torch.float32, device=q.device) if has_columns else None
+    rows = _sums(call, call.seq_q) if has_rows else None
+    columns = _sums(call, call.seq_k) if has_columns else None
+    if packed is not None:
+        # Rows that belong to no sequence are padding.
+        for x in (dq, dk, dv):
+            x.zero_()
     inputs = (call.q, call.k, call.v, do, shift, delta, origin)
-    strides = tuple(x.stride()[:3] for x in (call.q, call.k, call.v, do))
-    numbers = (call.scores, call.aux, call.numbers, *call.origins, call.lo, call.hi, H, call.group, Sq, Sk)
-    size = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, *call.mode.tile_dims)
+    strides = tuple(call.strides(x) for x in (call.q, call.k, call.v, do))
+    sizes = (call.heads, call.group, call.seq_q, call.seq_k)
+    numbers = (call.scores, call.aux, call.numbers, *call.origins, call.lo, call.hi, *sizes)
+    size: tuple[Any, ...] = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, *call.mode.tile_dims)
     tile = tiles.choose_dkdv(*size)
     launch(
         attention_dkdv_kernel,
-        (triton.cdiv(Sk, tile.block_n) * B * Hkv,),
+        (triton.cdiv(call.seq_k, tile.block_n) * call.batch * k.shape[1],),
         *inputs,
         dk,
         dv,
         columns,
         *strides,
-        dk.stride()[:3],
-        dv.stride()[:3],
+        call.strides(dk),
+        call.strides(dv),
         *numbers,
         MODE=call.mode,
         HAS_COLUMNS=has_columns,
@@ -197,12 +196,12 @@ def backward(
     tile = tiles.choose_dq(*size)
     launch(
         attention_dq_kernel,
-        (triton.cdiv(Sq, tile.block_m) * B * H,),
+        (triton.cdiv(call.seq_q, tile.block_m) * call.batch * call.heads,),
         *inputs,
         dq,
         rows,
         *strides,
-        dq.stride()[:3],
+        call.strides(dq),
         *numbers,
         MODE=call.mode,
         HAS_ROWS=has_rows,
@@ -218,3 +217,58 @@ def backward(
             dbias = bias_gradient(call, do, shift, delta, bias)
     dsinks = None if sinks is None or dsink_rows is None else dsink_rows.sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
+
+
+def _row_values(
+    call: Call,
+    do: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What ``attention_delta_kernel`` writes: shift, delta, and with sinks what each row gives to their gradient."""
+    B, H, Sq = do.shape[:3]
+    rows_padded = triton.cdiv(call.seq_q, ROW_PADDING.value) * ROW_PADDING.value
+    room = rows_padded
+    if call.packed is not None:
+        # Room for the rows of all sequences, see triton_packed.row_values.
+        room = (Sq // ROW_PADDING.value + call.batch) * ROW_PADDING.value
+    delta = torch.empty(B, H, room, dtype=torch.float32, device=do.device)
+    shift = torch.empty_like(delta)
+    dsink_rows = None if sinks is None else torch.empty(B, H, Sq, dtype=torch.float32, device=do.device)
+    if dsink_rows is not None and call.packed is not None:
+        dsink_rows.zero_()
+    block = tiles.choose_delta(call.target, call.mode.block_dv)
+    launch(
+        attention_delta_kernel,
+        (rows_padded // block.block_m * call.batch * call.heads,),
+        do,
+        out,
+        lse,
+        dlse,
+        sinks,
+        delta,
+        shift,
+        dsink_rows,
+        None if call.packed is None else call.packed.cu_q,
+        call.strides(do),
+        call.strides(out),
+        *((lse.stride(), (0, 0, 0) if dlse is None else dlse.stride()) if call.packed is None else ((0, 0, 1),) * 2),
+        call.heads,
+        call.seq_q,
+        Sq,
+        DV=call.mode.dv,
+        BLOCK_DV=call.mode.block_dv,
+        HAS_DLSE=dlse is not None,
+        NATURAL=call.mode.natural,
+        **block.launch_arguments(),
+    )
+    return shift, delta, dsink_rows
+
+
+def _sums(call: Call, length: int) -> torch.Tensor:
+    """Memory for the row or column sums of ds, [B, H, length]."""
+    sums = torch.empty(call.batch, call.heads, length, dtype=torch.float32, device=call.q.device)
+    # Beyond the end of a sequence nothing is written.
+    return sums if call.packed is None else sums.zero_()

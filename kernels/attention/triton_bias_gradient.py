@@ -18,6 +18,66 @@ from .scores import modify_scores
 from .softmax import probabilities
 from .triton_dropout import kept
 from .triton_inputs import Call
+from .triton_packed import at_row, row_values, sequence
+
+
+@triton.jit
+def _term(
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_shift,
+    p_delta,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_do,
+    scores,
+    aux,
+    numbers,
+    at,
+    i_b,
+    i_h,
+    i_m,
+    i_n,
+    i_row,
+    first_q,
+    first_k,
+    lo,
+    hi,
+    GROUP,
+    Sq,
+    Sk,
+    MODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """ds of one tile of one batch and head, [M, N]."""
+    # [M], [N]
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    p_q_head = at_row(at_head(p_q, strides_q[0], strides_q[1], i_b, i_h), strides_q[2], first_q, MODE)
+    p_do_head = at_row(at_head(p_do, strides_do[0], strides_do[1], i_b, i_h), strides_do[2], first_q, MODE)
+    p_k_head = at_row(at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP), strides_k[2], first_k, MODE)
+    p_v_head = at_row(at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP), strides_v[2], first_k, MODE)
+    b_shift, b_delta = load_row_values(p_shift + i_row, p_delta + i_row, i_m, BLOCK_M)
+    # [M, D], [N, D], [M, N]
+    b_q = load_rows(p_q_head, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
+    b_k = load_rows(p_k_head, strides_k[2], i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, True)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
+    b_s = modify_scores(
+        b_s, scores, aux, numbers, at, i_b, i_h, o_m[:, None], o_n[None, :], lo, hi, Sq, Sk, MODE, True, True
+    )
+    b_p = probabilities(b_s, b_shift[:, None], scores.factor, MODE.natural)
+    # [M, Dv], [N, Dv], [M, N]
+    b_do = load_rows(p_do_head, strides_do[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
+    b_v = load_rows(p_v_head, strides_v[2], i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, True)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=MODE.precision)
+    if MODE.has_dropout:
+        b_keep = kept(scores.p_seed, scores.threshold, at, i_b, i_h, o_m[:, None], o_n[None, :])
+        b_dp = tl.where(b_keep, b_dp * scores.keep_scale, 0.0)
+    return b_p * (b_dp - b_delta[:, None])
 
 
 @triton.jit(do_not_specialize=["origin_q", "origin_k", "origin_h", "origin_b", "lo", "hi", "Sq", "Sk"])
@@ -69,37 +129,88 @@ def attention_dbias_kernel(
     # [M], [N]
     o_m = i_m + tl.arange(0, BLOCK_M)
     o_n = i_n + tl.arange(0, BLOCK_N)
-    lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
-    at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
-    start, _, _, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
-    terms = tl.where((i_n >= start) & (i_n < end), SUM_B * SUM_H, 0)
+    terms = SUM_B * SUM_H
+    if not MODE.has_lengths:
+        lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
+        at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
+        start, _, _, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
+        terms = tl.where((i_n >= start) & (i_n < end), terms, 0)
     # [M, N]
     b_dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_term in tl.range(0, terms):
         i_b = i_bias_b * SUM_B + i_term // SUM_H
         i_h = i_bias_h * SUM_H + i_term % SUM_H
-        i_row = tl.cast(i_b * H + i_h, tl.int64) * padded(Sq)
-        p_q_head = at_head(p_q, strides_q[0], strides_q[1], i_b, i_h)
-        p_do_head = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
-        p_k_head = at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP)
-        p_v_head = at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP)
-        b_shift, b_delta = load_row_values(p_shift + i_row, p_delta + i_row, i_m, BLOCK_M)
-        # [M, D], [N, D], [M, N]
-        b_q = load_rows(p_q_head, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
-        b_k = load_rows(p_k_head, strides_k[2], i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, True)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
-        b_s = modify_scores(
-            b_s, scores, aux, numbers, at, i_b, i_h, o_m[:, None], o_n[None, :], lo, hi, Sq, Sk, MODE, True, True
-        )
-        b_p = probabilities(b_s, b_shift[:, None], scores.factor, MODE.natural)
-        # [M, Dv], [N, Dv], [M, N]
-        b_do = load_rows(p_do_head, strides_do[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
-        b_v = load_rows(p_v_head, strides_v[2], i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, True)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=MODE.precision)
-        if MODE.has_dropout:
-            b_keep = kept(scores.p_seed, scores.threshold, at, i_b, i_h, o_m[:, None], o_n[None, :])
-            b_dp = tl.where(b_keep, b_dp * scores.keep_scale, 0.0)
-        b_dbias += b_p * (b_dp - b_delta[:, None])
+        first_q, first_k, n_q, n_k, own_lo, own_hi, own_q = sequence(scores, i_b, Sq, Sk, lo, hi, origin_q, MODE)
+        if MODE.has_lengths:
+            i_row = row_values(i_b, i_h, H, n_q, first_q)
+            own_lo, own_hi = window_bounds(own_lo, own_hi, p_origin, n_q, n_k, MODE.has_origin)
+            own_at = origins(own_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
+            start, _, _, end = key_range(i_m, own_lo, own_hi, n_q, n_k, MODE, BLOCK_M, BLOCK_N)
+            if (i_m < n_q) & (i_n >= start) & (i_n < end):
+                b_dbias += _term(
+                    p_q,
+                    p_k,
+                    p_v,
+                    p_do,
+                    p_shift,
+                    p_delta,
+                    strides_q,
+                    strides_k,
+                    strides_v,
+                    strides_do,
+                    scores,
+                    aux,
+                    numbers,
+                    own_at,
+                    i_b,
+                    i_h,
+                    i_m,
+                    i_n,
+                    i_row,
+                    first_q,
+                    first_k,
+                    own_lo,
+                    own_hi,
+                    GROUP,
+                    n_q,
+                    n_k,
+                    MODE,
+                    BLOCK_M,
+                    BLOCK_N,
+                )
+        else:
+            i_row = tl.cast(i_b * H + i_h, tl.int64) * padded(Sq)
+            b_dbias += _term(
+                p_q,
+                p_k,
+                p_v,
+                p_do,
+                p_shift,
+                p_delta,
+                strides_q,
+                strides_k,
+                strides_v,
+                strides_do,
+                scores,
+                aux,
+                numbers,
+                at,
+                i_b,
+                i_h,
+                i_m,
+                i_n,
+                i_row,
+                first_q,
+                first_k,
+                lo,
+                hi,
+                GROUP,
+                Sq,
+                Sk,
+                MODE,
+                BLOCK_M,
+                BLOCK_N,
+            )
     p_tile = at_head(p_dbias, strides_dbias[0], strides_dbias[1], i_bias_b, i_bias_h)
     p_tile += o_m.to(tl.int64)[:, None] * strides_dbias[2] + o_n[None, :]
     m_tile = (o_m < Sq)[:, None] & (o_n < Sk)[None, :]
@@ -116,14 +227,12 @@ def bias_gradient(
         do: gradient of out, unit last stride.
         shift, delta: what ``attention_delta_kernel`` wrote.
     """
-    B, H, Sq, _ = call.q.shape
-    Sk = call.k.shape[2]
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     tile = tiles.choose_dbias(call.target, call.q.dtype, call.mode.block_d, call.mode.block_dv)
     batches, heads = bias.shape[:2]
     launch(
         attention_dbias_kernel,
-        (triton.cdiv(Sk, tile.block_n) * triton.cdiv(Sq, tile.block_m) * batches * heads,),
+        (triton.cdiv(call.seq_k, tile.block_n) * triton.cdiv(call.seq_q, tile.block_m) * batches * heads,),
         call.q,
         call.k,
         call.v,
@@ -132,20 +241,21 @@ def bias_gradient(
         delta,
         call.origin,
         dbias,
-        *(x.stride()[:3] for x in (call.q, call.k, call.v, do, dbias)),
+        *(call.strides(x) for x in (call.q, call.k, call.v, do)),
+        dbias.stride()[:3],
         call.scores,
         call.aux,
         call.numbers,
         *call.origins,
         call.lo,
         call.hi,
-        H,
+        call.heads,
         call.group,
         heads,
-        B // max(batches, 1),
-        H // max(heads, 1),
-        Sq,
-        Sk,
+        call.batch // max(batches, 1),
+        call.heads // max(heads, 1),
+        call.seq_q,
+        call.seq_k,
         MODE=call.mode,
         **tile.launch_arguments(),
     )

@@ -14,11 +14,13 @@ from ..launch import launch
 from . import tiles
 from .loads import at_head, load_rows, store_rows
 from .masks import key_range, origins, range_part, window_bounds
+from .packed import Packed
 from .scores import modify_scores
 from .softmax import finish, online_step
 from .spec import AttentionSpec, empty_laid_out_like
 from .triton_dropout import kept
 from .triton_inputs import prepare
+from .triton_packed import at_row, sequence
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def _visit_keys(
     return b_acc, b_m, b_l
 
 
-@triton.jit(do_not_specialize=["origin_q", "origin_k", "origin_h", "origin_b", "lo", "hi", "Sq", "Sk"])
+@triton.jit(do_not_specialize=["origin_q", "origin_k", "origin_h", "origin_b", "lo", "hi", "Sq", "Sk", "total_q"])
 def attention_forward_kernel(
     p_q,
     p_k,
@@ -96,11 +98,15 @@ def attention_forward_kernel(
     GROUP,
     Sq,
     Sk,
+    total_q,
     MODE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: block_m queries of one head. Grid: cdiv(Sq, block_m) * B * H, the blocks of a head side by side."""
+    """One program: block_m queries of one head. Grid: cdiv(Sq, block_m) * B * H, the blocks of a head side by side.
+
+    Packed (MODE.has_lengths): Sq and Sk are those of the longest sequence, and lse is [H, total_q].
+    """
     blocks = tl.cdiv(Sq, BLOCK_M)
     i_block = tl.program_id(0) % blocks
     i_bh = tl.program_id(0) // blocks
@@ -110,10 +116,16 @@ def attention_forward_kernel(
     i_m = i_block * BLOCK_M
     i_b = i_bh // H
     i_h = i_bh % H
-    p_q = at_head(p_q, strides_q[0], strides_q[1], i_b, i_h)
-    p_k = at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP)
-    p_v = at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP)
-    p_out = at_head(p_out, strides_out[0], strides_out[1], i_b, i_h)
+    first_q, first_k, Sq, Sk, lo, hi, origin_q = sequence(scores, i_b, Sq, Sk, lo, hi, origin_q, MODE)
+    i_row = i_bh.to(tl.int64) * Sq
+    if MODE.has_lengths:
+        if i_m >= Sq:
+            return
+        i_row = tl.cast(i_h, tl.int64) * total_q + first_q
+    p_q = at_row(at_head(p_q, strides_q[0], strides_q[1], i_b, i_h), strides_q[2], first_q, MODE)
+    p_k = at_row(at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP), strides_k[2], first_k, MODE)
+    p_v = at_row(at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP), strides_v[2], first_k, MODE)
+    p_out = at_row(at_head(p_out, strides_out[0], strides_out[1], i_b, i_h), strides_out[2], first_q, MODE)
 
     lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
     at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
@@ -162,7 +174,7 @@ def attention_forward_kernel(
         b_out *= scores.keep_scale
     store_rows(p_out, b_out, strides_out[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv)
     o_m = i_m + tl.arange(0, BLOCK_M)
-    tl.store(p_lse + i_bh.to(tl.int64) * Sq + o_m, b_lse, mask=o_m < Sq)
+    tl.store(p_lse + i_row + o_m, b_lse, mask=o_m < Sq)
 
 
 def forward(
@@ -177,6 +189,7 @@ def forward(
     aux: tuple[torch.Tensor, ...] = (),
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
+    packed: Packed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp on the GPU that holds the tensors (or in Triton's interpreter).
 
@@ -191,6 +204,7 @@ def forward(
         aux: the tensors of the score mods, contiguous.
         sinks: [H], a logit of each head that joins the denominator; or None.
         seed: int64 [1] on the device, of dropout; or None.
+        packed: where the sequences of tensors with B = 1 lie; mask and bias are then for its batch and longest lengths.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype and order of dimensions in memory, and lse [B, H, Sq], natural log, fp32.
@@ -200,35 +214,36 @@ def forward(
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.
     """
-    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed)
+    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed)
     out = empty_laid_out_like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if packed is not None:
+        # Rows that belong to no sequence are padding.
+        out.zero_()
+        lse.fill_(float("-inf"))
     mode = call.mode
     tile = tiles.choose_forward(call.target, q.dtype, mode.block_d, mode.block_dv, *mode.tile_dims)
-    B, H, Sq, _ = q.shape
     launch(
         attention_forward_kernel,
-        (triton.cdiv(Sq, tile.block_m) * B * H,),
+        (triton.cdiv(call.seq_q, tile.block_m) * call.batch * call.heads,),
         call.q,
         call.k,
         call.v,
         origin,
         out,
         lse,
-        call.q.stride()[:3],
-        call.k.stride()[:3],
-        call.v.stride()[:3],
-        out.stride()[:3],
+        *(call.strides(x) for x in (call.q, call.k, call.v, out)),
         call.scores,
         call.aux,
         call.numbers,
         *call.origins,
         call.lo,
         call.hi,
-        H,
+        call.heads,
         call.group,
-        Sq,
-        k.shape[2],
+        call.seq_q,
+        call.seq_k,
+        q.shape[2],
         MODE=call.mode,
         **tile.launch_arguments(),
     )

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from ..launch import Target, target_of
+from .packed import Packed
 from .scores import Mode, Scores, describe, dims, mods_of
 from .spec import AttentionSpec
 
@@ -32,6 +33,16 @@ class Call:
     lo: int
     hi: int
     group: int  # query heads a key head
+    batch: int
+    heads: int
+    seq_q: int  # of packed sequences the longest
+    seq_k: int
+    packed: Packed | None
+
+    def strides(self, x: torch.Tensor) -> tuple[int, int, int]:
+        """Strides of batches, heads and rows; packed sequences are told apart by their rows alone."""
+        b, h, row = x.stride()[:3]
+        return b if self.packed is None else 0, h, row
 
 
 def prepare(
@@ -45,6 +56,7 @@ def prepare(
     aux: tuple[torch.Tensor, ...] = (),
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
+    packed: Packed | None = None,
 ) -> Call:
     """Check these kernels' own limits and gather the arguments of forward and backward.
 
@@ -66,6 +78,8 @@ def prepare(
     natural = q.dtype == torch.float32
     seed = seed if spec.dropout_p > 0 else None
     scores, fold_scale = describe(mask, bias, sinks, seed, spec, natural=natural)
+    if packed is not None:
+        scores = scores._replace(p_cu_q=packed.cu_q, p_cu_k=packed.cu_k)
     d, dv = q.shape[-1], v.shape[-1]
     mode = Mode(
         d=d,
@@ -82,9 +96,17 @@ def prepare(
         precision=dot_precision(target, q.dtype),
         has_sinks=sinks is not None,
         has_dropout=spec.dropout_p > 0,
+        has_lengths=packed is not None,
+        is_bottom_right=packed is not None and packed.is_bottom_right,
         **mods_of(spec, aux),
     )
-    lo, hi = _window(q.shape[2], k.shape[2], origin, spec)
+    if packed is None:
+        sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        lo, hi = _window(q.shape[2], k.shape[2], origin, spec)
+    else:
+        sizes = packed.batch, q.shape[1], packed.max_q, packed.max_k
+        # Each program adds what its sequence's lengths say, which is less than what int32 leaves.
+        lo, hi = (min(max(x, -(2**31)), 2**31 - 1) for x in _window(0, 0, packed.cu_q, spec))
     return Call(
         target=target,
         q=unit_stride(q),
@@ -104,6 +126,11 @@ def prepare(
         lo=lo,
         hi=hi,
         group=q.shape[1] // max(k.shape[1], 1),
+        batch=sizes[0],
+        heads=sizes[1],
+        seq_q=sizes[2],
+        seq_k=sizes[3],
+        packed=packed,
     )
 
 

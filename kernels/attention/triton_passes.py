@@ -10,6 +10,7 @@ from .masks import key_range, origins, query_range, range_part, window_bounds
 from .scores import modify_scores, score_gradient
 from .softmax import probabilities
 from .triton_dropout import kept
+from .triton_packed import at_row, row_values, sequence
 
 
 @triton.jit
@@ -116,16 +117,23 @@ def attention_dkdv_kernel(
     """One program: BLOCK_N keys of one key head. Grid: cdiv(Sk, BLOCK_N) * B * Hkv, the blocks of a head side by side.
 
     HAS_COLUMNS: also write the column sums of ds of every query head, [B, H, Sk], to ``p_columns``.
+    Packed (MODE.has_lengths): Sq and Sk are those of the longest sequence.
     """
     blocks = tl.cdiv(Sk, BLOCK_N)
     i_n = tl.program_id(0) % blocks * BLOCK_N
     i_bh = tl.program_id(0) // blocks
     i_b = i_bh // (H // GROUP)
     i_hk = i_bh % (H // GROUP)
-    p_k = at_head(p_k, strides_k[0], strides_k[1], i_b, i_hk)
-    p_v = at_head(p_v, strides_v[0], strides_v[1], i_b, i_hk)
-    p_dk = at_head(p_dk, strides_dk[0], strides_dk[1], i_b, i_hk)
-    p_dv = at_head(p_dv, strides_dv[0], strides_dv[1], i_b, i_hk)
+    longest = Sk
+    first_q, first_k, Sq, Sk, lo, hi, origin_q = sequence(scores, i_b, Sq, Sk, lo, hi, origin_q, MODE)
+    # Two conditions, because the first decides what is compiled.
+    if MODE.has_lengths:  # noqa: SIM102
+        if i_n >= Sk:
+            return
+    p_k = at_row(at_head(p_k, strides_k[0], strides_k[1], i_b, i_hk), strides_k[2], first_k, MODE)
+    p_v = at_row(at_head(p_v, strides_v[0], strides_v[1], i_b, i_hk), strides_v[2], first_k, MODE)
+    p_dk = at_row(at_head(p_dk, strides_dk[0], strides_dk[1], i_b, i_hk), strides_dk[2], first_k, MODE)
+    p_dv = at_row(at_head(p_dv, strides_dv[0], strides_dv[1], i_b, i_hk), strides_dv[2], first_k, MODE)
 
     lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
     at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
@@ -142,8 +150,11 @@ def attention_dkdv_kernel(
     for i_group in tl.range(0, GROUP):
         i_h = i_hk * GROUP + i_group
         i_row = tl.cast(i_b * H + i_h, tl.int64)
-        p_q_head = at_head(p_q, strides_q[0], strides_q[1], i_b, i_h)
-        p_do_head = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
+        i_values = i_row * padded(Sq)
+        if MODE.has_lengths:
+            i_values = row_values(i_b, i_h, H, Sq, first_q)
+        p_q_head = at_row(at_head(p_q, strides_q[0], strides_q[1], i_b, i_h), strides_q[2], first_q, MODE)
+        p_do_head = at_row(at_head(p_do, strides_do[0], strides_do[1], i_b, i_h), strides_do[2], first_q, MODE)
         b_columns = tl.zeros([BLOCK_N], tl.float32)
         for PART in tl.static_range(3):
             i_from, i_to = range_part(start, full_start, full_end, end, PART)
@@ -157,8 +168,8 @@ def attention_dkdv_kernel(
                     b_v,
                     p_q_head,
                     p_do_head,
-                    p_shift + i_row * padded(Sq),
-                    p_delta + i_row * padded(Sq),
+                    p_shift + i_values,
+                    p_delta + i_values,
                     strides_q[2],
                     strides_do[2],
                     scores,
@@ -181,7 +192,7 @@ def attention_dkdv_kernel(
                     IS_EDGE=PART != 1,
                 )
         if HAS_COLUMNS:
-            tl.store(p_columns + i_row * Sk + o_n, b_columns, mask=o_n < Sk)
+            tl.store(p_columns + i_row * longest + o_n, b_columns, mask=o_n < Sk)
     store_rows(p_dk, b_dk * scores.scale, strides_dk[2], i_n, Sk, BLOCK_N, MODE.d, MODE.block_d)
     if MODE.has_dropout:
         b_dv *= scores.keep_scale
@@ -282,6 +293,7 @@ def attention_dq_kernel(
     """One program: BLOCK_M queries of one head. Grid: cdiv(Sq, BLOCK_M) * B * H, the blocks of a head side by side.
 
     HAS_ROWS: also write the row sums of ds, [B, H, Sq], to ``p_rows``.
+    Packed (MODE.has_lengths): Sq and Sk are those of the longest sequence.
     """
     blocks = tl.cdiv(Sq, BLOCK_M)
     i_block = tl.program_id(0) % blocks
@@ -292,11 +304,18 @@ def attention_dq_kernel(
     i_m = i_block * BLOCK_M
     i_b = i_bh // H
     i_h = i_bh % H
-    p_q = at_head(p_q, strides_q[0], strides_q[1], i_b, i_h)
-    p_do = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
-    p_k = at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP)
-    p_v = at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP)
-    p_dq = at_head(p_dq, strides_dq[0], strides_dq[1], i_b, i_h)
+    longest = Sq
+    first_q, first_k, Sq, Sk, lo, hi, origin_q = sequence(scores, i_b, Sq, Sk, lo, hi, origin_q, MODE)
+    i_row = i_bh.to(tl.int64) * padded(Sq)
+    if MODE.has_lengths:
+        if i_m >= Sq:
+            return
+        i_row = row_values(i_b, i_h, H, Sq, first_q)
+    p_q = at_row(at_head(p_q, strides_q[0], strides_q[1], i_b, i_h), strides_q[2], first_q, MODE)
+    p_do = at_row(at_head(p_do, strides_do[0], strides_do[1], i_b, i_h), strides_do[2], first_q, MODE)
+    p_k = at_row(at_head(p_k, strides_k[0], strides_k[1], i_b, i_h // GROUP), strides_k[2], first_k, MODE)
+    p_v = at_row(at_head(p_v, strides_v[0], strides_v[1], i_b, i_h // GROUP), strides_v[2], first_k, MODE)
+    p_dq = at_row(at_head(p_dq, strides_dq[0], strides_dq[1], i_b, i_h), strides_dq[2], first_q, MODE)
 
     lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
     at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
@@ -306,7 +325,6 @@ def attention_dq_kernel(
     b_do = load_rows(p_do, strides_do[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv, True)
     # [M]
     o_m = i_m + tl.arange(0, BLOCK_M)
-    i_row = i_bh.to(tl.int64) * padded(Sq)
     b_shift, b_delta = load_row_values(p_shift + i_row, p_delta + i_row, i_m, BLOCK_M)
     b_rows = tl.zeros([BLOCK_M], tl.float32)
     BLOCK_D: tl.constexpr = MODE.block_d
@@ -346,4 +364,4 @@ def attention_dq_kernel(
             )
     store_rows(p_dq, b_dq * scores.scale, strides_dq[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d)
     if HAS_ROWS:
-        tl.store(p_rows + i_bh.to(tl.int64) * Sq + o_m, b_rows, mask=o_m < Sq)
+        tl.store(p_rows + i_bh.to(tl.int64) * longest + o_m, b_rows, mask=o_m < Sq)

@@ -48,7 +48,9 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
         if not isinstance(x, torch.Tensor):
             raise wrong(name, "a torch.Tensor", type(x).__name__, "convert it with torch.as_tensor")
         if x.is_nested:
-            raise NotImplementedError(f"{name}: jagged (nested) tensors are not built yet; pad and pass mask")
+            raise NotImplementedError(
+                f"{name}: jagged tensors need layout=torch.jagged; this one is nested and strided"
+            )
         if x.layout != torch.strided:
             raise wrong(name, "a dense tensor (torch.strided)", x.layout, "call .to_dense()")
         if x.dim() != 4:

@@ -15,6 +15,7 @@ _PUBLIC = {
     "flash_attention": "fusemesh.kernels.attention.api",
     "attention_forward": "fusemesh.kernels.attention.api",
     "attention_backward": "fusemesh.kernels.attention.api",
+    "flash_attention_varlen": "fusemesh.kernels.attention.varlen",
     "flash_attention_decode": "fusemesh.kernels.attention.decode",
     "merge_attention": "fusemesh.kernels.attention.merge",
     "MultiheadAttention": "fusemesh.kernels.attention.module",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fusemesh.kernels.attention.score_mods import ScoreMod as ScoreMod
     from fusemesh.kernels.attention.score_mods import register_score_mod as register_score_mod
     from fusemesh.kernels.attention.spec import Origin as Origin
+    from fusemesh.kernels.attention.varlen import flash_attention_varlen as flash_attention_varlen
     from fusemesh.kernels.backends import use_backend as use_backend
     from fusemesh.kernels.matmul.api import fused_linear as fused_linear
     from fusemesh.transformer import Transformer as Transformer
