@@ -91,17 +91,18 @@ def flash_attention(
         seed: of dropout, an int or an int64 tensor on the device with one element: which elements are dropped depends
             on the seed and on positions (``origin``) alone, the same on every backend. None draws one from torch's
             generator.
-        descale: of fp8, not built yet.
+        descale: for fp8, (q's, k's, v's): numbers, or fp32 tensors of one element or [B, Hkv]; x = descale * fp8(x).
         deterministic: False allows a faster backward; there is none so far.
 
-    Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). Under autocast q, k and
-    v are cast as F.scaled_dot_product_attention's are. Fused backends take D and Dv from 16 to 256, reference and torch
-    any. Same inputs give the same bits. A second backward (create_graph=True) works in eager mode; it costs the memory
-    of the reference.
+    Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). fp8
+    (torch.float8_e4m3fn, on GPUs from sm_89) for the forward alone: out is bf16, bias and sinks are bf16 or fp32. Under
+    autocast q, k and v are cast as F.scaled_dot_product_attention's are. Fused backends take D and Dv from 16 to 256,
+    reference and torch any. Same inputs give the same bits. A second backward (create_graph=True) works in eager mode;
+    it costs the memory of the reference.
 
     Returns:
-        out [B, H, Sq, Dv] in q's dtype; with return_lse also lse [B, H, Sq], natural log, fp32 (fp64 for fp64). A query
-        that sees no key has out 0 and lse -inf, and no gradient comes from it. Sq = 0 and Sk = 0 work.
+        out [B, H, Sq, Dv] in q's dtype (bf16 for fp8); with return_lse also lse [B, H, Sq], natural log, fp32 (fp64 for
+        fp64). A query that sees no key has out 0 and lse -inf, and no gradient comes from it. Sq = 0 and Sk = 0 work.
 
     Raises:
         ValueError: an argument is wrong, or a backend given by name cannot do the call; before anything runs, with the
@@ -288,7 +289,7 @@ def _forward(
 
     q, k, v = (_unit_last_stride(x) for x in (q, k, v))
     tensors = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
-    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *tensors, *ops.numbers_of(call.spec), chosen)
+    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *tensors, *ops.numbers_of(call.spec), chosen, call.descale)
     return out, lse
 
 

@@ -36,6 +36,7 @@ def forward(
     aux: tuple[torch.Tensor, ...] = (),
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
+    descale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of attention on CPU tensors, on as many threads as PyTorch uses.
 
@@ -43,7 +44,7 @@ def forward(
         q: [B, H, Sq, D] float32, any strides; k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv] likewise, H a multiple of Hkv.
         mask: bool, True = attend, and ``bias``: float32; 4-D, each dimension 1 or the one of [B, H, Sq, Sk].
         origin: int64 [4], of which positions of query 0 and key 0 count here, added to those of ``spec``.
-        aux, sinks, seed: not for this engine yet.
+        aux, sinks, seed, descale: not for this engine yet.
 
     Returns:
         out [B, H, Sq, Dv], its memory laid out like q's, and lse [B, H, Sq], float32; 0 and -inf in rows without a key.

@@ -21,7 +21,9 @@ _NUMBERS = (
     "float scale, SymInt window_left, SymInt window_right, SymInt origin_q, SymInt origin_k, SymInt origin_head,"
     " SymInt origin_batch, str[] mods, float[] params, float dropout_p"
 )
-FORWARD_SCHEMA = f"(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_NUMBERS}, str backend) -> (Tensor out, Tensor lse)"
+FORWARD_SCHEMA = (
+    f"(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_NUMBERS}, str backend, Tensor? descale) -> (Tensor out, Tensor lse)"
+)
 # dbias is a tensor of shape [0] unless bias_grad, and so is dsinks without sinks.
 BACKWARD_SCHEMA = (
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
@@ -113,6 +115,7 @@ def attention_forward(
     params: Sequence[float],
     dropout_p: float,
     backend: str,
+    descale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp; see :func:`fusemesh.kernels.attention.reference.forward`."""
     module = _module(backend, is_backward=False)
@@ -120,7 +123,7 @@ def attention_forward(
     at = (origin_q, origin_k, origin_head, origin_batch)
     spec = spec_of(scale, window_left, window_right, *at, mods, params, dropout_p)
     options = {"mask": mask, "bias": bias, "origin": origin, "aux": tuple(aux), "sinks": sinks, "seed": seed}
-    out, lse = module.forward(q, k, v, **options, spec=spec)
+    out, lse = module.forward(q, k, v, **options, descale=descale, spec=spec)
     return _laid_out_like(out, q), lse.contiguous()
 
 
@@ -146,6 +149,7 @@ def _(
     params: Sequence[float],
     dropout_p: float,
     backend: str,
+    descale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return empty_laid_out_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse_dtype)
@@ -241,10 +245,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch
 
 def _backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
     q, k, v, mask, bias, origin, sinks, seed, out, lse, *aux = ctx.saved_tensors
-    nothing = (*_nothing(ctx.numbers), None)
+    nothing = (*_nothing(ctx.numbers), None, None)
     none_of_aux = [None] * len(aux)
     if do is None and dlse is None:
-        return (None,) * 6 + (none_of_aux, None, None) + nothing
+        return (None,) * 6 + (none_of_aux, None, None, *nothing)
     if do is None:
         do = torch.zeros_like(out)
     bias_grad = ctx.needs_input_grad[4]

@@ -26,7 +26,7 @@ import torch
 
 from . import philox
 from .score_mods import split
-from .spec import AttentionSpec
+from .spec import AttentionSpec, out_dtype
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +63,7 @@ def forward(
     aux: tuple[torch.Tensor, ...] = (),
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
+    descale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp, differentiable (any number of times) in q, k, v, bias and sinks.
 
@@ -77,11 +78,16 @@ def forward(
         aux: the tensors of the score mods.
         sinks: [H], a logit of each head that joins the denominator; or None.
         seed: int64, one element, of dropout; or None.
+        descale: fp32 [B, Hkv, 3], by which fp8's q, k and v are multiplied; or None.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype, and lse [B, H, Sq], natural log, fp32 (fp64 for fp64 inputs), without the sink.
     """
     groups = _groups(q, k)
+    result = out_dtype(q.dtype)
+    if descale is not None:
+        for_q, for_k, for_v = descale[..., None, None].unbind(2)
+        q, k, v = q.float() * _repeat_heads(for_q, groups), k.float() * for_k, v.float() * for_v
     dtype = _compute_dtype(q)
     _, s = _scores(q, k, mask, bias, origin, spec, aux)
     # Rows without a key are all -inf, and exp(-inf - -inf) is NaN: they are computed as rows of zeros and then erased,
@@ -94,7 +100,7 @@ def forward(
     if kept is not None:
         p = p.masked_fill(~kept, 0.0) / (1 - spec.dropout_p)
     out = p @ _repeat_heads(v.to(dtype), groups)
-    return out.to(q.dtype), lse.masked_fill(empty, -math.inf).squeeze(-1)
+    return out.to(result), lse.masked_fill(empty, -math.inf).squeeze(-1)
 
 
 @_in_own_precision
@@ -115,6 +121,7 @@ def backward(
     aux: tuple[torch.Tensor, ...] = (),
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
+    descale: None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of :func:`forward`, by the formulas above; itself differentiable in all its tensors.
 

@@ -36,6 +36,7 @@ class Scores(NamedTuple):
     p_bias: torch.Tensor | None
     p_sinks: torch.Tensor | None  # [H]
     p_seed: torch.Tensor | None  # of dropout
+    p_descale: torch.Tensor | None  # [B, Hkv, 3], of fp8
     mask_b: int
     mask_h: int
     mask_m: int
@@ -81,6 +82,7 @@ class Mode:
     has_dropout: bool = False
     has_lengths: bool = False  # packed sequences
     is_bottom_right: bool = False  # each of them aligned at its end
+    has_descale: bool = False
 
     @property
     def mask_code(self) -> int:
@@ -153,6 +155,7 @@ def describe(
     spec: AttentionSpec,
     *,
     natural: bool,
+    descale: torch.Tensor | None = None,
 ) -> tuple[Scores, bool]:
     """The kernels' view of a call's tensors and scale, and whether the scale is left to the softmax."""
     # The softmax takes a row's maximum before it multiplies by the factor, which needs a positive one.
@@ -162,6 +165,7 @@ def describe(
         bias,
         sinks,
         seed,
+        descale,
         *_strides(mask),
         *_strides(bias),
         float(spec.scale),
@@ -276,3 +280,10 @@ def score_gradient(
             b_ds = unapply_mod(b_ds, b_s1, aux, numbers, at, i_b, i_h, o_m, o_n, Sq, Sk, MODE, 1, IS_EDGE)
         b_ds = unapply_mod(b_ds, b_s0, aux, numbers, at, i_b, i_h, o_m, o_n, Sq, Sk, MODE, 0, IS_EDGE)
     return b_ds
+
+
+@triton.jit
+def descale_of(p_descale, i_b, i_h, H, GROUP):
+    """What fp8's scores and outputs of a head are multiplied by: the factors of q times k, and of v."""
+    p_head = p_descale + 3 * (i_b * (H // GROUP) + i_h // GROUP)
+    return tl.load(p_head) * tl.load(p_head + 1), tl.load(p_head + 2)

@@ -315,7 +315,8 @@ def get(op: str, target: Target, dtype: torch.dtype, block_d: int, block_dv: int
     if target.vendor == "interpreter":
         return _INTERPRETER
     head_dim = next(i for i, limit in enumerate(HEAD_DIMS) if max(block_d, block_dv) <= limit)
-    return _TABLE[_family(target), dtype.itemsize, op][head_dim][has_tiles]
+    # fp8 takes the tiles of bf16, into which its values are turned before they meet the probabilities.
+    return _TABLE[_family(target), max(dtype.itemsize, 2), op][head_dim][has_tiles]
 
 
 def shipped(targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")) -> Iterator[tuple[Any, ...]]:

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .spec import AttentionSpec
+from .spec import FP8, AttentionSpec
 
 
 def why_not(
     q: torch.Tensor, bias: torch.Tensor | None, sinks: torch.Tensor | None, spec: AttentionSpec, needs_lse: bool
 ) -> str | None:
     """Which argument F.scaled_dot_product_attention cannot express, or None if it can do this call."""
+    if q.dtype == FP8:
+        return "fp8"
     if needs_lse:
         return "the log-sum-exp (return_lse)"
     if spec.window_left is not None or spec.window_right not in (None, 0):

@@ -130,6 +130,7 @@ def backward(
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     packed: Packed | None = None,
+    descale: None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of :func:`triton_forward.forward`, the same bits on every run.
 

@@ -15,7 +15,7 @@ from . import tiles
 from .loads import at_head, load_rows, store_rows
 from .masks import key_range, origins, range_part, window_bounds
 from .packed import Packed
-from .scores import modify_scores
+from .scores import descale_of, modify_scores
 from .softmax import finish, online_step
 from .spec import AttentionSpec, empty_laid_out_like
 from .triton_dropout import kept
@@ -37,6 +37,7 @@ def _visit_keys(
     aux,
     numbers,
     at,
+    descale,
     i_b,
     i_h,
     i_m,
@@ -61,6 +62,8 @@ def _visit_keys(
         b_k = load_rows(p_k, stride_k, i_n, Sk, BLOCK_N, MODE.d, MODE.block_d, IS_EDGE)
         # [M, N]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=MODE.precision)
+        if MODE.has_descale:
+            b_s *= descale
         b_s = modify_scores(b_s, scores, aux, numbers, at, i_b, i_h, o_m, o_n, lo, hi, Sq, Sk, MODE, IS_EDGE, True)
         b_m, b_l, b_p, b_alpha = online_step(b_m, b_l, b_s, scores.factor, MODE.natural, IS_EDGE or MODE.has_tiles)
         if MODE.has_dropout:
@@ -68,6 +71,9 @@ def _visit_keys(
             b_p = tl.where(kept(scores.p_seed, scores.threshold, at, i_b, i_h, o_m, o_n), b_p, 0.0)
         # [N, Dv]
         b_v = load_rows(p_v, stride_v, i_n, Sk, BLOCK_N, MODE.dv, MODE.block_dv, IS_EDGE)
+        if MODE.has_descale:
+            # Every e4m3 number is one of bf16 too; the probabilities are not worth three bits.
+            b_v = b_v.to(tl.bfloat16)
         # [M, Dv]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=MODE.precision)
     return b_acc, b_m, b_l
@@ -130,6 +136,10 @@ def attention_forward_kernel(
     lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
     at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
     start, full_start, full_end, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
+    descale_qk = 1.0
+    descale_v = 1.0
+    if MODE.has_descale:
+        descale_qk, descale_v = descale_of(scores.p_descale, i_b, i_h, H, GROUP)
     # [M, D]
     b_q = load_rows(p_q, strides_q[2], i_m, Sq, BLOCK_M, MODE.d, MODE.block_d, True)
     # [M]
@@ -154,6 +164,7 @@ def attention_forward_kernel(
                 aux,
                 numbers,
                 at,
+                descale_qk,
                 i_b,
                 i_h,
                 i_m,
@@ -172,6 +183,8 @@ def attention_forward_kernel(
     b_out, b_lse = finish(b_acc, b_m, b_l, scores.p_sinks, i_h, MODE.natural, MODE.has_sinks)
     if MODE.has_dropout:
         b_out *= scores.keep_scale
+    if MODE.has_descale:
+        b_out *= descale_v
     store_rows(p_out, b_out, strides_out[2], i_m, Sq, BLOCK_M, MODE.dv, MODE.block_dv)
     o_m = i_m + tl.arange(0, BLOCK_M)
     tl.store(p_lse + i_row + o_m, b_lse, mask=o_m < Sq)
@@ -190,11 +203,12 @@ def forward(
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     packed: Packed | None = None,
+    descale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp on the GPU that holds the tensors (or in Triton's interpreter).
 
     Args:
-        q: [B, H, Sq, D], fp32, fp16 or bf16; D and Dv from 16 to 256.
+        q: [B, H, Sq, D], fp32, fp16, bf16 or fp8 e4m3; D and Dv from 16 to 256.
         k: [B, Hkv, Sk, D], H a multiple of Hkv.
         v: [B, Hkv, Sk, Dv].
         mask: bool, True = attend, 4-D, each dim 1 or that of [B, H, Sq, Sk], any strides; or None.
@@ -205,16 +219,18 @@ def forward(
         sinks: [H], a logit of each head that joins the denominator; or None.
         seed: int64 [1] on the device, of dropout; or None.
         packed: where the sequences of tensors with B = 1 lie; mask and bias are then for its batch and longest lengths.
+        descale: fp32 [B, Hkv, 3], of fp8's q, k and v; or None.
 
     Returns:
-        out [B, H, Sq, Dv] in q's dtype and order of dimensions in memory, and lse [B, H, Sq], natural log, fp32.
+        out [B, H, Sq, Dv] in q's dtype (bf16 for fp8) and order of dimensions in memory, and lse [B, H, Sq], natural
+        log, fp32.
 
     q, k or v whose last stride is not 1 is copied; nothing else is.
 
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.
     """
-    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed)
+    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed, descale)
     out = empty_laid_out_like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if packed is not None:

@@ -10,9 +10,9 @@ import triton
 from ..launch import Target, target_of
 from .packed import Packed
 from .scores import Mode, Scores, describe, dims, mods_of
-from .spec import AttentionSpec
+from .spec import FP8, AttentionSpec
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, FP8)
 HEAD_DIMS = (16, 256)
 
 
@@ -57,6 +57,7 @@ def prepare(
     sinks: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     packed: Packed | None = None,
+    descale: torch.Tensor | None = None,
 ) -> Call:
     """Check these kernels' own limits and gather the arguments of forward and backward.
 
@@ -75,9 +76,14 @@ def prepare(
                 f"{tensor.shape[-1]}; use backend='reference'"
             )
     target = target_of(q.device)
+    if q.dtype == FP8 and not has_fp8(target):
+        raise ValueError(
+            f"q: backend 'triton' computes {FP8} on GPUs from sm_89, this one is {target.name}; convert the tensors to "
+            "bfloat16, or use backend='reference'"
+        )
     natural = q.dtype == torch.float32
     seed = seed if spec.dropout_p > 0 else None
-    scores, fold_scale = describe(mask, bias, sinks, seed, spec, natural=natural)
+    scores, fold_scale = describe(mask, bias, sinks, seed, spec, natural=natural, descale=descale)
     if packed is not None:
         scores = scores._replace(p_cu_q=packed.cu_q, p_cu_k=packed.cu_k)
     d, dv = q.shape[-1], v.shape[-1]
@@ -98,6 +104,7 @@ def prepare(
         has_dropout=spec.dropout_p > 0,
         has_lengths=packed is not None,
         is_bottom_right=packed is not None and packed.is_bottom_right,
+        has_descale=descale is not None,
         **mods_of(spec, aux),
     )
     if packed is None:
@@ -137,6 +144,11 @@ def prepare(
 def _signed(position: int) -> int:
     """Modulo 2^32, as the kernels count positions, and of one integer type whatever it is."""
     return (position + 2**31) % 2**32 - 2**31
+
+
+def has_fp8(target: Target) -> bool:
+    """Whether the target's matrix units take e4m3 as torch.float8_e4m3fn stores it (AMD's gfx942 has another one)."""
+    return target.vendor == "interpreter" or (target.vendor == "cuda" and int(target.arch) >= 89)
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:

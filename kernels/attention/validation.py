@@ -14,7 +14,7 @@ import torch
 
 from . import score_mods
 from .score_mods import SOFTCAP, BoundScoreMod
-from .spec import AttentionSpec, Origin
+from .spec import FP8, AttentionSpec, Origin, out_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGN = ("top_left", "bottom_right")
@@ -31,6 +31,7 @@ class Call:
     aux: tuple[torch.Tensor, ...] = ()  # of the score mods
     sinks: torch.Tensor | None = None  # [H]
     seed: torch.Tensor | None = None  # int64 [1]
+    descale: torch.Tensor | None = None  # fp32 [B, Hkv, 3], of fp8's q, k, v
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that every backend's functions take."""
@@ -56,8 +57,8 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
         if x.dim() != 4:
             letters = "[B, H, Sq, D]" if name == "q" else "[B, Hkv, Sk, D]"
             raise wrong(name, f"4 dimensions {letters}", f"shape {tuple(x.shape)}", "add the missing ones or reshape")
-        if x.dtype not in DTYPES:
-            raise wrong(name, f"a dtype out of {_names(DTYPES)}", x.dtype, "convert it with .to(dtype)")
+        if x.dtype not in (*DTYPES, FP8):
+            raise wrong(name, f"a dtype out of {_names((*DTYPES, FP8))}", x.dtype, "convert it with .to(dtype)")
     batch, heads, _, dim = q.shape
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
@@ -113,8 +114,6 @@ def normalise(
     """Check everything besides q, k and v, and bring it into the form that backends take."""
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
-    if descale is not None:
-        raise NotImplementedError(f"descale: fp8 is not built yet; expected None, received a {type(descale).__name__}")
     _check_dropout(dropout_p)
     bound = _score_mods(q, alibi_slopes, softcap, score_mod)
     left, right = _window(window)
@@ -147,12 +146,15 @@ def normalise(
         aux=tuple(tensor for part in bound for tensor in part.aux),
         sinks=_sinks(sinks, q),
         seed=_seed(seed, q) if dropout_p > 0 else None,
+        descale=_descale(descale, q, k),
     )
 
 
 def check_saved(q: torch.Tensor, v: torch.Tensor, do: Any, out: Any, lse: Any, dlse: Any) -> None:
     """Raise unless do, out, lse and dlse are those of a forward of q, k, v."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if q.dtype == FP8:
+        raise wrong("q", "a dtype with gradients", q.dtype, "fp8 is for the forward; train in bfloat16")
     rows = tuple(q.shape[:3])
     for name, x, shape, dtype in (
         ("do", do, (*rows, v.shape[3]), q.dtype),
@@ -222,12 +224,40 @@ def _score_mods(q: torch.Tensor, alibi_slopes: Any, softcap: Any, score_mod: Any
     return bound
 
 
+def _descale(descale: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """What fp8's q, k and v are to be multiplied by, fp32 [B, Hkv, 3] on the device; None for other dtypes."""
+    if q.dtype != FP8:
+        if descale is not None:
+            raise wrong("descale", f"None beside q of {q.dtype}", _short(descale), f"it belongs to q, k, v of {FP8}")
+        return None
+    batch, heads = k.shape[:2]
+    expected = f"(q's, k's, v's), each None, a number, or an fp32 tensor of 1 element or [B, Hkv] = [{batch}, {heads}]"
+    remedy = (
+        "x = descale * fp8(x), for the tensor or for each batch and key head (q's: that of the heads that share it)"
+    )
+    parts = (None, None, None) if descale is None else descale
+    if not isinstance(parts, (tuple, list)) or len(parts) != 3:
+        raise wrong("descale", expected, _short(descale), remedy)
+    found = []
+    for x in parts:
+        if isinstance(x, torch.Tensor):
+            if x.dtype != torch.float32 or x.device != q.device or (x.numel() != 1 and x.shape != (batch, heads)):
+                raise wrong("descale", expected, f"{_short(x)} on {x.device}", remedy)
+            found.append(x.reshape(1, 1).expand(batch, heads) if x.numel() == 1 else x)
+        elif x is None or (isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)):
+            found.append(torch.full((batch, heads), 1.0 if x is None else x, dtype=torch.float32, device=q.device))
+        else:
+            raise wrong("descale", expected, _short(x), remedy)
+    return torch.stack(found, -1)
+
+
 def _sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor | None:
     if sinks is None:
         return None
-    expected = f"a tensor [H] = [{q.shape[1]}] of q's dtype {q.dtype} or torch.float32 on {q.device}"
+    dtype = out_dtype(q.dtype)
+    expected = f"a tensor [H] = [{q.shape[1]}] of q's dtype {dtype} or torch.float32 on {q.device}"
     remedy = "one logit for each query head"
-    if not isinstance(sinks, torch.Tensor) or sinks.dtype not in (q.dtype, torch.float32) or sinks.device != q.device:
+    if not isinstance(sinks, torch.Tensor) or sinks.dtype not in (dtype, torch.float32) or sinks.device != q.device:
         received = f"{sinks.dtype} on {sinks.device}" if isinstance(sinks, torch.Tensor) else _short(sinks)
         raise wrong("sinks", expected, received, remedy)
     if tuple(sinks.shape) != (q.shape[1],):
@@ -316,9 +346,10 @@ def _bias(bias: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
     if bias is None:
         return None
     remedy = "bias is added to the scores; a boolean mask goes to mask"
-    if not isinstance(bias, torch.Tensor) or bias.dtype not in (q.dtype, torch.float32):
+    dtype = out_dtype(q.dtype)
+    if not isinstance(bias, torch.Tensor) or bias.dtype not in (dtype, torch.float32):
         received = bias.dtype if isinstance(bias, torch.Tensor) else _short(bias)
-        raise wrong("bias", f"a tensor of q's dtype {q.dtype} or torch.float32, or None", received, remedy)
+        raise wrong("bias", f"a tensor of q's dtype {dtype} or torch.float32, or None", received, remedy)
     view = _four_dims("bias", bias, q, k)
     dims = broadcast_dims(view)
     if not dims:

@@ -134,7 +134,7 @@ def _forward(
         from . import varlen_reference
 
         api._count("attention_varlen_forward", "reference")
-        options = {**call.arguments()}
+        options = {name: value for name, value in call.arguments().items() if name != "descale"}
         del options["origin"]
         return varlen_reference.forward(q, k, v, packed, **options)
     from . import varlen_ops

@@ -117,7 +117,7 @@ def test_the_op_with_one_tensor_in_three_roles() -> None:
 
     def call(x: torch.Tensor) -> torch.Tensor:
         numbers = ops.numbers_of(AttentionSpec(0.5, window_right=0))
-        return ops.attention_forward(x, x, x, None, None, None, [], None, None, *numbers, "reference")[0]
+        return ops.attention_forward(x, x, x, None, None, None, [], None, None, *numbers, "reference", None)[0]
 
     assert torch.autograd.gradcheck(call, x)
     assert torch.autograd.gradgradcheck(call, x)

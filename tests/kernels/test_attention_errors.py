@@ -220,23 +220,6 @@ def test_attention_backward_refuses(case: str) -> None:
     assert_says(caught.value, name, expected, received)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("descale", t(1)),
-    ],
-)
-def test_what_is_not_built_yet_is_refused_by_name(name: str, value: object) -> None:
-    out, lse = t(B, H, SQ, DV), t(B, H, SQ)
-    for call in (
-        lambda: fusemesh.flash_attention(Q, K, V, **{name: value}),
-        lambda: fusemesh.attention_forward(Q, K, V, **{name: value}),
-        lambda: fusemesh.attention_backward(out, Q, K, V, out, lse, **{name: value}),
-    ):
-        with pytest.raises(NotImplementedError, match=rf"^{name}: .*not built yet"):
-            call()
-
-
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_nested_tensors_are_refused_by_name() -> None:
     jagged = torch.nested.nested_tensor([t(H, 3, D), t(H, 4, D)])

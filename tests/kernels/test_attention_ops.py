@@ -28,7 +28,7 @@ def arguments(case: Case, *, requires_grad: bool) -> tuple[Any, ...]:
     q, k, v = (x[name].requires_grad_(requires_grad) for name in "qkv")
     bias, sinks = (None if x[name] is None else x[name].requires_grad_(requires_grad) for name in ("bias", "sinks"))
     tensors = (x["mask"], bias, x["origin"], list(options["aux"]), sinks, x["seed"])
-    return q, k, v, *tensors, *ops.numbers_of(case.spec), "triton"
+    return q, k, v, *tensors, *ops.numbers_of(case.spec), "triton", None
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -40,8 +40,8 @@ def test_opcheck_of_forward(name: str, requires_grad: bool) -> None:
 @pytest.mark.parametrize("with_dlse", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_backward(name: str, with_dlse: bool) -> None:
-    q, k, v, *others, backend = arguments(CASES[name], requires_grad=False)
-    out, lse = ops.attention_forward(q, k, v, *others, backend)
+    q, k, v, *others, backend, _ = arguments(CASES[name], requires_grad=False)
+    out, lse = ops.attention_forward(q, k, v, *others, backend, None)
     do, dlse = torch.randn_like(out), torch.randn_like(lse) if with_dlse else None
     bias_grad = others[1] is not None
     torch.library.opcheck(ops.attention_backward, (do, q, k, v, out, lse, dlse, *others, bias_grad, backend))
