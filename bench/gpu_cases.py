@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 import fusemesh
 from fusemesh import peers
 from fusemesh.kernels import backends
+from fusemesh.kernels.attention import score_mods
 from fusemesh.kernels.attention.spec import AttentionSpec
 from fusemesh.kernels.launch import TARGETS, assume_target, intercept
 from fusemesh.kernels.testing import attention as attention_testing
@@ -49,20 +50,28 @@ class Attention:
     bias: str | None = None
     storage: str = "bhsd"  # order of dimensions in memory; "padded": strides larger than the shape asks for
     dlse: bool = False
+    softcap: float | None = None
+    alibi: str | None = None  # the dims, out of BH, in which the slopes differ
+    mod: bool = False  # the score mod of table_mod.py
+    sinks: bool = False
+    dropout: float = 0.0
+    origin: tuple[int, int, int, int] | None = None  # of q, k, head and batch
+    device_origin: bool = False  # the same as tensors on the device
     repeats: int = 0
     op = "attention"
+    counted = ("attention_forward", "attention_backward")
 
     @property
     def name(self) -> str:
         """Every field that is not the default."""
-        return _differences(self)
+        return differences(self)
 
     def tiny(self) -> Attention:
         """The same features on a shape small enough for any machine."""
         return dataclasses.replace(self, sq=min(self.sq, 19), sk=min(self.sk, 23 if self.sk != self.sq else 19))
 
     def inputs(self, device: torch.device | str, seed: int) -> Tensors:
-        """q, k, v, do, and bias, mask and dlse where the case has them."""
+        """q, k, v, do, and bias, mask, dlse, slopes, table, sinks and seed where the case has them."""
         generator = torch.Generator(device).manual_seed(seed)
         dtype, dv = DTYPES[self.dtype], self.d if self.dv is None else self.dv
         kv = (self.batch, self.kv_heads, self.sk)
@@ -83,6 +92,15 @@ class Attention:
             values["mask"][..., shape[2] // 2, :] = "Q" not in self.mask  # one query that sees no key
         if self.dlse:
             values["dlse"] = torch.randn(shapes["q"][:3], generator=generator, device=device)
+        if self.alibi is not None:
+            slopes = (self.batch, self.heads) if "B" in self.alibi else (self.heads,)
+            values["slopes"] = torch.rand(slopes, generator=generator, device=device) / 8
+        if self.mod:
+            values["table"] = torch.randn(61, generator=generator, device=device)
+        if self.sinks:
+            values["sinks"] = torch.randn(self.heads, generator=generator, device=device).to(dtype)
+        if self.dropout:
+            values["seed"] = torch.tensor([2**40 + 7 + seed], device=device)
         return values
 
     def _broadcast(self, dims: str) -> tuple[int, ...]:
@@ -99,32 +117,70 @@ class Attention:
     def expected(self, x: Tensors) -> attention_testing.Expected:
         """The fp64 reference, and eager PyTorch's error."""
         left, right = (None, None) if self.window is None else self.window
+        mods = self._mods(x)
+        origin = self.origin or (self.sk - self.sq if self.align == "bottom_right" else 0, 0, 0, 0)
         spec = AttentionSpec(
-            scale=self.d**-0.5,
-            window_left=left,
-            window_right=0 if self.causal else right,
-            origin_q=self.sk - self.sq if self.align == "bottom_right" else 0,
+            self.d**-0.5,
+            left,
+            0 if self.causal else right,
+            *origin,
+            mods=tuple(bound.mod.name for bound in mods),
+            params=tuple(number for bound in mods for number in bound.params),
+            dropout_p=self.dropout,
         )
-        extra: dict[str, Any] = {name: x.get(name) for name in ("do", "dlse", "mask", "bias")}
-        return attention_testing.expected(x["q"], x["k"], x["v"], spec=spec, **extra)
+        extra: dict[str, Any] = {name: x.get(name) for name in ("do", "dlse", "mask", "bias", "sinks", "seed")}
+        aux = tuple(tensor for bound in mods for tensor in bound.aux)
+        return attention_testing.expected(x["q"], x["k"], x["v"], spec=spec, aux=aux, **extra)
+
+    def _mods(self, x: Tensors) -> list[score_mods.BoundScoreMod]:
+        """The score mods in the order in which they apply."""
+        bound = [] if self.softcap is None else [score_mods.softcap(self.softcap)]
+        if self.alibi is not None:
+            bound.append(score_mods.alibi(x["slopes"], x["q"]))
+        return bound + ([self._table_mod(x)] if self.mod else [])
+
+    @staticmethod
+    def _table_mod(x: Tensors) -> score_mods.BoundScoreMod:
+        # Only cases with the mod need Triton's language.
+        from table_mod import TABLE_MOD
+
+        return TABLE_MOD(x["table"], weight=0.25)
+
+    def _origin(self, device: torch.device) -> fusemesh.Origin | None:
+        if self.origin is None or not self.device_origin:
+            return None if self.origin is None else fusemesh.Origin(*self.origin)
+        return fusemesh.Origin(*torch.tensor(self.origin, device=device).unbind())
 
     def compute(self, x: Tensors) -> Tensors:
         """Forward and every gradient, through the public function."""
-        leaves = [x[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in x]
+        leaves = {name: x[name].detach().requires_grad_() for name in ("q", "k", "v", "bias", "sinks") if name in x}
         out, lse = fusemesh.flash_attention(
-            *leaves[:3],
+            leaves["q"],
+            leaves["k"],
+            leaves["v"],
             causal=self.causal,
             align=self.align,
             window=self.window,
             mask=x.get("mask"),
-            bias=leaves[3] if "bias" in x else None,
+            bias=leaves.get("bias"),
+            alibi_slopes=x.get("slopes"),
+            softcap=self.softcap,
+            score_mod=self._table_mod(x) if self.mod else None,
+            sinks=leaves.get("sinks"),
+            dropout_p=self.dropout,
+            seed=x.get("seed"),
+            origin=self._origin(x["q"].device),
             return_lse=True,
             backend="triton",
         )
         upstream = [x["do"], *([x["dlse"]] if self.dlse else [])]
-        gradients = torch.autograd.grad([out, lse][: len(upstream)], leaves, upstream)
-        names = ("dq", "dk", "dv", "dbias")
-        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, gradients, strict=False))}
+        gradients = torch.autograd.grad([out, lse][: len(upstream)], list(leaves.values()), upstream)
+        named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        return {"out": out.detach(), "lse": lse.detach(), **named}
+
+    def stand_in(self, want: Any) -> Tensors:
+        """Eager PyTorch's values, for a dry run."""
+        return dict(want.eager)
 
     def check(self, outputs: Tensors, want: Any) -> list[budget.Budget]:
         """What was measured; AssertionError where ``outputs`` is outside the budget."""
@@ -145,11 +201,12 @@ class Linear:
     storage: str = "rows"  # "columns": x and the weights with their first dimension contiguous
     repeats: int = 0
     op = "linear"
+    counted = ("linear_forward", "linear_backward")
 
     @property
     def name(self) -> str:
         """Every field that is not the default."""
-        return _differences(self)
+        return differences(self)
 
     def tiny(self) -> Linear:
         """The same features on a shape small enough for any machine."""
@@ -179,6 +236,10 @@ class Linear:
         gradients = torch.autograd.grad(y, [tape[name] for name in names], x["dy"])
         return {"y": y.detach(), **{f"d{name}": g for name, g in zip(names, gradients, strict=True)}}
 
+    def stand_in(self, want: Any) -> Tensors:
+        """Eager PyTorch's values, for a dry run."""
+        return {**want["forward"][1], **want["backward"][1]}
+
     def check(self, outputs: Tensors, want: Any) -> list[budget.Budget]:
         """What was measured; AssertionError where ``outputs`` is outside the budget."""
         forward = {"y": outputs["y"]}
@@ -186,10 +247,25 @@ class Linear:
         return self._case.check(forward, want["forward"]) + self._case.check(backward, want["backward"])
 
 
-Case = Attention | Linear
+class Case(Protocol):
+    """What can be verified: the classes above, and that of gpu_decode.py."""
+
+    op: str
+    counted: tuple[str, ...]  # the ops that a call runs, once each
+    repeats: int
+
+    @property
+    def name(self) -> str: ...
+    def tiny(self) -> Case: ...
+    def inputs(self, device: torch.device | str, seed: int) -> Tensors: ...
+    def expected(self, x: Tensors) -> Any: ...
+    def compute(self, x: Tensors) -> Tensors: ...
+    def stand_in(self, want: Any) -> Tensors: ...
+    def check(self, outputs: Tensors, want: Any) -> list[budget.Budget]: ...
 
 
-def _differences(case: Case) -> str:
+def differences(case: Any) -> str:
+    """A case's name: its dtype, and every field that is not the default."""
     shown = [case.dtype]
     for field in dataclasses.fields(case):
         value = getattr(case, field.name)
@@ -209,11 +285,10 @@ def verify(case: Case, device: torch.device | str, *, seed: int = 0) -> list[bud
     before = backends.call_counts()
     with poison.poisoned_empty():
         outputs = case.compute(x)
-    for direction in peers.DIRECTIONS:
-        key = (f"{case.op}_{direction}", "triton")
-        calls = backends.call_counts().get(key, 0) - before.get(key, 0)
+    for op in case.counted:
+        calls = backends.call_counts().get((op, "triton"), 0) - before.get((op, "triton"), 0)
         if calls != 1:
-            raise AssertionError(f"{case.op} {direction}: expected 1 call of the triton backend, counted {calls}")
+            raise AssertionError(f"{op}: expected 1 call of the triton backend, counted {calls}")
     measured = case.check(outputs, want)
     for repeat in range(1, case.repeats):
         again = case.compute(x)
@@ -235,12 +310,43 @@ def recorded() -> Iterator[list[str]]:
         yield names
 
 
+# Each alone, in every dtype.
+FEATURES: tuple[dict[str, Any], ...] = (
+    {"softcap": 3.0},
+    {"alibi": "H"},
+    {"mod": True},
+    {"sinks": True, "dlse": True},
+    {"dropout": 0.2},
+    {"origin": (40, 11, 3, 5), "mod": True, "dropout": 0.2},
+)
+
+# Features meet each other, odd sizes, head dims that are no power of two, D != Dv, and every kind of mask and bias.
+COMBINATIONS: tuple[Attention, ...] = (
+    Attention("fp32", softcap=3.0, alibi="BH", mod=True, sinks=True, dropout=0.2, bias="HQK", mask="BK", dlse=True),
+    Attention(softcap=30.0, window=(64, 0), d=256, sinks=True),
+    Attention(softcap=3.0, alibi="H", d=192, dv=128, heads=8, kv_heads=2, causal=True, repeats=REPEATS),
+    Attention(alibi="BH", dropout=0.1, d=80, storage="bshd", sq=113, sk=203, align="bottom_right"),
+    Attention(mod=True, mask="BHQK", d=40, dv=72, origin=(17, 5, 1, 2), window=(50, 9)),
+    Attention("fp32", sinks=True, mask="BHQK", d=96, dv=32, dlse=True, kv_heads=1),
+    Attention("fp16", dropout=0.5, bias="BHQK", d=160, causal=True, sinks=True),
+    Attention("fp32", dropout=0.2, origin=(1000, 900, 3, 5), device_origin=True, window=(200, 0), softcap=5.0),
+    Attention(alibi="H", mod=True, origin=(2**31 + 9, 2**31, 0, 0), causal=True, sq=129, sk=65, sinks=True),
+    Attention("fp16", softcap=3.0, mod=True, bias="K", mask="QK", d=24, dv=200, storage="padded"),
+    Attention("fp32", alibi="BH", bias="HQK", sinks=True, sq=1, sk=203, align="bottom_right", causal=True),
+    Attention(dropout=0.1, sinks=True, window=(20, 3), sq=301, sk=97, align="bottom_right", dlse=True),
+    Attention("fp32", mod=True, dropout=0.3, d=256, origin=(7, 0, 0, 1), device_origin=True, causal=True),
+    Attention(softcap=30.0, d=128, sq=2048, sk=2048, batch=1, window=(511, 0), heads=8, kv_heads=4),
+    Attention(sinks=True, d=64, sq=4096, sk=4096, batch=1, window=(127, 0), heads=4, kv_heads=1),
+)
+
 # The most telling come first: a stage whose time runs out leaves out the end.
 ATTENTION: tuple[Attention, ...] = (
     Attention(d=128, sq=1024, sk=1024, causal=True, repeats=REPEATS),
     Attention(d=128, sq=1024, sk=1024),
     Attention("fp32", bias="HQK", mask="BK", causal=True, dlse=True, repeats=REPEATS),
     Attention("fp16", d=64, bias="BHQK", window=(40, 17)),
+    Attention(d=128, softcap=20.0, alibi="H", sinks=True, dropout=0.1, causal=True, repeats=REPEATS),
+    *(Attention(t, causal=True, **feature) for feature in FEATURES for t in DTYPES),
     *(Attention(t, d=128, causal=True) for t in ("fp32", "fp16")),
     *(
         Attention("bf16", d=d, dv=dv, causal=c)
@@ -268,6 +374,7 @@ ATTENTION: tuple[Attention, ...] = (
     Attention(d=128, sq=4096, sk=4096, batch=1, causal=True),
     Attention(d=128, sq=8192, sk=8192, batch=1, heads=2, kv_heads=1),
     *(Attention("fp16", d=d, dv=dv, causal=True) for d, dv in ((16, None), (64, None), (256, None), (80, 48))),
+    *COMBINATIONS,
 )
 
 LINEAR: tuple[Linear, ...] = (

@@ -3,6 +3,8 @@
     pip install --no-index --no-deps --no-build-isolation .
     python bench/on_gpu.py --stage correctness     # the kernels against fp64, forward and gradients
     python bench/on_gpu.py --stage sweep           # the kernels against every peer that is installed
+    python bench/on_gpu.py --stage memcheck        # the kernels under compute-sanitizer
+    python bench/on_gpu.py --stage tune            # tiles around the shipped ones: which is fastest here
 
 A stage writes one JSON file (machine, versions, clocks, every row) under --out, prints one short table, and ends within
 its minutes: what there was no time for is named. A wrong result makes it exit non-zero, after everything is written.
@@ -15,61 +17,44 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dry_run
 import gpu_cases
+import gpu_decode
+import memcheck
 import torch
 
-from fusemesh import benchmark, peers
+from fusemesh import benchmark, peers, tune
 from fusemesh.kernels import backends, env
 
 OURS = ("triton",)
+PEERS = (*peers.PEERS, "triton tutorial")
 # torch.compile takes some 20 s for each shape of flex's, so it runs where it tells most.
 FLEX_LENGTHS, FLEX_HEAD_DIM = (4096,), 128
 
 
-class Clock:
-    """The time that a stage may take."""
-
-    def __init__(self, minutes: float) -> None:
-        self._start = time.monotonic()
-        self._seconds = 60 * minutes
-        self._longest = 0.0
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._start
-
-    def allows_another(self) -> bool:
-        """Whether a case as slow as the slowest so far still fits."""
-        return self.elapsed + self._longest <= self._seconds
-
-    def took(self, seconds: float) -> None:
-        """Note how long a case took."""
-        self._longest = max(self._longest, seconds)
-
-
-def correctness(device: torch.device, clock: Clock, dry_run: bool) -> dict[str, Any]:
-    """Every case of gpu_cases on the Triton backend: rows, and what there was no time for."""
+def correctness(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
+    """Every case of gpu_cases and gpu_decode on the Triton backend: rows, and what there was no time for."""
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    # Turn by turn, so that a stage that runs out of time has seen something of both.
-    for case in _alternate(gpu_cases.ATTENTION, gpu_cases.LINEAR):
+    # Turn by turn, so that a stage that runs out of time has seen something of each.
+    for case in _alternate(gpu_cases.ATTENTION, gpu_cases.LINEAR, gpu_decode.DECODE):
         if not clock.allows_another():
             left_out.append(f"{case.op} {case.name}")
             continue
         start = time.monotonic()
         row: dict[str, Any] = {"op": case.op, "case": case.name, "contender": "triton", "check": "ok"}
         try:
-            measured = _dry_verify(case.tiny(), device) if dry_run else gpu_cases.verify(case, device)
+            measured = dry_run.verify(case.tiny(), device) if is_dry else gpu_cases.verify(case, device)
             shares = {
                 b.name: round(max(_share(b.actual_max, b.allowed_max), _share(b.actual_mean, b.allowed_mean)), 4)
                 for b in measured
             }
-            row |= {"repeats": 0 if dry_run else case.repeats, "share_of_budget": shares}
+            row |= {"repeats": 0 if is_dry else case.repeats, "share_of_budget": shares}
         except AssertionError as error:
             row["check"] = f"WRONG: {error}"
         except Exception as error:
@@ -94,27 +79,6 @@ def _alternate(*groups: Iterable[Any]) -> Iterable[Any]:
                 iterators.remove(iterator)
 
 
-def _dry_verify(case: gpu_cases.Case, device: torch.device) -> list[Any]:
-    """What verify does, with eager PyTorch's values in place of those that no kernel has computed."""
-    x = case.inputs(device, 0)
-    want = case.expected(x)
-    with gpu_cases.recorded() as names:
-        outputs = case.compute(x)
-    if len(names) < 2:
-        raise AssertionError(f"expected a launch forward and at least one backward, recorded {names}")
-    eager = _stand_in(case, want)
-    for name, value in outputs.items():
-        if value.shape != eager[name].shape or value.dtype != eager[name].dtype:
-            raise AssertionError(
-                f"{name}: expected {eager[name].shape} {eager[name].dtype}, received {value.shape} {value.dtype}"
-            )
-    return case.check({name: eager[name] for name in outputs}, want)
-
-
-def _stand_in(case: gpu_cases.Case, want: Any) -> peers.Tensors:
-    return want.eager if isinstance(case, gpu_cases.Attention) else {**want["forward"][1], **want["backward"][1]}
-
-
 def sweep_cases() -> list[peers.Case]:
     """DESIGN's sweep: 16384 tokens, H * D = 2048, D 64, 128, 256, causal or not; 64 query heads on 8; linear layers."""
     bf16 = torch.bfloat16
@@ -134,64 +98,57 @@ def sweep_cases() -> list[peers.Case]:
     return list(_alternate(linear, attention))
 
 
-class _DryAttention(peers.AttentionCase):
-    def outputs(self, contender: peers.Contender, inputs: peers.Tensors, direction: str) -> peers.Tensors:
-        return _dry_outputs(super().outputs, self.ours("reference"), contender, inputs, direction)
-
-
-class _DryLinear(peers.LinearCase):
-    def outputs(self, contender: peers.Contender, inputs: peers.Tensors, direction: str) -> peers.Tensors:
-        return _dry_outputs(super().outputs, self.ours("torch"), contender, inputs, direction)
-
-
-def _dry_outputs(compute: Any, known: peers.Contender, contender: Any, inputs: Any, direction: str) -> peers.Tensors:
-    """A contender's own outputs, except those of kernels that were recorded: a known backend's, same shapes."""
-    outputs = compute(contender, inputs, direction)
-    if contender.name not in OURS:
-        return outputs
-    right = compute(known, inputs, direction)
-    assert {n: (x.shape, x.dtype) for n, x in outputs.items()} == {n: (x.shape, x.dtype) for n, x in right.items()}
-    return right
-
-
-def _dry_case(case: peers.Case) -> peers.Case:
-    if isinstance(case, peers.AttentionCase):
-        groups = case.heads // case.kv_heads
-        return _DryAttention(1, 2 * groups, 2, 33, 16, case.causal, torch.float32)
-    return _DryLinear(33, 16, 24, case.activation, case.gated, torch.float32)
-
-
-def sweep(device: torch.device, clock: Clock, dry_run: bool) -> dict[str, Any]:
+def sweep(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
     """Every case of the sweep, forward and backward, every contender: rows, and what there was no time for."""
-    dtype = torch.float32 if dry_run else torch.bfloat16
-    roofline = benchmark.measure_roofline(device, dtype, size=64 if dry_run else None)
-    timing: dict[str, Any] = {"seconds": 0.0, "least": 1, "pause": 0.0} if dry_run else {"seconds": 0.12, "pause": 0.05}
+    dtype = torch.float32 if is_dry else torch.bfloat16
+    roofline = benchmark.measure_roofline(device, dtype, size=64 if is_dry else None)
+    timing: dict[str, Any] = {"seconds": 0.0, "least": 1, "pause": 0.0} if is_dry else {"seconds": 0.12, "pause": 0.05}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     cases = sweep_cases()
-    for case in dict.fromkeys(_dry_case(case) for case in cases) if dry_run else cases:
+    for case in dict.fromkeys(dry_run.small(case) for case in cases) if is_dry else cases:
         for direction in peers.DIRECTIONS:
             name = f"{case.op} {direction} {case.name}"
             if not clock.allows_another():
                 left_out.append(name)
                 continue
             start = time.monotonic()
-            contenders = [case.ours("triton"), *(c for c in case.contenders(device) if not c.ours)]
+            contenders = [case.ours("triton"), *(c for c in case.contenders(device) if not c.ours), *_tutorial(case)]
             if not _flex_tells(case) and any(c.name == "flex" for c in contenders):
                 left_out.append(f"{name}: flex (it would be compiled for this shape)")
                 contenders = [c for c in contenders if c.name != "flex"]
-            with gpu_cases.recorded() if dry_run else contextlib.nullcontext():
+            with gpu_cases.recorded() if is_dry else contextlib.nullcontext():
                 measured = peers.compare(case, direction, device, roofline, contenders, **timing)
-            # Where no kernel ran, a time says nothing.
-            rows += [_without_times(row) for row in measured] if dry_run else measured
+            rows += [dry_run.without_times(row) for row in measured] if is_dry else measured
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             clock.took(time.monotonic() - start)
-    return {"roofline": None if dry_run else vars(roofline), "rows": rows, "left_out": left_out}
+    return {"roofline": None if is_dry else vars(roofline), "rows": rows, "left_out": left_out}
 
 
-def _without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return benchmark.refused(row["op"], row["direction"], row["case"], row["contender"], row["check"])
+def _tutorial(case: peers.Case) -> list[peers.Contender]:
+    """Triton's own tutorial, where it takes the case."""
+    if not isinstance(case, peers.AttentionCase):
+        return []
+    # The kernel is defined on import, which needs Triton.
+    import tutorial_attention
+
+    contender = tutorial_attention.contender(case)
+    return [] if contender is None else [contender]
+
+
+def memory(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
+    """Every kernel under compute-sanitizer."""
+    return memcheck.run_under_tool(clock, tool=None if is_dry else memcheck.find_tool(), is_dry=is_dry)
+
+
+def tuning(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
+    """Tiles around the shipped ones."""
+    if not is_dry:
+        return tune.tune_tiles(device, clock)
+    with gpu_cases.recorded():
+        chosen = [tune.small(job) for job in tune.jobs()]
+        return tune.tune_tiles(device, clock, chosen=chosen, measure=dry_run.measure_tile)
 
 
 def _flex_tells(case: peers.Case) -> bool:
@@ -216,13 +173,36 @@ def correctness_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a stage does, and what it prints of the result."""
+
+    run: Callable[[torch.device, benchmark.Clock, bool], dict[str, Any]]
+    text: Callable[[dict[str, Any]], str]
+
+
+STAGES = {
+    "correctness": Stage(correctness, lambda payload: correctness_table(payload["rows"])),
+    "sweep": Stage(sweep, lambda payload: benchmark.ratio_table(payload["rows"], PEERS, OURS)),
+    "memcheck": Stage(memory, memcheck.line),
+    "tune": Stage(tuning, lambda payload: tune.table(payload["rows"])),
+}
+
+
 def verdict(stage: str, payload: dict[str, Any], path: Path) -> tuple[int, str]:
     """The exit status, and what to tell the user."""
     wrong = [row for row in payload["rows"] if row["contender"] in OURS and row["check"] != "ok"]
-    if wrong:
+    if wrong and stage != "memcheck":
         return 1, f"{len(wrong)} of FuseMesh's results are wrong or did not run; see {path}"
-    if not payload["rows"]:
+    if not payload["rows"] and stage != "memcheck":
         return 1, "there was no time for a single case; give it more --minutes"
+    if stage == "memcheck":
+        fault = memcheck.verdict(payload)
+        if fault is not None:
+            return 1, f"{fault}; see {path}"
+        if payload["left_out"]:
+            return 0, "no error as far as it went, but cases were left out: run it again with more --minutes"
+        return 0, "every step ran but the tool" if payload["dry_run"] else f"no error; see {path}"
     if stage != "correctness":
         return 0, f"every FuseMesh result was checked before it was timed; all rows are in {path}"
     if payload["left_out"]:
@@ -241,7 +221,7 @@ def verdict(stage: str, payload: dict[str, Any], path: Path) -> tuple[int, str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--stage", required=True, choices=("correctness", "sweep"))
+    parser.add_argument("--stage", required=True, choices=tuple(STAGES))
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, small shapes, launches recorded only")
     parser.add_argument("--minutes", type=float, default=7.5, help="time after which no further case starts")
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<machine>)")
@@ -253,21 +233,22 @@ def main(arguments: list[str] | None = None) -> int:
     reason = backends.why_unavailable("triton", "cpu" if options.dry_run else "cuda")
     if reason is not None and not options.dry_run:
         parser.error(reason)
+    if options.stage == "memcheck" and not options.dry_run and memcheck.find_tool() is None:
+        parser.error(memcheck.NO_TOOL)
     device = torch.device("cpu" if options.dry_run else "cuda")
-    clock = Clock(options.minutes)
+    if options.dry_run:
+        # On such small tensors threads only wait for each other.
+        torch.set_num_threads(1)
+    clock = benchmark.Clock(options.minutes)
     record = benchmark.machine()
     name = benchmark.machine_name(record)
     out = options.out or Path(__file__).parent / "results" / (f"dry-run-{name}" if options.dry_run else name)
-    stage = correctness if options.stage == "correctness" else sweep
     payload = {"stage": options.stage, "dry_run": options.dry_run, "machine": record}
-    payload |= stage(device, clock, options.dry_run)
+    payload |= STAGES[options.stage].run(device, clock, options.dry_run)
     payload["machine_after"] = benchmark.gpu_state()
     payload["seconds"] = round(clock.elapsed, 1)
     path = benchmark.write_results(out / f"{options.stage}.json", payload)
-    if options.stage == "correctness":
-        print(correctness_table(payload["rows"]))
-    else:
-        print(benchmark.ratio_table(payload["rows"], peers.PEERS, OURS))
+    print(STAGES[options.stage].text(payload))
     for missing in payload["left_out"]:
         print(f"left out: {missing}")
     status, message = verdict(options.stage, payload, path)

@@ -23,6 +23,33 @@ from typing import Any
 import torch
 
 
+class Clock:
+    """The time that a stage of several cases may take."""
+
+    def __init__(self, minutes: float) -> None:
+        self._start = time.monotonic()
+        self._seconds = 60 * minutes
+        self._longest = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    @property
+    def left(self) -> float:
+        """Seconds that remain; 0 once they are used up."""
+        return max(self._seconds - self.elapsed, 0.0)
+
+    def allows_another(self) -> bool:
+        """Whether a case as slow as the slowest so far still fits."""
+        return self.elapsed + self._longest <= self._seconds
+
+    def took(self, seconds: float) -> None:
+        """Note how long a case took."""
+        self._longest = max(self._longest, seconds)
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one call: median, 10th and 90th percentile over ``runs`` calls."""

@@ -1,4 +1,4 @@
-"""The command line: ``fusemesh doctor | train | eval | merge``.
+"""The command line: ``fusemesh doctor | train | eval | merge | bench``.
 
 With ``--json`` a command writes exactly one JSON object to stdout; messages always go to stderr. Every key of the
 configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``.
@@ -42,7 +42,7 @@ def _fail(options: argparse.Namespace, status: int, message: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusemesh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fusemesh {__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="doctor | train | eval | merge")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="doctor | train | eval | merge | bench")
 
     doctor = _command(commands, "doctor", _doctor, "what this machine has and what auto chooses")
     train = _command(commands, "train", _train, "train a model in any layout")
@@ -56,7 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     merge = _command(commands, "merge", _merge, "write a run's last checkpoint as one safetensors file")
     merge.add_argument("target", help="run directory or checkpoint folder")
     merge.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
-    for command in (doctor, train, evaluation, merge):
+    bench = _command(commands, "bench", _bench, "which tiles of the Triton kernels are fastest on this GPU")
+    bench.add_argument("--tune", action="store_true", help="time the shipped tiles and their neighbours")
+    bench.add_argument("--minutes", type=float, default=7.5, metavar="M", help="no tile starts later; default: 7.5")
+    bench.add_argument(
+        "--output", "-o", metavar="FILE", help="default: bench/results/<machine>/tune.json in the current folder"
+    )
+    for command in (doctor, train, evaluation, merge, bench):
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for command in (train, evaluation):
         command.add_argument(
@@ -173,3 +179,33 @@ def _merge(options: argparse.Namespace) -> tuple[Any, str]:
     output = options.output or Path(options.target, "model.safetensors")
     result = merge(checkpoint_of(options.target), output)
     return result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}"
+
+
+def _bench(options: argparse.Namespace) -> tuple[Any, str]:
+    if not options.tune:
+        raise ValueError(
+            "--tune: expected it, which is all that this command does; the comparison with other libraries is "
+            "`make bench` in a clone"
+        )
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes: expected more than 0, received {options.minutes:g}")
+    import torch
+
+    from fusemesh import benchmark, tune
+
+    reason = tune.why_not_here()
+    if reason is not None:
+        raise ValueError(reason)
+    record = benchmark.machine()
+    path = Path(options.output or Path("bench", "results", benchmark.machine_name(record), "tune.json"))
+    result = tune.tune_tiles(torch.device("cuda"), benchmark.Clock(options.minutes))
+    result = {"stage": "tune", "dry_run": False, "machine": record, **result}
+    written = benchmark.write_results(path, result)
+    wrong = [
+        f"{row['op']} {row['kernel']} {row['entry']}: {row['check']}" for row in result["rows"] if row["check"] != "ok"
+    ]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} kernels are wrong or did not run; see {written}\n" + "\n".join(wrong))
+    left_out = [f"left out for lack of time: {name}" for name in result["left_out"]]
+    text = "\n".join([tune.table(result["rows"]), *left_out, f"written to {written}"])
+    return {**result, "written": str(written)}, text

@@ -11,6 +11,7 @@ A result is checked before it is timed: against an fp64 reference, by the budget
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from . import benchmark
 Tensors = dict[str, torch.Tensor]
 DIRECTIONS = ("forward", "backward")
 OURS = ("reference", "torch", "cpu", "triton")
-PEERS = ("sdpa", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", "F.linear")
+PEERS = ("sdpa", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", "flash-attn", "F.linear")
 _SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -113,7 +114,7 @@ class AttentionCase:
         return measured
 
     def contenders(self, device: torch.device | str) -> list[Contender]:
-        """FuseMesh's backends that run on ``device``, and PyTorch's own attention ops there."""
+        """FuseMesh's backends that run on ``device``, PyTorch's own attention ops there, and flash-attn if there."""
         ours = []
         for backend in ("triton",) if torch.device(device).type == "cuda" else ("reference", "torch", "cpu"):
             if backends.why_unavailable(backend, device) is None:
@@ -140,6 +141,7 @@ class AttentionCase:
             Contender("sdpa cudnn", False, self._sdpa(SDPBackend.CUDNN_ATTENTION)),
             Contender("sdpa efficient", False, self._sdpa(SDPBackend.EFFICIENT_ATTENTION)),
             Contender("flex", False, self._flex()),
+            *([Contender("flash-attn", False, self._flash_attn)] if _has_flash_attn() else []),
         ]
 
     def _sdpa(self, choice: Any) -> Callable[[Tensors], torch.Tensor]:
@@ -156,6 +158,14 @@ class AttentionCase:
                 return F.scaled_dot_product_attention(x["q"], k, v, is_causal=self.causal, enable_gqa=gqa)
 
         return forward
+
+    def _flash_attn(self, x: Tensors) -> torch.Tensor:
+        from flash_attn import flash_attn_func
+
+        # Its heads stand after positions; the transposed views cost nothing.
+        out = flash_attn_func(*(x[name].transpose(1, 2) for name in "qkv"), causal=self.causal)
+        assert isinstance(out, torch.Tensor)
+        return out.transpose(1, 2)
 
     def _flex(self) -> Callable[[Tensors], torch.Tensor]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -264,6 +274,14 @@ class LinearCase:
 
 
 Case = AttentionCase | LinearCase
+
+
+def _has_flash_attn() -> bool:
+    """Whether the package of that name loads here; a wheel built for another torch does not."""
+    try:
+        return hasattr(importlib.import_module("flash_attn"), "flash_attn_func")
+    except ImportError:
+        return False
 
 
 def _random(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str, seed: int) -> Tensors:

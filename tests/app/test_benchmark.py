@@ -1,16 +1,15 @@
-"""Layer: application, no GPU. Benchmarks count FLOPs rightly and refuse wrong results; on_gpu.py works end to end."""
+"""Layer: application, no GPU. Benchmarks count FLOPs rightly and refuse wrong results."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gpu_cases
-import on_gpu
 import pytest
 import torch
 
@@ -156,107 +155,36 @@ def test_machine_record_survives_json(tmp_path: Path) -> None:
     assert benchmark.machine_name({"gpu": "NVIDIA H100 80GB HBM3"}) == "NVIDIA-H100-80GB-HBM3"
 
 
-def _dry_run(stage: str, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
-    status = on_gpu.main(["--stage", stage, "--dry-run", "--out", str(out), *more])
-    return status, json.loads((out / f"{stage}.json").read_text())
-
-
-def test_dry_run_of_correctness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, payload = _dry_run("correctness", tmp_path)
-    assert status == 0, capsys.readouterr().out
-    assert payload["dry_run"] and payload["left_out"] == []
-    assert len(payload["rows"]) == len(gpu_cases.ATTENTION) + len(gpu_cases.LINEAR)
-    assert {row["check"] for row in payload["rows"]} == {"ok"}
-    printed = capsys.readouterr().out
-    assert "every step ran, no kernel did" in printed and "PROVEN_ON_GPU" not in printed
-
-
-def test_dry_run_of_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, payload = _dry_run("sweep", tmp_path)
-    assert status == 0, capsys.readouterr().out
-    assert {(row["op"], row["direction"]) for row in payload["rows"]} == {
-        (op, direction) for op in ("attention", "linear") for direction in peers.DIRECTIONS
-    }
-    assert {row["contender"] for row in payload["rows"]} == {"triton", "sdpa", "F.linear"}
-    assert {row["check"] for row in payload["rows"]} == {"ok"}
-    assert not any("seconds" in row for row in payload["rows"]), "a dry run has no speeds"
-
-
-def _twice(values: peers.Tensors) -> peers.Tensors:
-    return {name: 2 * value for name, value in values.items()}
-
-
-def test_a_wrong_result_fails_correctness_after_it_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right = on_gpu._stand_in
-    monkeypatch.setattr(on_gpu, "_stand_in", lambda case, want: _twice(right(case, want)))
-    monkeypatch.setattr(gpu_cases, "ATTENTION", gpu_cases.ATTENTION[:2])
-    monkeypatch.setattr(gpu_cases, "LINEAR", gpu_cases.LINEAR[:2])
-    status, payload = _dry_run("correctness", tmp_path)
-    assert status == 1
-    assert [row["check"][:6] for row in payload["rows"]] == ["WRONG:"] * 4
-    printed = capsys.readouterr().out
-    assert "4 of FuseMesh's results are wrong or did not run" in printed and "WRONG: " in printed
-
-
-def test_a_wrong_result_fails_the_sweep_after_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = on_gpu._dry_outputs
-
-    def wrong(compute: Any, known: Any, contender: peers.Contender, inputs: Any, direction: str) -> peers.Tensors:
-        outputs = right(compute, known, contender, inputs, direction)
-        return _twice(outputs) if contender.name == "triton" else outputs
-
-    monkeypatch.setattr(on_gpu, "_dry_outputs", wrong)
-    monkeypatch.setattr(on_gpu, "sweep_cases", lambda cases=on_gpu.sweep_cases(): cases[:2])  # noqa: B008
-    status, payload = _dry_run("sweep", tmp_path)
-    assert status == 1
-    assert {(row["contender"], row["check"][:6]) for row in payload["rows"]} == {
-        ("triton", "WRONG:"),
-        ("sdpa", "ok"),
-        ("F.linear", "ok"),
-    }
-
-
-def test_a_launcher_that_launches_nothing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusemesh.kernels.matmul import triton_matmul
-
-    monkeypatch.setattr(triton_matmul, "launch", lambda *arguments, **options: None)
-    monkeypatch.setattr(gpu_cases, "ATTENTION", ())
-    status, payload = _dry_run("correctness", tmp_path)
-    assert status == 1 and all("recorded []" in row["check"] for row in payload["rows"])
-
-
-def test_what_there_was_no_time_for_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, payload = _dry_run("correctness", tmp_path, "--minutes", "0")
-    assert status == 1 and payload["rows"] == []
-    assert len(payload["left_out"]) == len(gpu_cases.ATTENTION) + len(gpu_cases.LINEAR)
-    assert "left out: attention bf16" in capsys.readouterr().out
-
-
 def test_clock_leaves_out_what_may_not_fit() -> None:
-    clock = on_gpu.Clock(minutes=1.0)
-    assert clock.allows_another()
+    clock = benchmark.Clock(minutes=1.0)
+    assert clock.allows_another() and 59 < clock.left <= 60
     clock.took(3.0)
     assert clock.allows_another()
     clock.took(61.0)
     clock.took(1.0)
     assert not clock.allows_another()
+    assert benchmark.Clock(minutes=0.0).left == 0.0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
-def test_without_a_gpu_the_command_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        on_gpu.main(["--stage", "sweep"])
-    assert raised.value.code == 2 and "--dry-run" in capsys.readouterr().err
+def test_flash_attn_is_a_peer_where_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
 
+    known = peers.Contender("sdpa", False, ATTENTION._sdpa(None))
+    calls = []
 
-def test_the_sweep_is_that_of_the_design() -> None:
-    cases = [case for case in on_gpu.sweep_cases() if isinstance(case, peers.AttentionCase)]
-    assert {case.batch * case.length for case in cases} == {16384}
-    assert {case.heads * case.head_dim for case in cases if case.heads == case.kv_heads} == {2048}
-    assert {(case.head_dim, case.causal) for case in cases if case.heads == case.kv_heads} == {
-        (d, causal) for d in (64, 128, 256) for causal in (False, True)
-    }
-    assert {(c.heads, c.kv_heads, c.head_dim) for c in cases if c.heads != c.kv_heads} == {(64, 8, 128)}
-    assert len(set(cases)) == len(cases) == 48
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        calls.append(q.shape)
+        x = {name: value.transpose(1, 2) for name, value in (("q", q), ("k", k), ("v", v))}
+        return known.forward(x).transpose(1, 2)
+
+    def names() -> set[str]:
+        return {contender.name for contender in ATTENTION._peers(torch.device("cuda"))}
+
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert "flash-attn" not in names()
+    module = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    assert "flash-attn" in names() and "flash-attn" in peers.PEERS
+    contender = next(c for c in ATTENTION._peers(torch.device("cuda")) if c.name == "flash-attn")
+    rows = peers.compare(ATTENTION, "forward", "cpu", ROOFLINE, [contender], **QUICK)
+    assert rows[0]["check"] == "ok" and set(calls) == {(2, 17, 4, 16)}

@@ -6,8 +6,12 @@ import dataclasses
 from typing import Any
 
 import gpu_cases
+import gpu_decode
 import pytest
 import torch
+import tutorial_attention
+
+from fusemesh import peers
 
 pytestmark = pytest.mark.interpreter
 
@@ -16,13 +20,17 @@ CASES = [
     gpu_cases.Attention("bf16", sq=33, sk=17, align="bottom_right", window=(7, 3)).tiny(),
     gpu_cases.Linear("fp32", activation="silu", gated=True, storage="columns", repeats=2).tiny(),
     gpu_cases.Linear("bf16", has_bias=False).tiny(),
+    *(dataclasses.replace(gpu_cases.COMBINATIONS[i].tiny(), repeats=0) for i in (0, 3, 4, 8, 9, 11)),
+    *(gpu_decode.DECODE[i].tiny() for i in (1, 2, 6)),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.name}")
 def test_right_kernels_pass(case: gpu_cases.Case) -> None:
     measured = gpu_cases.verify(case, "cpu")
-    assert {b.name for b in measured} >= ({"out", "lse", "dq", "dk", "dv"} if case.op == "attention" else {"y", "dx"})
+    wanted = {"attention": {"out", "lse", "dq", "dk", "dv"}, "linear": {"y", "dx"}, "decode": {"out", "lse"}}[case.op]
+    assert {b.name for b in measured} >= wanted
+    assert ("dsinks" in {b.name for b in measured}) == (case.op == "attention" and case.sinks)
     assert all(b.passed for b in measured)
 
 
@@ -59,3 +67,36 @@ def test_a_call_that_another_backend_answers_fails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(case), "compute", lambda self, x: {"y": x["dy"]})
     with pytest.raises(AssertionError, match="expected 1 call of the triton backend, counted 0"):
         gpu_cases.verify(case, "cpu")
+
+
+def test_a_mod_that_is_left_out_and_an_append_that_is_not_made_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = gpu_cases.Attention("fp32", mod=True).tiny()
+    bound = gpu_cases.Attention._table_mod
+    x = case.inputs("cpu", 0)
+    monkeypatch.setattr(
+        gpu_cases.Attention, "_table_mod", staticmethod(lambda x: dataclasses.replace(bound(x), params=(0.0,)))
+    )
+    outputs = case.compute(x)
+    monkeypatch.setattr(gpu_cases.Attention, "_table_mod", staticmethod(bound))
+    with pytest.raises(AssertionError, match="outside the error budget: out"):
+        case.check(outputs, case.expected(x))
+    decode = gpu_decode.Decode("fp32", lens=(9, 4), added=1, page=4, d=16)
+    x = decode.inputs("cpu", 0)
+    outputs = decode.compute(x)
+    decode.check(outputs, decode.expected(x))
+    with pytest.raises(AssertionError, match="k_cache: 64 elements are not what the append should leave"):
+        decode.check({**outputs, "k_cache": x["k_cache"]}, decode.expected(x))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_tutorial_is_right_and_takes_its_fastest_tile(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = peers.AttentionCase(1, 2, 1, 128, 16, causal, torch.bfloat16)
+    too_large = (128, 256, 8, 3)
+    monkeypatch.setattr(tutorial_attention, "TILES", (too_large, (128, 32, 4, 3)))
+    contender = tutorial_attention.contender(case)
+    assert contender is not None and not contender.differentiable
+    x = case.inputs("cpu")
+    assert all(b.passed for b in case.check(case.outputs(contender, x, "forward"), case.expected(x, "forward")))
+    q = x["q"][..., :12]
+    with pytest.raises(ValueError, match="expected one shape with D of"):
+        tutorial_attention.attention(q, q, q, causal=causal, tile=too_large)

@@ -1,8 +1,9 @@
-"""Layer: kernels on a real GPU. The cases of bench/gpu_cases.py: forward, gradients, equal bits on every repeat."""
+"""Layer: kernels on a real GPU. The cases of bench/gpu_*.py: forward, gradients, equal bits on every repeat."""
 
 from __future__ import annotations
 
 import gpu_cases
+import gpu_decode
 import pytest
 
 pytestmark = pytest.mark.gpu
@@ -15,4 +16,9 @@ def test_attention(case: gpu_cases.Attention) -> None:
 
 @pytest.mark.parametrize("case", gpu_cases.LINEAR, ids=lambda case: case.name)
 def test_linear(case: gpu_cases.Linear) -> None:
+    gpu_cases.verify(case, "cuda")
+
+
+@pytest.mark.parametrize("case", gpu_decode.DECODE, ids=lambda case: case.name)
+def test_decode(case: gpu_decode.Decode) -> None:
     gpu_cases.verify(case, "cuda")

@@ -1,0 +1,167 @@
+"""One kernel with any tile, launched alone, checked against fp64 and timed: the core of tune.py.
+
+The kernel's launcher runs with launches recorded; then the one in question is started again and again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusemesh.kernels import launch
+from fusemesh.kernels.attention.spec import AttentionSpec
+
+from . import benchmark, peers
+
+# What each kernel computes, by the names that a case's check knows.
+_RESULTS = {"dkdv": ("dk", "dv"), "dq": ("dq",), "dgrad": ("dx",), "wgrad": ("dw", "dbias", "dw_up")}
+
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel on one case: an entry of a table of tiles."""
+
+    kernel: str
+    case: peers.Case
+
+    @property
+    def op(self) -> str:
+        """``attention`` or ``linear``."""
+        return self.case.op
+
+    @property
+    def entry(self) -> str:
+        """Which entry of the kernel's table it is: the class of head dimension, or the linear layer's form."""
+        if isinstance(self.case, peers.AttentionCase):
+            return f"D{self.case.head_dim}"
+        return "gated" if self.case.gated else "plain" if self.case.activation is None else "sloped"
+
+    @property
+    def name(self) -> str:
+        """For messages and tables."""
+        return f"{self.op} {self.kernel} {self.entry}"
+
+
+class Bench:
+    """The tensors of a job, its right answer, and the launch of its kernel with any tile."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job = job
+        self.inputs = job.case.inputs(device)
+        self.want = job.case.expected(self.inputs, "forward" if job.kernel == "forward" else "backward")
+        self._saved: Any = None
+        if job.kernel != "forward":
+            self._saved, launches = self._record(lambda: self._forward(None))
+            start(launches)
+
+    def record(self, tile: Any) -> tuple[peers.Tensors, list[Launch], Launch]:
+        """(results, what must have run before, the kernel's launch) with ``tile``; nothing has run yet.
+
+        Raises:
+            AssertionError: the launcher did not launch the kernel once.
+        """
+        call = self._forward if self.job.kernel == "forward" else self._backward
+        results, launches = self._record(lambda: call(tile))
+        wanted = f"{self.job.op}_{self.job.kernel}_kernel"
+        names = [kernel.__name__ for kernel, *_ in launches]
+        if names.count(wanted) != 1:
+            raise AssertionError(f"expected one launch of {wanted}, recorded {names}")
+        before = [each for each in launches if each[0].__name__ == "attention_delta_kernel"]
+        if self.job.kernel == "forward":
+            results = results[:1]
+            names = ["out" if self.job.op == "attention" else "y"]
+        else:
+            names = ["dq", "dk", "dv"] if self.job.op == "attention" else ["dx", "dw", "dbias", "dw_up"]
+        kept = _RESULTS.get(self.job.kernel, tuple(names))
+        named = {n: x for n, x in zip(names, results, strict=False) if n in kept and x is not None and x.numel()}
+        return named, before, launches[[kernel.__name__ for kernel, *_ in launches].index(wanted)]
+
+    @staticmethod
+    def _record(call: Callable[[], Any]) -> tuple[Any, list[Launch]]:
+        launches: list[Launch] = []
+        with launch.intercept(lambda *each: launches.append(each)), torch.no_grad():
+            return call(), launches
+
+    def _forward(self, tile: Any) -> Any:
+        x, case = self.inputs, self.job.case
+        if isinstance(case, peers.AttentionCase):
+            from fusemesh.kernels.attention import tiles, triton_forward
+
+            with contextlib.nullcontext() if tile is None else tiles.force(tile):
+                return triton_forward.forward(x["q"], x["k"], x["v"], **self._options())
+        from fusemesh.kernels.matmul import ops, triton_matmul
+
+        return triton_matmul.forward(
+            x["x"],
+            x["w"],
+            x.get("bias"),
+            x.get("w_up"),
+            activation=case.activation,
+            save_slope=case.activation is not None,
+            save_slope_up=case.gated,
+            slope_dtype=ops.slope_dtype(case.dtype, case.activation, case.gated),
+            tile=tile,
+        )
+
+    def _backward(self, tile: Any) -> Any:
+        x, case = self.inputs, self.job.case
+        if isinstance(case, peers.AttentionCase):
+            from fusemesh.kernels.attention import tiles, triton_backward
+
+            out, lse = self._saved
+            with tiles.force(tile):
+                return triton_backward.backward(
+                    x["do"], x["q"], x["k"], x["v"], out, lse, None, **self._options(), bias_grad=False
+                )
+        from fusemesh.kernels.matmul import triton_matmul
+
+        _, slope, slope_up = self._saved
+        wgrad = self.job.kernel == "wgrad"
+        return triton_matmul.backward(
+            x["dy"],
+            x["x"],
+            x["w"],
+            x.get("w_up"),
+            slope if slope.numel() else None,
+            slope_up if slope_up.numel() else None,
+            x_grad=not wgrad,
+            w_grad=wgrad,
+            bias_grad=wgrad,
+            w_up_grad=wgrad and case.gated,
+            dgrad_tile=None if wgrad else tile,
+            wgrad_tile=tile if wgrad else None,
+        )
+
+    def _options(self) -> dict[str, Any]:
+        case = self.job.case
+        assert isinstance(case, peers.AttentionCase)
+        spec = AttentionSpec(scale=case.head_dim**-0.5, window_right=0 if case.causal else None)
+        return {"mask": None, "bias": None, "origin": None, "spec": spec}
+
+
+def start(launches: list[Launch]) -> None:
+    """Run recorded launches."""
+    for kernel, grid, args, kwargs in launches:
+        launch.launch(kernel, grid, *args, **kwargs)
+
+
+def measure_tile(bench: Bench, tile: Any, device: torch.device, timing: dict[str, Any]) -> dict[str, Any]:
+    """One candidate's row: its tile, ``check`` ("ok", or what is wrong), and where it is right its time."""
+    row: dict[str, Any] = {"tile": dataclasses.asdict(tile), "check": "ok"}
+    try:
+        results, before, own = bench.record(tile)
+        start([*before, own])
+        bench.job.case.check(results, bench.want)
+        row["seconds"] = benchmark.time_call(lambda: start([own]), device, **timing).median
+    except AssertionError as error:
+        row["check"] = f"WRONG: {error}"
+    except Exception as error:
+        row["check"] = f"did not run: {type(error).__name__}: {error}"
+    return row

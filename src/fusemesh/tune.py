@@ -1,0 +1,256 @@
+"""Tile sizes tried on a GPU: for each kernel the shipped tile and its neighbours, checked against fp64, then timed.
+
+What `fusemesh bench --tune` and `bench/on_gpu.py --stage tune` run. The result is a table for people to read and to
+enter in kernels/attention/tiles.py and kernels/matmul/tiles.py; nothing reads it at run time, and no call is tuned.
+
+Neighbours differ from the shipped tile in one number, or in two that are exchanged for each other, as far as the
+predicate of the tiles' own module admits them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusemesh.kernels import backends, env, launch
+
+from . import benchmark, peers
+from .kernel_bench import Bench, Job, measure_tile
+
+ATTENTION_KERNELS = ("forward", "dkdv", "dq")
+LINEAR_KERNELS = ("forward", "dgrad", "wgrad")
+TIMING: dict[str, Any] = {"seconds": 0.1, "pause": 0.02}
+
+
+def jobs() -> list[Job]:
+    """Every kernel, bf16: attention of 16384 tokens with H * D = 2048, causal; linear layers of 8192 tokens.
+
+    Those that most calls wait for come first, because a run whose time is up leaves out the end.
+    """
+    bf16 = torch.bfloat16
+    found = []
+    linear = {
+        128: peers.LinearCase(8192, 4096, 8192, "silu", True, bf16),
+        64: peers.LinearCase(8192, 4096, 8192, None, False, bf16),
+        256: peers.LinearCase(8192, 4096, 8192, "gelu", False, bf16),
+    }
+    for d, layer in linear.items():
+        attention = peers.AttentionCase(4, 2048 // d, 2048 // d, 4096, d, True, bf16)
+        found += [Job(kernel, attention) for kernel in ATTENTION_KERNELS]
+        found += [Job(kernel, layer) for kernel in LINEAR_KERNELS]
+    return found
+
+
+def small(job: Job) -> Job:
+    """The same kernel on a shape for any machine."""
+    if isinstance(job.case, peers.AttentionCase):
+        changed: Any = dataclasses.replace(job.case, batch=1, heads=2, kv_heads=1, length=33)
+    else:
+        changed = dataclasses.replace(job.case, rows=33, in_features=16, out_features=24)
+    return dataclasses.replace(job, case=changed)
+
+
+def shipped(job: Job, target: launch.Target) -> Any:
+    """The tile that the kernel takes today."""
+    case = job.case
+    if isinstance(case, peers.AttentionCase):
+        from fusemesh.kernels.attention import tiles as attention_tiles
+
+        choose = getattr(attention_tiles, f"choose_{job.kernel}")
+        return choose(target, case.dtype, *_blocks(case), None, None)
+    from fusemesh.kernels.matmul import tiles as linear_tiles
+
+    shape = (case.rows, case.out_features, case.in_features)
+    return linear_tiles.choose(job.kernel, target, case.dtype, shape, job.entry)
+
+
+def candidates(job: Job, target: launch.Target) -> list[Any]:
+    """The shipped tile, then its neighbours that are valid on ``target``; a dozen or fewer."""
+    first = shipped(job, target)
+    found = [first]
+    for changes in _NEIGHBOURS[job.op]:
+        values = {name: change(getattr(first, name)) for name, change in changes.items()}
+        tile = dataclasses.replace(first, **values)
+        if tile not in found and _is_valid(tile, job, target):
+            found.append(tile)
+    return found
+
+
+def _twice(size: int) -> int:
+    return 2 * size
+
+
+def _half(size: int) -> int:
+    return size // 2
+
+
+def _next(count: int) -> int:
+    return count + 1
+
+
+def _previous(count: int) -> int:
+    return count - 1
+
+
+_NEIGHBOURS: dict[str, tuple[dict[str, Callable[[int], int]], ...]] = {
+    "attention": (
+        {"num_stages": _next},
+        {"num_stages": _previous},
+        {"block_n": _half},
+        {"block_n": _twice},
+        {"block_m": _half},
+        {"block_m": _twice},
+        {"num_warps": _half},
+        {"num_warps": _twice},
+        {"block_m": _half, "num_warps": _half},
+        {"block_n": _half, "num_stages": _next},
+        {"block_m": _twice, "block_n": _half},
+    ),
+    "linear": (
+        {"num_stages": _next},
+        {"num_stages": _previous},
+        {"cols": _half},
+        {"cols": _twice},
+        {"rows": _half},
+        {"rows": _twice},
+        {"depth": _half},
+        {"depth": _twice},
+        {"num_warps": _half},
+        {"depth": _half, "num_stages": _next},
+        {"rows": _twice, "cols": _half},
+    ),
+}
+
+
+def _is_valid(tile: Any, job: Job, target: launch.Target) -> bool:
+    case = job.case
+    if isinstance(case, peers.AttentionCase):
+        from fusemesh.kernels.attention import tiles as attention_tiles
+
+        return attention_tiles.is_valid(tile, job.kernel, target, case.dtype, *_blocks(case), has_tiles=False)
+    from fusemesh.kernels.matmul import tiles as linear_tiles
+
+    return linear_tiles.is_valid(tile, job.kernel, target, case.dtype, job.entry)
+
+
+def _blocks(case: peers.AttentionCase) -> tuple[int, int]:
+    block = 1 << (case.head_dim - 1).bit_length()
+    return block, block
+
+
+def why_not_here() -> str | None:
+    """Why tiles cannot be timed on this machine, and what to do, or None."""
+    if env.INTERPRET:
+        return "TRITON_INTERPRET: expected it unset, received 1; unset it: on a GPU the kernels are compiled"
+    if not torch.cuda.is_available():
+        return "device: expected a GPU that PyTorch can use, received none; run this on a machine with one"
+    reason = backends.why_unavailable("triton", "cuda")
+    return None if reason is None else f"triton: expected it to run here: {reason}"
+
+
+def tune_tiles(
+    device: torch.device,
+    clock: benchmark.Clock,
+    *,
+    chosen: list[Job] | None = None,
+    measure: Callable[[Bench, Any, torch.device, dict[str, Any]], dict[str, Any]] = measure_tile,
+    timing: dict[str, Any] = TIMING,
+) -> dict[str, Any]:
+    """Time the candidates of every job.
+
+    Args:
+        device: a GPU; the CPU where launches are recorded or interpreted.
+        clock: no candidate starts once its time is up; jobs cut short are named in ``left_out``.
+        chosen: the jobs, by default :func:`jobs`.
+        measure: how a candidate is measured; a dry run gives its own.
+        timing: passed to :func:`fusemesh.benchmark.time_call`.
+
+    Returns:
+        {"device", "date", "target": names, "rows": one for each job (:func:`summary`), "left_out": names}.
+    """
+    rows, left_out = [], []
+    target = launch.target_of(device)
+    for job in jobs() if chosen is None else chosen:
+        tried: list[dict[str, Any]] = []
+        if clock.allows_another():
+            bench = Bench(job, device)
+            for tile in candidates(job, target):
+                if not clock.allows_another():
+                    left_out.append(f"{job.name}: candidates after the first {len(tried)}")
+                    break
+                begin = time.monotonic()
+                tried.append(measure(bench, tile, device, timing))
+                clock.took(time.monotonic() - begin)
+        else:
+            left_out.append(job.name)
+        if tried:
+            rows.append(summary(job, tried))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    record = benchmark.machine()
+    name = record.get("gpu") or record["cpu"]
+    return {"device": name, "date": record["date"], "target": target.name, "rows": rows, "left_out": left_out}
+
+
+def summary(job: Job, tried: list[dict[str, Any]]) -> dict[str, Any]:
+    """A job's row: the shipped tile (the first one tried), the fastest right one, and all that were tried."""
+    right = [row for row in tried if "seconds" in row]
+    best = min(right, key=lambda row: row["seconds"], default=None)
+    # A valid tile may not compile on some GPU; one that computes something else is a bug, whoever takes it.
+    wrong = [row["check"] for row in tried if row["check"].startswith("WRONG")]
+    return {
+        "op": job.op,
+        "kernel": job.kernel,
+        "entry": job.entry,
+        "dtype": str(job.case.dtype).removeprefix("torch."),
+        "case": job.case.name,
+        "contender": "triton",
+        "check": wrong[0] if wrong else tried[0]["check"],
+        "shipped_tile": tried[0]["tile"],
+        "shipped_seconds": tried[0].get("seconds"),
+        "best_tile": None if best is None else best["tile"],
+        "best_seconds": None if best is None else best["seconds"],
+        "candidates": tried,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line for each kernel: the shipped tile's time, the best tile, its time, and how much faster it is."""
+    lines = [("kernel", "tried", "shipped tile", "ms", "best tile", "ms", "x shipped")]
+    for row in rows:
+        times = [row["shipped_seconds"], row["best_seconds"]]
+        ms = ["-" if seconds is None else f"{seconds * 1e3:.3f}" for seconds in times]
+        ratio = "-" if None in times else f"{times[0] / times[1]:.2f}"
+        right = sum(candidate["check"] == "ok" for candidate in row["candidates"])
+        lines.append(
+            (
+                f"{row['op']} {row['kernel']} {row['entry']} {row['dtype']}",
+                f"{right} of {len(row['candidates'])} right",
+                _short(row["shipped_tile"]),
+                ms[0],
+                _short(row["best_tile"]),
+                ms[1],
+                ratio,
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    wrong = [
+        f"{row['op']} {row['kernel']} {row['entry']} {_short(candidate['tile'])}: {candidate['check'][:200]}"
+        for row in rows
+        for candidate in row["candidates"]
+        if candidate["check"] != "ok"
+    ]
+    return "\n".join(text + wrong)
+
+
+def _short(tile: dict[str, int] | None) -> str:
+    """128x64 w8 s2, a linear layer's 128x256x64 w8 s3."""
+    if tile is None:
+        return "-"
+    sizes = [value for name, value in tile.items() if name not in ("num_warps", "num_stages", "group")]
+    return f"{'x'.join(map(str, sizes))} w{tile['num_warps']} s{tile['num_stages']}"
