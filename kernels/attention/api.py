@@ -18,8 +18,9 @@ import torch
 
 from .. import backends
 from . import reference, torch_backend
+from .features import check_seed
 from .spec import Origin
-from .validation import Call, check_flag, check_qkv, check_saved, check_seed, normalise, wrong
+from .validation import Call, check_flag, check_qkv, check_saved, normalise, wrong
 
 FUSED = ("triton", "cpu")
 HEAD_DIMS = (16, 256)  # smallest and largest of a fused backend

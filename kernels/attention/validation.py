@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from . import score_mods
-from .score_mods import SOFTCAP, BoundScoreMod
+from .errors import names, short
+from .errors import wrong as wrong
+from .features import bound_score_mods, check_dropout, checked_sinks, descale_factors, seed_tensor
+from .score_mods import SOFTCAP
 from .spec import FP8, AttentionSpec, Origin, out_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,11 +40,6 @@ class Call:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def wrong(name: str, expected: str, received: object, remedy: str) -> ValueError:
-    """The one form of an error about an argument."""
-    return ValueError(f"{name}: expected {expected}, received {received}; {remedy}")
-
-
 def check_qkv(q: Any, k: Any, v: Any) -> None:
     """Raise unless q [B, H, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv] belong together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -58,7 +55,7 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
             letters = "[B, H, Sq, D]" if name == "q" else "[B, Hkv, Sk, D]"
             raise wrong(name, f"4 dimensions {letters}", f"shape {tuple(x.shape)}", "add the missing ones or reshape")
         if x.dtype not in (*DTYPES, FP8):
-            raise wrong(name, f"a dtype out of {_names((*DTYPES, FP8))}", x.dtype, "convert it with .to(dtype)")
+            raise wrong(name, f"a dtype out of {names((*DTYPES, FP8))}", x.dtype, "convert it with .to(dtype)")
     batch, heads, _, dim = q.shape
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
@@ -114,15 +111,15 @@ def normalise(
     """Check everything besides q, k and v, and bring it into the form that backends take."""
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
-    _check_dropout(dropout_p)
-    bound = _score_mods(q, alibi_slopes, softcap, score_mod)
+    check_dropout(dropout_p)
+    bound = bound_score_mods(q, alibi_slopes, softcap, score_mod)
     left, right = _window(window)
     if causal:
         right = 0 if right is None else min(right, 0)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise wrong("scale", "a finite number or None", _short(scale), "None means 1 / sqrt(D)")
+        raise wrong("scale", "a finite number or None", short(scale), "None means 1 / sqrt(D)")
     ahead = left is not None or right is not None
     # Softcap looks at no position.
     positional = ahead or any(part.mod is not SOFTCAP for part in bound)
@@ -144,9 +141,9 @@ def normalise(
             dropout_p=float(dropout_p),
         ),
         aux=tuple(tensor for part in bound for tensor in part.aux),
-        sinks=_sinks(sinks, q),
-        seed=_seed(seed, q) if dropout_p > 0 else None,
-        descale=_descale(descale, q, k),
+        sinks=checked_sinks(sinks, q),
+        seed=seed_tensor(seed, q) if dropout_p > 0 else None,
+        descale=descale_factors(descale, q, k),
     )
 
 
@@ -181,104 +178,11 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     expected = "None or (left, right), each None or an int >= 0"
     remedy = "left and right count keys besides the query's own position; None leaves a side open"
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise wrong("window", expected, _short(window), remedy)
+        raise wrong("window", expected, short(window), remedy)
     for side in window:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
-            raise wrong("window", expected, _short(window), remedy)
+            raise wrong("window", expected, short(window), remedy)
     return window[0], window[1]
-
-
-def check_seed(dropout_p: Any, seed: Any) -> None:
-    """Raise where forward and backward are two calls and would each draw a seed of its own."""
-    if isinstance(dropout_p, (int, float)) and 0 < dropout_p < 1 and seed is None:
-        remedy = "pass the same seed to attention_forward and attention_backward"
-        raise wrong("seed", "an int or an int64 tensor, because dropout_p is given", None, remedy)
-
-
-def _check_dropout(p: Any) -> None:
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise wrong("dropout_p", "a number in [0, 1)", repr(p), "0.0 switches dropout off")
-
-
-def _score_mods(q: torch.Tensor, alibi_slopes: Any, softcap: Any, score_mod: Any) -> list[BoundScoreMod]:
-    """Softcap, ALiBi and the user's mod, in the contract's order."""
-    bound = []
-    if softcap is not None:
-        bound.append(score_mods.softcap(softcap))
-    if alibi_slopes is not None:
-        bound.append(score_mods.alibi(alibi_slopes, q))
-    if score_mod is not None:
-        if not isinstance(score_mod, BoundScoreMod):
-            remedy = "pass mod(*aux, **params), with mod from fusemesh.register_score_mod"
-            raise wrong("score_mod", "a registered mod with its arguments, or None", _short(score_mod), remedy)
-        score_mods.get(score_mod.mod.name)
-        for x in score_mod.aux:
-            if x.device != q.device or not x.is_contiguous():
-                received = f"{_short(x)} on {x.device}, strides {x.stride()}"
-                remedy = "move it or call .contiguous()"
-                raise wrong("score_mod", f"contiguous aux tensors on q's device {q.device}", received, remedy)
-            if x.requires_grad and not score_mod.mod.aux_grad:
-                remedy = "detach it, or register the mod with aux_grad=True (reference backend)"
-                raise wrong("score_mod", "aux tensors without gradient", "requires_grad=True", remedy)
-        bound.append(score_mod)
-    return bound
-
-
-def _descale(descale: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-    """What fp8's q, k and v are to be multiplied by, fp32 [B, Hkv, 3] on the device; None for other dtypes."""
-    if q.dtype != FP8:
-        if descale is not None:
-            raise wrong("descale", f"None beside q of {q.dtype}", _short(descale), f"it belongs to q, k, v of {FP8}")
-        return None
-    batch, heads = k.shape[:2]
-    expected = f"(q's, k's, v's), each None, a number, or an fp32 tensor of 1 element or [B, Hkv] = [{batch}, {heads}]"
-    remedy = (
-        "x = descale * fp8(x), for the tensor or for each batch and key head (q's: that of the heads that share it)"
-    )
-    parts = (None, None, None) if descale is None else descale
-    if not isinstance(parts, (tuple, list)) or len(parts) != 3:
-        raise wrong("descale", expected, _short(descale), remedy)
-    found = []
-    for x in parts:
-        if isinstance(x, torch.Tensor):
-            if x.dtype != torch.float32 or x.device != q.device or (x.numel() != 1 and x.shape != (batch, heads)):
-                raise wrong("descale", expected, f"{_short(x)} on {x.device}", remedy)
-            found.append(x.reshape(1, 1).expand(batch, heads) if x.numel() == 1 else x)
-        elif x is None or (isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)):
-            found.append(torch.full((batch, heads), 1.0 if x is None else x, dtype=torch.float32, device=q.device))
-        else:
-            raise wrong("descale", expected, _short(x), remedy)
-    return torch.stack(found, -1)
-
-
-def _sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor | None:
-    if sinks is None:
-        return None
-    dtype = out_dtype(q.dtype)
-    expected = f"a tensor [H] = [{q.shape[1]}] of q's dtype {dtype} or torch.float32 on {q.device}"
-    remedy = "one logit for each query head"
-    if not isinstance(sinks, torch.Tensor) or sinks.dtype not in (dtype, torch.float32) or sinks.device != q.device:
-        received = f"{sinks.dtype} on {sinks.device}" if isinstance(sinks, torch.Tensor) else _short(sinks)
-        raise wrong("sinks", expected, received, remedy)
-    if tuple(sinks.shape) != (q.shape[1],):
-        raise wrong("sinks", expected, f"shape {tuple(sinks.shape)}", remedy)
-    return sinks if sinks.is_contiguous() else sinks.contiguous()
-
-
-def _seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
-    """Dropout's seed on the device, int64 [1]; drawn from torch's generator where there is none."""
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
-            received = f"a tensor of shape {tuple(seed.shape)}, {seed.dtype} on {seed.device}"
-            remedy = "it is read on the device, without a synchronisation"
-            raise wrong("seed", f"an int, or an int64 tensor with one element on {q.device}", received, remedy)
-        return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        remedy = "pass the same seed for the same mask; None draws one"
-        raise wrong("seed", "an int of 64 bits, an int64 tensor, or None", _short(seed), remedy)
-    return torch.full((1,), seed, dtype=torch.int64, device=q.device)
 
 
 def _origins(
@@ -290,7 +194,7 @@ def _origins(
     """
     sq, sk = q.shape[2], k.shape[2]
     if align is not None and align not in ALIGN:
-        raise wrong("align", f"one of {ALIGN} or None", _short(align), "see the table of positions in the docstring")
+        raise wrong("align", f"one of {ALIGN} or None", short(align), "see the table of positions in the docstring")
     if align is not None and origin is not None:
         raise wrong("align, origin", "at most one of them", f"align={align!r} and {origin}", "drop one of the two")
     if origin is None:
@@ -304,7 +208,7 @@ def _origins(
             )
         return (sk - sq if align == "bottom_right" else 0, 0, 0, 0), None
     if not isinstance(origin, Origin):
-        raise wrong("origin", "a fusemesh.Origin or None", _short(origin), "pass origin=Origin(q=..., k=...)")
+        raise wrong("origin", "a fusemesh.Origin or None", short(origin), "pass origin=Origin(q=..., k=...)")
     for name in ("q", "k", "head", "batch"):
         _check_position(f"origin.{name}", getattr(origin, name), q.device)
     parts = (origin.q, origin.k, origin.head, origin.batch)
@@ -326,7 +230,7 @@ def _check_position(name: str, value: object, device: torch.device) -> None:
             received = f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
             raise wrong(name, expected, received, remedy)
     elif isinstance(value, bool) or not isinstance(value, int):
-        raise wrong(name, expected, _short(value), remedy)
+        raise wrong(name, expected, short(value), remedy)
 
 
 def _mask(mask: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
@@ -334,7 +238,7 @@ def _mask(mask: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
         return None
     remedy = "mask is boolean, True = attend; numbers to be added to the scores go to bias"
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        received = mask.dtype if isinstance(mask, torch.Tensor) else _short(mask)
+        received = mask.dtype if isinstance(mask, torch.Tensor) else short(mask)
         raise wrong("mask", "a torch.bool tensor or None", received, remedy)
     view = _four_dims("mask", mask, q, k)
     for dim in broadcast_dims(view):
@@ -348,7 +252,7 @@ def _bias(bias: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
     remedy = "bias is added to the scores; a boolean mask goes to mask"
     dtype = out_dtype(q.dtype)
     if not isinstance(bias, torch.Tensor) or bias.dtype not in (dtype, torch.float32):
-        received = bias.dtype if isinstance(bias, torch.Tensor) else _short(bias)
+        received = bias.dtype if isinstance(bias, torch.Tensor) else short(bias)
         raise wrong("bias", f"a tensor of q's dtype {dtype} or torch.float32, or None", received, remedy)
     view = _four_dims("bias", bias, q, k)
     dims = broadcast_dims(view)
@@ -402,14 +306,3 @@ class _Unbroadcast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return (gradient / ctx.copies).expand(ctx.shape), None
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return "(" + ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) + ")"
-
-
-def _short(value: object) -> str:
-    """A value as an error message shows it: a tensor by its shape and dtype, since its contents may be on a device."""
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
-    return repr(value)

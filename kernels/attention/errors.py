@@ -1,0 +1,21 @@
+"""How errors about arguments are worded (leaf)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def wrong(name: str, expected: str, received: object, remedy: str) -> ValueError:
+    """The one form of an error about an argument."""
+    return ValueError(f"{name}: expected {expected}, received {received}; {remedy}")
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return "(" + ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) + ")"
+
+
+def short(value: object) -> str:
+    """A value as an error message shows it: a tensor by its shape and dtype, since its contents may be on a device."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+    return repr(value)

@@ -1,0 +1,108 @@
+"""Checks of what a call may add to plain attention: score mods, sinks, dropout, fp8's factors; no contents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from . import score_mods
+from .errors import short, wrong
+from .score_mods import BoundScoreMod
+from .spec import FP8, out_dtype
+
+
+def check_seed(dropout_p: Any, seed: Any) -> None:
+    """Raise where forward and backward are two calls and would each draw a seed of its own."""
+    if isinstance(dropout_p, (int, float)) and 0 < dropout_p < 1 and seed is None:
+        remedy = "pass the same seed to attention_forward and attention_backward"
+        raise wrong("seed", "an int or an int64 tensor, because dropout_p is given", None, remedy)
+
+
+def check_dropout(p: Any) -> None:
+    """Raise unless ``p`` is a share of elements that can be dropped."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise wrong("dropout_p", "a number in [0, 1)", repr(p), "0.0 switches dropout off")
+
+
+def bound_score_mods(q: torch.Tensor, alibi_slopes: Any, softcap: Any, score_mod: Any) -> list[BoundScoreMod]:
+    """Softcap, ALiBi and the user's mod, in the contract's order."""
+    bound = []
+    if softcap is not None:
+        bound.append(score_mods.softcap(softcap))
+    if alibi_slopes is not None:
+        bound.append(score_mods.alibi(alibi_slopes, q))
+    if score_mod is not None:
+        if not isinstance(score_mod, BoundScoreMod):
+            remedy = "pass mod(*aux, **params), with mod from fusemesh.register_score_mod"
+            raise wrong("score_mod", "a registered mod with its arguments, or None", short(score_mod), remedy)
+        score_mods.get(score_mod.mod.name)
+        for x in score_mod.aux:
+            if x.device != q.device or not x.is_contiguous():
+                received = f"{short(x)} on {x.device}, strides {x.stride()}"
+                remedy = "move it or call .contiguous()"
+                raise wrong("score_mod", f"contiguous aux tensors on q's device {q.device}", received, remedy)
+            if x.requires_grad and not score_mod.mod.aux_grad:
+                remedy = "detach it, or register the mod with aux_grad=True (reference backend)"
+                raise wrong("score_mod", "aux tensors without gradient", "requires_grad=True", remedy)
+        bound.append(score_mod)
+    return bound
+
+
+def descale_factors(descale: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """What fp8's q, k and v are to be multiplied by, fp32 [B, Hkv, 3] on the device; None for other dtypes."""
+    if q.dtype != FP8:
+        if descale is not None:
+            raise wrong("descale", f"None beside q of {q.dtype}", short(descale), f"it belongs to q, k, v of {FP8}")
+        return None
+    batch, heads = k.shape[:2]
+    expected = f"(q's, k's, v's), each None, a number, or an fp32 tensor of 1 element or [B, Hkv] = [{batch}, {heads}]"
+    remedy = (
+        "x = descale * fp8(x), for the tensor or for each batch and key head (q's: that of the heads that share it)"
+    )
+    parts = (None, None, None) if descale is None else descale
+    if not isinstance(parts, (tuple, list)) or len(parts) != 3:
+        raise wrong("descale", expected, short(descale), remedy)
+    found = []
+    for x in parts:
+        if isinstance(x, torch.Tensor):
+            if x.dtype != torch.float32 or x.device != q.device or (x.numel() != 1 and x.shape != (batch, heads)):
+                raise wrong("descale", expected, f"{short(x)} on {x.device}", remedy)
+            found.append(x.reshape(1, 1).expand(batch, heads) if x.numel() == 1 else x)
+        elif x is None or (isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)):
+            found.append(torch.full((batch, heads), 1.0 if x is None else x, dtype=torch.float32, device=q.device))
+        else:
+            raise wrong("descale", expected, short(x), remedy)
+    return torch.stack(found, -1)
+
+
+def checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor | None:
+    """The sinks, contiguous [H]."""
+    if sinks is None:
+        return None
+    dtype = out_dtype(q.dtype)
+    expected = f"a tensor [H] = [{q.shape[1]}] of q's dtype {dtype} or torch.float32 on {q.device}"
+    remedy = "one logit for each query head"
+    if not isinstance(sinks, torch.Tensor) or sinks.dtype not in (dtype, torch.float32) or sinks.device != q.device:
+        received = f"{sinks.dtype} on {sinks.device}" if isinstance(sinks, torch.Tensor) else short(sinks)
+        raise wrong("sinks", expected, received, remedy)
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise wrong("sinks", expected, f"shape {tuple(sinks.shape)}", remedy)
+    return sinks if sinks.is_contiguous() else sinks.contiguous()
+
+
+def seed_tensor(seed: Any, q: torch.Tensor) -> torch.Tensor:
+    """Dropout's seed on the device, int64 [1]; drawn from torch's generator where there is none."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device:
+            received = f"a tensor of shape {tuple(seed.shape)}, {seed.dtype} on {seed.device}"
+            remedy = "it is read on the device, without a synchronisation"
+            raise wrong("seed", f"an int, or an int64 tensor with one element on {q.device}", received, remedy)
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        remedy = "pass the same seed for the same mask; None draws one"
+        raise wrong("seed", "an int of 64 bits, an int64 tensor, or None", short(seed), remedy)
+    return torch.full((1,), seed, dtype=torch.int64, device=q.device)
