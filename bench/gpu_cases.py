@@ -248,7 +248,7 @@ class Linear:
 
 
 class Case(Protocol):
-    """What can be verified: the classes above, and that of gpu_decode.py."""
+    """What can be verified: the classes above, and those of gpu_decode.py and gpu_varlen.py."""
 
     op: str
     counted: tuple[str, ...]  # the ops that a call runs, once each
@@ -347,6 +347,7 @@ ATTENTION: tuple[Attention, ...] = (
     Attention("fp16", d=64, bias="BHQK", window=(40, 17)),
     Attention(d=128, softcap=20.0, alibi="H", sinks=True, dropout=0.1, causal=True, repeats=REPEATS),
     *(Attention(t, causal=True, **feature) for feature in FEATURES for t in DTYPES),
+    *COMBINATIONS,
     *(Attention(t, d=128, causal=True) for t in ("fp32", "fp16")),
     *(
         Attention("bf16", d=d, dv=dv, causal=c)
@@ -374,7 +375,6 @@ ATTENTION: tuple[Attention, ...] = (
     Attention(d=128, sq=4096, sk=4096, batch=1, causal=True),
     Attention(d=128, sq=8192, sk=8192, batch=1, heads=2, kv_heads=1),
     *(Attention("fp16", d=d, dv=dv, causal=True) for d, dv in ((16, None), (64, None), (256, None), (80, 48))),
-    *COMBINATIONS,
 )
 
 LINEAR: tuple[Linear, ...] = (

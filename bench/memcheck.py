@@ -25,6 +25,7 @@ from typing import Any
 import dry_run
 import gpu_cases
 import gpu_decode
+import gpu_varlen
 import torch
 
 from fusemesh import benchmark
@@ -54,6 +55,7 @@ CASES: tuple[gpu_cases.Case, ...] = (
     gpu_cases.Linear("bf16", m=129, n=65, k=65, activation="relu2"),
     gpu_decode.Decode("bf16", lens=(301, 1), added=1, page=16, causal=True),
     gpu_decode.Decode("bf16", lens=(130,), d=576, dv=512, heads=16, kv_heads=1, latent=True),
+    gpu_varlen.Varlen("bf16", lens_q=(67, 0, 33), lens_k=(65, 9, 70), bias=True, causal=True, softcap=3.0),
     gpu_cases.Attention("bf16", sq=130, sk=130, d=256, causal=True),
 )
 

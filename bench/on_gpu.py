@@ -25,6 +25,7 @@ from typing import Any
 import dry_run
 import gpu_cases
 import gpu_decode
+import gpu_varlen
 import memcheck
 import torch
 
@@ -32,17 +33,19 @@ from fusemesh import benchmark, peers, tune
 from fusemesh.kernels import backends, env
 
 OURS = ("triton",)
+# What the correctness stage proves, as PROVEN_ON_GPU names it.
+OPERATIONS = ("attention", "attention_decode", "linear")
 PEERS = (*peers.PEERS, "triton tutorial")
 # torch.compile takes some 20 s for each shape of flex's, so it runs where it tells most.
 FLEX_LENGTHS, FLEX_HEAD_DIM = (4096,), 128
 
 
 def correctness(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
-    """Every case of gpu_cases and gpu_decode on the Triton backend: rows, and what there was no time for."""
+    """Every case of the files gpu_*.py on the Triton backend: rows, and what there was no time for."""
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     # Turn by turn, so that a stage that runs out of time has seen something of each.
-    for case in _alternate(gpu_cases.ATTENTION, gpu_cases.LINEAR, gpu_decode.DECODE):
+    for case in _alternate(gpu_cases.ATTENTION, gpu_cases.LINEAR, gpu_decode.DECODE, gpu_varlen.VARLEN):
         if not clock.allows_another():
             left_out.append(f"{case.op} {case.name}")
             continue
@@ -203,14 +206,14 @@ def verdict(stage: str, payload: dict[str, Any], path: Path) -> tuple[int, str]:
         if payload["left_out"]:
             return 0, "no error as far as it went, but cases were left out: run it again with more --minutes"
         return 0, "every step ran but the tool" if payload["dry_run"] else f"no error; see {path}"
+    if payload["dry_run"]:
+        return 0, f"every step ran, no kernel did; see {path}"
     if stage != "correctness":
         return 0, f"every FuseMesh result was checked before it was timed; all rows are in {path}"
     if payload["left_out"]:
         return 0, "right as far as it went, but cases were left out: run it again with more --minutes"
-    if payload["dry_run"]:
-        return 0, f"every step ran, no kernel did; see {path}"
     major, minor = torch.cuda.get_device_capability(0)
-    lines = [f'    ("{op}", "sm_{major}{minor}"): "{path.as_posix()}",' for op in ("attention", "linear")]
+    lines = [f'    ("{op}", "sm_{major}{minor}"): "{path.as_posix()}",' for op in OPERATIONS]
     return (
         0,
         "right. To let backend='auto' choose Triton here, enter in PROVEN_ON_GPU (kernels/backends.py):\n"

@@ -7,6 +7,7 @@ from typing import Any
 
 import gpu_cases
 import gpu_decode
+import gpu_varlen
 import pytest
 import torch
 import tutorial_attention
@@ -22,13 +23,15 @@ CASES = [
     gpu_cases.Linear("bf16", has_bias=False).tiny(),
     *(dataclasses.replace(gpu_cases.COMBINATIONS[i].tiny(), repeats=0) for i in (0, 3, 4, 8, 9, 11)),
     *(gpu_decode.DECODE[i].tiny() for i in (1, 2, 6)),
+    *(gpu_varlen.VARLEN[i].tiny() for i in (2, 7, 8)),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.name}")
 def test_right_kernels_pass(case: gpu_cases.Case) -> None:
     measured = gpu_cases.verify(case, "cpu")
-    wanted = {"attention": {"out", "lse", "dq", "dk", "dv"}, "linear": {"y", "dx"}, "decode": {"out", "lse"}}[case.op]
+    gradients = {"out", "lse", "dq", "dk", "dv"}
+    wanted = {"attention": gradients, "varlen": gradients, "linear": {"y", "dx"}, "decode": {"out", "lse"}}[case.op]
     assert {b.name for b in measured} >= wanted
     assert ("dsinks" in {b.name for b in measured}) == (case.op == "attention" and case.sinks)
     assert all(b.passed for b in measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import stat
 import sys
 import time
@@ -14,12 +15,14 @@ from typing import Any
 import dry_run
 import gpu_cases
 import gpu_decode
+import gpu_varlen
 import memcheck
 import on_gpu
 import pytest
 import torch
 
 from fusemesh import benchmark, peers, tune
+from fusemesh.kernels import backends
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 
@@ -39,7 +42,12 @@ def _dry_run(stage: str, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
 
 
 def _few(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    for module, name in ((gpu_cases, "ATTENTION"), (gpu_cases, "LINEAR"), (gpu_decode, "DECODE")):
+    for module, name in (
+        (gpu_cases, "ATTENTION"),
+        (gpu_cases, "LINEAR"),
+        (gpu_decode, "DECODE"),
+        (gpu_varlen, "VARLEN"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name)[:count])
 
 
@@ -47,7 +55,7 @@ def _twice(values: peers.Tensors) -> peers.Tensors:
     return {name: 2 * value for name, value in values.items()}
 
 
-ALL = (*gpu_cases.ATTENTION, *gpu_cases.LINEAR, *gpu_decode.DECODE)
+ALL = (*gpu_cases.ATTENTION, *gpu_cases.LINEAR, *gpu_decode.DECODE, *gpu_varlen.VARLEN)
 
 
 def test_correctness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +81,21 @@ def test_the_matrix_holds_every_feature_in_every_dtype_and_a_dozen_combinations(
     assert any(case.dv not in (None, case.d) for case in combined)
     assert any(case.device_origin for case in combined) and any(case.window for case in combined)
     assert len(set(ALL)) == len(ALL)
+
+
+def test_what_is_right_on_a_gpu_is_what_auto_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    row = {"contender": "triton", "check": "ok"}
+    payload = {"rows": [row], "left_out": [], "dry_run": False}
+    status, message = on_gpu.verdict("correctness", payload, Path("bench/results/x/correctness.json"))
+    assert status == 0 and message.startswith("right. ")
+    kernels = Path(backends.__file__).parent
+    asked = {
+        operation
+        for path in kernels.rglob("*.py")
+        for operation in re.findall(r'backends\.proven\("(\w+)"', path.read_text())
+    }
+    assert asked == set(on_gpu.OPERATIONS) and all(f'("{operation}", "sm_90")' in message for operation in asked)
 
 
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,14 +140,14 @@ def test_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_results_fail_correctness_after_they_were_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind in (gpu_cases.Attention, gpu_cases.Linear, gpu_decode.Decode):
+    for kind in (gpu_cases.Attention, gpu_cases.Linear, gpu_decode.Decode, gpu_varlen.Varlen):
         monkeypatch.setattr(kind, "stand_in", lambda self, want, right=kind.stand_in: _twice(right(self, want)))
     _few(monkeypatch, 2)
     status, payload = _dry_run("correctness", tmp_path)
     assert status == 1
-    assert [row["check"][:6] for row in payload["rows"]] == ["WRONG:"] * 6
+    assert [row["check"][:6] for row in payload["rows"]] == ["WRONG:"] * 8
     printed = capsys.readouterr().out
-    assert "6 of FuseMesh's results are wrong or did not run" in printed and "WRONG: " in printed
+    assert "8 of FuseMesh's results are wrong or did not run" in printed and "WRONG: " in printed
 
 
 def test_a_wrong_result_fails_the_sweep_after_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +193,7 @@ def test_a_launcher_that_launches_nothing_is_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(triton_matmul, "launch", lambda *arguments, **options: None)
     monkeypatch.setattr(gpu_cases, "ATTENTION", ())
     monkeypatch.setattr(gpu_decode, "DECODE", ())
+    monkeypatch.setattr(gpu_varlen, "VARLEN", ())
     status, payload = _dry_run("correctness", tmp_path)
     assert status == 1 and all("recorded []" in row["check"] for row in payload["rows"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gpu_cases
 import gpu_decode
+import gpu_varlen
 import pytest
 
 pytestmark = pytest.mark.gpu
@@ -21,4 +22,9 @@ def test_linear(case: gpu_cases.Linear) -> None:
 
 @pytest.mark.parametrize("case", gpu_decode.DECODE, ids=lambda case: case.name)
 def test_decode(case: gpu_decode.Decode) -> None:
+    gpu_cases.verify(case, "cuda")
+
+
+@pytest.mark.parametrize("case", gpu_varlen.VARLEN, ids=lambda case: case.name)
+def test_varlen(case: gpu_varlen.Varlen) -> None:
     gpu_cases.verify(case, "cuda")
