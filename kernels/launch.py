@@ -63,6 +63,17 @@ def target_of(device: torch.device) -> Target:
     return Target("cuda", major * 10 + minor, properties.shared_memory_per_block_optin)
 
 
+def dot_precision(target: Target, dtype: torch.dtype) -> str:
+    """How ``tl.dot`` multiplies fp32: the way that has matrix instructions on the target and keeps fp32's accuracy.
+
+    Three tf32 products on NVIDIA (IEEE ones run outside the tensor cores and spill), or one where PyTorch's own flag
+    allows its error; on AMD, whose matrix units take fp32, IEEE. 16-bit operands are multiplied exactly anyway.
+    """
+    if dtype != torch.float32 or target.vendor != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
 @contextlib.contextmanager
 def assume_target(target: Target) -> Iterator[None]:
     """Within the block, launchers choose tiles for ``target`` whatever device the tensors are on."""

@@ -17,17 +17,17 @@ from .. import backends
 from .spec import AttentionSpec, empty_laid_out_like
 
 _TENSORS = "Tensor? mask, Tensor? bias, Tensor? origin, Tensor[] aux, Tensor? sinks, Tensor? seed"
-_NUMBERS = (
+NUMBERS = (
     "float scale, SymInt window_left, SymInt window_right, SymInt origin_q, SymInt origin_k, SymInt origin_head,"
     " SymInt origin_batch, str[] mods, float[] params, float dropout_p"
 )
 FORWARD_SCHEMA = (
-    f"(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_NUMBERS}, str backend, Tensor? descale) -> (Tensor out, Tensor lse)"
+    f"(Tensor q, Tensor k, Tensor v, {_TENSORS}, {NUMBERS}, str backend, Tensor? descale) -> (Tensor out, Tensor lse)"
 )
 # dbias is a tensor of shape [0] unless bias_grad, and so is dsinks without sinks.
 BACKWARD_SCHEMA = (
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
-    f" {_TENSORS}, {_NUMBERS}, bool bias_grad, str backend)"
+    f" {_TENSORS}, {NUMBERS}, bool bias_grad, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 # How many arguments carry the spec.
@@ -229,7 +229,7 @@ def _(
     return dq, dk, dv, dbias, dsinks
 
 
-def _nothing(values: Sequence[Any]) -> tuple[Any, ...]:
+def no_gradients(values: Sequence[Any]) -> tuple[Any, ...]:
     """The gradients of values that have none; autograd takes an empty list for one of tensors, and wants it back."""
     return tuple([] if isinstance(value, (list, tuple)) and not value else None for value in values)
 
@@ -245,7 +245,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch
 
 def _backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
     q, k, v, mask, bias, origin, sinks, seed, out, lse, *aux = ctx.saved_tensors
-    nothing = (*_nothing(ctx.numbers), None, None)
+    nothing = (*no_gradients(ctx.numbers), None, None)
     none_of_aux = [None] * len(aux)
     if do is None and dlse is None:
         return (None,) * 6 + (none_of_aux, None, None, *nothing)
@@ -288,6 +288,32 @@ def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequenc
     ctx.bias_grad = inputs[13 + _SPEC]
 
 
+def second_gradients(
+    first: Sequence[torch.Tensor | None],
+    grads: Sequence[torch.Tensor | None],
+    tensors: dict[str, torch.Tensor | None],
+    create_graph: bool,
+) -> dict[str, torch.Tensor | None]:
+    """The gradients of ``tensors``, by name, from those (``grads``) of the first derivatives ``first`` of them."""
+    # A first derivative may depend on none of the tensors with gradients: dv does not on v.
+    pairs = [
+        (x, grad)
+        for x, grad in zip(first, grads, strict=True)
+        if x is not None and x.requires_grad and grad is not None
+    ]
+    wanted = {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
+    if not pairs or not wanted:
+        return {}
+    second = torch.autograd.grad(
+        [x for x, _ in pairs],
+        list(wanted.values()),
+        [grad for _, grad in pairs],
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    return dict(zip(wanted, second, strict=True))
+
+
 def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
     """Second derivatives by the reference's formulas, with their memory of Sq * Sk.
 
@@ -307,21 +333,10 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         options |= {"aux": tuple(aux), "sinks": sinks, "seed": seed}
         out, lse = reference.forward(q, k, v, **options)
         first = reference.backward(do, q, k, v, out, lse, dlse, bias_grad=ctx.bias_grad, **options)
-    pairs = [(x, grad) for x, grad in zip(first, grads, strict=True) if x is not None and grad is not None]
-    wanted = [name for name, x in tensors.items() if x is not None and x.requires_grad]
-    found: dict[str, torch.Tensor | None] = {}
-    if pairs and wanted:
-        second = torch.autograd.grad(
-            [x for x, _ in pairs],
-            [tensors[name] for name in wanted],
-            [grad for _, grad in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-        found = dict(zip(wanted, second, strict=True))
+    found = second_gradients(first, grads, tensors, create_graph)
     gradients = [found.get(name) for name in ("do", "q", "k", "v")]
     tail = (None, found.get("bias"), None, [None] * len(aux), found.get("sinks"), None)
-    return *gradients, None, None, found.get("dlse"), *tail, *_nothing(ctx.numbers), None, None
+    return *gradients, None, None, found.get("dlse"), *tail, *no_gradients(ctx.numbers), None, None
 
 
 attention_backward.register_autograd(_double_backward, setup_context=_save_for_double_backward)

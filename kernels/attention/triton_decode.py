@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..launch import launch, target_of
+from ..launch import dot_precision, launch, target_of
 from . import decode_tiles
 from .decode_spec import DecodeCall
 from .decode_validation import why_not_fused
 from .scores import Mode, describe, dims, mods_of
 from .spec import empty_laid_out_like
 from .triton_decode_kernels import Layout, decode_append_kernel, decode_combine_kernel, decode_split_kernel
-from .triton_inputs import dot_precision, unit_stride
+from .triton_inputs import unit_stride
 from .validation import wrong
 
 

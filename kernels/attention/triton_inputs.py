@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ..launch import Target, target_of
+from ..launch import Target, dot_precision, target_of
 from .packed import Packed
 from .scores import Mode, Scores, describe, dims, mods_of
 from .spec import FP8, AttentionSpec
@@ -154,17 +154,6 @@ def has_fp8(target: Target) -> bool:
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last stride is 1, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def dot_precision(target: Target, dtype: torch.dtype) -> str:
-    """How fp32 operands are multiplied: to fp32 accuracy on the matrix units there are.
-
-    On NVIDIA three TF32 products (IEEE products run outside the tensor cores and spill), or one where PyTorch's own
-    flag allows its error; on AMD, whose matrix units take fp32, IEEE. Half-precision dots are exact anyway.
-    """
-    if target.vendor != "cuda" or dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _window(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec) -> tuple[int, int]:

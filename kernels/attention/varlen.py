@@ -134,8 +134,8 @@ def _forward(
         from . import varlen_reference
 
         api._count("attention_varlen_forward", "reference")
-        options = {name: value for name, value in call.arguments().items() if name != "descale"}
-        del options["origin"]
+        # Positions are the sequences' own, and fp8 has been refused.
+        options = {name: value for name, value in call.arguments().items() if name not in ("origin", "descale")}
         return varlen_reference.forward(q, k, v, packed, **options)
     from . import varlen_ops
 

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 
 from .. import backends
+from .ops import NUMBERS, no_gradients, second_gradients, spec_of
 from .ops import numbers_of as numbers_of
-from .ops import spec_of
 from .packed import Packed, as_batch, as_packed
 from .spec import empty_laid_out_like
 
 _CALL = (
     "Tensor cu_q, Tensor cu_k, Tensor? mask, Tensor? bias, Tensor[] aux, Tensor? sinks, Tensor? seed,"
-    " SymInt max_q, SymInt max_k, bool is_bottom_right,"
-    " float scale, SymInt window_left, SymInt window_right, SymInt origin_q, SymInt origin_k, SymInt origin_head,"
-    " SymInt origin_batch, str[] mods, float[] params, float dropout_p"
+    f" SymInt max_q, SymInt max_k, bool is_bottom_right, {NUMBERS}"
 )
 FORWARD_SCHEMA = f"(Tensor q, Tensor k, Tensor v, {_CALL}, str backend) -> (Tensor out, Tensor lse)"
 # dbias is a tensor of shape [0] unless bias_grad, and so is dsinks without sinks.
@@ -121,11 +119,6 @@ attention_varlen_backward = torch.library.custom_op(
 attention_varlen_backward.register_fake(_backward_fake)
 
 
-def _nothing(values: Sequence[Any]) -> tuple[Any, ...]:
-    """The gradients of values that have none; autograd takes an empty list for one of tensors, and wants it back."""
-    return tuple([] if isinstance(value, (list, tuple)) and not value else None for value in values)
-
-
 def _save(ctx: Any, values: Sequence[Any], *tensors: torch.Tensor | None) -> None:
     """Keep a call's values from cu_q to dropout_p, and ``tensors``."""
     # The gradient of an output that the loss does not use is then None, not a tensor of zeros.
@@ -151,7 +144,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch
 def _backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
     (q, k, v, out, lse), values = _saved(ctx)
     cu_q, bias, aux, sinks, max_q = values[0], values[3], values[4], values[5], values[7]
-    tail = (*_nothing(ctx.numbers), None)
+    tail = (*no_gradients(ctx.numbers), None)
     none_of_aux = [None] * len(aux)
     if do is None and dlse is None:
         return (None,) * 7 + (none_of_aux, None, None) + tail
@@ -217,25 +210,10 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         first = varlen_reference.backward(
             x["do"], x["q"], x["k"], x["v"], out, lse, x["dlse"], packed, bias_grad=ctx.bias_grad, **options
         )
-    pairs = [
-        (x, grad)
-        for x, grad in zip(first, grads, strict=True)
-        if x is not None and x.requires_grad and grad is not None
-    ]
-    wanted = {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
-    found: dict[str, torch.Tensor | None] = {}
-    if pairs and wanted:
-        second = torch.autograd.grad(
-            [x for x, _ in pairs],
-            list(wanted.values()),
-            [grad for _, grad in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-        found = dict(zip(wanted, second, strict=True))
+    found = second_gradients(first, grads, tensors, create_graph)
     gradients = [found.get(name) for name in ("do", "q", "k", "v")]
     of_call = (None, None, None, found.get("bias"), [None] * len(values[4]), found.get("sinks"), None)
-    return *gradients, None, None, found.get("dlse"), *of_call, *_nothing(ctx.numbers), None, None
+    return *gradients, None, None, found.get("dlse"), *of_call, *no_gradients(ctx.numbers), None, None
 
 
 attention_varlen_backward.register_autograd(_double_backward, setup_context=_save_for_double_backward)

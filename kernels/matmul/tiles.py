@@ -194,14 +194,3 @@ def shared_memory(tile: Tile, op: str, target: Target, dtype: torch.dtype, form:
 def _has_asynchronous_tensor_cores(target: Target) -> bool:
     """Hopper's wgmma and data-centre Blackwell's tcgen05, which read shared memory themselves."""
     return target.vendor == "cuda" and 90 <= int(target.arch) < 120
-
-
-def dot_precision(target: Target, dtype: torch.dtype) -> str:
-    """How tl.dot multiplies fp32: the way that has matrix instructions on the target and keeps fp32's accuracy.
-
-    Three tf32 products on NVIDIA (a single one only where torch's own flag allows tf32), fp32 itself elsewhere. 16-bit
-    operands are multiplied exactly whatever it says.
-    """
-    if dtype != torch.float32 or target.vendor != "cuda":
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

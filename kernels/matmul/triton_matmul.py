@@ -7,7 +7,7 @@ import math
 import torch
 import triton
 
-from ..launch import launch, target_of
+from ..launch import dot_precision, launch, target_of
 from . import tiles
 from .triton_kernels import linear_dgrad_kernel, linear_forward_kernel, linear_wgrad_kernel
 
@@ -66,7 +66,7 @@ def forward(
         N,
         K,
         ACTIVATION=activation,
-        PRECISION=tiles.dot_precision(target, x.dtype),
+        PRECISION=dot_precision(target, x.dtype),
         **tile.launch_arguments("forward"),
     )
     return y, slope, slope_up
@@ -137,7 +137,7 @@ def _dgrad(
         M,
         N,
         K,
-        PRECISION=tiles.dot_precision(target, dy.dtype),
+        PRECISION=dot_precision(target, dy.dtype),
         **tile.launch_arguments("dgrad"),
     )
     return dx
@@ -183,7 +183,7 @@ def _wgrad(
         M,
         N,
         K,
-        PRECISION=tiles.dot_precision(target, dy.dtype),
+        PRECISION=dot_precision(target, dy.dtype),
         **tile.launch_arguments("wgrad"),
     )
     return dw, dbias, dw_up

@@ -123,6 +123,17 @@ def test_the_op_with_one_tensor_in_three_roles() -> None:
     assert torch.autograd.gradgradcheck(call, x)
 
 
+def test_the_op_where_v_alone_has_gradients() -> None:
+    """The output is linear in v: its first derivative depends on no tensor with gradients, and the second is none."""
+    q, k, v = (torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
+    v.requires_grad_()
+    numbers = ops.numbers_of(AttentionSpec(0.5, window_right=0))
+    out = ops.attention_forward(q, k, v, None, None, None, [], None, None, *numbers, "reference", None)[0]
+    (dv,) = torch.autograd.grad(out.sum(), v, create_graph=True)
+    (second,) = torch.autograd.grad(dv.square().sum(), v, allow_unused=True)
+    assert second is None or (second == 0).all()
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 class TestLikeAnyOtherFunctionOfTorch:
     def test_outputs_can_be_changed_in_place(self, backend: str) -> None:

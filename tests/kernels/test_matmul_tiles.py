@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fusemesh.kernels import launch
-from fusemesh.kernels.launch import INTERPRETER, TARGETS
+from fusemesh.kernels.launch import INTERPRETER, TARGETS, dot_precision
 from fusemesh.kernels.matmul import tiles, triton_matmul
 from fusemesh.kernels.matmul.tiles import Tile
 
@@ -67,13 +67,13 @@ def test_predicate_knows_target_dtype_and_form() -> None:
 
 def test_dot_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, hip = TARGETS["sm_80"], TARGETS["gfx942"]
-    assert tiles.dot_precision(cuda, torch.float32) == "tf32x3"
-    assert tiles.dot_precision(hip, torch.float32) == tiles.dot_precision(INTERPRETER, torch.float32) == "ieee"
+    assert dot_precision(cuda, torch.float32) == "tf32x3"
+    assert dot_precision(hip, torch.float32) == dot_precision(INTERPRETER, torch.float32) == "ieee"
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert tiles.dot_precision(cuda, torch.float32) == "tf32"
-        assert tiles.dot_precision(hip, torch.float32) == tiles.dot_precision(INTERPRETER, torch.float32) == "ieee"
+        assert dot_precision(cuda, torch.float32) == "tf32"
+        assert dot_precision(hip, torch.float32) == dot_precision(INTERPRETER, torch.float32) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
