@@ -128,7 +128,7 @@ def flash_attention(
         "deterministic": deterministic,
     }
     if any(isinstance(x, torch.Tensor) and x.layout == torch.jagged for x in (q, k, v)):
-        from . import jagged
+        from .varlen import jagged
 
         return jagged.attention(q, k, v, **options, return_lse=return_lse, backend=backend)
     q, k, v = _autocast(q, k, v)

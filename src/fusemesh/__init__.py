@@ -15,8 +15,8 @@ _PUBLIC = {
     "flash_attention": "fusemesh.kernels.attention.api",
     "attention_forward": "fusemesh.kernels.attention.api",
     "attention_backward": "fusemesh.kernels.attention.api",
-    "flash_attention_varlen": "fusemesh.kernels.attention.varlen",
-    "flash_attention_decode": "fusemesh.kernels.attention.decode",
+    "flash_attention_varlen": "fusemesh.kernels.attention.varlen.api",
+    "flash_attention_decode": "fusemesh.kernels.attention.decode.api",
     "merge_attention": "fusemesh.kernels.attention.merge",
     "MultiheadAttention": "fusemesh.kernels.attention.module",
     "Origin": "fusemesh.kernels.attention.spec",
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from fusemesh.kernels.attention.api import attention_backward as attention_backward
     from fusemesh.kernels.attention.api import attention_forward as attention_forward
     from fusemesh.kernels.attention.api import flash_attention as flash_attention
-    from fusemesh.kernels.attention.decode import flash_attention_decode as flash_attention_decode
+    from fusemesh.kernels.attention.decode.api import flash_attention_decode as flash_attention_decode
     from fusemesh.kernels.attention.merge import merge_attention as merge_attention
     from fusemesh.kernels.attention.module import MultiheadAttention as MultiheadAttention
     from fusemesh.kernels.attention.score_mods import ScoreMod as ScoreMod
     from fusemesh.kernels.attention.score_mods import register_score_mod as register_score_mod
     from fusemesh.kernels.attention.spec import Origin as Origin
-    from fusemesh.kernels.attention.varlen import flash_attention_varlen as flash_attention_varlen
+    from fusemesh.kernels.attention.varlen.api import flash_attention_varlen as flash_attention_varlen
     from fusemesh.kernels.backends import use_backend as use_backend
     from fusemesh.kernels.matmul.api import fused_linear as fused_linear
     from fusemesh.transformer import Transformer as Transformer

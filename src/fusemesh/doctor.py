@@ -45,7 +45,7 @@ def _devices() -> list[dict[str, Any]]:
 def _auto(kind: str) -> dict[str, str]:
     """What ``auto`` chooses on a device, found by calling each operation, with gradients, and reading the counts."""
     from fusemesh.kernels.attention.api import flash_attention
-    from fusemesh.kernels.attention.decode import flash_attention_decode
+    from fusemesh.kernels.attention.decode.api import flash_attention_decode
     from fusemesh.kernels.matmul.api import fused_linear
 
     x = torch.zeros(1, 1, 16, 16, device=kind, requires_grad=True)

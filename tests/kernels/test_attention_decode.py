@@ -16,7 +16,8 @@ from decode_cases import FEATURES, Caches, Case, combinations, run, run_and_comp
 
 from fusemesh import flash_attention_decode
 from fusemesh.kernels import backends
-from fusemesh.kernels.attention import decode, decode_tiles
+from fusemesh.kernels.attention.decode import api as decode
+from fusemesh.kernels.attention.decode import tiles as decode_tiles
 from fusemesh.kernels.attention.tiles import Tile
 from fusemesh.kernels.launch import intercept
 

@@ -10,7 +10,7 @@ import torch
 
 from fusemesh import flash_attention_decode
 from fusemesh.kernels import backends
-from fusemesh.kernels.attention import decode
+from fusemesh.kernels.attention.decode import api as decode
 
 B, H, HKV, SQ, S, D, DV = 2, 4, 2, 3, 9, 16, 8
 

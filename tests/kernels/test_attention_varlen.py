@@ -16,8 +16,8 @@ from varlen_cases import FEATURES, IN_HALF_PRECISION, Inputs, by_loop, check_pac
 
 from fusemesh import Origin, flash_attention, flash_attention_varlen
 from fusemesh.kernels import aot, backends, env
-from fusemesh.kernels.attention import varlen_ops
 from fusemesh.kernels.attention.spec import AttentionSpec
+from fusemesh.kernels.attention.varlen import ops as varlen_ops
 from fusemesh.kernels.testing import poison
 from fusemesh.kernels.testing.launches import any_device
 

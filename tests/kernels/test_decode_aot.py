@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fusemesh.kernels import aot
-from fusemesh.kernels.attention import decode_tiles, triton_decode
-from fusemesh.kernels.attention.decode_spec import DecodeCall
+from fusemesh.kernels.attention.decode import tiles as decode_tiles
+from fusemesh.kernels.attention.decode import triton_decode
+from fusemesh.kernels.attention.decode.spec import DecodeCall
 from fusemesh.kernels.attention.spec import AttentionSpec
 from fusemesh.kernels.attention.tiles import Tile
 from fusemesh.kernels.launch import TARGETS

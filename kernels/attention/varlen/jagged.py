@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .validation import wrong
-from .varlen import flash_attention_varlen
+from ..validation import wrong
+from .api import flash_attention_varlen
 
 
 def attention(q: Any, k: Any, v: Any, *, align: str | None, origin: Any, **options: Any) -> Any:

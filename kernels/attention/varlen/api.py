@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from .. import backends, env
-from . import api
-from .packed import Packed
-from .spec import Origin
-from .validation import ALIGN, DTYPES, Call, check_flag, check_qkv, normalise, wrong
+from ... import backends, env
+from .. import api
+from ..packed import Packed
+from ..spec import Origin
+from ..validation import ALIGN, DTYPES, Call, check_flag, check_qkv, normalise, wrong
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -120,7 +120,7 @@ def flash_attention_varlen(
     )
     chosen = _choose(backend, like_q, like_v)
     if env.CHECK and not torch.compiler.is_compiling():
-        from .varlen_reference import check_contents
+        from .reference import check_contents
 
         check_contents(packed, q.shape[0], k.shape[0])
     out, lse = _forward(chosen, q, k, v, packed, call)
@@ -131,18 +131,18 @@ def _forward(
     chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if chosen == "reference" and not torch.compiler.is_compiling():
-        from . import varlen_reference
+        from . import reference
 
         api._count("attention_varlen_forward", "reference")
         # Positions are the sequences' own, and fp8 has been refused.
         options = {name: value for name, value in call.arguments().items() if name not in ("origin", "descale")}
-        return varlen_reference.forward(q, k, v, packed, **options)
-    from . import varlen_ops
+        return reference.forward(q, k, v, packed, **options)
+    from . import ops
 
     # The reference reads lengths on the host, which a compiled graph holds only inside an op.
     q, k, v = (api._unit_last_stride(x) for x in (q, k, v))
     tensors = (packed.cu_q, packed.cu_k, call.mask, call.bias, list(call.aux), call.sinks, call.seed)
-    numbers = (packed.max_q, packed.max_k, packed.is_bottom_right, *varlen_ops.numbers_of(call.spec))
+    numbers = (packed.max_q, packed.max_k, packed.is_bottom_right, *ops.numbers_of(call.spec))
     out, lse = torch.ops.fusemesh.attention_varlen_forward(q, k, v, *tensors, *numbers, chosen)
     return out, lse
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .loads import at_head
-from .scores import modify_scores
-from .softmax import finish, online_step, power
+from ..loads import at_head
+from ..scores import modify_scores
+from ..softmax import finish, online_step, power
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from . import triton_backward, triton_forward
-from .packed import Packed, as_batch, as_packed
+from .. import triton_backward, triton_forward
+from ..packed import Packed, as_batch, as_packed
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each sequence; arguments and results are those of :func:`varlen_reference.forward`.
+    """Attention of each sequence; arguments and results are those of :func:`reference.forward`.
 
     Nothing waits for the device, and no length is compiled into a kernel.
 
@@ -36,7 +36,7 @@ def backward(
     packed: Packed,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients, the same bits on every run; arguments and results are those of :func:`varlen_reference.backward`.
+    """The gradients, the same bits on every run; arguments and results are those of :func:`reference.backward`.
 
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.

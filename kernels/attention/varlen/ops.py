@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from .. import backends
-from .ops import NUMBERS, no_gradients, second_gradients, spec_of
-from .ops import numbers_of as numbers_of
-from .packed import Packed, as_batch, as_packed
-from .spec import empty_laid_out_like
+from ... import backends
+from ..ops import NUMBERS, no_gradients, second_gradients, spec_of
+from ..ops import numbers_of as numbers_of
+from ..packed import Packed, as_batch, as_packed
+from ..spec import empty_laid_out_like
 
 _CALL = (
     "Tensor cu_q, Tensor cu_k, Tensor? mask, Tensor? bias, Tensor[] aux, Tensor? sinks, Tensor? seed,"
@@ -41,7 +41,7 @@ def _call(values: Sequence[Any]) -> tuple[Packed, dict[str, Any]]:
 
 def _module(backend: str, *, is_backward: bool) -> Any:
     """The module whose ``forward`` or ``backward`` runs on packed tensors."""
-    names = {"reference": ".varlen_reference", "triton": ".triton_varlen"}
+    names = {"reference": ".reference", "triton": ".triton_varlen"}
     if backend not in names:
         raise ValueError(f"backend: the packed ops expected one of {tuple(names)}, received {backend!r}")
     return importlib.import_module(names[backend], __package__)
@@ -194,7 +194,7 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
 
     out and lse are functions of q, k, v, bias and sinks here, so no gradient goes to those that were passed in.
     """
-    from . import varlen_reference
+    from . import reference
 
     (do, q, k, v, dlse), values = _saved(ctx)
     packed, options = _call(values)
@@ -206,8 +206,8 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         tensors = {n: None if x is None else x.view_as(x) for n, x in zip(names, originals, strict=True)}
         options |= {"bias": tensors["bias"], "sinks": tensors["sinks"]}
         x: Any = tensors
-        out, lse = varlen_reference.forward(x["q"], x["k"], x["v"], packed, **options)
-        first = varlen_reference.backward(
+        out, lse = reference.forward(x["q"], x["k"], x["v"], packed, **options)
+        first = reference.backward(
             x["do"], x["q"], x["k"], x["v"], out, lse, x["dlse"], packed, bias_grad=ctx.bias_grad, **options
         )
     found = second_gradients(first, grads, tensors, create_graph)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .decode_spec import DecodeCall
-from .validation import DTYPES, wrong
+from ..validation import DTYPES, wrong
+from .spec import DecodeCall
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 HEAD_DIMS = (16, 576)  # of keys, smallest and largest that the Triton kernels take

@@ -13,9 +13,9 @@ import math
 
 import torch
 
-from . import score_mods
-from .decode_spec import DecodeCall
-from .reference import without_autocast
+from .. import score_mods
+from ..reference import without_autocast
+from .spec import DecodeCall
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .spec import AttentionSpec
+from ..spec import AttentionSpec
 
 
 @dataclass(frozen=True)

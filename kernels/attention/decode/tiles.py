@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..launch import Target
-from .tiles import Tile, _family
+from ...launch import Target
+from ..tiles import Tile, _family
 
 APPEND_ROWS = 8  # new keys of a program of the append kernel
 COMBINED = 4096  # elements of the splits' outputs that a program of the combine kernel loads at a time

@@ -1,19 +1,19 @@
-"""Attention over a cache on Triton's kernels (triton_decode_kernels.py): what a call compiles, and its launches."""
+"""Attention over a cache on Triton's kernels (triton_kernels.py): what a call compiles, and its launches."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from ..launch import dot_precision, launch, target_of
-from . import decode_tiles
-from .decode_spec import DecodeCall
-from .decode_validation import why_not_fused
-from .scores import Mode, describe, dims, mods_of
-from .spec import empty_laid_out_like
-from .triton_decode_kernels import Layout, decode_append_kernel, decode_combine_kernel, decode_split_kernel
-from .triton_inputs import unit_stride
-from .validation import wrong
+from ...launch import dot_precision, launch, target_of
+from ..scores import Mode, describe, dims, mods_of
+from ..spec import empty_laid_out_like
+from ..triton_inputs import unit_stride
+from ..validation import wrong
+from . import tiles
+from .spec import DecodeCall
+from .triton_kernels import Layout, decode_append_kernel, decode_combine_kernel, decode_split_kernel
+from .validation import why_not_fused
 
 
 def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,8 +34,8 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     target = target_of(call.q.device)
     rows = H // max(Hkv, 1) * Sq
     latent = call.v_cache is None
-    plan = decode_tiles.choose(target, call.q.dtype, d, call.v_dim, latent, rows, B * Hkv, call.capacity)
-    if not decode_tiles.is_valid(plan.tile, target, call.q.dtype, d, call.v_dim, latent):
+    plan = tiles.choose(target, call.q.dtype, d, call.v_dim, latent, rows, B * Hkv, call.capacity)
+    if not tiles.is_valid(plan.tile, target, call.q.dtype, d, call.v_dim, latent):
         expected = f"head dims whose tiles fit the {target.shared_memory} bytes of shared memory of {target.name}"
         received = f"D {d}, Dv {call.v_dim}, {call.q.dtype}"
         raise wrong("q", expected, received, "use a 16-bit dtype or backend='reference'")
@@ -56,7 +56,7 @@ def _append(call: DecodeCall, layout: Layout) -> None:
         B, Hkv, added, d = new.shape
         launch(
             decode_append_kernel,
-            (triton.cdiv(added, decode_tiles.APPEND_ROWS) * B * Hkv,),
+            (triton.cdiv(added, tiles.APPEND_ROWS) * B * Hkv,),
             new,
             cache,
             call.cache_lens.contiguous(),
@@ -70,7 +70,7 @@ def _append(call: DecodeCall, layout: Layout) -> None:
             LAYOUT=layout,
             D=d,
             BLOCK_D=triton.next_power_of_2(d),
-            BLOCK_T=decode_tiles.APPEND_ROWS,
+            BLOCK_T=tiles.APPEND_ROWS,
             num_warps=4,
             num_stages=1,
             enable_fp_fusion=True,
@@ -78,7 +78,7 @@ def _append(call: DecodeCall, layout: Layout) -> None:
 
 
 def _attend(
-    call: DecodeCall, plan: decode_tiles.Plan, layout: Layout, mode: Mode, out: torch.Tensor, lse: torch.Tensor
+    call: DecodeCall, plan: tiles.Plan, layout: Layout, mode: Mode, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Fill out and lse: in one pass, or in splits and their combination."""
     q, spec, splits = unit_stride(call.q), call.spec, plan.splits
@@ -141,7 +141,7 @@ def _attend(
         Sq,
         splits,
         MODE=mode,
-        BLOCK_S=min(triton.next_power_of_2(splits), decode_tiles.COMBINED // mode.block_dv),
+        BLOCK_S=min(triton.next_power_of_2(splits), tiles.COMBINED // mode.block_dv),
         num_warps=4,
         num_stages=1,
         enable_fp_fusion=True,
@@ -154,16 +154,16 @@ def _table_strides(call: DecodeCall) -> tuple[int, ...]:
 
 def _layout(call: DecodeCall, splits: int) -> Layout:
     """How the call's keys lie in the cache and in a tile."""
-    d_first, d_rest = decode_tiles.blocks(call.q.shape[3], call.v_dim, call.v_cache is None)
+    d_first, d_rest = tiles.blocks(call.q.shape[3], call.v_dim, call.v_cache is None)
     return Layout(
         page=None if call.block_table is None else call.page,
         has_starts=call.cache_starts is not None,
         is_latent=call.v_cache is None,
         is_whole=splits == 1,
         d_first=d_first,
-        block_first=decode_tiles.padded(d_first),
+        block_first=tiles.padded(d_first),
         d_rest=d_rest,
-        block_rest=decode_tiles.padded(d_rest) if d_rest else 0,
+        block_rest=tiles.padded(d_rest) if d_rest else 0,
     )
 
 
@@ -175,7 +175,7 @@ def _mode(call: DecodeCall, precision: str) -> Mode:
         d=call.q.shape[3],
         dv=call.v_dim,
         block_d=0,
-        block_dv=decode_tiles.padded(call.v_dim),
+        block_dv=tiles.padded(call.v_dim),
         mask_dims=dims(call.mask),
         bias_dims=dims(call.bias),
         has_left=call.spec.window_left is not None,

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import backends, env
-from . import decode_validation
-from .decode_spec import DecodeCall
-from .spec import AttentionSpec, empty_laid_out_like
-from .validation import check_flag, normalise, wrong
+from ... import backends, env
+from ..spec import AttentionSpec, empty_laid_out_like
+from ..validation import check_flag, normalise, wrong
+from . import validation
+from .spec import DecodeCall
 
-_MODULES = {"reference": ".decode_reference", "triton": ".triton_decode"}
+_MODULES = {"reference": ".reference", "triton": ".triton_decode"}
 _OPEN = -1  # an open side of the window, in the op's plain integers
 SCHEMA = (
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor cache_lens, Tensor? block_table, Tensor? cache_starts,"
@@ -98,14 +98,14 @@ def flash_attention_decode(
             cannot do the call. What cache_lens, cache_starts and block_table hold is checked only with
             FUSEMESH_CHECK=1, which waits for the device; otherwise lengths beyond the cache count as its end.
     """
-    decode_validation.check_cache(q, k_cache, v_cache, cache_lens, block_table, cache_starts)
-    v_dim = decode_validation.check_values(q, v_cache, v_dim)
+    validation.check_cache(q, k_cache, v_cache, cache_lens, block_table, cache_starts)
+    v_dim = validation.check_values(q, v_cache, v_dim)
     capacity = k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[2]
-    decode_validation.check_new(q, k_cache, v_cache, capacity, k_new, v_new)
+    validation.check_new(q, k_cache, v_cache, capacity, k_new, v_new)
     check_flag("return_lse", return_lse)
     check_flag("causal", causal)
-    decode_validation.check_align(align, causal or window is not None or alibi_slopes is not None)
-    decode_validation.check_no_gradient(
+    validation.check_align(align, causal or window is not None or alibi_slopes is not None)
+    validation.check_no_gradient(
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
@@ -192,7 +192,7 @@ def attention_decode(
     tensors = (q, k_cache, v_cache, cache_lens, block_table, cache_starts, k_new, v_new, mask, bias, sinks)
     call = DecodeCall(*tensors, tuple(aux), spec, v_dim)
     if env.CHECK:
-        decode_validation.check_contents(call)
+        validation.check_contents(call)
     backends.count("attention_decode", backend)
     out, lse = importlib.import_module(_MODULES[backend], __package__).decode(call)
     promised = empty_laid_out_like(q, v_dim)
@@ -230,7 +230,7 @@ def _choose(backend: str, q: torch.Tensor, v_dim: int) -> str:
     name = backends.requested(backend)
     if name in ("torch", "cpu"):
         raise wrong("backend", "reference or triton in decode", repr(name), "use backend='auto' to let FuseMesh choose")
-    unfit = decode_validation.why_not_fused(q, v_dim)
+    unfit = validation.why_not_fused(q, v_dim)
     if name == "triton" and unfit is not None:
         argument, expected, received = unfit
         raise wrong(argument, f"{expected} for backend='triton'", received, "use backend='auto' or 'reference'")

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from . import reference
-from .packed import Packed, as_batch, as_packed
-from .spec import AttentionSpec
-from .validation import wrong
+from .. import reference
+from ..packed import Packed, as_batch, as_packed
+from ..spec import AttentionSpec
+from ..validation import wrong
 
 
 def check_contents(packed: Packed, total_q: int, total_k: int) -> tuple[list[int], list[int]]:
@@ -76,7 +76,7 @@ class _Sequence:
 
 
 def _tensors(spec: AttentionSpec, aux: tuple[torch.Tensor, ...]) -> list[tuple[Any, tuple[torch.Tensor, ...]]]:
-    from .score_mods import split
+    from ..score_mods import split
 
     return [(mod, tensors) for mod, tensors, _ in split(spec.mods, aux, spec.params)]
 

@@ -1,0 +1,1 @@
+"""Attention over packed sequences: :func:`api.flash_attention_varlen`."""
