@@ -51,6 +51,16 @@ class Scores(NamedTuple):
     threshold: int  # random words below it are dropped
     p_cu_q: torch.Tensor | None = None  # [B + 1], where packed sequences begin (packed.py)
     p_cu_k: torch.Tensor | None = None
+    p_tiles: torch.Tensor | None = None  # where the mask shows anything (mask_tiles.py)
+    tiles_b: int = 0
+    tiles_h: int = 0
+    tiles_row: int = 0
+    tiles_half: int = 0
+
+    @property
+    def mask_strides(self) -> tuple[int, int, int, int]:
+        """Strides of the mask, 0 along dimensions that it does not vary in."""
+        return self.mask_b, self.mask_h, self.mask_m, self.mask_n
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ _TABLE: dict[tuple[str, int, str], tuple[_Pair, _Pair, _Pair]] = {
     ("sm_80", 4, "dbias"): (
         (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
         (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-        (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+        (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     ("sm_90", 2, "forward"): (
         (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2)),
@@ -184,7 +184,7 @@ _TABLE: dict[tuple[str, int, str], tuple[_Pair, _Pair, _Pair]] = {
     ("sm_100", 4, "dbias"): (
         (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
         (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-        (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+        (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     ("gfx942", 2, "forward"): (
         (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1)),

@@ -20,6 +20,7 @@ import triton.language as tl
 from ..launch import launch
 from . import tiles
 from .loads import ROW_PADDING, at_head, load_rows, padded
+from .mask_tiles import with_tiles
 from .packed import Packed
 from .softmax import power, shift_of_lse, with_sink
 from .spec import AttentionSpec, empty_laid_out_like
@@ -176,7 +177,7 @@ def backward(
     inputs = (call.q, call.k, call.v, do, shift, delta, origin)
     strides = tuple(call.strides(x) for x in (call.q, call.k, call.v, do))
     sizes = (call.heads, call.group, call.seq_q, call.seq_k)
-    numbers = (call.scores, call.aux, call.numbers, *call.origins, call.lo, call.hi, *sizes)
+    numbers = (call.aux, call.numbers, *call.origins, call.lo, call.hi, *sizes)
     size: tuple[Any, ...] = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, *call.mode.tile_dims)
     tile = tiles.choose_dkdv(*size)
     launch(
@@ -189,6 +190,7 @@ def backward(
         *strides,
         call.strides(dk),
         call.strides(dv),
+        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=False),
         *numbers,
         MODE=call.mode,
         HAS_COLUMNS=has_columns,
@@ -203,6 +205,7 @@ def backward(
         rows,
         *strides,
         call.strides(dq),
+        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=True),
         *numbers,
         MODE=call.mode,
         HAS_ROWS=has_rows,
@@ -215,7 +218,7 @@ def backward(
         elif columns is not None:
             dbias = columns.unsqueeze(2).sum_to_size(bias.shape).to(bias.dtype)
         else:
-            dbias = bias_gradient(call, do, shift, delta, bias)
+            dbias = bias_gradient(call, do, shift, delta, bias, mask)
     dsinks = None if sinks is None or dsink_rows is None else dsink_rows.sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..launch import launch
 from . import tiles
 from .loads import at_head, load_row_values, load_rows, padded
+from .mask_tiles import is_shown, tiles_of, with_tiles
 from .masks import key_range, origins, window_bounds
 from .scores import modify_scores
 from .softmax import probabilities
@@ -130,9 +131,9 @@ def attention_dbias_kernel(
     o_m = i_m + tl.arange(0, BLOCK_M)
     o_n = i_n + tl.arange(0, BLOCK_N)
     terms = SUM_B * SUM_H
+    at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
     if not MODE.has_lengths:
         lo, hi = window_bounds(lo, hi, p_origin, Sq, Sk, MODE.has_origin)
-        at = origins(origin_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
         start, _, _, end = key_range(i_m, lo, hi, Sq, Sk, MODE, BLOCK_M, BLOCK_N)
         terms = tl.where((i_n >= start) & (i_n < end), terms, 0)
     # [M, N]
@@ -141,45 +142,19 @@ def attention_dbias_kernel(
         i_b = i_bias_b * SUM_B + i_term // SUM_H
         i_h = i_bias_h * SUM_H + i_term % SUM_H
         first_q, first_k, n_q, n_k, own_lo, own_hi, own_q = sequence(scores, i_b, Sq, Sk, lo, hi, origin_q, MODE)
+        i_row = tl.cast(i_b * H + i_h, tl.int64) * padded(Sq)
+        own_at = at
+        visible = True
         if MODE.has_lengths:
             i_row = row_values(i_b, i_h, H, n_q, first_q)
             own_lo, own_hi = window_bounds(own_lo, own_hi, p_origin, n_q, n_k, MODE.has_origin)
             own_at = origins(own_q, origin_k, origin_h, origin_b, p_origin, MODE.has_origin)
             start, _, _, end = key_range(i_m, own_lo, own_hi, n_q, n_k, MODE, BLOCK_M, BLOCK_N)
-            if (i_m < n_q) & (i_n >= start) & (i_n < end):
-                b_dbias += _term(
-                    p_q,
-                    p_k,
-                    p_v,
-                    p_do,
-                    p_shift,
-                    p_delta,
-                    strides_q,
-                    strides_k,
-                    strides_v,
-                    strides_do,
-                    scores,
-                    aux,
-                    numbers,
-                    own_at,
-                    i_b,
-                    i_h,
-                    i_m,
-                    i_n,
-                    i_row,
-                    first_q,
-                    first_k,
-                    own_lo,
-                    own_hi,
-                    GROUP,
-                    n_q,
-                    n_k,
-                    MODE,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
-        else:
-            i_row = tl.cast(i_b * H + i_h, tl.int64) * padded(Sq)
+            visible = (i_m < n_q) & (i_n >= start) & (i_n < end)
+        if MODE.mask_dims is not None:
+            p_tiles = tiles_of(scores, i_b, i_h, i_m // BLOCK_M, MODE)
+            visible = is_shown(p_tiles, i_n, n_k, MODE, BLOCK_N) & visible
+        if visible:
             b_dbias += _term(
                 p_q,
                 p_k,
@@ -194,7 +169,7 @@ def attention_dbias_kernel(
                 scores,
                 aux,
                 numbers,
-                at,
+                own_at,
                 i_b,
                 i_h,
                 i_m,
@@ -202,11 +177,11 @@ def attention_dbias_kernel(
                 i_row,
                 first_q,
                 first_k,
-                lo,
-                hi,
+                own_lo,
+                own_hi,
                 GROUP,
-                Sq,
-                Sk,
+                n_q,
+                n_k,
                 MODE,
                 BLOCK_M,
                 BLOCK_N,
@@ -218,7 +193,12 @@ def attention_dbias_kernel(
 
 
 def bias_gradient(
-    call: Call, do: torch.Tensor, shift: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor
+    call: Call,
+    do: torch.Tensor,
+    shift: torch.Tensor,
+    delta: torch.Tensor,
+    bias: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """ds summed to the shape of ``bias``, which is that of the scores in its last two dimensions; in bias's dtype.
 
@@ -243,7 +223,7 @@ def bias_gradient(
         dbias,
         *(call.strides(x) for x in (call.q, call.k, call.v, do)),
         dbias.stride()[:3],
-        call.scores,
+        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=True),
         call.aux,
         call.numbers,
         *call.origins,

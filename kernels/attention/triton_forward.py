@@ -13,6 +13,7 @@ import triton.language as tl
 from ..launch import launch
 from . import tiles
 from .loads import at_head, load_rows, store_rows
+from .mask_tiles import shown_range, shown_tile, tiles_of, with_tiles
 from .masks import key_range, origins, range_part, window_bounds
 from .packed import Packed
 from .scores import descale_of, modify_scores
@@ -34,6 +35,7 @@ def _visit_keys(
     stride_k,
     stride_v,
     scores,
+    p_tiles,
     aux,
     numbers,
     at,
@@ -55,7 +57,10 @@ def _visit_keys(
     """Take the key tiles from ``i_from`` to ``i_to`` into the accumulators."""
     # [M, 1]
     o_m = (i_m + tl.arange(0, BLOCK_M))[:, None]
-    for i_n in tl.range(i_from, i_to, BLOCK_N):
+    STEP: tl.constexpr = 1 if MODE.mask_code & 2 else BLOCK_N
+    i_from, i_to = shown_range(p_tiles, i_from, i_to, Sk, MODE, 2, BLOCK_N)
+    for i_loop in tl.range(i_from, i_to, STEP):
+        i_n = shown_tile(p_tiles, i_loop, scores, MODE, 2, BLOCK_N)
         # [1, N]
         o_n = (i_n + tl.arange(0, BLOCK_N))[None, :]
         # [N, D]
@@ -161,6 +166,7 @@ def attention_forward_kernel(
                 strides_k[2],
                 strides_v[2],
                 scores,
+                tiles_of(scores, i_b, i_h, i_block, MODE),
                 aux,
                 numbers,
                 at,
@@ -249,7 +255,7 @@ def forward(
         out,
         lse,
         *(call.strides(x) for x in (call.q, call.k, call.v, out)),
-        call.scores,
+        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=True),
         call.aux,
         call.numbers,
         *call.origins,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .loads import at_head, load_row_values, load_rows, padded, store_rows
+from .mask_tiles import shown_range, shown_tile, tiles_of
 from .masks import key_range, origins, query_range, range_part, window_bounds
 from .scores import modify_scores, score_gradient
 from .softmax import probabilities
@@ -27,6 +28,7 @@ def _visit_queries(
     stride_q,
     stride_do,
     scores,
+    p_tiles,
     aux,
     numbers,
     at,
@@ -48,7 +50,10 @@ def _visit_queries(
     """Add what the query tiles from ``i_from`` to ``i_to`` give to dk / scale, dv and the column sums of ds."""
     # [N, 1]; the scores are transposed here, so that they enter both products as left operand, straight from registers
     o_n = (i_n + tl.arange(0, BLOCK_N))[:, None]
-    for i_m in tl.range(i_from, i_to, BLOCK_M):
+    STEP: tl.constexpr = 1 if MODE.mask_code & 1 else BLOCK_M
+    i_from, i_to = shown_range(p_tiles, i_from, i_to, Sq, MODE, 1, BLOCK_M)
+    for i_loop in tl.range(i_from, i_to, STEP):
+        i_m = shown_tile(p_tiles, i_loop, scores, MODE, 1, BLOCK_M)
         # [M]
         o_m = i_m + tl.arange(0, BLOCK_M)
         b_shift, b_delta = load_row_values(p_shift, p_delta, i_m, BLOCK_M)
@@ -173,6 +178,7 @@ def attention_dkdv_kernel(
                     strides_q[2],
                     strides_do[2],
                     scores,
+                    tiles_of(scores, i_b, i_h, i_n // BLOCK_N, MODE),
                     aux,
                     numbers,
                     at,
@@ -212,6 +218,7 @@ def _visit_keys(
     stride_k,
     stride_v,
     scores,
+    p_tiles,
     aux,
     numbers,
     at,
@@ -233,7 +240,10 @@ def _visit_keys(
     """Add what the key tiles from ``i_from`` to ``i_to`` give to dq / scale and the row sums of ds."""
     # [M, 1]
     o_m = (i_m + tl.arange(0, BLOCK_M))[:, None]
-    for i_n in tl.range(i_from, i_to, BLOCK_N):
+    STEP: tl.constexpr = 1 if MODE.mask_code & 2 else BLOCK_N
+    i_from, i_to = shown_range(p_tiles, i_from, i_to, Sk, MODE, 2, BLOCK_N)
+    for i_loop in tl.range(i_from, i_to, STEP):
+        i_n = shown_tile(p_tiles, i_loop, scores, MODE, 2, BLOCK_N)
         # [1, N]
         o_n = (i_n + tl.arange(0, BLOCK_N))[None, :]
         # [N, D], [N, Dv]
@@ -344,6 +354,7 @@ def attention_dq_kernel(
                 strides_k[2],
                 strides_v[2],
                 scores,
+                tiles_of(scores, i_b, i_h, i_block, MODE),
                 aux,
                 numbers,
                 at,
