@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from . import mpi
 from .layout import AXES, Layout
 from .local_ranks import LocalRanks
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ _LAUNCHERS = {
     # The variables of a job step, not of a job: a plain Python inside an allocation is one process.
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
+_MPI = ("Open MPI", "MPI (PMI)")
 # Variables that are equal on all ranks of one run and differ between runs: the port is drawn from them.
 _RUN_IDS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID", "SLURM_JOB_ID")
 
@@ -68,10 +71,9 @@ def rank_from_environment(environ: Mapping[str, str] | None = None) -> Place | N
         ValueError: a variable that holds no number, ranks that do not fit together, or no address to meet at.
     """
     environ = os.environ if environ is None else environ
-    found = [name for name, keys in _LAUNCHERS.items() if keys[0] in environ and keys[1] in environ]
-    if not found:
+    launcher = _launcher(environ)
+    if launcher is None:
         return None
-    launcher = found[0]
     rank_key, size_key, local_key, local_size_key = _LAUNCHERS[launcher]
     rank, world_size = _number(environ, rank_key), _number(environ, size_key)
     if not 0 <= rank < world_size:
@@ -97,6 +99,26 @@ def rank_from_environment(environ: Mapping[str, str] | None = None) -> Place | N
         _master_addr(environ, launcher, world_size, local_world_size),
         _master_port(environ, launcher),
     )
+
+
+def find_place() -> Place | None:
+    """Where this process stands, whoever started it; None for a process that nobody launched.
+
+    What the environment says (:func:`rank_from_environment`), and under mpirun, with mpi4py installed, what MPI says.
+
+    Raises:
+        ValueError: see :func:`rank_from_environment`.
+    """
+    launcher = _launcher(os.environ)
+    if launcher in _MPI and mpi.is_available():
+        found = mpi.ask()
+        return Place(launcher, *found[:4], *mpi.meeting_point(os.environ, found))
+    return rank_from_environment()
+
+
+def _launcher(environ: Mapping[str, str]) -> str | None:
+    found = [name for name, keys in _LAUNCHERS.items() if keys[0] in environ and keys[1] in environ]
+    return found[0] if found else None
 
 
 def _number(environ: Mapping[str, str], key: str, default: int | None = None) -> int:
@@ -157,7 +179,7 @@ class World:
 
 
 @contextlib.contextmanager
-def distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterator[World]:
+def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: float | None = 20.0) -> Iterator[World]:
     """Join the other ranks for the length of the block: ``with distributed() as world: ...``
 
     Initialises the default process group (gloo on CPU; NCCL on GPUs, with gloo beside it for CPU tensors) and always
@@ -166,13 +188,15 @@ def distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Wor
     Args:
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: the GPU of this rank's number on the machine if there is one.
         timeout: seconds that a collective waits for the other ranks before it raises.
+        lost_after: seconds without a sign of life after which another rank counts as lost; this process then says
+            which, and ends with status 1, whatever it waits for. None: ranks do not watch each other.
 
     Raises:
-        ValueError: an unknown device, or more ranks than GPUs on the machine; see also :func:`rank_from_environment`.
+        ValueError: an unknown device, or more ranks than GPUs on the machine; see also :func:`find_place`.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, received {device!r}")
-    place = rank_from_environment()
+    place = find_place()
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     local_rank = place.local_rank if place else 0
     if kind == "cuda":
@@ -184,6 +208,7 @@ def distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Wor
         torch.cuda.set_device(local_rank)
     where = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     wait = datetime.timedelta(seconds=timeout)
+    watchdog = None
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         store=_store(place, wait),
@@ -193,12 +218,16 @@ def distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Wor
         device_id=where if kind == "cuda" else None,
     )
     try:
+        if place is not None and place.world_size > 1 and lost_after is not None:
+            watchdog = Watchdog(lambda: _client(place, wait), place.rank, place.world_size, limit=lost_after)
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, where)
     except BaseException as error:
         # Leaving the group makes the others fail too, perhaps before this error is told: say when it came.
         error.failed_at = time.time()  # type: ignore[attr-defined]
         raise
     finally:
+        if watchdog is not None:
+            watchdog.stop()
         dist.destroy_process_group()
 
 
@@ -215,9 +244,18 @@ def _store(place: Place | None, timeout: datetime.timedelta) -> dist.Store:
         timeout=timeout,
         multi_tenant=not served,
     )
-    # One store may outlive several groups: a restart, or the next function on the same local ranks.
-    run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return dist.PrefixStore(run, store)
+    return dist.PrefixStore(_run_id(), store)
+
+
+def _client(place: Place, timeout: datetime.timedelta) -> dist.Store:
+    """One more connection to the store, whoever serves it."""
+    store = dist.TCPStore(place.master_addr, place.master_port, None, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"{_run_id()}/watchdog", store)
+
+
+def _run_id() -> str:
+    """One store may outlive several groups: a restart, or the next function on the same local ranks."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def build_mesh(layout: Layout, world: World) -> DeviceMesh:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
@@ -25,6 +26,9 @@ from typing import Any
 
 # Seconds that the ranks get to import what they are to run.
 STARTING = 300.0
+# Seconds between looks at whether a rank has been stopped.
+_LOOK = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 class RankError(RuntimeError):
@@ -56,9 +60,12 @@ class LocalRanks:
         nproc: number of ranks.
         env: environment variables of the ranks, in force before they import anything.
         grace: seconds that the others get to end by themselves once a rank has failed.
+        patience: seconds for which a rank may be stopped (by SIGSTOP, Ctrl-Z or a debugger) before it counts as failed.
     """
 
-    def __init__(self, nproc: int, env: Mapping[str, str] | None = None, *, grace: float = 10.0) -> None:
+    def __init__(
+        self, nproc: int, env: Mapping[str, str] | None = None, *, grace: float = 10.0, patience: float = 10.0
+    ) -> None:
         if nproc < 1:
             raise ValueError(f"nproc: expected at least 1, received {nproc}")
         self.nproc = nproc
@@ -68,7 +75,7 @@ class LocalRanks:
         if sys.platform == "linux":
             # Without it gloo looks the host's name up, which fails or is slow on many a machine.
             self.env.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-        self.grace = grace
+        self.grace, self.patience = grace, patience
         self._calls = 0
         self._processes: list[Any] = []
         self._connections: list[Any] = []
@@ -167,11 +174,20 @@ class LocalRanks:
         dead = False
         deadline = None if timeout is None else time.monotonic() + timeout + STARTING
         starting, waiting = set(range(count)), set(range(count))
+        stopped: dict[int, float] = {}
         while waiting:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 break
-            ready = multiprocessing.connection.wait([self._connections[rank] for rank in waiting], left)
+            ready = multiprocessing.connection.wait(
+                [self._connections[rank] for rank in waiting], _LOOK if left is None else min(left, _LOOK)
+            )
+            for rank in self._stopped_too_long(waiting, stopped):
+                waiting.discard(rank)
+                dead = True
+                failed.append((time.time(), rank, f"was stopped by a signal (SIGSTOP) {self.patience:.0f} s ago"))
+                # The others wait for it as long as it is stopped.
+                deadline = time.monotonic()
             for rank in sorted(waiting):
                 if self._connections[rank] not in ready:
                     continue
@@ -200,6 +216,16 @@ class LocalRanks:
             self.close(kill=True)
         raise RankError(failures, unfinished, count)
 
+    def _stopped_too_long(self, ranks: set[int], since: dict[int, float]) -> list[int]:
+        """Those of ``ranks`` that have been stopped for longer than ``patience``; ``since`` is kept up to date."""
+        now = time.monotonic()
+        for rank in ranks:
+            if _is_stopped(self._processes[rank].pid):
+                since.setdefault(rank, now)
+            else:
+                since.pop(rank, None)
+        return [rank for rank, at in since.items() if rank in ranks and now - at > self.patience]
+
     def _epitaph(self, rank: int) -> str:
         process = self._processes[rank]
         process.join(self.grace)
@@ -224,6 +250,14 @@ class LocalRanks:
             text = file.read_text() if file.exists() else ""
             stacks[rank] = "unfinished; it was at\n" + (text or "(no stack)")
         return stacks
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal; False where the system does not say (other than Linux)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False
 
 
 @contextlib.contextmanager
@@ -253,6 +287,16 @@ def _serve(connection: Any, stack_file: str) -> None:
         os._exit(0)
 
 
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the parent is gone, also while it is stopped and no thread of it runs."""
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux" and parent is not None:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent.pid:
+                os._exit(1)
+
+
 def _run_calls(connection: Any, stack_file: str) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -262,6 +306,7 @@ def _run_calls(connection: Any, stack_file: str) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    _die_with_parent()
     with open(stack_file, "w") as stacks:
         if hasattr(signal, "SIGUSR1"):
             faulthandler.register(signal.SIGUSR1, file=stacks)

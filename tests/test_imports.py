@@ -16,7 +16,7 @@ FLOORS = {"src/fusemesh": "fusemesh", "hybrid": "fusemesh.hybrid", "kernels": "f
 ABOVE = {"fusemesh": (), "fusemesh.hybrid": ("fusemesh",), "fusemesh.kernels": ("fusemesh", "fusemesh.hybrid")}
 # Third-party packages of the lower floors; the application's are the extras of pyproject.toml.
 THIRD_PARTY = {
-    "fusemesh.hybrid": {"torch", "numpy", "safetensors"},
+    "fusemesh.hybrid": {"torch", "numpy", "safetensors", "mpi4py"},
     "fusemesh.kernels": {"torch", "triton", "numpy"},
 }
 LEAVES = ("fusemesh.kernels.env", "fusemesh.kernels.attention.spec")

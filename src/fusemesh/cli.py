@@ -92,10 +92,10 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
 
 def _ranks(options: argparse.Namespace, layout: str) -> tuple[int, bool]:
     """How many ranks there will be, and whether this process starts them rather than being one of them."""
-    from fusemesh.hybrid.launch import rank_from_environment
+    from fusemesh.hybrid.launch import find_place
     from fusemesh.hybrid.layout import Layout
 
-    place = rank_from_environment()
+    place = find_place()
     if place is not None:
         if options.nproc is not None:
             raise ValueError(
@@ -111,11 +111,11 @@ def _ranks(options: argparse.Namespace, layout: str) -> tuple[int, bool]:
 
 def _on_ranks(nproc: int, start: bool, function: Any, *arguments: Any) -> dict[str, Any] | None:
     """The result of rank 0; None in a process that is another rank."""
-    from fusemesh.hybrid.launch import launch_local, rank_from_environment
+    from fusemesh.hybrid.launch import find_place, launch_local
 
     if start:
         return launch_local(nproc, function, *arguments)[0]
-    place = rank_from_environment()
+    place = find_place()
     result = function(*arguments)
     return result if place is None or place.rank == 0 else None
 

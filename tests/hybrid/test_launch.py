@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import launch_ranks
 import pytest
@@ -212,3 +214,28 @@ def _alive(pid: int) -> bool:
             return stream.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_a_process_finds_its_place_under_each_launcher(launcher: str, tmp_path: Path) -> None:
+    """MPI is asked itself: each rank of one machine has a number of its own there, and all meet at one store."""
+    script = tmp_path / "who.py"
+    script.write_text(
+        "import torch, torch.distributed as dist\n"
+        "from fusemesh.hybrid.launch import distributed, find_place\n"
+        "with distributed('cpu') as world:\n"
+        "    total = torch.tensor([world.rank + 1.0])\n"
+        "    dist.all_reduce(total)\n"
+        "    place = find_place()\n"
+        "    print(f'<{place.launcher} {place.rank} {place.local_rank} {place.local_world_size} {total.item()}>')\n"
+    )
+    bin = Path(sys.executable).parent
+    commands = {
+        "torchrun": [bin / "torchrun", "--standalone", "--nproc-per-node", "2", script],
+        "mpiexec": [bin / "mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, script],
+    }
+    done = subprocess.run(commands[launcher], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    name = {"torchrun": "torchrun", "mpiexec": "Open MPI"}[launcher]
+    assert sorted(re.findall(r"<(.*?)>", done.stdout)) == [f"{name} {rank} {rank} 2 3.0" for rank in range(2)]

@@ -1,0 +1,188 @@
+"""Whether replicas agree and numbers are finite; and where they do not, on which rank and in which parameter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+class DriftError(RuntimeError):
+    """Replicas of a parameter are no longer equal; the message names the parameter and the ranks."""
+
+
+class NonFiniteError(RuntimeError):
+    """A number is infinite or NaN; the message names the step, and the rank and parameter where it was born."""
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """An int64 scalar of a tensor's bits: a change of one element always changes it, others all but always."""
+    bits = tensor.detach().contiguous().flatten().view(torch.uint8)
+    padding = -bits.numel() % 4
+    words = torch.nn.functional.pad(bits, (0, padding)).view(torch.int32).to(torch.int64)
+    # Odd factors modulo 2^64, so that elements which change places are seen, too.
+    factors = torch.arange(words.numel(), device=words.device) * 2654435762 + 1
+    return (words * factors).sum()
+
+
+def check_replicas(model: nn.Module, *, step: int) -> None:
+    """Compare each parameter among the ranks that hold the same part of it; every rank calls it.
+
+    Two reductions of one number a parameter on each axis along which something is replicated.
+
+    Args:
+        model: parallelized; parameters that are no DTensors are not compared.
+        step: for the message.
+
+    Raises:
+        DriftError: on every rank, naming the first parameter that differs, in the order of ``named_parameters``.
+    """
+    parameters = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    sums = [checksum(p.to_local()) for _, p in parameters]
+    drifted: tuple[str, str, list[int]] | None = None
+    for axis, group, members in _replicated(parameters):
+        mine = torch.stack([sums[i] for i in members])
+        both = torch.stack([mine, -mine])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+        # The largest equals the smallest, which is minus the largest of the negatives.
+        differs = (both[0] != -both[1]).nonzero().flatten().tolist()
+        if differs:
+            first = members[differs[0]]
+            found = parameters[first][0], axis, _minority(sums[first], group)
+            if drifted is None or first < [name for name, _ in parameters].index(drifted[0]):
+                drifted = found
+    _raise_together(drifted, step)
+
+
+def _replicated(parameters: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str, dist.ProcessGroup, list[int]]]:
+    """For each axis and its group: which parameters are replicated along it. The same order on every rank."""
+    groups: dict[tuple[int, str], tuple[dist.ProcessGroup, list[int]]] = {}
+    for index, (_, parameter) in enumerate(parameters):
+        mesh = parameter.device_mesh
+        for dim, placement in enumerate(parameter.placements):
+            if placement.is_replicate() and mesh.size(dim) > 1:
+                group = mesh.get_group(dim)
+                name = (mesh.mesh_dim_names or [str(i) for i in range(mesh.ndim)])[dim]
+                groups.setdefault((dim, name), (group, []))[1].append(index)
+    for (_, name), (group, members) in groups.items():
+        yield name, group, members
+
+
+def _minority(mine: torch.Tensor, group: dist.ProcessGroup) -> list[int]:
+    """Global ranks of the group whose checksum is not the most frequent one; all of them where none is."""
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    values = [value.item() for value in found]
+    (common, count), *others = Counter(values).most_common()
+    ranks = dist.get_process_group_ranks(group)
+    tied = bool(others) and others[0][1] == count
+    return [rank for rank, value in zip(ranks, values, strict=True) if tied or value != common]
+
+
+def _raise_together(drifted: tuple[str, str, list[int]] | None, step: int) -> None:
+    """Raise on every rank if any has found something; the ranks of other groups have not seen it."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, drifted)
+    told = [item for item in found if item is not None]
+    if told:
+        name, axis, _ = told[0]
+        ranks = sorted({rank for other, _, ranks in told if other == name for rank in ranks})
+        raise DriftError(
+            f"step {step}: replicas of parameter {name!r} along {axis} differ: rank {', '.join(map(str, ranks))} from "
+            "the rest, or of two from each other. Go on from the last checkpoint with --resume; if it comes again on "
+            "the same rank, suspect its hardware"
+        )
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """Where this rank first met a number that is not finite; the smallest of all ranks' is where it was born."""
+
+    phase: int  # 0 a parameter, 1 the forward, 2 the backward
+    stage: int  # of the pipeline, in the order in which the phase passes through it
+    order: int  # of what this rank did in the phase
+    name: str
+
+    def __str__(self) -> str:
+        kind = ("in parameter", "in the output of module", "in the gradient of parameter")[self.phase]
+        return f"{kind} {self.name!r}"
+
+
+def find_non_finite(model: nn.Module, run: Callable[[], object], *, stage: int = 0) -> str:
+    """Do a step's forward and backward again, and say where its first number that is not finite comes from.
+
+    Every rank calls it; model and data must be as they were. Gradients are looked at on each rank by itself, before
+    they are summed over replicas, after which all of them would be bad.
+
+    Args:
+        run: the forward and backward.
+        stage: of the pipeline that this rank holds.
+
+    Returns:
+        "rank 2, in the gradient of parameter 'layers.0.mlp.up.weight'", or that it did not come again.
+    """
+    with _watched(model, stage) as findings:
+        run()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, min(findings, default=None))
+    found = [item for item in everyone if item is not None]
+    if not found:
+        return "nowhere, when the step was done again: suspect the hardware of the rank"
+    first = min(found)
+    ranks = [rank for rank, item in enumerate(everyone) if item == first]
+    return f"on rank {', '.join(map(str, ranks))}, {first}"
+
+
+@contextmanager
+def _watched(model: nn.Module, stage: int) -> Iterator[list[Finding]]:
+    findings: list[Finding] = []
+    counts = [0, 0, 0]
+    handles: list[Any] = []
+
+    def meet(phase: int, name: str, bad: bool) -> None:
+        counts[phase] += 1
+        if bad and not any(found.phase == phase for found in findings):
+            findings.append(Finding(phase, -stage if phase == 2 else stage, counts[phase], name))
+
+    def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        meet(1, name, _is_bad(output) and not _is_bad(inputs))
+
+    def before(name: str, module: nn.Module, inputs: Any) -> None:
+        # Only here, within the forward, are a sharded module's parameters whole, and leaves of the graph.
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and torch.is_grad_enabled():
+                full = f"{name}.{own}" if name else own
+                handles.append(parameter.register_hook(partial(on_gradient, full)))
+
+    def on_gradient(name: str, gradient: torch.Tensor) -> None:
+        meet(2, name, _is_bad(gradient))
+
+    for name, parameter in model.named_parameters():
+        meet(0, name, _is_bad(parameter))
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(before, name)))
+        if not list(module.children()):
+            handles.append(module.register_forward_hook(partial(after, name)))
+    try:
+        yield findings
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_bad(value: Any) -> bool:
+    """Whether a tensor, or one in a tuple or list of them, holds a number that is not finite, on this rank."""
+    if isinstance(value, (tuple, list)):
+        return any(_is_bad(item) for item in value)
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return False
+    local = value.to_local() if isinstance(value, DTensor) else value
+    return not bool(torch.isfinite(local.detach()).all())

@@ -1,0 +1,75 @@
+"""Layer: hybrid, 4 gloo ranks. Replicas that drift and numbers that are not finite are found by rank and parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import fault_ranks
+import pytest
+import torch
+
+from fusemesh.hybrid.consistency import checksum
+from fusemesh.hybrid.local_ranks import LocalRanks
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[LocalRanks]:
+    with LocalRanks(4, {"OMP_NUM_THREADS": "1"}) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_checksum(dtype: torch.dtype) -> None:
+    x = torch.randn(7, 11).to(dtype)
+    assert checksum(x) == checksum(x.clone()) == checksum(x.t().contiguous().t())
+    other = x.clone()
+    other[3, 4] = torch.nextafter(other[3, 4], torch.tensor(9.0, dtype=dtype)) if dtype != torch.bfloat16 else 0.5
+    swapped = x.clone()
+    swapped[0, 0], swapped[5, 5] = x[5, 5], x[0, 0]
+    assert len({int(checksum(y)) for y in (x, other, swapped)}) == 3
+
+
+GATE = "blocks.1.mlp.gate.weight"
+NORM = "blocks.0.mlp_norm.weight"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "spoilt", "told"),
+    [
+        ("dp4", {2: GATE}, f"step 7: replicas of parameter '{GATE}' along dp differ: rank 2 from"),
+        ("dp4", {1: GATE, 3: NORM}, f"'{NORM}' along dp differ: rank 3 from"),
+        ("dp2 x tp2", {3: GATE}, f"'{GATE}' along dp differ: rank 1, 3 from"),
+        ("tp4", {0: NORM}, f"'{NORM}' along tp differ: rank 0 from"),
+        ("fsdp2 x tp2", {1: NORM}, f"'{NORM}' along tp differ: rank 0, 1 from"),
+        # Every rank holds another part: there is nothing to compare with.
+        ("fsdp4", {1: GATE}, "none"),
+        ("dp2 x tp2", {}, "none"),
+    ],
+)
+def test_drift_is_named(ranks: LocalRanks, layout: str, spoilt: dict[int, str], told: str) -> None:
+    for message in ranks.call(fault_ranks.drift, layout, spoilt):
+        assert told in message
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["dp4", "fsdp2 x tp2"])
+@pytest.mark.parametrize(
+    ("where", "name", "told"),
+    [
+        ("parameter", GATE, f"in parameter '{GATE}'"),
+        ("output", "blocks.0.mlp.down", "in the output of module 'blocks.0.mlp.down'"),
+        ("output", "norm", "in the output of module 'norm'"),
+        ("gradient", GATE, f"in the gradient of parameter '{GATE}'"),
+        ("gradient", "embedding.weight", "in the gradient of parameter 'embedding.weight'"),
+    ],
+)
+def test_a_nan_is_found_where_it_was_born(ranks: LocalRanks, layout: str, where: str, name: str, told: str) -> None:
+    for rank in (0, 3):
+        assert ranks.call(fault_ranks.not_finite, layout, rank, where, name) == [f"on rank {rank}, {told}"] * 4
+
+
+@pytest.mark.distributed
+def test_without_a_nan_nothing_is_found(ranks: LocalRanks) -> None:
+    (message, *_) = ranks.call(fault_ranks.not_finite, "dp2 x tp2", -1, "", "")
+    assert message.startswith("nowhere, when the step was done again")

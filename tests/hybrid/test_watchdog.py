@@ -1,0 +1,58 @@
+"""Layer: hybrid, gloo ranks on this machine. Lost ranks are found soon and by name, and nobody else is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import fault_ranks
+import pytest
+
+from fusemesh.hybrid.local_ranks import LocalRanks, RankError
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs POSIX signals"),
+]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether no process of these is left, but for the reaped."""
+    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_the_launcher_names_the_lost_rank(victim: int, number: signal.Signals) -> None:
+    with LocalRanks(3, ONE_THREAD, grace=2.0, patience=3.0) as ranks:
+        ranks.call(fault_ranks.nothing)
+        pids = [process.pid for process in ranks._processes]
+        began = time.monotonic()
+        with pytest.raises(RankError) as caught:
+            ranks.call(fault_ranks.reduce_for_ever, victim, int(number), 60.0)
+        assert time.monotonic() - began < 30
+        assert next(iter(caught.value.failures)) == victim
+        assert ("SIGKILL" if number == signal.SIGKILL else "stopped") in caught.value.failures[victim]
+        assert gone(pids)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ranks_find_the_stopped_one_themselves(victim: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """As under torchrun or mpirun, where nobody looks at the processes' states."""
+    with LocalRanks(3, ONE_THREAD, grace=2.0, patience=1000.0) as ranks:
+        ranks.call(fault_ranks.nothing)
+        began = time.monotonic()
+        with pytest.raises(RankError) as caught:
+            ranks.call(fault_ranks.reduce_for_ever, victim, int(signal.SIGSTOP), 4.0)
+        assert time.monotonic() - began < 30
+        assert set(caught.value.failures) == {0, 1, 2} - {victim}
+    told = capfd.readouterr().err
+    assert told.count(f"fusemesh: rank {victim} has given no sign of life for 4 s") >= 1
+
+
+def test_who_computes_long_or_was_stopped_for_a_while_is_not_lost() -> None:
+    with LocalRanks(3, ONE_THREAD) as ranks:
+        assert ranks.call(fault_ranks.pause_and_go_on, 1, 6.0, 3.0) == [3, 3, 3]
+        assert ranks.call(fault_ranks.stop_then_continue, 2, 6.0) == [3, 3, 3]
