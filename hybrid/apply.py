@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .data_parallel import shard_data_parallel
 from .layout import Layout
+from .pipeline_options import PipelineOptions
+from .pipeline_parallel import Pipeline, PipelinedModel, cut
 from .tensor_parallel import TensorParallelModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,6 +24,7 @@ def parallelize(
     *,
     sequence_parallel: bool = True,
     dtype: torch.dtype | None = None,
+    pipeline: PipelineOptions | None = None,
 ) -> Model:
     """Place ``model`` on ``mesh``, in place, and return it.
 
@@ -30,6 +33,10 @@ def parallelize(
     loss divided by the global token count; gradients are sums over the replicas; torch's clipping and optimizers work
     unchanged.
 
+    With pp a rank keeps the parameters of its own stages, under the names of the whole model; forward and backward are
+    one call, :meth:`~fusemesh.hybrid.pipeline_parallel.PipelinedModel.loss_and_gradients`, and clipping is
+    :func:`~fusemesh.hybrid.pipeline_parallel.clip_gradients`. Both work without pp too.
+
     Args:
         model: its layers, which are sharded one by one, are the members of its ``nn.ModuleList``.
         mesh: from :func:`fusemesh.hybrid.launch.build_mesh`.
@@ -37,13 +44,15 @@ def parallelize(
         sequence_parallel: whether activations between the matmuls are split along the sequence over tp. The sequence
             length must then be a multiple of tp.
         dtype: of the computation; None computes in the parameters' own.
+        pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
 
     Raises:
-        ValueError: the layout has an axis that is not there yet or other degrees than the mesh, or a module cannot be
-            split over tp. Raised before any communication.
+        ValueError: the layout has an axis that is not there yet or other degrees than the mesh, a module cannot be
+            split over tp, or the model not over pp. Raised before any communication.
     """
-    layout.validate(world_size=mesh.size(), **_sizes(model))
-    parts = [module for module in model.modules() if isinstance(module, TensorParallelModule)]
+    options = pipeline or PipelineOptions()
+    layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
+    parts = _parts(model)
     for module in parts:
         module.check(layout.tp)
     strangers = _strangers(model, parts)
@@ -53,15 +62,25 @@ def parallelize(
             f"in other modules; replace those modules, or use tp1"
         )
 
-    # 1. The mesh's device, before parameters are cut.
+    # 1. Pipeline parallel: the rank keeps its stages alone, before anything else takes memory.
+    mine = cut(model, layout.pp, mesh.get_local_rank("pp"), options.virtual_stages) if layout.pp > 1 else None
+    roots: list[nn.Module] = [model] if mine is None else list(mine.stages.values())
+    # 2. The mesh's device, before parameters are cut.
     model.to(torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else "cpu")
-    # 2. Tensor parallel: parameters become DTensors on tp; all or none, because clipping takes no mixture.
-    if not strangers:
-        for module in parts:
+    for root in roots:
+        # 3. Tensor parallel: parameters become DTensors on tp; all or none, because clipping takes no mixture.
+        for module in [] if strangers else _parts(root):
             module.distribute(mesh["tp"], sequence_parallel and layout.tp > 1)
-    # 3. Data parallel: DTensors on (dp, fsdp, tp), gathered and reduced layer by layer.
-    shard_data_parallel(model, mesh, blocks=_blocks(model), dtype=dtype)
+        # 4. Data parallel: DTensors on (dp, fsdp, tp), gathered and reduced layer by layer.
+        shard_data_parallel(root, mesh, blocks=_blocks(root), dtype=dtype, keep_gathered=mine is not None)
+    # 5. The stages are connected.
+    if mine is not None:
+        mine.model.pipeline = Pipeline(mine, mesh, options, dtype)
     return model
+
+
+def _parts(model: nn.Module) -> list[TensorParallelModule]:
+    return [module for module in model.modules() if isinstance(module, TensorParallelModule)]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -72,7 +91,8 @@ def _sizes(model: nn.Module) -> dict[str, Any]:
     """What the model's configuration says of the sizes that a layout must fit."""
     config = getattr(model, "config", None)
     names = ("num_heads", "num_kv_heads", "intermediate_size")
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+    sizes = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return {**sizes, "num_layers": len(model.blocks) if isinstance(model, PipelinedModel) else None}
 
 
 def _strangers(model: nn.Module, parts: list[TensorParallelModule]) -> list[str]:

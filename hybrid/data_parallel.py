@@ -27,7 +27,12 @@ class _NotPerReduction(logging.Filter):
 
 
 def shard_data_parallel(
-    model: nn.Module, mesh: DeviceMesh, *, blocks: list[nn.Module], dtype: torch.dtype | None = None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    blocks: list[nn.Module],
+    dtype: torch.dtype | None = None,
+    keep_gathered: bool = False,
 ) -> None:
     """Wrap each of ``blocks``, then the rest of ``model``, in fully_shard over (dp, fsdp), sizes of 1 included.
 
@@ -35,6 +40,8 @@ def shard_data_parallel(
         mesh: with the axes dp and fsdp: replicas along dp, shards along fsdp.
         blocks: parts of the model whose parameters are gathered and freed together; usually its layers.
         dtype: of the computation; gradients are then reduced in fp32 and parameters stay in theirs. None: as they are.
+        keep_gathered: keep the blocks' parameters between forward and backward, for a stage of a pipeline: it runs many
+            micro-batches in between, each of which would gather them again.
     """
     _quiet()
     precision = MixedPrecisionPolicy()
@@ -42,7 +49,7 @@ def shard_data_parallel(
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     replicas = mesh["dp", "fsdp"]
     # With one shard there is nothing to free between forward and backward, and gathering again would only copy.
-    reshard = mesh["fsdp"].size() > 1
+    reshard = mesh["fsdp"].size() > 1 and not keep_gathered
     for block in blocks:
         fully_shard(block, mesh=replicas, mp_policy=precision, reshard_after_forward=reshard)
     fully_shard(model, mesh=replicas, mp_policy=precision, reshard_after_forward=False)

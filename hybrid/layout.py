@@ -9,7 +9,7 @@ from dataclasses import dataclass
 # Slowest axis first: neighbouring ranks differ in tp, whose collectives are the largest and the most frequent.
 AXES = ("pp", "dp", "fsdp", "cp", "tp")
 # Axes that parse but have no implementation yet.
-NOT_YET = {"cp": "context parallel", "pp": "pipeline parallel"}
+NOT_YET = {"cp": "context parallel"}
 
 _TERM = re.compile(r"([a-z]+)\s*=?\s*(\d+)")
 
@@ -19,8 +19,8 @@ class Layout:
     """The degree of each axis of the mesh; their product is the number of ranks.
 
     ``dp`` replicates the model and ``fsdp`` shards it over ranks that see different samples; ``tp`` splits every
-    matmul; ``cp`` splits the sequence and ``pp`` the layers (both parse, and :meth:`validate` refuses them: they are
-    not there yet).
+    matmul; ``pp`` splits the layers into stages; ``cp`` splits the sequence (it parses, and :meth:`validate` refuses
+    it: it is not there yet).
 
     Raises:
         ValueError: a degree is not a positive integer.
@@ -99,21 +99,24 @@ class Layout:
         self,
         *,
         world_size: int | None = None,
+        num_layers: int | None = None,
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
         intermediate_size: int | None = None,
         sequence_length: int | None = None,
         global_batch: int | None = None,
         sequence_parallel: bool = True,
+        virtual_stages: int = 1,
     ) -> None:
         """Refuse what this layout cannot run, before any rank waits for another. What is None is not looked at.
 
         Args:
             world_size: ranks that were started.
-            num_heads, num_kv_heads, intermediate_size: of the model.
+            num_layers, num_heads, num_kv_heads, intermediate_size: of the model.
             sequence_length: tokens in one sample.
             global_batch: samples in one step, over all replicas.
             sequence_parallel: whether activations between the matmuls are split along the sequence over tp.
+            virtual_stages: stages on each rank of pp.
 
         Raises:
             ValueError: names the key, the value received, and legal ones.
@@ -128,6 +131,8 @@ class Layout:
                 f"layout: {self} needs {self.world_size} ranks and {world_size} were started; start {self.world_size} "
                 f"(--nproc {self.world_size}) or give degrees whose product is {world_size}"
             )
+        if num_layers is not None and self.pp > 1:
+            self._check_stages(num_layers, virtual_stages)
         if num_heads is not None and num_heads % self.tp != 0:
             raise ValueError(
                 f"num_heads: {num_heads} heads cannot be split over tp{self.tp}; {_divisors(num_heads, 'tp')}"
@@ -152,6 +157,20 @@ class Layout:
                 f"global_batch: {global_batch} samples cannot be dealt to {self.replicas} replicas (dp{self.dp} x "
                 f"fsdp{self.fsdp}); use a multiple of {self.replicas}"
             )
+
+    def _check_stages(self, num_layers: int, virtual_stages: int) -> None:
+        stages = self.pp * virtual_stages
+        if num_layers >= stages:
+            return
+        each = f" x {virtual_stages} virtual stages a rank" if virtual_stages > 1 else ""
+        legal = [f"pp up to {max(1, num_layers // virtual_stages)}", f"at least {stages} layers"]
+        if virtual_stages > 1 and num_layers >= self.pp:
+            fewer = num_layers // self.pp
+            legal.insert(1, f"pipeline.virtual_stages {fewer}" + (" and pipeline.schedule 1f1b" if fewer == 1 else ""))
+        raise ValueError(
+            f"num_layers: {num_layers} layers cannot be dealt to pp{self.pp}{each}, whose {stages} stages need one "
+            f"each; use {', or '.join(legal)}"
+        )
 
     def describe(self) -> str:
         """The layout in words, one line an axis."""

@@ -208,6 +208,8 @@ class VocabParallelEmbedding(TensorParallelModule):
 
     - forward: y = reduce-scatter (or all-reduce) of the rows this rank holds, zero for the other ids
     - wgrad: dW[id] = sum of dY over the positions of id; no sum over tp
+
+    With tied embeddings the same table is the head's weight: :meth:`logits`.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
@@ -241,6 +243,16 @@ class VocabParallelEmbedding(TensorParallelModule):
         if self.sequence_parallel:
             return parallel.reduce_scatter_to_sequence(y, self.group)
         return parallel.reduce_from_group(y, self.group)
+
+    def logits(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        """x W^T with this rank's rows: x [B, S, E], or [B, S / tp, E] under sequence parallel, to [B, S, V_local]."""
+        weight = self.local("weight")
+        assert weight is not None
+        if self.replicated:
+            weight = weight[own_rows(self.num_embeddings, self.ranks, self.rank)]
+        return parallel.column_parallel_linear(
+            x, weight, group=self.group, sequence_parallel=self.sequence_parallel, backend=backend
+        )
 
 
 class RMSNorm(TensorParallelModule):

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fusemesh.hybrid.pipeline_parallel import PipelinedModel, StageModule
 from fusemesh.hybrid.tensor_parallel import (
     ColumnParallelLinear,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelLoss,
+    own_rows,
 )
 from fusemesh.kernels.attention.api import flash_attention
 
@@ -47,6 +49,8 @@ class TransformerConfig:
     """Whether the linear layers (not the head) have biases."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; projections onto the residual have it over sqrt(2 * num_layers)."""
+    tie_embeddings: bool = False
+    """Whether the head's weight is the embedding's: one parameter, ``embedding.weight``, with both gradients."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -65,6 +69,9 @@ class TransformerConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number, received {value!r}")
+        for name in ("use_bias", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, received {getattr(self, name)!r}")
         if self.hidden_size % (2 * self.num_heads) != 0:
             raise ValueError(
                 f"hidden_size: expected a multiple of 2 * num_heads = {2 * self.num_heads}, because rotary positions "
@@ -158,7 +165,77 @@ class Block(nn.Module):
         return self.mlp(self.mlp_norm(h), h)
 
 
-class Transformer(nn.Module):
+class TransformerStage(StageModule):
+    """Some consecutive blocks of a :class:`Transformer`, with the embedding before them, or norm and head after them.
+
+    The modules are the Transformer's own, not copies. Local shapes: tokens [B, S]; h [B, S, E], or [B, S / tp, E] under
+    sequence parallel; logits [B, S, V_local].
+
+    Args:
+        embedding: None in a stage that neither embeds nor (with tied embeddings) ends in logits.
+        norm, head: None before the last stage; ``head`` is None in the last one too if embeddings are tied.
+        first: whether the input is tokens rather than h.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        backend: str,
+        embedding: VocabParallelEmbedding | None,
+        blocks: list[Block],
+        norm: RMSNorm | None,
+        head: ColumnParallelLinear | None,
+        *,
+        first: bool,
+    ) -> None:
+        super().__init__()
+        self.config, self.backend, self.first = config, backend, first
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = head
+        self.token_loss = VocabParallelLoss(config.vocab_size) if norm is not None else None
+
+    def _parts(self) -> int:
+        """Into how many parts the sequence is split between the matmuls."""
+        norm = next(module for module in self.modules() if isinstance(module, RMSNorm))
+        return norm.ranks if norm.sequence_parallel else 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (in the first stage) or h to h, or (in the last) to logits."""
+        length = x.shape[1] if self.first else x.shape[1] * self._parts()
+        h = x
+        if self.first:
+            assert self.embedding is not None
+            h = self.embedding(x)
+        # Attention sees the whole sequence on every rank of tp, so positions count from its start.
+        positions = torch.arange(length, device=x.device)
+        table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype)
+        for block in self.blocks:
+            h = block(h, table)
+        if self.norm is None:
+            return h
+        h = self.norm(h)
+        if self.head is not None:
+            return self.head(h)
+        assert self.embedding is not None
+        return self.embedding.logits(h, self.backend)
+
+    def input_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        return (batch, length) if self.first else (batch, length // self._parts(), self.config.hidden_size)
+
+    def output_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        if self.norm is None:
+            return batch, length // self._parts(), self.config.hidden_size
+        rows = own_rows(self.config.vocab_size, self.norm.ranks, self.norm.rank)
+        return batch, length, rows.stop - rows.start
+
+    def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert self.token_loss is not None
+        return self.token_loss(output, targets).sum()
+
+
+class Transformer(TransformerStage, PipelinedModel):
     """A causal language model.
 
     Args:
@@ -177,13 +254,16 @@ class Transformer(nn.Module):
         seed: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = ColumnParallelLinear(config.hidden_size, config.vocab_size, backend=backend)
-        self.token_loss = VocabParallelLoss(config.vocab_size)
+        tied = config.tie_embeddings
+        super().__init__(
+            config,
+            backend,
+            VocabParallelEmbedding(config.vocab_size, config.hidden_size),
+            [Block(config, backend) for _ in range(config.num_layers)],
+            RMSNorm(config.hidden_size, eps=config.norm_eps),
+            None if tied else ColumnParallelLinear(config.hidden_size, config.vocab_size, backend=backend),
+            first=True,
+        )
         self.initialise(seed)
         self.to(dtype if dtype is not None else torch.get_default_dtype())
 
@@ -201,46 +281,61 @@ class Transformer(nn.Module):
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_(values * (std / math.sqrt(2 * self.config.num_layers) if onto_residual else std))
 
+    def stage(self, blocks: range, *, first: bool, last: bool) -> TransformerStage:
+        return TransformerStage(
+            self.config,
+            self.backend,
+            self.embedding if first or (last and self.config.tie_embeddings) else None,
+            [self.blocks[index] for index in blocks],  # type: ignore[misc]
+            self.norm if last else None,
+            self.head if last else None,
+            first=first,
+        )
+
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of the next token, or with ``targets`` the loss.
 
         Args:
-            tokens: [B, S] integer ids of this replica's samples, equal on every rank of tp.
+            tokens: [B, S] integer ids of this replica's samples, equal on every rank of tp and pp.
             targets: [B, S] ids, -100 where a token does not count; or None.
 
         Returns:
             [B, S, V_local]: this rank's part of the vocabulary; with ``targets`` a scalar, the loss summed over this
-            replica's tokens, equal on every rank of tp: divide it by the token count of all replicas.
+            replica's tokens, equal on every rank of tp and pp: divide it by the token count of all replicas. With pp it
+            has no gradient: see :meth:`loss_and_gradients`.
 
         Raises:
             ValueError: tokens of another shape, or longer than ``max_sequence_length``, or (sequence parallel) a
-                length that tp does not divide.
+                length that tp does not divide; or logits are asked for with pp, where one stage alone has them.
         """
+        self._check_tokens(tokens)
+        if self.pipeline is not None:
+            if targets is None:
+                raise ValueError(
+                    "targets: expected with pp, because the logits are on the last stage alone, received None; give "
+                    "targets, or use pp1"
+                )
+            return self.pipeline.loss(tokens, targets)
+        logits = super().forward(tokens)
+        return logits if targets is None else self.summed_loss(logits, targets)
+
+    def loss_and_gradients(
+        self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor
+    ) -> torch.Tensor:
+        self._check_tokens(tokens)
+        return super().loss_and_gradients(tokens, targets, count)
+
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected shape [B, S], received {tuple(tokens.shape)}")
-        length, ranks = tokens.shape[1], self.embedding.ranks
+        length, parts = tokens.shape[1], self._parts()
         if length > self.config.max_sequence_length:
             raise ValueError(
                 f"tokens: expected at most max_sequence_length = {self.config.max_sequence_length} a sample, received "
                 f"{length}; cut the samples, or configure a longer maximum"
             )
-        if self.embedding.sequence_parallel and length % ranks != 0:
+        if length % parts != 0:
             raise ValueError(
-                f"tokens: {length} tokens a sample cannot be split over tp{ranks}; use a multiple of {ranks}, or "
+                f"tokens: {length} tokens a sample cannot be split over tp{parts}; use a multiple of {parts}, or "
                 "sequence_parallel=False"
             )
-        h = self.embedding(tokens)
-        # Attention sees the whole sequence on every rank of tp, so positions count from its start.
-        positions = torch.arange(length, device=tokens.device)
-        table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, h.dtype)
-        for block in self.blocks:
-            h = block(h, table)
-        logits = self.head(self.norm(h))
-        if targets is None:
-            return logits
-        return self.token_loss(logits, targets).sum()
-
-    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The summed loss; see :meth:`forward`. The same as calling the model with targets."""
-        # By the call, not by forward: fully_shard's hooks hang on it.
-        return self(tokens, targets)

@@ -74,7 +74,9 @@ def test_ranks_are_laid_out_with_tp_fastest() -> None:
         ("tp4", {"sequence_length": 10, "sequence_parallel": False}),
         ("tp4", {"sequence_length": 12}),
         ("dp2 x fsdp2", {"global_batch": 8, "world_size": 4, "num_heads": 3, "sequence_length": 7}),
-        ("single", {"world_size": 1}),
+        ("single", {"world_size": 1, "num_layers": 1, "virtual_stages": 2}),
+        ("pp4 x tp2", {"num_layers": 4, "world_size": 8}),
+        ("pp2", {"num_layers": 5, "virtual_stages": 2}),
     ],
 )
 def test_validate_accepts(text: str, sizes: dict) -> None:
@@ -85,7 +87,19 @@ def test_validate_accepts(text: str, sizes: dict) -> None:
     ("text", "sizes", "key", "parts"),
     [
         ("cp2", {}, "layout", ["context parallel", "not there yet", "cp1"]),
-        ("pp2 x dp2", {}, "layout", ["pipeline parallel", "not there yet", "pp1"]),
+        ("pp4", {"num_layers": 3}, "num_layers", ["3 layers", "pp4", "4 stages", "pp up to 3", "at least 4 layers"]),
+        (
+            "pp2",
+            {"num_layers": 5, "virtual_stages": 3},
+            "num_layers",
+            ["pp2 x 3 virtual", "6 stages", "pp up to 1", "pipeline.virtual_stages 2,", "at least 6 layers"],
+        ),
+        (
+            "pp4",
+            {"num_layers": 7, "virtual_stages": 2},
+            "num_layers",
+            ["pp up to 3", "pipeline.virtual_stages 1 and pipeline.schedule 1f1b"],
+        ),
         ("dp2 x tp2", {"world_size": 8}, "layout", ["needs 4 ranks", "8 were started", "--nproc 4"]),
         ("tp4", {"num_heads": 6}, "num_heads", ["6", "tp4", "[1, 2, 3, 6]"]),
         ("tp3", {"num_heads": 6, "num_kv_heads": 2}, "num_kv_heads", ["2", "tp3", "[1, 2, 4, 6]"]),

@@ -113,7 +113,7 @@ def test_own_model_with_plain_layers(rank_pool: RankPool) -> None:
         ("tp4", {"intermediate_size": 14}, ["intermediate_size: 14", "multiple of 4"]),
         ("dp2", {}, ["layout: dp2 needs 2 ranks and 4 were started", "--nproc 2"]),
         ("cp4", {}, ["layout: context parallel (cp) is not there yet"]),
-        ("pp4", {}, ["layout: pipeline parallel (pp) is not there yet"]),
+        ("pp4", {"num_layers": 3}, ["num_layers: 3 layers", "pp4", "pp up to 3", "at least 4 layers"]),
     ],
 )
 def test_refusals(rank_pool: RankPool, layout: str, change: dict, parts: list[str]) -> None:

@@ -40,13 +40,14 @@ def llama(model: Transformer) -> torch.nn.Module:
             rms_norm_eps=config.norm_eps,
             attention_bias=config.use_bias,
             mlp_bias=config.use_bias,
-            tie_word_embeddings=False,
+            tie_word_embeddings=config.tie_embeddings,
             attn_implementation="eager",
         )
     ).double()
     ours = dict(model.named_parameters())
     names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    names["head.weight"] = "lm_head.weight"
+    if not config.tie_embeddings:
+        names["head.weight"] = "lm_head.weight"
     for layer in range(config.num_layers):
         a, b = f"blocks.{layer}.", f"model.layers.{layer}."
         names[f"{a}attention_norm.weight"] = f"{b}input_layernorm.weight"
@@ -57,14 +58,16 @@ def llama(model: Transformer) -> torch.nn.Module:
         names[f"{a}mlp.gate.weight_up"] = f"{b}mlp.up_proj.weight"
         names[f"{a}mlp.down.weight"] = f"{b}mlp.down_proj.weight"
     assert sorted(names) == sorted(ours)
-    other.load_state_dict({theirs: ours[name].detach() for name, theirs in names.items()}, strict=True)
+    found = other.load_state_dict({theirs: ours[name].detach() for name, theirs in names.items()}, strict=False)
+    assert not found.unexpected_keys and found.missing_keys == ["lm_head.weight"] * config.tie_embeddings
     return other
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_against_llama(backend: str) -> None:
-    """Logits and loss of an independent implementation with the same weights."""
-    model = Transformer(CONFIG, backend, seed=5, dtype=torch.float64)
+def test_against_llama(backend: str, tied: bool) -> None:
+    """Logits, loss and a gradient of an independent implementation with the same weights."""
+    model = Transformer(dataclasses.replace(CONFIG, tie_embeddings=tied), backend, seed=5, dtype=torch.float64)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(number)
@@ -79,6 +82,11 @@ def test_against_llama(backend: str) -> None:
     torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-6)
     loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(model.loss(tokens, targets), loss, rtol=1e-6, atol=0)
+    # With tied embeddings the sum of two: from where tokens enter, and from the logits.
+    loss.backward()
+    assert torch.equal(model.loss_and_gradients(tokens, targets, 7), model.loss(tokens, targets).detach())
+    theirs = other.get_input_embeddings().weight.grad
+    torch.testing.assert_close(model.embedding.weight.grad * 7, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_rotary_positions() -> None:
@@ -132,6 +140,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ({"hidden_size": 50}, r"hidden_size: expected a multiple of 2 \* num_heads = 12.*received 50"),
         ({"num_kv_heads": 4}, "num_kv_heads: expected a divisor of num_heads = 6, received 4"),
         ({"rope_theta": 0}, "rope_theta: expected a positive number, received 0"),
+        ({"tie_embeddings": 1}, "tie_embeddings: expected True or False, received 1"),
         ({"norm_eps": float("nan")}, "norm_eps: expected a positive number, received nan"),
     ],
 )

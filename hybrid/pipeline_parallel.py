@@ -1,0 +1,332 @@
+"""Pipeline parallel: a model's blocks are dealt to stages, through which micro-batches flow by torch's schedules.
+
+The ranks that differ in pp alone are one pipeline: they see the same samples, and each holds one stage, or with the
+interleaved schedule several. Parameters keep the names they have in the whole model, so that a checkpoint does not know
+of stages. The loss that the last stage differentiates is already divided by the global token count, so micro-batches
+add up and nothing is scaled afterwards.
+
+A parameter that two stages hold (tied embeddings) is a copy on each. The copies start equal, their gradients are summed
+between the two ranks, and so they stay equal; the norm counts them once.
+
+Sources: Huang et al., "GPipe" (2019); Narayanan et al., "PipeDream" (2019) for 1F1B and "Efficient Large-Scale Language
+Model Training on GPU Clusters" (2021) for the interleaved schedule and tied embeddings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .pipeline_options import PipelineOptions, deal_blocks
+
+# Names in torch.distributed.pipelining, which only a pipeline imports: it takes a second.
+_SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved1f1b": "ScheduleInterleaved1F1B"}
+
+
+class StageModule(nn.Module):
+    """What one stage computes: forward takes tokens (the first stage) or what the stage before returned."""
+
+    def input_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        """The shape on this rank of what forward takes for ``batch`` samples of ``length`` tokens."""
+        raise NotImplementedError
+
+    def output_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        """The shape on this rank of what forward returns for them."""
+        raise NotImplementedError
+
+    def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss summed over tokens, from what the last stage returns: a scalar, equal on every rank of tp."""
+        raise NotImplementedError
+
+
+class PipelinedModel(nn.Module):
+    """A model that can be cut into stages: it has ``blocks``, and :meth:`stage`.
+
+    Called with (tokens, targets) it gives the summed loss of a replica's samples. :func:`parallelize` sets
+    ``pipeline`` if the layout has pp; then the model holds only what this rank's stages need.
+    """
+
+    pipeline: Pipeline | None = None
+    blocks: nn.ModuleList
+
+    def stage(self, blocks: range, *, first: bool, last: bool) -> StageModule:
+        """The stage of these blocks, made of this model's own modules."""
+        raise NotImplementedError
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss summed over this replica's tokens [B, S]; with pp it has no gradient."""
+        # By the call, not by forward: fully_shard's hooks hang on it.
+        return self(tokens, targets)
+
+    def loss_and_gradients(
+        self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Add the gradients of ``loss(tokens, targets) / count`` to those that are there; with and without pp.
+
+        Args:
+            tokens, targets: [B, S] of this replica, equal on its ranks of tp and pp.
+            count: tokens of all replicas (and of all calls between two optimizer steps).
+
+        Returns:
+            The loss summed over this replica's tokens, detached, equal on its ranks of tp and pp.
+        """
+        if self.pipeline is not None:
+            return self.pipeline.loss_and_gradients(tokens, targets, count)
+        loss = self.loss(tokens, targets)
+        (loss / count).backward()
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is left of ``model`` on one rank of pp.
+
+    ``stages`` maps the number of each of this rank's stages to its module; ``shared`` maps the names of parameters
+    that a stage on another rank holds too to the two ranks of pp, the one first whose copy the norm counts.
+    """
+
+    model: PipelinedModel
+    num_stages: int
+    stages: dict[int, StageModule]
+    shared: dict[str, tuple[int, int]]
+
+
+def cut(model: nn.Module, ranks: int, rank: int, virtual_stages: int) -> Cut:
+    """Reduce ``model`` in place to the stages of ``rank`` (0 to ``ranks - 1``): number rank, rank + ranks, and so on.
+
+    Raises:
+        ValueError: the model does not say how it is cut.
+    """
+    if not isinstance(model, PipelinedModel):
+        raise ValueError(
+            f"model: pp{ranks} expects a fusemesh.hybrid.pipeline_parallel.PipelinedModel, which can be cut into "
+            f"stages, received {type(model).__name__}; derive it from that, or use pp1"
+        )
+    number = ranks * virtual_stages
+    parts = deal_blocks(len(model.blocks), number)
+    stages = [model.stage(part, first=i == 0, last=i == number - 1) for i, part in enumerate(parts)]
+    holders: dict[int, list[int]] = {}
+    for index, stage in enumerate(stages):
+        for parameter in stage.parameters():
+            holders.setdefault(id(parameter), []).append(index % ranks)
+    shared = {}
+    for name, parameter in model.named_parameters():
+        at = holders.get(id(parameter), [])
+        assert 1 <= len(at) <= 2 and len(set(at)) == len(at), f"{name} is held by the ranks {at} of pp"
+        if len(at) == 2 and rank in at:
+            shared[name] = (at[0], at[1])
+    own = {index: stage for index, stage in enumerate(stages) if index % ranks == rank}
+    _drop_all_but(model, {id(module) for stage in own.values() for module in stage.modules()})
+    return Cut(model, number, own, shared)
+
+
+def _drop_all_but(module: nn.Module, kept: set[int]) -> None:
+    """Take away the descendants of ``module`` that neither are in ``kept`` nor hold one that is; names stay."""
+    for name, child in list(module.named_children()):
+        if id(child) in kept:
+            continue
+        if any(id(descendant) in kept for descendant in child.modules()):
+            _drop_all_but(child, kept)
+        elif isinstance(module, nn.ModuleList):
+            # Its own deletion would renumber the blocks that follow.
+            delattr(module, name)
+        else:
+            setattr(module, name, None)
+
+
+class Pipeline:
+    """This rank's stages at work; every rank of the pipeline calls the same methods with the same samples.
+
+    Args:
+        parts: what :func:`cut` left, sharded and on its device.
+        mesh: of all ranks.
+        dtype: of the activations between stages; None: the parameters'.
+    """
+
+    def __init__(self, parts: Cut, mesh: DeviceMesh, options: PipelineOptions, dtype: torch.dtype | None) -> None:
+        self.group = mesh.get_group("pp")
+        self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.parts, self.options = parts, options
+        parameter = next(parts.model.parameters())
+        self.device, self.dtype = parameter.device, dtype or parameter.dtype
+        self._schedules: dict[tuple[int, int, bool], Any] = {}
+        self._losses: list[torch.Tensor] = []
+        self._count: int | torch.Tensor = 1
+
+    @property
+    def has_first(self) -> bool:
+        """Whether this rank holds the first stage."""
+        return 0 in self.parts.stages
+
+    @property
+    def has_last(self) -> bool:
+        """Whether this rank holds the last stage."""
+        return self.parts.num_stages - 1 in self.parts.stages
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss summed over tokens [B, S], on every rank; no gradient.
+
+        Raises:
+            ValueError: B does not fit the schedule; see :meth:`PipelineOptions.microbatches_of`.
+        """
+        schedule, is_new = self._schedule(*tokens.shape, training=False)
+        with torch.no_grad(), self._gradients_set_aside(is_new):
+            self._run(schedule.eval, tokens, targets)
+        for module in self._sharded():
+            # No backward follows, after which fully_shard would do it: parameters are shards again, as others expect.
+            module.reshard()
+        return self._everywhere()
+
+    def loss_and_gradients(
+        self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor
+    ) -> torch.Tensor:
+        """See :meth:`PipelinedModel.loss_and_gradients`; raises as :meth:`loss` does."""
+        schedule, is_new = self._schedule(*tokens.shape, training=True)
+        self._count = count
+        with self._gradients_set_aside(is_new):
+            self._run(schedule.step, tokens, targets)
+            self._sum_shared_gradients()
+        return self._everywhere()
+
+    def counted(self) -> Iterator[nn.Parameter]:
+        """The parameters that this rank contributes to a sum over all stages, so that each is counted once."""
+        for name, parameter in self.parts.model.named_parameters():
+            if self.parts.shared.get(name, (self.rank,))[0] == self.rank:
+                yield parameter
+
+    def sum_over_stages(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of ``value`` over the ranks of pp, in a new tensor."""
+        total = value.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def _run(self, call: Callable[..., Any], tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        self._losses.clear()
+        call(
+            *((tokens,) if self.has_first else ()),
+            target=targets if self.has_last else None,
+            return_outputs=False,
+        )
+
+    @contextlib.contextmanager
+    def _gradients_set_aside(self, all_of_them: bool) -> Iterator[None]:
+        """Take the gradients of earlier calls away from the block, and add them afterwards.
+
+        Those of shared parameters are summed over the stages already. And a schedule that runs for the first time
+        deletes whatever gradients it finds.
+        """
+        model = self.parts.model
+        chosen = model.parameters() if all_of_them else map(model.get_parameter, self.parts.shared)
+        before = [(parameter, parameter.grad) for parameter in chosen if parameter.grad is not None]
+        for parameter, _ in before:
+            parameter.grad = None
+        yield
+        for parameter, earlier in before:
+            parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
+
+    def _microbatch_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = self.parts.stages[self.parts.num_stages - 1].summed_loss(output, targets)
+        self._losses.append(loss.detach())
+        return loss / self._count
+
+    def _everywhere(self) -> torch.Tensor:
+        """The sum of the micro-batches' losses, which the last stage has, on every rank."""
+        # As the loss of tokens is, in its class.
+        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=kind, device=self.device)
+        if self.has_last:
+            total = torch.stack(self._losses).double().sum().to(kind)
+        dist.broadcast(total, group=self.group, group_src=(self.parts.num_stages - 1) % self.ranks)
+        return total
+
+    def _sum_shared_gradients(self) -> None:
+        for name, pair in self.parts.shared.items():
+            gradient = self.parts.model.get_parameter(name).grad
+            assert gradient is not None
+            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            if own.numel() == 0:
+                continue
+            other = torch.empty_like(own, memory_format=torch.contiguous_format)
+            peer = pair[0] if pair[1] == self.rank else pair[1]
+            exchange = [
+                dist.P2POp(dist.isend, own.contiguous(), group=self.group, group_peer=peer),
+                dist.P2POp(dist.irecv, other, group=self.group, group_peer=peer),
+            ]
+            for work in dist.batch_isend_irecv(exchange):
+                work.wait()
+            # Of two terms, in either order: the same bits on both ranks.
+            own += other
+
+    def _sharded(self) -> Iterator[FSDPModule]:
+        for stage in self.parts.stages.values():
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    yield module
+
+    def _schedule(self, batch: int, length: int, *, training: bool) -> tuple[Any, bool]:
+        """torch's schedule for batches of this shape, whose buffers are fixed, and whether it has not run yet."""
+        from torch.distributed import pipelining
+
+        key = (batch, length, training)
+        if is_new := key not in self._schedules:
+            options = self.options if training else self.options.evaluating()
+            number = options.microbatches_of(self.ranks, batch)
+            stages = [self._torch_stage(index, batch // number, length) for index in self.parts.stages]
+            # The loss is divided by the global token count: the default would divide gradients by micro-batches again.
+            self._schedules[key] = getattr(pipelining, _SCHEDULES[self.options.schedule])(
+                stages if self.options.schedule == "interleaved1f1b" else stages[0],
+                number,
+                loss_fn=self._microbatch_loss,
+                scale_grads=False,
+            )
+        return self._schedules[key], is_new
+
+    def _torch_stage(self, index: int, batch: int, length: int) -> Any:
+        from torch.distributed.pipelining import PipelineStage
+
+        stage, shape = self.parts.stages[index], (batch, length)
+        # Shapes are said, not inferred: torch would run the model once more to find them.
+        tokens = torch.empty(shape, dtype=torch.int64, device="meta")
+        entering, leaving = (
+            torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True)
+            for size in (stage.input_shape(*shape), stage.output_shape(*shape))
+        )
+        return PipelineStage(
+            stage,
+            index,
+            self.parts.num_stages,
+            self.device,
+            input_args=tokens if index == 0 else entering,
+            output_args=leaving,
+            group=self.group,
+        )
+
+
+def clip_gradients(model: nn.Module, max_norm: float, *, foreach: bool | None = None) -> torch.Tensor:
+    """Scale the gradients of a parallelized model down to ``max_norm``, in any layout; every rank calls it.
+
+    Args:
+        foreach: see ``torch.nn.utils.clip_grad_norm_``.
+
+    Returns:
+        The norm before clipping, of every parameter of all stages once; perhaps a DTensor.
+    """
+    pipeline = model.pipeline if isinstance(model, PipelinedModel) else None
+    if pipeline is None:
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=foreach)
+    gradients = [parameter.grad for parameter in pipeline.counted() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=foreach)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norm = pipeline.sum_over_stages(norm.square()).sqrt()
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm, foreach=foreach)
+    return norm
