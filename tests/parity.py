@@ -1,29 +1,24 @@
-"""The parity model, one training run of it on any layout, and what to break to see that the comparison notices.
+"""The parity model, one training run of it on any layout, and the comparison of two runs.
 
 Imported by the ranks, so it holds no tests; those are in tests/hybrid/test_parity.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
 
 import torch
-from torch.distributed.tensor import Replicate
 
-from fusemesh import transformer
-from fusemesh.hybrid import data_parallel, tensor_parallel
+from fusemesh.hybrid import data_parallel
 from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.launch import World, build_mesh
 from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.pipeline_options import PipelineOptions
+from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
-from fusemesh.kernels.matmul import parallel
-from fusemesh.kernels.vocab_loss import api as vocab_loss
 from fusemesh.transformer import Transformer, TransformerConfig
 
 # Key/value heads below tp4, a vocabulary that neither 2 nor 4 divides, a head dim of 18, 11 intermediate features on a
@@ -39,13 +34,40 @@ CONFIG = TransformerConfig(
     use_bias=True,
 )
 BATCH, LENGTH, STEPS = 4, 12, 3
+DEFAULTS = PipelineOptions()
 # Below the gradients' norm at every step, so that clipping scales them.
 MAX_NORM = 0.05
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What may differ from :data:`CONFIG` in a model: its runs are compared with one process's run of the same."""
+
+    layers: int = CONFIG.num_layers
+    tied: bool = False
+    vocabulary: int = CONFIG.vocab_size
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout with its options, and the variant that is trained on it."""
+
+    layout: str
+    sequence_parallel: bool = True
+    variant: Variant = Variant()
+    pipeline: PipelineOptions = DEFAULTS
+
+    def __str__(self) -> str:
+        """For the names of tests."""
+        words = [self.layout.replace(" ", ""), "sp" if self.sequence_parallel else "nosp"]
+        if "pp" in self.layout:
+            words += [f"{self.variant.layers}layers", self.pipeline.schedule, f"m{self.pipeline.microbatches}"]
+        return "-".join(words + ["tied"] * self.variant.tied)
+
+
 @dataclass
 class Step:
-    """What one training step left behind, whole and equal on every rank."""
+    """What one training step left behind on a rank: whole tensors, with pp those of its own stages."""
 
     loss: torch.Tensor
     norm: torch.Tensor
@@ -61,9 +83,12 @@ class Run:
     counts: dict[tuple[str, str], int]
 
 
-def build_model(dtype: torch.dtype, backend: str, vocabulary: int) -> Transformer:
+def build_model(dtype: torch.dtype, backend: str, variant: Variant) -> Transformer:
     """The parity model with every parameter moved off its initial value, biases and norms too."""
-    model = Transformer(dataclasses.replace(CONFIG, vocab_size=vocabulary), backend, dtype=dtype)
+    config = dataclasses.replace(
+        CONFIG, num_layers=variant.layers, tie_embeddings=variant.tied, vocab_size=variant.vocabulary
+    )
+    model = Transformer(config, backend, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -95,8 +120,10 @@ def train(
     targets: torch.Tensor,
     total: Callable[[torch.Tensor], torch.Tensor],
     steps: int,
+    *,
+    plain: bool = False,
 ) -> Run:
-    """A plain training loop; ``total`` sums over the replicas."""
+    """A training loop; ``total`` sums over the replicas. A ``plain`` one calls torch alone for gradients and norm."""
     backends.reset_call_counts()
     # With AdamW's usual eps the first update is the gradient's sign, which magnifies the rounding of tiny gradients.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, fused=True)
@@ -104,43 +131,44 @@ def train(
     for _ in range(steps):
         optimizer.zero_grad()
         count = total((targets != -100).sum())
-        loss = model.loss(tokens, targets) / count
-        loss.backward()
+        if plain:
+            loss = model.loss(tokens, targets)
+            (loss / count).backward()
+        else:
+            loss = model.loss_and_gradients(tokens, targets, count)
         gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
         # foreach=False: for a list of tensors DTensor plans a call anew, a second of each rank in every layout.
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=False))
+        if plain:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=False)
+        else:
+            norm = clip_gradients(model, MAX_NORM, foreach=False)
         optimizer.step()
         parameters = {name: whole(parameter) for name, parameter in model.named_parameters()}
-        done.append(Step(total(loss.detach()), norm, gradients, parameters))
+        done.append(Step(total(loss.detach()) / count, whole(norm), gradients, parameters))
     return Run(done, backends.call_counts())
 
 
-def one_process(
-    world: World, dtype: torch.dtype, backend: str, steps: int = STEPS, vocabulary: int = CONFIG.vocab_size
-) -> Run:
+def one_process(world: World, dtype: torch.dtype, backend: str, variant: Variant, steps: int = STEPS) -> Run:
     """The run that all others are held against: no mesh, no wrapper, no group."""
-    return train(build_model(dtype, backend, vocabulary), *batch(vocabulary), lambda value: value, steps)
+    model = build_model(dtype, backend, variant)
+    return train(model, *batch(variant.vocabulary), lambda value: value, steps, plain=True)
 
 
-def on_layout(
-    world: World,
-    text: str,
-    sequence_parallel: bool,
-    dtype: torch.dtype,
-    backend: str,
-    steps: int = STEPS,
-    mutation: str = "",
-    vocabulary: int = CONFIG.vocab_size,
-) -> Run:
+def on_layout(world: World, case: Case, dtype: torch.dtype, backend: str, steps: int = STEPS) -> Run:
     """The same run on a mesh, each replica with its share of the samples."""
-    layout = Layout.parse(text)
-    with MUTATIONS[mutation].broken() if mutation else contextlib.nullcontext():
-        mesh = build_mesh(layout, world)
-        model = parallelize(build_model(dtype, backend, vocabulary), mesh, layout, sequence_parallel=sequence_parallel)
-        samples = BATCH // layout.replicas
-        mine = slice(layout.replica_of(world.rank) * samples, (layout.replica_of(world.rank) + 1) * samples)
-        tokens, targets = (part[mine] for part in batch(vocabulary))
-        return train(model, tokens, targets, lambda value: data_parallel.sum_over_replicas(value, mesh), steps)
+    layout = Layout.parse(case.layout)
+    mesh = build_mesh(layout, world)
+    model = parallelize(
+        build_model(dtype, backend, case.variant),
+        mesh,
+        layout,
+        sequence_parallel=case.sequence_parallel,
+        pipeline=case.pipeline,
+    )
+    samples = BATCH // layout.replicas
+    mine = slice(layout.replica_of(world.rank) * samples, (layout.replica_of(world.rank) + 1) * samples)
+    tokens, targets = (part[mine] for part in batch(case.variant.vocabulary))
+    return train(model, tokens, targets, lambda value: data_parallel.sum_over_replicas(value, mesh), steps)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -152,194 +180,29 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def errors(found: Run, expected: Run, *, every_step: bool) -> dict[str, float]:
-    """The error of every loss, norm, gradient and parameter by name; after the first step losses only, unless asked."""
+    """The error of every loss, norm, gradient and parameter by name; after the first step losses only, unless asked.
+
+    A stage of a pipeline holds some of the parameters: the others are not compared here.
+    """
     table = {}
     for number, (a, b) in enumerate(zip(found.steps, expected.steps, strict=True)):
         table[f"step {number} loss"] = error(a.loss, b.loss)
         if number == 0 or every_step:
             table[f"step {number} norm"] = error(a.norm, b.norm)
-            for name in b.gradients:
+            for name in a.gradients:
                 table[f"step {number} gradient of {name}"] = error(a.gradients[name], b.gradients[name])
                 table[f"step {number} parameter {name}"] = error(a.parameters[name], b.parameters[name])
     return table
 
 
 def assert_parity(found: list[Run], expected: Run, tolerance: float, *, every_step: bool) -> None:
-    """Every rank's view of the run equals the run of one process, tensor by tensor."""
+    """Every rank's view of the run equals the run of one process, tensor by tensor, and none is held by no rank."""
+    for number, step in enumerate(expected.steps):
+        held = {name for run in found for name in run.steps[number].gradients}
+        assert held == step.gradients.keys(), held ^ step.gradients.keys()
     for rank, run in enumerate(found):
         table = errors(run, expected, every_step=every_step)
         # not (e <= t) rather than e > t: a NaN is a failure.
         wrong = {name: value for name, value in table.items() if not value <= tolerance}
         worst = sorted(wrong.items(), key=lambda item: -item[1])[:8]
         assert not wrong, f"rank {rank}: {len(wrong)} of {len(table)} differ by more than {tolerance}, worst {worst}"
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One bug, in words, and how to put it in."""
-
-    bug: str
-    layout: str
-    sequence_parallel: bool
-    patches: Callable[[], list[Any]]
-
-    @contextlib.contextmanager
-    def broken(self) -> Iterator[None]:
-        """Within the block, the bug is there."""
-        with contextlib.ExitStack() as stack:
-            for patch in self.patches():
-                stack.enter_context(patch)
-            yield
-
-
-def _function(cls: type, method: str, fn: Callable[..., Any]) -> Any:
-    return mock.patch.object(cls, method, staticmethod(fn))
-
-
-def _placement(cls: type, name: str, replacement: Any) -> Any:
-    original = cls.placements
-
-    def placements(self: Any) -> dict[str, Any]:
-        table = original(self)
-        if name in table:
-            table[name] = (table[name][0], replacement)
-        return table
-
-    return mock.patch.object(cls, "placements", placements)
-
-
-def _without_kv_sum() -> list[Any]:
-    original = tensor_parallel.ColumnParallelLinear.placements
-
-    def placements(self: Any) -> dict[str, Any]:
-        table = original(self)
-        return {name: (pair[0], Replicate()) for name, pair in table.items()} if self.replicated else table
-
-    return [mock.patch.object(tensor_parallel.ColumnParallelLinear, "placements", placements)]
-
-
-def _wrong_kv_head() -> list[Any]:
-    original = tensor_parallel.TensorParallelModule.local
-
-    def local(self: Any, name: str) -> Any:
-        part = original(self, name)
-        if part is None or not self.replicated:
-            return part
-        rows = self.out_features // self.num_heads
-        return part.narrow(0, (self.rank % self.num_heads) * rows, rows)
-
-    return [mock.patch.object(tensor_parallel.ColumnParallelLinear, "local", local)]
-
-
-def _bias_on_every_rank() -> list[Any]:
-    original = parallel.row_parallel_linear
-
-    def row(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, *, group: Any, **rest: Any) -> torch.Tensor:
-        return original(x, w, bias * parallel.group_size(group), group=group, **rest)
-
-    return [mock.patch.object(parallel, "row_parallel_linear", row)]
-
-
-def _local_positions() -> list[Any]:
-    original = transformer.rotary_table
-
-    def table(positions: torch.Tensor, *rest: Any) -> Any:
-        # What a rank would do that took its part of the sequence for the whole.
-        return original(positions % (LENGTH // 2), *rest)
-
-    return [mock.patch.object(transformer, "rotary_table", table)]
-
-
-def _unmasked_embedding() -> list[Any]:
-    return [mock.patch.object(tensor_parallel.torch, "where", lambda mask, a, b: a if a.ndim == 3 else b)]
-
-
-def _average() -> list[Any]:
-    original = data_parallel.shard_data_parallel
-
-    def shard(model: Any, mesh: Any, **rest: Any) -> None:
-        original(model, mesh, **rest)
-        for module in model.modules():
-            if isinstance(module, data_parallel.FSDPModule):
-                module.set_gradient_divide_factor(float(mesh["dp"].size() * mesh["fsdp"].size()))
-
-    return [mock.patch("fusemesh.hybrid.apply.shard_data_parallel", shard)]
-
-
-def _no_replica_sum() -> list[Any]:
-    original = data_parallel.fully_shard
-
-    def shard(module: Any, *, mesh: Any, **rest: Any) -> None:
-        original(module, mesh=mesh["fsdp"], **rest)
-
-    return [mock.patch.object(data_parallel, "fully_shard", shard)]
-
-
-def _local_count() -> list[Any]:
-    original = data_parallel.sum_over_replicas
-    # The first sum of a step counts tokens, in integers; losses are still summed.
-    return [
-        mock.patch.object(
-            data_parallel,
-            "sum_over_replicas",
-            lambda value, mesh: original(value, mesh) if value.is_floating_point() else value,
-        )
-    ]
-
-
-def _loss_without(op: str) -> list[Any]:
-    original = vocab_loss._reduce
-    left_out = getattr(torch.distributed.ReduceOp, op)
-
-    def reduce(x: torch.Tensor, group: Any, op: Any) -> torch.Tensor:
-        # The sum over integers is the check of the ids.
-        return x if op == left_out and x.is_floating_point() else original(x, group, op)
-
-    return [mock.patch.object(vocab_loss, "_reduce", reduce)]
-
-
-def _table() -> list[Mutation]:
-    norm, row = tensor_parallel.RMSNorm, tensor_parallel.RowParallelLinear
-    copy, reduce = parallel._CopyToGroup, parallel._ReduceFromGroup
-    gather, scatter = parallel._GatherFromSequence, parallel._ReduceScatterToSequence
-
-    def no_reduce(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        return x.clone()
-
-    def no_copy_sum(ctx: Any, dy: torch.Tensor) -> Any:
-        return dy, None
-
-    def double_sum(ctx: Any, dy: torch.Tensor) -> Any:
-        return 2 * dy, None
-
-    def no_gather_sum(ctx: Any, dy: torch.Tensor) -> Any:
-        return parallel.own_part(dy, ctx.group, ctx.dim), None, None
-
-    def no_scatter_sum(ctx: Any, x: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
-        ctx.group, ctx.dim = group, dim
-        return parallel.own_part(x, group, dim)
-
-    return [
-        Mutation("row: no all-reduce", "tp2", False, lambda: [_function(reduce, "forward", no_reduce)]),
-        Mutation("row: gradient doubled", "tp2", False, lambda: [_function(reduce, "backward", double_sum)]),
-        Mutation("column: no all-reduce of dx", "tp2", False, lambda: [_function(copy, "backward", no_copy_sum)]),
-        Mutation(
-            "column: no reduce-scatter of dx", "tp2", True, lambda: [_function(gather, "backward", no_gather_sum)]
-        ),
-        Mutation("row: no reduce-scatter", "tp2", True, lambda: [_function(scatter, "forward", no_scatter_sum)]),
-        Mutation("row: bias added by every rank", "tp2", False, _bias_on_every_rank),
-        Mutation("row: bias gradient of own tokens only", "tp2", True, lambda: [_placement(row, "bias", Replicate())]),
-        Mutation("norm: gradient of own tokens only", "tp2", True, lambda: [_placement(norm, "weight", Replicate())]),
-        Mutation("kv: replicas' gradients not summed", "tp4", True, _without_kv_sum),
-        Mutation("kv: another head than the queries'", "tp4", True, _wrong_kv_head),
-        Mutation("rope: positions of the own part", "tp2", True, _local_positions),
-        Mutation("embedding: ids of other ranks not masked", "tp2", True, _unmasked_embedding),
-        Mutation("loss: largest logit of the own part", "tp2", True, lambda: _loss_without("MAX")),
-        Mutation("loss: sums of the own part", "tp2", True, lambda: _loss_without("SUM")),
-        Mutation("dp: scaled by the local token count", "dp2 x tp2", True, _local_count),
-        Mutation("dp: averaged over replicas", "dp2 x tp2", True, _average),
-        Mutation("dp: replicas' gradients not summed", "dp2 x tp2", True, _no_replica_sum),
-    ]
-
-
-MUTATIONS = {mutation.bug: mutation for mutation in _table()}
