@@ -1,6 +1,7 @@
 """Checkpoints: save in one layout, load in any other, merge into one file.
 
-torch.distributed.checkpoint stores every tensor by its global shape, so that what one layout wrote another reads. A
+torch.distributed.checkpoint stores every tensor by its global shape and its name in the whole model, and an optimizer's
+settings by parameter, so that what one layout wrote another reads; what two stages of a pipeline hold is stored once. A
 checkpoint is a folder ``step-00000100`` that appears under that name only when it is whole: it is written beside, given
 its marker (``checkpoint.json``, which also holds the caller's small state), and then renamed. A run that dies while
 writing leaves the checkpoints before it as they were.
@@ -23,13 +24,17 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from .pipeline_parallel import PipelinedModel
 
 MARKER = "checkpoint.json"
-_FORMAT = 1
+_FORMAT = 2
 _STEP = "step-"
 _UNFINISHED = ".unfinished-"
 _MODEL, _OPTIMIZER = "model", "optimizer"
+# Groups of parameters would be numbered differently on each stage of a pipeline.
+_BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)
 _T = TypeVar("_T")
 
 
@@ -157,7 +162,9 @@ def save(
     _on_first_rank(prepare)
     with _quiet():
         tensors: dict[str, Any] = {}
-        tensors[_MODEL], optimizer_state = get_state_dict(model, [] if optimizer is None else optimizer)
+        tensors[_MODEL], optimizer_state = get_state_dict(
+            model, [] if optimizer is None else optimizer, options=_BY_PARAMETER
+        )
         if optimizer is not None:
             tensors[_OPTIMIZER] = optimizer_state
         dcp.save(tensors, storage_writer=FileSystemWriter(unfinished), no_dist=not _distributed())
@@ -183,8 +190,10 @@ def load(
     state = read_state(path)
     with _quiet():
         tensors: dict[str, Any] = {}
-        tensors[_MODEL], optimizer_state = get_state_dict(model, [] if optimizer is None else optimizer)
-        _check_same_tensors(path, tensors[_MODEL])
+        tensors[_MODEL], optimizer_state = get_state_dict(
+            model, [] if optimizer is None else optimizer, options=_BY_PARAMETER
+        )
+        _check_same_tensors(path, _shapes(model, tensors[_MODEL]))
         if optimizer is not None:
             tensors[_OPTIMIZER] = optimizer_state
         dcp.load(tensors, storage_reader=FileSystemReader(path), no_dist=not _distributed())
@@ -193,6 +202,7 @@ def load(
             [] if optimizer is None else optimizer,
             model_state_dict=tensors[_MODEL],
             optim_state_dict=tensors.get(_OPTIMIZER, {}),
+            options=_BY_PARAMETER,
         )
     return state
 
@@ -208,9 +218,19 @@ def _stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     }
 
 
-def _check_same_tensors(checkpoint: Path, model: dict[str, Any]) -> None:
+def _shapes(model: nn.Module, tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name to global shape of the model's tensors, those of other stages too."""
+    own = {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    pipeline = model.pipeline if isinstance(model, PipelinedModel) else None
+    if pipeline is None:
+        return own
+    of_stages: list[Any] = [None] * pipeline.ranks
+    dist.all_gather_object(of_stages, own, group=pipeline.group)
+    return {name: shape for stage in of_stages for name, shape in stage.items()}
+
+
+def _check_same_tensors(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> None:
     stored = {name: tuple(value.size) for name, value in _stored_tensors(checkpoint).items()}
-    wanted = {name: tuple(value.shape) for name, value in model.items() if isinstance(value, torch.Tensor)}
     if stored != wanted:
         differ = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
         lines = [f"{name}: stored {stored.get(name)}, in the model {wanted.get(name)}" for name in differ[:5]]

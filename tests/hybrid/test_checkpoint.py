@@ -19,50 +19,107 @@ def pool():
 
 @pytest.fixture(scope="module")
 def saved(pool, tmp_path_factory):
-    """A checkpoint that dp2 x tp2 wrote after 3 steps, and every tensor it should hold."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return folder, pool.run(ranks.train_and_save, "dp2 x tp2", str(folder), 3)[0]
+    """Checkpoints that a layout wrote after 3 steps, each made once, with every tensor that it should hold."""
+    done = {}
+
+    def save(layout, tied=False):
+        if (layout, tied) not in done:
+            folder = tmp_path_factory.mktemp("checkpoints")
+            world = ranks.parse(layout)[0].world_size
+            found = pool.run(ranks.train_and_save, layout, str(folder), 3, tied, ranks=world)
+            done[layout, tied] = folder, union(found)
+        return done[layout, tied]
+
+    return save
+
+
+def union(found):
+    """What the ranks hold together: with pp each holds its own stages', and of a tied weight two hold an equal one."""
+    whole = {}
+    for part in found:
+        for name, value in part.items():
+            assert torch.equal(whole.setdefault(name, value), value), name
+    return whole
 
 
 @pytest.fixture(scope="module")
 def uninterrupted():
     """5 steps in one process, plain modules and plain tensors."""
-    model = ranks.plain_model(seed=1)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    ranks.train(model, optimizer := torch.optim.AdamW(groups, lr=1e-2), ranks.Layout(), 0, range(5))
-    return ranks.snapshot(model, optimizer)
+
+    def run(tied):
+        model = ranks.plain_model(seed=1, tied=tied)
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        ranks.train(model, optimizer := torch.optim.AdamW(groups, lr=1e-2), ranks.Layout(), 0, range(5))
+        return ranks.snapshot(model, optimizer)
+
+    return {tied: run(tied) for tied in (False, True)}
+
+
+INTO = ["dp2 x tp2", "fsdp4", "tp4", "fsdp2 x tp2", "dp2", "single"]
+STAGES = ["pp4", "pp2 x tp2", "pp2 x fsdp2", "pp2 interleaved"]
+MOVES = [
+    *(("dp2 x tp2", layout, False) for layout in INTO + STAGES),
+    *(("pp2 x tp2", layout, True) for layout in [*STAGES, "dp2 x tp2", "single"]),
+    ("pp4", "pp2 interleaved", False),
+    ("pp2 interleaved", "pp2 x tp2", False),
+]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["dp2 x tp2", "fsdp4", "tp4", "fsdp2 x tp2", "dp2", "single"])
-def test_a_checkpoint_loads_into_any_layout(pool, saved, uninterrupted, layout):
-    folder, expected = saved
-    world = ranks.Layout.parse(layout).world_size
-    for state, loaded, after, decays in pool.run(ranks.load_and_go_on, layout, str(folder), range(3, 5), ranks=world):
-        assert state == {"step": 3, "layout": "dp2 x tp2"}
-        assert loaded.keys() == expected.keys() and len(loaded) > 60
-        for name in expected:
-            assert torch.equal(loaded[name], expected[name]), name
+@pytest.mark.parametrize(("wrote", "layout", "tied"), MOVES, ids=[f"{a}-{b}-{c}".replace(" ", "") for a, b, c in MOVES])
+def test_a_checkpoint_loads_into_any_layout(pool, saved, uninterrupted, wrote, layout, tied):
+    folder, expected = saved(wrote, tied)
+    assert expected.keys() == uninterrupted[tied].keys() and len(expected) > 120
+    world = ranks.parse(layout)[0].world_size
+    answers = pool.run(ranks.load_and_go_on, layout, str(folder), range(3, 5), tied, ranks=world)
+    for state, _, _, decays in answers:
+        assert state == {"step": 3, "layout": wrote}
         assert decays == [0.1, 0.0]
-        # Going on, the layouts differ by the order of sums alone.
-        for name, value in uninterrupted.items():
-            assert (after[name] - value).norm() <= 1e-10 * value.norm(), name
+    loaded, after = (union([answer[part] for answer in answers]) for part in (1, 2))
+    assert loaded.keys() == expected.keys() == after.keys()
+    for name in expected:
+        assert torch.equal(loaded[name], expected[name]), name
+    # Going on, the layouts differ by the order of sums alone.
+    for name, value in uninterrupted[tied].items():
+        assert (after[name] - value).norm() <= 1e-10 * value.norm(), name
 
 
 @pytest.mark.distributed
-def test_merged_file_holds_the_plain_model(saved, tmp_path):
-    folder, expected = saved
+def test_a_tied_weight_is_stored_once(saved):
+    """One name, whose stored pieces do not overlap: the copies of the first and the last stage are one tensor there."""
+    folder, _ = saved("pp2 x tp2", True)
+    stored = checkpoint.FileSystemReader(checkpoint.latest(folder)).read_metadata().state_dict_metadata
+    assert "model.head.weight" not in stored
+    for name in ("model.embedding.weight", "optimizer.state.embedding.weight.exp_avg"):
+        pieces = [tuple(chunk.offsets) for chunk in stored[name].chunks]
+        assert len(pieces) == len(set(pieces)) == 2, name
+        assert sum(chunk.sizes.numel() for chunk in stored[name].chunks) == stored[name].size.numel() == 37 * 16
+
+
+@pytest.mark.distributed
+def test_every_stage_hears_that_another_model_was_stored(pool, saved):
+    """Also the ranks whose own stages are the same in both: they would wait for the others."""
+    folder, _ = saved("dp2 x tp2")
+    messages = pool.run(ranks.load_another_model, "pp4", str(folder))
+    for message in messages:
+        assert "holds another model (1 tensors differ): head.weight: stored (37, 16), in the model None" in message
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("wrote", "tied"), [("dp2 x tp2", False), ("pp2 x tp2", True)])
+def test_merged_file_holds_the_plain_model(saved, tmp_path, wrote, tied):
+    folder, expected = saved(wrote, tied)
     assert not torch.distributed.is_initialized()
     summary = checkpoint.merge(folder, tmp_path / "deep" / "model.safetensors")
     tensors, state = checkpoint.read_merged(tmp_path / "deep" / "model.safetensors")
-    plain = ranks.plain_model().state_dict()
+    plain = ranks.plain_model(tied=tied).state_dict()
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {name: tuple(t.shape) for name, t in plain.items()}
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
     assert state == checkpoint.read_merged_state(tmp_path / "deep" / "model.safetensors")
-    assert state == {"step": 3, "layout": "dp2 x tp2"}
+    assert state == {"step": 3, "layout": wrote}
     assert summary["parameters"] == sum(tensor.numel() for tensor in plain.values())
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model.safetensors"]
 
@@ -153,6 +210,6 @@ def test_wrong_input(tmp_path):
         ValueError, match=r"holds another model \(5 tensors differ\).*stored \(5, 3\), in the model \(4, 3\)"
     ):
         checkpoint.load(path, nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2), nn.Linear(2, 2)))
-    (path / "checkpoint.json").write_text(json.dumps({"format": 2, "state": {}}))
-    with pytest.raises(ValueError, match="expected format 1, received 2"):
+    (path / "checkpoint.json").write_text(json.dumps({"format": 1, "state": {}}))
+    with pytest.raises(ValueError, match="expected format 2, received 1"):
         checkpoint.read_state(path)
