@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusemesh.hybrid.pipeline_options import SCHEDULES
+
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
@@ -36,6 +38,7 @@ class ModelConfig:
     rope_theta: float = _doc(10000.0, "base of the rotary embedding's wavelengths", least=1.0)
     norm_eps: float = _doc(1e-5, "added under the root in RMSNorm", least=1e-12)
     initializer_range: float = _doc(0.02, "standard deviation of the initial weights", least=1e-12)
+    tie_embeddings: bool = _doc(False, "the output layer's weight is the embedding's")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,17 @@ class TrainingConfig:
     clip_norm: float = _doc(1.0, "gradients are scaled down to this norm; 0: never", least=0.0)
     dtype: str = _doc("float32", "of compute; parameters stay float32 unless float64", choices=DTYPES)
     seed: int = _doc(0, "of weights and data order", least=0)
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How a batch goes through the stages of pp; without pp nothing looks at it."""
+
+    microbatches: int = _doc(
+        0, "parts of a rank's batch in training; 0: chosen, four for each rank of pp if legal", least=0
+    )
+    schedule: str = _doc("1f1b", "in which order the stages take them", choices=SCHEDULES)
+    virtual_stages: int = _doc(1, "stages on each rank; more than 1 with interleaved1f1b", least=1)
 
 
 @dataclass(frozen=True)
@@ -95,10 +109,11 @@ class Config:
         ValueError: a value that cannot work, named by its key, with what is legal.
     """
 
-    layout: str = _doc("single", 'degrees of the axes: "single", "dp4", "dp2 x tp2", "fsdp2 x tp2"')
+    layout: str = _doc("single", 'degrees of the axes: "single", "dp4", "dp2 x tp2", "pp2 x fsdp2"')
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

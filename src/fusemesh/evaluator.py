@@ -21,6 +21,7 @@ from fusemesh.hybrid.data import evaluation_batches
 from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.launch import World, build_mesh, distributed
 from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.tasks.language_model import VOCAB_SIZE, Samples, load_corpus
 from fusemesh.transformer import Transformer, TransformerConfig
 
@@ -63,8 +64,24 @@ def place(model: Transformer, config: Config, world: World) -> tuple[Transformer
     layout = Layout.parse(config.layout)
     mesh = build_mesh(layout, world)
     dtype = torch.bfloat16 if config.training.dtype == "bfloat16" else None
-    model = parallelize(model, mesh, layout, sequence_parallel=config.run.sequence_parallel, dtype=dtype)
+    model = parallelize(
+        model,
+        mesh,
+        layout,
+        sequence_parallel=config.run.sequence_parallel,
+        dtype=dtype,
+        pipeline=pipeline_options(config),
+    )
     return model, mesh
+
+
+def pipeline_options(config: Config) -> PipelineOptions:
+    """The configured options of pp.
+
+    Raises:
+        ValueError: they do not fit each other; named by their keys.
+    """
+    return PipelineOptions(**configuration.as_dict(config)["pipeline"])
 
 
 def check_layout(config: Config, world_size: int) -> Layout:
@@ -73,15 +90,19 @@ def check_layout(config: Config, world_size: int) -> Layout:
     Raises:
         ValueError: they cannot; named by the key to change. No communication has happened.
     """
-    layout = Layout.parse(config.layout)
+    layout, options = Layout.parse(config.layout), pipeline_options(config)
     layout.validate(
         world_size=world_size,
+        num_layers=config.model.num_layers,
         num_heads=config.model.num_heads,
         num_kv_heads=config.model.num_kv_heads,
         intermediate_size=config.model.intermediate_size,
         sequence_length=config.data.sequence_length,
         sequence_parallel=config.run.sequence_parallel,
+        virtual_stages=options.virtual_stages,
     )
+    if layout.pp > 1:
+        options.evaluating().microbatches_of(layout.pp, config.evaluation.batch_size, "evaluation.batch_size")
     return layout
 
 

@@ -19,10 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh import config as configuration
 from fusemesh.config import Config, TrainingConfig
-from fusemesh.evaluator import check_layout, evaluate, held_out_samples, place, plain_model
+from fusemesh.evaluator import check_layout, evaluate, held_out_samples, pipeline_options, place, plain_model
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.launch import World, distributed
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
 from fusemesh.metrics import MetricsWriter
 from fusemesh.tasks.language_model import Samples, load_corpus
@@ -70,7 +72,7 @@ def prepare(config: Config, world_size: int, *, resume: bool) -> None:
     corpus = load_corpus(config.data.path)
     for stream in (corpus.train, corpus.held_out):
         samples = Samples(stream, config.data.sequence_length)
-    _order(config, len(samples), layout.replicas)
+    _order(config, len(samples), layout)
     folder = Path(config.run.directory) / "checkpoints"
     if resume:
         _check_resumable(config, checkpoint.read_state(checkpoint.latest(folder))["config"])
@@ -81,15 +83,20 @@ def prepare(config: Config, world_size: int, *, resume: bool) -> None:
         )
 
 
-def _order(config: Config, num_samples: int, replicas: int) -> BatchOrder:
+def _order(config: Config, num_samples: int, layout: Layout) -> BatchOrder:
     training = config.training
-    return BatchOrder(
+    order = BatchOrder(
         num_samples,
         training.global_batch_size,
-        replicas=replicas,
+        replicas=layout.replicas,
         accumulation=training.accumulation,
         seed=training.seed,
     )
+    if layout.pp > 1:
+        batch = training.global_batch_size // (layout.replicas * training.accumulation)
+        key = "training.global_batch_size / (dp * fsdp * training.accumulation)"
+        pipeline_options(config).microbatches_of(layout.pp, batch, key)
+    return order
 
 
 def _check_resumable(config: Config, saved: dict[str, Any]) -> None:
@@ -132,9 +139,12 @@ class Trainer:
         corpus = load_corpus(config.data.path)
         self.samples = Samples(corpus.train, config.data.sequence_length)
         self.held_out = Samples(corpus.held_out, config.data.sequence_length)
-        self.order = _order(config, len(self.samples), self.layout.replicas)
+        self.order = _order(config, len(self.samples), self.layout)
         self.replica = self.layout.replica_of(world.rank)
-        self.model, self.mesh = place(plain_model(config), config, world)
+        model = plain_model(config)
+        # Counted before a rank of pp gives the other stages' away.
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.model, self.mesh = place(model, config, world)
         self.optimizer = build_optimizer(self.model, config.training)
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.first_step = 0
@@ -173,7 +183,7 @@ class Trainer:
             "device": self.world.device.type,
             "steps": training.steps,
             "resumed_from": self.first_step or None,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.parameters,
             "training_loss": training_loss,
             "held_out": evaluation,
             "tokens": tokens,
@@ -191,14 +201,12 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for indices in self.order.micro_batches(step, self.replica):
             tokens, targets = (torch.from_numpy(part).to(device) for part in self.samples.batch(indices))
-            loss = self.model.loss(tokens, targets)
             # The global token count, not this rank's: gradients are then summed over replicas and micro-batches, and
             # the step is the same however they are cut.
-            (loss / self.tokens_per_step).backward()
-            total += loss.detach().double()
+            total += self.model.loss_and_gradients(tokens, targets, self.tokens_per_step).double()
         norm = None
         if training.clip_norm > 0:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+            norm = clip_gradients(self.model, training.clip_norm)
         self.optimizer.step()
         report = torch.zeros(1 + self.world.world_size, dtype=torch.float64, device=device)
         # The ranks of one replica hold the same loss; one of them counts.
