@@ -73,12 +73,16 @@ def calls_of_every_kind(world: World, text: str, options: PipelineOptions) -> No
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     expected_gradients = gradients(alone)
     for name, gradient in gradients(model).items():
-        assert_close(gradient, expected_gradients[name], rtol=1e-11, atol=1e-15, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            gradient, expected_gradients[name], rtol=1e-11, atol=1e-15, msg=lambda text, name=name: f"{name}: {text}"
+        )
     norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.01)
     assert_close(clip_gradients(model, 0.01), norm, rtol=1e-13, atol=0)
     expected_gradients = gradients(alone)
     for name, gradient in gradients(model).items():
-        assert_close(gradient, expected_gradients[name], rtol=1e-11, atol=1e-15, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            gradient, expected_gradients[name], rtol=1e-11, atol=1e-15, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def copies_after(world: World, text: str, options: PipelineOptions, steps: int) -> torch.Tensor | None:

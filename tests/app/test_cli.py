@@ -80,6 +80,19 @@ def test_local_ranks_follow_from_the_layout_and_resume_takes_the_saved_configura
     assert longer["tokens"] == 2 * 8 * 16
 
 
+@pytest.mark.distributed
+def test_a_run_in_stages(text, tmp_path, capfd):
+    """train, merge, and eval of the merged file, by the command line."""
+    folder = tmp_path / "run"
+    options = tiny_run.options(text, folder, layout="pp2", pipeline__schedule="gpipe", pipeline__microbatches="2")
+    status, summary, _ = call(capfd, "train", "--nproc", "2", *options)
+    assert status == 0 and (summary["layout"], summary["world_size"]) == ("pp2", 2)
+    _, merged, _ = call(capfd, "merge", folder)
+    _, alone, _ = call(capfd, "eval", merged["output"])
+    assert (merged["parameters"], alone["layout"]) == (summary["parameters"], "single")
+    assert alone["loss"] == pytest.approx(summary["held_out"]["loss"], rel=1e-6)
+
+
 def test_doctor(capfd):
     status, findings, _ = call(capfd, "doctor")
     assert status == 0

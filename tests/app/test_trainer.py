@@ -99,14 +99,23 @@ def weights(settings, step):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["single", "dp2 x tp2", "fsdp2 x tp2"])
-def test_resuming_equals_the_uninterrupted_run_to_the_bit(runs, ranks, tmp_path, layout):
-    whole, summary = runs(layout)
+@pytest.mark.parametrize(
+    ("layout", "overrides"),
+    [
+        ("single", {}),
+        ("dp2 x tp2", {}),
+        ("fsdp2 x tp2", {}),
+        ("pp2 x tp2", {"model__tie_embeddings": "true", "training__accumulation": "2"}),
+    ],
+    ids=["single", "dp2xtp2", "fsdp2xtp2", "pp2xtp2-tied"],
+)
+def test_resuming_equals_the_uninterrupted_run_to_the_bit(runs, ranks, tmp_path, layout, overrides):
+    whole, summary = runs(layout, **overrides)
     again = killed_after_three(whole, tmp_path / "run")
     resumed = execute(ranks, again, resume=True)
     assert resumed["resumed_from"] == 3 and summary["resumed_from"] is None
     before, expected, received = weights(whole, 3), weights(whole, 6), weights(again, 6)
-    assert expected.keys() == received.keys() and len(expected) > 20
+    assert expected.keys() == received.keys() and len(expected) >= 20
     for name in expected:
         assert torch.equal(expected[name], received[name]), name
         assert not torch.equal(expected[name], before[name]), name
@@ -120,13 +129,37 @@ def test_resuming_in_other_layouts_gives_the_same_model(runs, ranks, tmp_path):
     exact = dict(training__dtype="float64", run__backend="reference")
     whole, summary = runs("dp2 x tp2", **exact)
     expected = weights(whole, 6)
-    for number, layout in enumerate(("single", "fsdp4")):
+    for number, layout in enumerate(("single", "fsdp4", "pp2 x tp2")):
         again = killed_after_three(whole, tmp_path / str(number), layout=layout)
         resumed = execute(ranks, again, resume=True)
         assert resumed["held_out"]["loss"] == pytest.approx(summary["held_out"]["loss"], rel=1e-12)
         received = weights(again, 6)
         for name in expected:
             assert (received[name] - expected[name]).norm() <= 1e-10 * expected[name].norm(), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "pipeline",
+    [{}, {"pipeline__schedule": "interleaved1f1b", "pipeline__virtual_stages": "2", "model__num_layers": "4"}],
+    ids=["1f1b", "interleaved"],
+)
+def test_a_run_in_stages_goes_on_in_one_process(runs, ranks, tmp_path, pipeline):
+    """And is the run of one process from its first step: tied embeddings, clipping at every step."""
+    exact = dict(training__dtype="float64", run__backend="reference", model__tie_embeddings="true", **pipeline)
+    alone, _ = runs("single", **exact)
+    whole, summary = runs("pp2 x fsdp2", **exact)
+    again = killed_after_three(whole, tmp_path / "run", layout="single")
+    resumed = execute(ranks, again, resume=True)
+    assert resumed["held_out"]["loss"] == pytest.approx(summary["held_out"]["loss"], rel=1e-12)
+    assert resumed["parameters"] == summary["parameters"] == sum(w.numel() for w in weights(alone, 6).values())
+    for one, other in ((weights(alone, 6), weights(whole, 6)), (weights(whole, 6), weights(again, 6))):
+        assert one.keys() == other.keys() and "head.weight" not in one
+        for name in one:
+            assert (one[name] - other[name]).norm() <= 1e-10 * one[name].norm(), name
+    for line, reference in zip(read_metrics(whole.run.directory), read_metrics(alone.run.directory), strict=True):
+        for key in line.keys() & {"loss", "gradient_norm", "held_out_loss"}:
+            assert line[key] == pytest.approx(reference[key], rel=1e-10), (line["step"], key)
 
 
 @pytest.mark.distributed
@@ -147,13 +180,31 @@ def test_one_held_out_loss_whatever_the_layout(runs, ranks, tmp_path):
     alone = evaluate_file(file, config.load(base=config.as_dict(whole)))
     assert (alone["step"], alone["tokens"], alone["samples"]) == (6, 21 * 16, 21)
     assert summary["held_out"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-    for target, layout in ((whole.run.directory, "fsdp4"), (whole.run.directory, "tp2"), (str(file), "dp2")):
+    for target, layout in (
+        (whole.run.directory, "fsdp4"),
+        (whole.run.directory, "tp2"),
+        (str(file), "dp2"),
+        (str(file), "pp2"),
+    ):
         values = config.as_dict(config.load(base=config.as_dict(whole), overrides={"layout": layout}))
         world = Layout.parse(layout).world_size
         answers = ranks.call(tiny_run.evaluate, target, values, ranks=world, timeout=120)
         assert all({**a, "seconds": 0} == {**answers[0], "seconds": 0} for a in answers)
         assert answers[0]["layout"] == layout and answers[0]["tokens"] == alone["tokens"]
         assert answers[0]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_one_held_out_loss_of_a_run_in_stages(runs, ranks, tmp_path):
+    """The merged model in one process has the loss that the stages found together."""
+    whole, summary = runs("pp2 x tp2", model__tie_embeddings="true", training__accumulation="2")
+    file = tmp_path / "model.safetensors"
+    checkpoint.merge(f"{whole.run.directory}/checkpoints", file)
+    alone = evaluate_file(file, config.load(base=config.as_dict(whole)))
+    evaluated = ranks.call(tiny_run.evaluate, whole.run.directory, config.as_dict(whole), ranks=4, timeout=120)
+    assert {answer["loss"] for answer in evaluated} == {summary["held_out"]["loss"]}
+    assert alone["tokens"] == summary["held_out"]["tokens"] == 21 * 16
+    assert summary["held_out"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
 @pytest.mark.distributed
@@ -192,6 +243,20 @@ WRONG = [
     (dict(layout="dp4"), 2, r"layout: dp4 needs 4 ranks and 2 were started"),
     (dict(layout="dp3"), 3, r"global_batch_size: expected a multiple of .*= 3, received 8; change training"),
     (dict(layout="cp2"), 2, r"layout: context parallel \(cp\) is not there yet"),
+    (dict(layout="pp4"), 4, r"num_layers: 2 layers cannot be dealt to pp4, .*use pp up to 2, or at least 4 layers"),
+    (
+        dict(layout="pp2", pipeline__microbatches="3"),
+        2,
+        r"pipeline\.microbatches: 1f1b on pp2 .* 8 samples .*training\.global_batch_size.*received 3; .*\[2, 4, 8\]",
+    ),
+    (
+        dict(layout="pp2", pipeline__microbatches="1"),
+        2,
+        r"pipeline\.microbatches: .*at least 2 of them, received 1; use",
+    ),
+    (dict(layout="pp2", training__accumulation="8"), 2, r"training\.global_batch_size .*received 1 samples a replica"),
+    (dict(layout="pp2", evaluation__batch_size="1"), 2, r"evaluation\.batch_size: 1f1b on pp2 .*received 1 samples"),
+    (dict(layout="pp2", pipeline__virtual_stages="2"), 2, r"pipeline\.virtual_stages: .*received 2 with 1f1b"),
     (dict(layout="two"), 1, r"layout: expected axes .*received 'two'"),
     (dict(data__sequence_length="100000"), 1, r"data\.sequence_length: expected at most"),
     (dict(data__path="/nowhere"), 1, r"data\.path: expected a text file or a folder"),
