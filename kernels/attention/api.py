@@ -18,12 +18,10 @@ import torch
 
 from .. import backends
 from . import reference, torch_backend
+from .choice import HEAD_DIMS, choose, why_not_fused
 from .features import check_seed
 from .spec import Origin
 from .validation import Call, check_flag, check_qkv, check_saved, normalise, wrong
-
-FUSED = ("triton", "cpu")
-HEAD_DIMS = (16, 256)  # smallest and largest of a fused backend
 
 
 class AttentionGradients(NamedTuple):
@@ -311,50 +309,26 @@ def _backward(chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool
 
 def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_lse: bool, gradients: bool) -> str:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
-    name = backends.requested(backend)
+    refused = {}
+    otherwise = ("torch", f"PyTorch's kernel on {q.device.type}")
     no_torch = torch_backend.why_not(q, call.bias, call.sinks, call.spec, needs_lse)
-    if name == "torch" and no_torch is not None:
-        raise wrong(
-            "backend",
+    if no_torch is not None:
+        otherwise = ("reference", f"PyTorch's kernel does not express {no_torch}")
+        refused["torch"] = (
             "a backend that can do this call",
             f"'torch', whose F.scaled_dot_product_attention does not express {no_torch}",
             "use backend='auto' or 'reference'",
         )
-    if name == "cpu" and gradients:
-        raise wrong(
-            "backend",
+    if gradients:
+        refused["cpu"] = (
             "one that computes gradients (reference, torch, triton)",
             "'cpu', which computes the forward only",
             "choose another, or call under torch.no_grad()",
         )
-    no_fused = _why_not_fused(q, v)
-    if name in FUSED and no_fused is not None:
-        argument, expected, received = no_fused
-        remedy = "use backend='auto', 'reference' or 'torch'"
-        raise wrong(argument, f"{expected} for backend={name!r}", received, remedy)
-    if name != "auto":
-        backends.require(name, q.device)
-        return name
-    if no_fused is None and backends.proven("attention", q.device):
-        name, why = "triton", "proven on this GPU"
-    elif no_torch is None:
-        name, why = "torch", f"PyTorch's kernel on {q.device.type}"
-    else:
-        name, why = "reference", f"PyTorch's kernel does not express {no_torch}"
-    if not torch.compiler.is_compiling():
-        backends.announce("attention", name, why)
-    return name
-
-
-def _why_not_fused(q: torch.Tensor, v: torch.Tensor) -> tuple[str, str, object] | None:
-    """(argument, expected, received) that keeps fused backends from this call, or None."""
-    if q.dtype == torch.float64:
-        return "q", "float32, bfloat16 or float16", q.dtype
-    low, high = HEAD_DIMS
-    for name, x in (("q", q), ("v", v)):
-        if not low <= x.shape[3] <= high:
-            return name, f"a head dim from {low} to {high}", x.shape[3]
-    return None
+    unfit = why_not_fused(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS)))
+    return choose(
+        backend, q.device, operation="attention", kernels="attention", refused=refused, unfit=unfit, otherwise=otherwise
+    )
 
 
 def _autocast(*inputs: Any) -> tuple[Any, ...]:

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import torch
 
 from ... import backends, env
+from ..choice import choose
 from ..spec import AttentionSpec, empty_laid_out_like
-from ..validation import check_flag, normalise, wrong
+from ..validation import check_flag, normalise
 from . import validation
 from .spec import DecodeCall
 
@@ -227,20 +228,13 @@ def _(
 
 def _choose(backend: str, q: torch.Tensor, v_dim: int) -> str:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
-    name = backends.requested(backend)
-    if name in ("torch", "cpu"):
-        raise wrong("backend", "reference or triton in decode", repr(name), "use backend='auto' to let FuseMesh choose")
-    unfit = validation.why_not_fused(q, v_dim)
-    if name == "triton" and unfit is not None:
-        argument, expected, received = unfit
-        raise wrong(argument, f"{expected} for backend='triton'", received, "use backend='auto' or 'reference'")
-    if name != "auto":
-        backends.require(name, q.device)
-        return name
-    if unfit is None and backends.proven("attention_decode", q.device):
-        name, why = "triton", "proven on this GPU"
-    else:
-        name, why = "reference", f"the plain formula on {q.device.type}"
-    if not torch.compiler.is_compiling():
-        backends.announce("attention_decode", name, why)
-    return name
+    remedy = "use backend='auto' to let FuseMesh choose"
+    return choose(
+        backend,
+        q.device,
+        operation="attention_decode",
+        kernels="attention_decode",
+        refused={name: ("reference or triton in decode", repr(name), remedy) for name in ("torch", "cpu")},
+        unfit=validation.why_not_fused(q, v_dim),
+        otherwise=("reference", f"the plain formula on {q.device.type}"),
+    )

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .. import choice
+from ..choice import Refusal
 from ..validation import DTYPES, wrong
 from .spec import DecodeCall
 
@@ -123,14 +125,9 @@ def check_no_gradient(**tensors: Any) -> None:
             raise wrong(name, "a tensor that requires no gradient", "requires_grad=True", remedy)
 
 
-def why_not_fused(q: torch.Tensor, v_dim: int) -> tuple[str, str, object] | None:
-    """(argument, expected, received) that keeps the Triton kernels from this call, or None."""
-    if q.dtype == torch.float64:
-        return "q", "float32, bfloat16 or float16", q.dtype
-    for name, size, (low, high) in (("q", q.shape[3], HEAD_DIMS), ("v_dim", v_dim, V_DIMS)):
-        if not low <= size <= high:
-            return name, f"a head dim from {low} to {high}", size
-    return None
+def why_not_fused(q: torch.Tensor, v_dim: int) -> Refusal | None:
+    """What keeps the Triton kernels from this call, or None."""
+    return choice.why_not_fused(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v_dim", v_dim, V_DIMS)))
 
 
 def check_contents(call: DecodeCall) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ... import backends, env
+from ... import env
 from .. import api
+from ..choice import HEAD_DIMS, choose, why_not_fused
 from ..packed import Packed
 from ..spec import Origin
 from ..validation import ALIGN, DTYPES, Call, check_flag, check_qkv, normalise, wrong
@@ -149,24 +150,19 @@ def _forward(
 
 def _choose(backend: str, q: torch.Tensor, v: torch.Tensor) -> str:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
-    name = backends.requested(backend)
-    if name in ("torch", "cpu"):
-        remedy = "use backend='auto', 'reference' or 'triton'"
-        raise wrong("backend", "one that takes packed sequences (reference, triton)", repr(name), remedy)
-    no_fused = api._why_not_fused(q, v)
-    if name == "triton" and no_fused is not None:
-        argument, expected, received = no_fused
-        raise wrong(argument, f"{expected} for backend='triton'", received, "use backend='auto' or 'reference'")
-    if name != "auto":
-        backends.require(name, q.device)
-        return name
-    if no_fused is None and backends.proven("attention", q.device):
-        name, why = "triton", "proven on this GPU"
-    else:
-        name, why = "reference", "PyTorch's kernel takes no packed sequences"
-    if not torch.compiler.is_compiling():
-        backends.announce("attention_varlen", name, why)
-    return name
+    expected, remedy = (
+        "one that takes packed sequences (reference, triton)",
+        "use backend='auto', 'reference' or 'triton'",
+    )
+    return choose(
+        backend,
+        q.device,
+        operation="attention_varlen",
+        kernels="attention",
+        refused={name: (expected, repr(name), remedy) for name in ("torch", "cpu")},
+        unfit=why_not_fused(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS))),
+        otherwise=("reference", "PyTorch's kernel takes no packed sequences"),
+    )
 
 
 def _check_tensors(q: Any, k: Any, v: Any) -> None:

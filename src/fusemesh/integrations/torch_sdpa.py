@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from fusemesh.kernels import backends
-from fusemesh.kernels.attention.api import FUSED, HEAD_DIMS, flash_attention
+from fusemesh.kernels.attention.api import flash_attention
+from fusemesh.kernels.attention.choice import FUSED, HEAD_DIMS
 from fusemesh.kernels.attention.validation import check_flag, wrong
 
 
