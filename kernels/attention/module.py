@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import philox, reference
+from . import reference
 from .api import flash_attention
-from .spec import AttentionSpec
-from .validation import broadcast_dims, wrong
+from .validation import broadcast_dims, normalise, wrong
 
 
 class MultiheadAttention(nn.Module):
@@ -188,27 +187,24 @@ class MultiheadAttention(nn.Module):
         if dropout_p > 0:
             # Drawn here, so that the weights lose what the output does.
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-        result = flash_attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            align=align,
-            window=self.window,
-            mask=mask,
-            bias=bias,
-            alibi_slopes=self.alibi_slopes,
-            softcap=self.softcap,
-            sinks=None if self.sinks is None else _scores_dtype(self.sinks, q),
-            dropout_p=dropout_p,
-            seed=seed,
-            return_lse=need_weights,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {
+            "causal": causal,
+            "align": align,
+            "window": self.window,
+            "mask": mask,
+            "bias": bias,
+            "alibi_slopes": self.alibi_slopes,
+            "softcap": self.softcap,
+            "sinks": None if self.sinks is None else _scores_dtype(self.sinks, q),
+            "dropout_p": dropout_p,
+            "seed": seed,
+        }
+        result = flash_attention(q, k, v, **options, return_lse=need_weights, backend=self.backend)
         weights = None
         if isinstance(result, tuple):
             out, lse = result
-            weights = self._weights(q, k, lse, mask, bias, causal, align, seed)
+            call = normalise(q, k, **options, scale=None, origin=None)
+            weights = reference.weights(q, k, lse, **call.arguments())
             if average_attn_weights:
                 weights = weights.mean(1)
             weights = weights.to(q.dtype)
@@ -289,47 +285,6 @@ class MultiheadAttention(nn.Module):
                 given = _scores_dtype(given, q)
                 bias = given if bias is None else bias + given
         return mask, bias
-
-    def _weights(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        lse: torch.Tensor,
-        mask: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        causal: bool,
-        align: str | None,
-        seed: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """``dropout(exp(s - lse))`` [B, H, L, S] in lse's dtype, by the order of scores that ``api.py`` states."""
-        L, S, device = q.shape[2], k.shape[2], q.device
-        left, right = (None, None) if self.window is None else self.window
-        spec = AttentionSpec(
-            scale=1.0 / math.sqrt(self.head_dim),
-            window_left=left,
-            window_right=0 if causal else right,
-            origin_q=S - L if align == "bottom_right" else 0,
-        )
-        with reference.without_autocast(device.type):
-            grouped = q.to(lse.dtype).unflatten(1, (self.num_kv_heads, -1))
-            s = spec.scale * (grouped @ k.to(lse.dtype).unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
-            if self.softcap is not None:
-                s = self.softcap * torch.tanh(s / self.softcap)
-            at = reference.positions(s.shape, None, spec, device)
-            if self.alibi_slopes is not None:
-                s = s - self.alibi_slopes.to(s.dtype)[:, None, None] * (at[2] - at[3]).abs()
-            if bias is not None:
-                s = s + bias.to(s.dtype)
-            if left is not None or spec.window_right is not None:
-                s = s.masked_fill(~reference.visible(L, S, None, spec, device), -math.inf)
-            if mask is not None:
-                s = s.masked_fill(~mask, -math.inf)
-            total = lse
-            if self.sinks is not None:
-                total = torch.logaddexp(lse, self.sinks.to(lse.dtype)[:, None].expand_as(lse))
-            # A row without a key has scores of -inf and a log-sum-exp of -inf: with one of +inf, exp gives zeros.
-            p = torch.exp(s - total.masked_fill(lse == -math.inf, math.inf).unsqueeze(-1))
-            return p if seed is None else p.masked_fill(~philox.keep(seed, *at, self.dropout), 0) / (1 - self.dropout)
 
     def _check_arguments(self, alibi_slopes: torch.Tensor | None) -> None:
         for name in ("embed_dim", "num_heads", "num_kv_heads", "kdim", "vdim"):

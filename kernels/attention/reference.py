@@ -89,7 +89,7 @@ def forward(
         for_q, for_k, for_v = descale[..., None, None].unbind(2)
         q, k, v = q.float() * _repeat_heads(for_q, groups), k.float() * for_k, v.float() * for_v
     dtype = _compute_dtype(q)
-    _, s = _scores(q, k, mask, bias, origin, spec, aux)
+    s = scores(q, k, mask=mask, bias=bias, origin=origin, spec=spec, aux=aux)
     # Rows without a key are all -inf, and exp(-inf - -inf) is NaN: they are computed as rows of zeros and then erased,
     # which also erases whatever gradient comes in for them.
     empty = (s == -math.inf).all(-1, keepdim=True)
@@ -140,13 +140,13 @@ def backward(
     """
     groups = _groups(q, k)
     dtype = _compute_dtype(q)
-    products, s = _scores(q, k, mask, bias, origin, spec, aux)
+    products = _products(q, k, spec)
+    s = _finish(products, mask, bias, origin, spec, aux)
     do, qc, lse = do.to(dtype), q.to(dtype), lse.to(dtype).unsqueeze(-1)
     kc, vc = _repeat_heads(k.to(dtype), groups), _repeat_heads(v.to(dtype), groups)
-    # Where a row has no key, an lse of +inf makes p zero, and its delta is dropped, whatever dlse holds there.
+    # What comes in for a row without a key is dropped, whatever it is.
     empty = lse == -math.inf
-    whole = _with_sinks(lse.masked_fill(empty, 0.0), sinks)
-    p = torch.exp(s - whole.masked_fill(empty, math.inf))
+    p = _probabilities(s, lse, sinks)
     delta = (do * out.to(dtype)).sum(-1, keepdim=True).masked_fill(empty, 0.0)
     dp = do @ vc.transpose(-1, -2)
     kept = _kept(s, origin, spec, seed)
@@ -155,8 +155,7 @@ def backward(
         p_kept, dp = (x.masked_fill(~kept, 0.0) / (1 - spec.dropout_p) for x in (p, dp))
     ds = p * (dp - delta)
     if dlse is not None:
-        softmax = torch.exp(s - lse.masked_fill(empty, math.inf))
-        ds = ds + softmax * dlse.to(dtype).unsqueeze(-1).masked_fill(empty, 0.0)
+        ds = ds + _probabilities(s, lse, None) * dlse.to(dtype).unsqueeze(-1).masked_fill(empty, 0.0)
     dx = _through_mods(ds, products, q, origin, spec, aux)
     dq = spec.scale * (dx @ kc)
     dk = _sum_heads(spec.scale * (dx.transpose(-1, -2) @ qc), groups)
@@ -164,9 +163,35 @@ def backward(
     dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias_grad and bias is not None else None
     dsinks = None
     if sinks is not None:
+        whole = _with_sinks(lse.masked_fill(empty, 0.0), sinks)
         share = torch.exp(sinks.to(dtype)[:, None, None] - whole).masked_fill(empty, 0.0)
         dsinks = -(share * delta).sum((0, 2, 3)).to(sinks.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
+
+
+@_in_own_precision
+def weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    spec: AttentionSpec,
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    descale: None = None,
+) -> torch.Tensor:
+    """What multiplies the values, p * d [B, H, Sq, Sk] in lse's dtype, from the lse that any backend's forward gave.
+
+    Differentiable in q, k, lse, bias and sinks. A row that sees no key is one of zeros.
+    """
+    s = scores(q, k, mask=mask, bias=bias, origin=origin, spec=spec, aux=aux)
+    p = _probabilities(s, lse.unsqueeze(-1), sinks)
+    kept = _kept(s, origin, spec, seed)
+    return p if kept is None else p.masked_fill(~kept, 0.0) / (1 - spec.dropout_p)
 
 
 def visible(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec, device: torch.device) -> torch.Tensor:
@@ -188,27 +213,44 @@ def visible(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec, 
     return seen
 
 
-def _scores(
+def scores(
     q: torch.Tensor,
     k: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    spec: AttentionSpec,
+    aux: tuple[torch.Tensor, ...] = (),
+) -> torch.Tensor:
+    """What the softmax sees, [B, H, Sq, Sk]: mods(scale * q k^T) + bias, -inf where the query does not see the key."""
+    return _finish(_products(q, k, spec), mask, bias, origin, spec, aux)
+
+
+def _products(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """scale * q k^T, [B, H, Sq, Sk]."""
+    dtype = _compute_dtype(q)
+    return spec.scale * (q.to(dtype) @ _repeat_heads(k.to(dtype), _groups(q, k)).transpose(-1, -2))
+
+
+def _finish(
+    products: torch.Tensor,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     origin: torch.Tensor | None,
     spec: AttentionSpec,
     aux: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """scale * q k^T, and mods of it + bias, -inf where the query does not see the key; both [B, H, Sq, Sk]."""
-    dtype = _compute_dtype(q)
-    products = spec.scale * (q.to(dtype) @ _repeat_heads(k.to(dtype), _groups(q, k)).transpose(-1, -2))
+) -> torch.Tensor:
+    """The scores of the products, in the contract's order."""
     s = _mods(products, origin, spec, aux)
     if bias is not None:
-        s = s + bias.to(dtype)
+        s = s + bias.to(s.dtype)
     seen = None
     if spec.window_left is not None or spec.window_right is not None:
-        seen = visible(q.shape[2], k.shape[2], origin, spec, q.device)
+        seen = visible(s.shape[2], s.shape[3], origin, spec, s.device)
     if mask is not None:
         seen = mask if seen is None else mask & seen
-    return products, s if seen is None else s.masked_fill(~seen, -math.inf)
+    return s if seen is None else s.masked_fill(~seen, -math.inf)
 
 
 def _mods(
@@ -265,6 +307,14 @@ def _kept(
         return None
     assert seed is not None
     return philox.keep(seed, *positions(s.shape, origin, spec, s.device), spec.dropout_p)
+
+
+def _probabilities(s: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """exp(s - log(exp(lse) + exp(sink))) for lse [B, H, Sq, 1]; zeros where a row has no key."""
+    # Such a row has scores and an lse of -inf: with one of +inf, exp gives zeros and no NaN, and so do gradients.
+    empty = lse == -math.inf
+    whole = _with_sinks(lse.masked_fill(empty, 0.0), sinks)
+    return torch.exp(s - whole.masked_fill(empty, math.inf))
 
 
 def _with_sinks(lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

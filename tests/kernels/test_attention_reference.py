@@ -193,6 +193,32 @@ def test_autograd_equals_finite_differences(case: Case) -> None:
     assert torch.autograd.gradgradcheck(outputs, tensors, fast_mode=True)
 
 
+def test_weights_multiply_the_values(case: Case) -> None:
+    """Those of the scores and of the lse that forward gave: the same output and the same gradients."""
+    tensors, keywords = leaves(case)
+    want, lse = call(keywords, tuple(tensors))
+    q, k, v, *_ = tensors
+    weights = reference.weights(q, k, lse, **keywords)
+    groups = case.heads // case.kv_heads
+    got = weights @ v.repeat_interleave(groups, dim=1)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    do = torch.randn_like(want)
+    for mine, theirs in zip(
+        *(torch.autograd.grad(x, tensors, do, retain_graph=True) for x in (got, want)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_weights_take_no_more_matrices_than_the_formula_has_steps() -> None:
+    """Two for the product and its scale, one each for the lse that is taken off and for exp."""
+    q, k, lse = torch.randn(1, 1, 128, 8), torch.randn(1, 1, 128, 8), torch.randn(1, 1, 128)
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        reference.weights(q, k, lse, mask=None, bias=None, origin=None, spec=AttentionSpec(0.3))
+    assert profile.kineto_results is not None
+    events = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    assert sorted(size for size in events if size >= 128 * 128) == [4 * 128 * 128] * 4
+
+
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["out", "out_and_lse"])
 def test_explicit_backward_equals_autograd(case: Case, with_dlse: bool) -> None:
     tensors, keywords = leaves(case)
