@@ -132,7 +132,13 @@ def flash_attention(
     q, k, v = _autocast(q, k, v)
     check_qkv(q, k, v)
     check_flag("return_lse", return_lse)
-    call = normalise(q, k, **options)
+    return _attend(backend, q, k, v, normalise(q, k, **options), return_lse)
+
+
+def _attend(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, return_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`flash_attention` of arguments that are right, on PyTorch's tape."""
     inputs = (q, k, v, call.bias, call.sinks, *call.aux)
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     chosen = _choose(backend, q, v, call, needs_lse=return_lse, gradients=gradients)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ... import backends, env
 from ..choice import choose
 from ..spec import AttentionSpec, empty_laid_out_like
-from ..validation import check_flag, normalise
+from ..validation import Call, check_flag, normalise
 from . import validation
 from .spec import DecodeCall
 
@@ -106,16 +107,8 @@ def flash_attention_decode(
     check_flag("return_lse", return_lse)
     check_flag("causal", causal)
     validation.check_align(align, causal or window is not None or alibi_slopes is not None)
-    validation.check_no_gradient(
-        q=q,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        k_new=k_new,
-        v_new=v_new,
-        bias=bias,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
+    without = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k_new": k_new, "v_new": v_new}
+    validation.check_no_gradient(**without, bias=bias, sinks=sinks, alibi_slopes=alibi_slopes)
     # The keys of a sequence as the scores see them, without memory.
     keys = k_cache.new_empty((1, 1, 1, 1)).expand(q.shape[0], k_cache.shape[1], capacity, q.shape[3])
     call = normalise(
@@ -132,30 +125,19 @@ def flash_attention_decode(
         softcap=softcap,
         sinks=sinks,
     )
-    chosen = _choose(backend, q, v_dim)
-    left, right = (_OPEN if side is None else side for side in (call.spec.window_left, call.spec.window_right))
-    out, lse = torch.ops.fusemesh.attention_decode(
-        q,
-        k_cache,
-        v_cache,
-        cache_lens,
-        block_table,
-        cache_starts,
-        k_new,
-        v_new,
-        call.mask,
-        call.bias,
-        call.sinks,
-        call.aux,
-        call.spec.scale,
-        left,
-        right,
-        call.spec.mods,
-        call.spec.params,
-        v_dim,
-        chosen,
-    )
+    where = (cache_lens, block_table, cache_starts)
+    out, lse = _run(_choose(backend, q, v_dim), (q, k_cache, v_cache, *where, k_new, v_new), call, v_dim)
     return (out, lse) if return_lse else out
+
+
+def _run(chosen: str, tensors: tuple[Any, ...], call: Call, v_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    spec = call.spec
+    left, right = (_OPEN if side is None else side for side in (spec.window_left, spec.window_right))
+    numbers = (spec.scale, left, right, spec.mods, spec.params, v_dim)
+    out, lse = torch.ops.fusemesh.attention_decode(
+        *tensors, call.mask, call.bias, call.sinks, call.aux, *numbers, chosen
+    )
+    return out, lse
 
 
 @torch.library.custom_op("fusemesh::attention_decode", mutates_args=("k_cache", "v_cache"), schema=SCHEMA)

@@ -81,23 +81,11 @@ def flash_attention_varlen(
     """
     q, k, v = api._autocast(q, k, v)
     _check_tensors(q, k, v)
-    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _check_starts(name, cu, q)
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        expected = f"as many numbers as cu_seqlens_q, {cu_seqlens_q.shape[0]}"
-        raise wrong("cu_seqlens_k", expected, cu_seqlens_k.shape[0], "each sequence has queries and keys, maybe none")
-    for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)) or most < 0:
-            received = _short(most)
-            raise wrong(name, "an int of at least 0", received, "pass the longest length, or any larger number")
+    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_flag("return_lse", return_lse)
     _check_align(align, causal=causal, window=window, alibi_slopes=alibi_slopes, score_mod=score_mod)
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, align == "bottom_right")
-    # A batch of sequences of the longest lengths, without memory: what masks, biases and slopes are checked against.
-    batch = packed.batch
-    like_q = q.detach().new_empty(()).expand(batch, q.shape[1], max_seqlen_q, q.shape[2])
-    like_k = k.detach().new_empty(()).expand(batch, k.shape[1], max_seqlen_k, k.shape[2])
-    like_v = v.detach().new_empty(()).expand(batch, v.shape[1], max_seqlen_k, v.shape[2])
+    like_q, like_k, like_v = _longest_batch(q, k, v, packed)
     check_qkv(like_q, like_k, like_v)
     call = normalise(
         like_q,
@@ -126,6 +114,18 @@ def flash_attention_varlen(
         check_contents(packed, q.shape[0], k.shape[0])
     out, lse = _forward(chosen, q, k, v, packed, call)
     return (out, lse) if return_lse else out
+
+
+def _longest_batch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sequences of the longest lengths, without memory: what masks, biases and slopes are checked against."""
+    lengths = (packed.max_q, packed.max_k, packed.max_k)
+    like_q, like_k, like_v = (
+        x.detach().new_empty(()).expand(packed.batch, x.shape[1], length, x.shape[2])
+        for x, length in zip((q, k, v), lengths, strict=True)
+    )
+    return like_q, like_k, like_v
 
 
 def _forward(
@@ -183,6 +183,19 @@ def _check_tensors(q: Any, k: Any, v: Any) -> None:
             raise wrong(name, expected, received, "convert one of them with .to()")
     if v.shape[0] != k.shape[0]:
         raise wrong("v", f"k's {k.shape[0]} rows", f"{v.shape[0]} (shape {tuple(v.shape)})", "one value for each key")
+
+
+def _check_lengths(q: torch.Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) -> None:
+    """Raise unless there is a beginning for each sequence's queries and keys, and a longest length of both."""
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        _check_starts(name, cu, q)
+    if cu_k.shape != cu_q.shape:
+        expected = f"as many numbers as cu_seqlens_q, {cu_q.shape[0]}"
+        raise wrong("cu_seqlens_k", expected, cu_k.shape[0], "each sequence has queries and keys, maybe none")
+    for name, most in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
+        if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)) or most < 0:
+            received = _short(most)
+            raise wrong(name, "an int of at least 0", received, "pass the longest length, or any larger number")
 
 
 def _check_starts(name: str, cu: Any, q: torch.Tensor) -> None:
