@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends
-from . import reference, torch_backend
+from . import ops, reference, torch_backend
 from .choice import HEAD_DIMS, choose, why_not_fused
 from .features import check_seed
 from .spec import Origin
@@ -290,8 +290,6 @@ def _forward(
     if chosen == "reference":
         _count("attention_forward", "reference")
         return reference.forward(q, k, v, **call.arguments())
-    from . import ops
-
     q, k, v = (_unit_last_stride(x) for x in (q, k, v))
     tensors = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
     out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *tensors, *ops.numbers_of(call.spec), chosen, call.descale)
@@ -302,8 +300,6 @@ def _backward(chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool
     if chosen == "reference":
         _count("attention_backward", "reference")
         return AttentionGradients(*reference.backward(*tensors, **call.arguments(), bias_grad=bias_grad))
-    from . import ops
-
     do, q, k, v, out, lse, dlse = tensors
     do, q, k, v, out = (_unit_last_stride(x) for x in (do, q, k, v, out))
     others = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)

@@ -57,23 +57,27 @@ def descale_factors(descale: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Ten
             raise wrong("descale", f"None beside q of {q.dtype}", short(descale), f"it belongs to q, k, v of {FP8}")
         return None
     batch, heads = k.shape[:2]
-    expected = f"(q's, k's, v's), each None, a number, or an fp32 tensor of 1 element or [B, Hkv] = [{batch}, {heads}]"
-    remedy = (
-        "x = descale * fp8(x), for the tensor or for each batch and key head (q's: that of the heads that share it)"
-    )
+
+    def wrong_factors(received: object) -> ValueError:
+        # Written out only for the error: torch.compile makes constants of sizes that are in a string.
+        numbers = f"an fp32 tensor of 1 element or [B, Hkv] = [{batch}, {heads}]"
+        remedy = "for the tensor or for each batch and key head (q's: that of the heads that share it)"
+        expected = f"(q's, k's, v's), each None, a number, or {numbers}"
+        return wrong("descale", expected, received, f"x = descale * fp8(x), {remedy}")
+
     parts = (None, None, None) if descale is None else descale
     if not isinstance(parts, (tuple, list)) or len(parts) != 3:
-        raise wrong("descale", expected, short(descale), remedy)
+        raise wrong_factors(short(descale))
     found = []
     for x in parts:
         if isinstance(x, torch.Tensor):
             if x.dtype != torch.float32 or x.device != q.device or (x.numel() != 1 and x.shape != (batch, heads)):
-                raise wrong("descale", expected, f"{short(x)} on {x.device}", remedy)
+                raise wrong_factors(f"{short(x)} on {x.device}")
             found.append(x.reshape(1, 1).expand(batch, heads) if x.numel() == 1 else x)
         elif x is None or (isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)):
             found.append(torch.full((batch, heads), 1.0 if x is None else x, dtype=torch.float32, device=q.device))
         else:
-            raise wrong("descale", expected, short(x), remedy)
+            raise wrong_factors(short(x))
     return torch.stack(found, -1)
 
 
@@ -82,13 +86,16 @@ def checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor | None:
     if sinks is None:
         return None
     dtype = out_dtype(q.dtype)
-    expected = f"a tensor [H] = [{q.shape[1]}] of q's dtype {dtype} or torch.float32 on {q.device}"
-    remedy = "one logit for each query head"
+
+    def wrong_sinks(received: object) -> ValueError:
+        expected = f"a tensor [H] = [{q.shape[1]}] of q's dtype {dtype} or torch.float32 on {q.device}"
+        return wrong("sinks", expected, received, "one logit for each query head")
+
     if not isinstance(sinks, torch.Tensor) or sinks.dtype not in (dtype, torch.float32) or sinks.device != q.device:
         received = f"{sinks.dtype} on {sinks.device}" if isinstance(sinks, torch.Tensor) else short(sinks)
-        raise wrong("sinks", expected, received, remedy)
+        raise wrong_sinks(received)
     if tuple(sinks.shape) != (q.shape[1],):
-        raise wrong("sinks", expected, f"shape {tuple(sinks.shape)}", remedy)
+        raise wrong_sinks(f"shape {tuple(sinks.shape)}")
     return sinks if sinks.is_contiguous() else sinks.contiguous()
 
 

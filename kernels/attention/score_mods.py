@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .errors import wrong
+
 _MODS: dict[str, ScoreMod] = {}
 
 
@@ -157,13 +159,19 @@ def alibi(slopes: Any, q: torch.Tensor) -> BoundScoreMod:
         q: [B, H, Sq, D], the queries of the call.
     """
     batch, heads = q.shape[:2]
-    expected = f"a float tensor [H] = [{heads}] or [B, H] = [{batch}, {heads}] on {q.device}"
-    remedy = "one slope for each query head"
-    if not isinstance(slopes, torch.Tensor) or not slopes.dtype.is_floating_point or slopes.device != q.device:
-        received = f"{slopes.dtype} on {slopes.device}" if isinstance(slopes, torch.Tensor) else type(slopes).__name__
-        raise ValueError(f"alibi_slopes: expected {expected}, received {received}; {remedy}")
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(f"alibi_slopes: expected {expected}, received shape {tuple(slopes.shape)}; {remedy}")
+
+    def wrong_slopes(received: str) -> ValueError:
+        # Written out only for the error: where sizes are symbols, torch.compile makes constants of those in a string.
+        expected = f"a float tensor [H] = [{heads}] or [B, H] = [{batch}, {heads}] on {q.device}"
+        return wrong("alibi_slopes", expected, received, "one slope for each query head")
+
+    if not isinstance(slopes, torch.Tensor):
+        raise wrong_slopes(type(slopes).__name__)
+    if not slopes.dtype.is_floating_point or slopes.device != q.device:
+        raise wrong_slopes(f"{slopes.dtype} on {slopes.device}")
+    # Not ``in``, which compares symbols as objects.
+    if tuple(slopes.shape) != (heads,) and tuple(slopes.shape) != (batch, heads):
+        raise wrong_slopes(f"shape {tuple(slopes.shape)}")
     if slopes.requires_grad:
         raise ValueError(
             "alibi_slopes: expected a tensor without gradient, received requires_grad=True; detach it, or pass the "

@@ -154,10 +154,16 @@ def check_contents(call: DecodeCall) -> None:
 
 
 def _check_indices(name: str, x: Any, shape: tuple[int | None, ...], device: torch.device) -> None:
-    letters = "[B]" if len(shape) == 1 else "[B, pages of a sequence]"
-    expected = f"an int32 or int64 tensor {letters} with B = {shape[0]} on {device}"
+
+    def wrong_indices(received: object, remedy: str) -> ValueError:
+        # Written out only for the error: torch.compile makes constants of sizes that are in a string.
+        letters = "[B]" if len(shape) == 1 else "[B, pages of a sequence]"
+        return wrong(name, f"an int32 or int64 tensor {letters} with B = {shape[0]} on {device}", received, remedy)
+
     if not isinstance(x, torch.Tensor):
-        raise wrong(name, expected, type(x).__name__, "a tensor on the device, so that nothing waits for it")
-    right = x.dim() == len(shape) and all(want in (None, size) for size, want in zip(x.shape, shape, strict=True))
+        raise wrong_indices(type(x).__name__, "a tensor on the device, so that nothing waits for it")
+    right = x.dim() == len(shape) and all(
+        want is None or want == size for size, want in zip(x.shape, shape, strict=True)
+    )
     if not right or x.dtype not in INDEX_DTYPES or x.device != device:
-        raise wrong(name, expected, f"shape {tuple(x.shape)}, {x.dtype} on {x.device}", "convert or reshape it")
+        raise wrong_indices(f"shape {tuple(x.shape)}, {x.dtype} on {x.device}", "convert or reshape it")

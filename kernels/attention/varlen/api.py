@@ -12,6 +12,7 @@ from ..choice import HEAD_DIMS, choose, why_not_fused
 from ..packed import Packed
 from ..spec import Origin
 from ..validation import ALIGN, DTYPES, Call, check_flag, check_qkv, normalise, wrong
+from . import ops
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -138,8 +139,6 @@ def _forward(
         # Positions are the sequences' own, and fp8 has been refused.
         options = {name: value for name, value in call.arguments().items() if name not in ("origin", "descale")}
         return reference.forward(q, k, v, packed, **options)
-    from . import ops
-
     # The reference reads lengths on the host, which a compiled graph holds only inside an op.
     q, k, v = (api._unit_last_stride(x) for x in (q, k, v))
     tensors = (packed.cu_q, packed.cu_k, call.mask, call.bias, list(call.aux), call.sinks, call.seed)
