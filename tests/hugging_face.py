@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 
 VOCABULARY = 48
@@ -35,6 +36,11 @@ class Family:
     config: str
     options: dict[str, Any] = field(default_factory=dict)
     calls: int = 2  # attention calls of one forward
+    since: str = "4.57"  # the first version of transformers that routes it
+
+    def is_routed(self) -> bool:
+        """Whether the installed version does."""
+        return Version(transformers.__version__) >= Version(self.since)
 
     def build(self, implementation: str, **changed: Any) -> Any:
         """The model in eval mode, the same weights for every implementation."""
@@ -59,9 +65,13 @@ FAMILIES = {
         {**GQA, "attention_chunk_size": 5, "moe_layers": [], "intermediate_size_mlp": 48, "num_local_experts": 2},
     ),
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", {**GPT2, "eos_token_id": None}),
-    "bert": Family("BertForMaskedLM", "BertConfig", ENCODER),
+    "bert": Family("BertForMaskedLM", "BertConfig", ENCODER, since="5.0"),
     "t5": Family(
-        "T5ForConditionalGeneration", "T5Config", {**T5, "decoder_start_token_id": 0, "eos_token_id": None}, calls=6
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {**T5, "decoder_start_token_id": 0, "eos_token_id": None},
+        calls=6,
+        since="5.15",
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",

@@ -12,13 +12,15 @@ without padding whose last query stands at the last key, and for bidirectional o
 then takes causality from the layer, the window from the ``sliding_window`` that the layer passes, and aligns the
 queries to the last key. Everything else is a boolean mask, which is then the whole truth: causal and window are in it.
 
-A model that computes attention itself (no attention interface) cannot be routed. If it asks for a mask, it is refused;
-if it does not, it runs as it always does, and ``fusemesh.kernels.backends.call_counts()`` stays empty.
+A model that computes attention itself (no attention interface) cannot be routed, and is refused where it is built:
+``register()`` wraps ``PreTrainedModel.get_correct_attn_implementation``, transformers' own check of the name. Which
+models have the interface depends on the version: BERT from transformers 5.0, T5 from 5.15, decoders such as Llama,
+Mistral, Gemma 2, GPT-2 and gpt-oss in 4.57 already. Of a model made of several, the parts that have it are routed; one
+that has not is refused if it asks for a mask, and else runs as it always does.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,8 @@ import torch
 
 from fusemesh.kernels.attention.api import flash_attention
 from fusemesh.kernels.attention.validation import wrong
+
+from . import transformers_models
 
 # Layer types whose masks transformers makes with create_sliding_window_causal_mask.
 _SLIDING = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
@@ -54,6 +58,7 @@ def register(name: str = "fusemesh") -> None:
         ) from error
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, attention_mask)
+    transformers_models.check_when_built(name)
 
 
 def attention(
@@ -163,7 +168,7 @@ def attention_mask(
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    _refuse_models_without_interface(config)
+    transformers_models.refuse_by_config(config)
     function: Callable[..., Any] = causal_mask_function if mask_function is None else mask_function
     positions: dict[str, Any] = {"kv_length": kv_length, "kv_offset": kv_offset}
     if cache_position is not None:
@@ -336,31 +341,6 @@ def _refuse(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None
     if attention_mask is None and isinstance(packed, torch.Tensor) and packed.numel() > 2:
         remedy = "pass position_ids that start again with every sequence, and the mask keeps sequences apart"
         raise wrong("cu_seq_lens_q", "None or the bounds of one sequence", f"{packed.numel()} bounds", remedy)
-
-
-def _refuse_models_without_interface(config: Any) -> None:
-    """Raise for a model whose own attention would take our None for a mask that hides nothing."""
-    layer = _own_attention_of(type(config).__module__)
-    if layer is not None:
-        raise wrong(
-            "attn_implementation",
-            "'eager' for this model",
-            f"a mask for FuseMesh with a {type(config).__name__}",
-            f"{layer} computes attention itself and cannot be routed",
-        )
-
-
-@torch.compiler.assume_constant_result
-def _own_attention_of(config_module: str) -> str | None:
-    """The attention class of the model with this configuration module, if it knows no attention interface."""
-    name = config_module.replace(".configuration_", ".modeling_")
-    modeling = sys.modules.get(name)
-    if name == config_module or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
-        return None
-    for layer, kind in vars(modeling).items():
-        if isinstance(kind, type) and layer.endswith("Attention") and kind.__module__ == name:
-            return layer
-    return None
 
 
 def _in_dtype_of(query: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
