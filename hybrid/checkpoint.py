@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ MARKER = "checkpoint.json"
 _FORMAT = 2
 _STEP = "step-"
 _UNFINISHED = ".unfinished-"
+_REPLACED = f"{_UNFINISHED}old-"
 _MODEL, _OPTIMIZER = "model", "optimizer"
 # Groups of parameters would be numbered differently on each stage of a pipeline.
 _BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -91,10 +92,21 @@ def latest(directory: str | os.PathLike[str]) -> Path:
     root = Path(directory)
     if (root / MARKER).is_file():
         return root
+    _put_back(root)
     found = all_checkpoints(root)
     if not found:
         raise ValueError(f"checkpoint: expected a folder {_STEP}* with {MARKER} in {str(root)!r}, found none")
     return found[-1]
+
+
+def _put_back(root: Path) -> None:
+    """Give a checkpoint its name again that was about to be replaced when its run died."""
+    for path in root.glob(f"{_REPLACED}*/{MARKER}"):
+        final = root / path.parent.name.removeprefix(_REPLACED)
+        if not final.exists():
+            # Another rank may do the same.
+            with suppress(OSError):
+                path.parent.rename(final)
 
 
 def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
@@ -142,6 +154,7 @@ def save(
 
     def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
+        _put_back(root)
         for leftover in root.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover)
         unfinished.mkdir()
@@ -149,9 +162,9 @@ def save(
     def finish() -> None:
         (unfinished / MARKER).write_text(content)
         if final.exists():
-            # A folder cannot be replaced in one move. The old one first ceases to be whole, so that no reader ever
-            # meets a mixture.
-            final.rename(root / f"{_UNFINISHED}old-{final.name}")
+            # A folder cannot be replaced in one move. The old one first steps aside, so that no reader ever meets a
+            # mixture; if the run dies before the next line, it is put back.
+            final.rename(root / f"{_REPLACED}{final.name}")
         unfinished.rename(final)
         for old in root.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(old)

@@ -6,6 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from fusemesh import config
 from fusemesh.evaluator import evaluate_rank
 from fusemesh.trainer import Trainer, train_rank
@@ -55,17 +58,44 @@ def train(values: dict[str, Any], resume: bool = False) -> dict[str, Any]:
     return train_rank(values, resume, quiet=True)
 
 
-def train_with_a_bad_rank(values: dict[str, Any], bad: int, step: int) -> str:
-    """The message with which training fails on this rank, when rank ``bad``'s loss becomes NaN at ``step``."""
-    train_step = Trainer._train_step
+def train_with_a_bad_rank(values: dict[str, Any], bad: int, step: int) -> tuple[str, dict[str, torch.Tensor]]:
+    """How training fails, and the weights then, when rank ``bad``'s loss becomes NaN at ``step`` and stays so."""
+    train_step, weights = Trainer._train_step, {}
 
     def poisoned(self: Trainer, current: int) -> Any:
         if current == step and self.world.rank == bad:
             whole = self.model.loss
             self.model.loss = lambda *batch: whole(*batch) * math.nan  # type: ignore[method-assign]
-        return train_step(self, current)
+        taken = train_step(self, current)
+        for name, parameter in self.model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            weights[name] = parameter.detach().full_tensor()
+        return taken
 
     Trainer._train_step = poisoned  # type: ignore[method-assign]
+    try:
+        train_rank(values, quiet=True)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}", weights
+    finally:
+        Trainer._train_step = train_step  # type: ignore[method-assign]
+    return "trained", weights
+
+
+def train_with_drift(values: dict[str, Any], bad: int, step: int) -> str:
+    """The message with which training fails when a weight of rank ``bad`` changes by itself after ``step``."""
+    train_step = Trainer._train_step
+
+    def drifting(self: Trainer, current: int) -> Any:
+        taken = train_step(self, current)
+        if current == step and self.world.rank == bad:
+            weight = self.model.embedding.weight
+            assert isinstance(weight, DTensor)
+            with torch.no_grad():
+                weight.to_local()[5, 7] += 1e-3
+        return taken
+
+    Trainer._train_step = drifting  # type: ignore[method-assign]
     try:
         train_rank(values, quiet=True)
     except RuntimeError as error:

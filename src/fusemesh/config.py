@@ -98,6 +98,8 @@ class RunConfig:
     threads: int = _doc(1, "CPU threads per rank; 0: torch's choice", least=0)
     log_every: int = _doc(10, "steps between metrics", least=1)
     checkpoint_every: int = _doc(0, "steps between checkpoints; 0: only at the end", least=0)
+    check_replicas_every: int = _doc(100, "steps between comparisons of replicated parameters; 0: never", least=0)
+    record_samples: bool = _doc(False, "each rank writes the samples that it consumed to samples/")
     keep_checkpoints: int = _doc(2, "newest checkpoints kept; 0: all", least=0)
 
 

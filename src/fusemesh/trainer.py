@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from fusemesh import config as configuration
 from fusemesh.config import Config, TrainingConfig
 from fusemesh.evaluator import check_layout, evaluate, held_out_samples, pipeline_options, place, plain_model
-from fusemesh.hybrid import checkpoint
+from fusemesh.hybrid import checkpoint, consistency
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.launch import World, distributed
 from fusemesh.hybrid.layout import Layout
@@ -31,10 +31,6 @@ from fusemesh.tasks.language_model import Samples, load_corpus
 
 # What decides which samples a step takes and what the model is. A resumed run must leave these as they were.
 _FIXED_ON_RESUME = ("model.", "data.", "training.global_batch_size", "training.seed")
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss was infinite or NaN; the message names the step and the ranks."""
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
@@ -115,7 +111,7 @@ class _Step:
     """What a step leaves on the device until metrics are due: reading it at once would stall a GPU."""
 
     step: int
-    report: torch.Tensor  # fp64 [1 + world size]: summed loss of all replicas, then per rank whether its loss is bad
+    report: torch.Tensor  # fp64 [2]: summed loss of all replicas; on how many ranks a number is not finite
     norm: torch.Tensor | None  # of the gradient before clipping
 
 
@@ -148,6 +144,10 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.training)
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.first_step = 0
+        # From the first number that is not finite on, the weights stay as they were before its step, so that the step
+        # can be done again; the fused optimizer reads this on the device, and nothing waits for it.
+        self.is_broken = torch.zeros((), dtype=torch.float32, device=world.device)
+        self.optimizer.found_inf = self.is_broken  # type: ignore[attr-defined]
         if resume:
             state = checkpoint.load(self.folder / "checkpoints", self.model, self.optimizer)
             _check_resumable(config, state["config"])
@@ -162,6 +162,8 @@ class Trainer:
             for step in range(self.first_step, training.steps):
                 metrics.add(self._train_step(step))
                 done = step + 1
+                if run.check_replicas_every and done % run.check_replicas_every == 0:
+                    consistency.check_replicas(self.model, step=done)
                 last = done == training.steps
                 save = last or (run.checkpoint_every and done % run.checkpoint_every == 0)
                 if done % run.log_every == 0 or save:
@@ -197,23 +199,53 @@ class Trainer:
         training, device = self.config.training, self.world.device
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for indices in self.order.micro_batches(step, self.replica):
-            tokens, targets = (torch.from_numpy(part).to(device) for part in self.samples.batch(indices))
-            # The global token count, not this rank's: gradients are then summed over replicas and micro-batches, and
-            # the step is the same however they are cut.
-            total += self.model.loss_and_gradients(tokens, targets, self.tokens_per_step).double()
+        total = self._loss_and_gradients(step)
         norm = None
         if training.clip_norm > 0:
             norm = clip_gradients(self.model, training.clip_norm)
-        self.optimizer.step()
-        report = torch.zeros(1 + self.world.world_size, dtype=torch.float64, device=device)
+        report = torch.zeros(2, dtype=torch.float64, device=device)
         # The ranks of one replica hold the same loss; one of them counts.
         report[0] = total / (self.world.world_size // self.layout.replicas)
-        report[1 + self.world.rank] = (~torch.isfinite(total)).double()
+        report[1] = (~(torch.isfinite(total) & self._gradients_are_finite(norm))).double()
         dist.all_reduce(report)
+        self.is_broken.copy_(torch.maximum(self.is_broken, (report[1] > 0).float()))
+        self.optimizer.step()
+        if self.config.run.record_samples:
+            self._record(step)
         return _Step(step, report, norm)
+
+    def _loss_and_gradients(self, step: int) -> torch.Tensor:
+        """The loss summed over this replica's tokens of a step, fp64; gradients are those of the step alone."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for indices in self.order.micro_batches(step, self.replica):
+            tokens, targets = (torch.from_numpy(part).to(self.world.device) for part in self.samples.batch(indices))
+            # The global token count, not this rank's: gradients are then summed over replicas and micro-batches, and
+            # the step is the same however they are cut.
+            total += self.model.loss_and_gradients(tokens, targets, self.tokens_per_step).double()
+        return total
+
+    def _gradients_are_finite(self, norm: torch.Tensor | None) -> torch.Tensor:
+        """Whether this rank's part of the gradients is, on the device."""
+        if norm is not None:
+            # Of a norm that is not reduced yet this rank's part; a clipped gradient is finite if its norm is.
+            return torch.isfinite(norm.to_local() if isinstance(norm, DTensor) else norm)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        return torch.isfinite(torch.stack(torch._foreach_norm([g for g in local if g.numel()]))).all()
+
+    def _diagnose(self, step: int) -> str:
+        """Where the number that is not finite was born; every rank calls it, and the weights are the step's."""
+        stage = self.mesh.get_local_rank("pp")
+        return consistency.find_non_finite(self.model, lambda: self._loss_and_gradients(step), stage=stage)
+
+    def _record(self, step: int) -> None:
+        """Append the samples that this rank consumed in a step to ``samples/rank-R.jsonl``."""
+        indices = self.order.micro_batches(step, self.replica).flatten().tolist()
+        path = self.folder / "samples" / f"rank-{self.world.rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step + 1, "samples": indices}) + "\n")
 
     def _evaluate(self) -> dict[str, Any]:
         return evaluate(
@@ -245,7 +277,7 @@ class Trainer:
         writer = MetricsWriter(self.folder, self.first_step) if self.world.is_first else None
         bar = _progress_bar(self.first_step, self.config.training.steps, self.world.is_first and not self.quiet)
         try:
-            yield _Metrics(self.config.training, self.tokens_per_step, writer, bar)
+            yield _Metrics(self.config.training, self.tokens_per_step, writer, bar, self._diagnose)
         finally:
             if writer is not None:
                 writer.close()
@@ -256,8 +288,16 @@ class Trainer:
 class _Metrics:
     """Collects steps, and turns them into numbers where metrics are due."""
 
-    def __init__(self, training: TrainingConfig, tokens_per_step: int, writer: MetricsWriter | None, bar: Any) -> None:
+    def __init__(
+        self,
+        training: TrainingConfig,
+        tokens_per_step: int,
+        writer: MetricsWriter | None,
+        bar: Any,
+        diagnose: Callable[[int], str],
+    ) -> None:
         self.training, self.tokens_per_step, self.writer, self.bar = training, tokens_per_step, writer, bar
+        self.diagnose = diagnose
         self.pending: list[_Step] = []
         self.since = time.perf_counter()
         self.last_loss: float | None = None
@@ -271,19 +311,18 @@ class _Metrics:
         """Read the pending steps; every rank calls it, at the same steps.
 
         Raises:
-            NonFiniteLossError: naming the first bad step and the ranks where it was bad.
+            NonFiniteError: naming the first bad step, and the rank and parameter where it went wrong.
         """
         if not self.pending:
             return
         losses = []
         for item in self.pending:
             report = item.report.tolist()
-            bad = [rank for rank, flag in enumerate(report[1:]) if flag]
-            if bad:
-                raise NonFiniteLossError(
-                    f"step {item.step + 1}: the loss of rank {', '.join(map(str, bad))} is not finite; the step's "
-                    "weights are not saved. Go on with --resume from the last checkpoint, with a lower "
-                    "training.learning_rate, or a training.clip_norm above 0"
+            if report[1]:
+                raise consistency.NonFiniteError(
+                    f"step {item.step + 1}: a number is not finite, and was born {self.diagnose(item.step)}. The "
+                    "weights are those before the step, and no checkpoint holds it. Go on with --resume from the last "
+                    "one, with a lower training.learning_rate, or a training.clip_norm above 0"
                 )
             losses.append(report[0] / self.tokens_per_step)
         last = self.pending[-1]

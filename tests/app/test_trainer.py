@@ -12,9 +12,11 @@ import torch
 from fusemesh import config, trainer
 from fusemesh.evaluator import evaluate_file
 from fusemesh.hybrid import checkpoint
+from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.local_ranks import LocalRanks
 from fusemesh.metrics import MetricsWriter, read_metrics
+from fusemesh.tasks.language_model import Samples, load_corpus
 
 
 def test_learning_rate_rises_linearly_and_falls_by_a_cosine():
@@ -208,13 +210,48 @@ def test_one_held_out_loss_of_a_run_in_stages(runs, ranks, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_rank_whose_loss_is_not_finite_is_named(text, ranks, tmp_path):
-    settings = tiny_run.settings(text, tmp_path / "run", layout="dp4", run__checkpoint_every="2")
-    messages = ranks.call(tiny_run.train_with_a_bad_rank, config.as_dict(settings), 2, 3, timeout=120)
-    for message in messages:
-        assert message.startswith("NonFiniteLossError: step 4: the loss of rank 2 is not finite"), message
-    # The weights of that step are lost, and those before it are not.
-    assert checkpoint.step_of(checkpoint.latest(tmp_path / "run" / "checkpoints")) == 2
+@pytest.mark.parametrize("clip", ["1.0", "0"])
+def test_a_rank_whose_loss_is_not_finite_is_named(runs, ranks, text, tmp_path, clip):
+    """When metrics are due, three steps later; the weights are those from before, and no checkpoint is of after."""
+    whole, _ = runs("dp4", training__clip_norm=clip)
+    settings = tiny_run.settings(
+        text, tmp_path / "run", layout="dp4", run__checkpoint_every="3", run__log_every="6", training__clip_norm=clip
+    )
+    told = ranks.call(tiny_run.train_with_a_bad_rank, config.as_dict(settings), 2, 3, timeout=120)
+    for message, _ in told:
+        assert message.startswith(
+            "NonFiniteError: step 4: a number is not finite, and was born on rank 2, in the gradient of parameter "
+        ), message
+    assert checkpoint.step_of(checkpoint.latest(tmp_path / "run" / "checkpoints")) == 3
+    kept = weights(whole, 3)
+    assert all(torch.equal(kept[name], value) for name, value in told[0][1].items()) and len(kept) == len(told[0][1])
+
+
+@pytest.mark.distributed
+def test_replicas_that_drift_end_the_run(ranks, text, tmp_path):
+    settings = tiny_run.settings(text, tmp_path / "run", layout="dp4", run__check_replicas_every="2")
+    for message in ranks.call(tiny_run.train_with_drift, config.as_dict(settings), 1, 2, timeout=120):
+        assert message.startswith(
+            "DriftError: step 4: replicas of parameter 'embedding.weight' along dp differ: rank 1"
+        )
+
+
+@pytest.mark.distributed
+def test_each_rank_records_the_samples_that_it_consumed(runs):
+    """Together they are those of the order, step by step."""
+    whole, _ = runs("dp2 x tp2", run__record_samples="true")
+    order = BatchOrder(len(Samples(load_corpus(whole.data.path).train, 16)), 8, seed=0)
+    read = [
+        [
+            json.loads(line)
+            for line in Path(whole.run.directory, "samples", f"rank-{rank}.jsonl").read_text().split("\n")[:-1]
+        ]
+        for rank in range(4)
+    ]
+    assert read[0] == read[1] and read[2] == read[3]
+    for step in range(6):
+        assert [line[step]["step"] for line in read] == [step + 1] * 4
+        assert read[0][step]["samples"] + read[2][step]["samples"] == order.step(step).tolist()
 
 
 @pytest.mark.distributed

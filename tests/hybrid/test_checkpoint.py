@@ -187,6 +187,28 @@ def test_the_same_step_is_replaced_and_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
 
 
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_crash_while_replacing_a_checkpoint_leaves_one_of_the_two(tmp_path, monkeypatch, moves):
+    """At each of the two moves; neither a mixture nor nothing is ever found."""
+    model = torch.nn.Linear(2, 3)
+    checkpoint.save(tmp_path, model, None, {"number": 1}, step=4)
+    rename, done = Path.rename, []
+
+    def dies(self, target):
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(self)
+        return rename(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", dies)
+        checkpoint.save(tmp_path, model, None, {"number": 2}, step=4)
+    assert checkpoint.load(tmp_path, model) == {"number": 1}
+    checkpoint.save(tmp_path, model, None, {"number": 3}, step=4)
+    assert checkpoint.load(tmp_path, model) == {"number": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
 def test_wrong_input(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint: expected a folder step-\* with checkpoint.json in .*found none"):
         checkpoint.latest(tmp_path)
