@@ -1,6 +1,7 @@
 """Checkpoints: round trip, another layout, merging, and what a crash leaves. Layers: one process; 4 gloo ranks."""
 
 import json
+from pathlib import Path
 
 import checkpoint_ranks as ranks
 import pytest
