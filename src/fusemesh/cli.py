@@ -1,4 +1,4 @@
-"""The command line: ``fusemesh doctor | train | eval | merge | bench``.
+"""The command line: ``fusemesh doctor | train | eval | merge | plan | bench``.
 
 With ``--json`` a command writes exactly one JSON object to stdout; messages always go to stderr. Every key of the
 configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``.
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(options, 2, str(error))
     except RuntimeError as error:
-        return _fail(options, 1, str(error))
+        return _fail(options, 1, str(error), getattr(error, "result", None))
     except KeyboardInterrupt:
         return _fail(options, 130, "interrupted; go on with --resume if the run has saved a checkpoint")
     if result is not None:
@@ -32,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(options: argparse.Namespace, status: int, message: str) -> int:
+def _fail(options: argparse.Namespace, status: int, message: str, result: dict[str, Any] | None = None) -> int:
     if options.json:
-        print(json.dumps({"error": message}))
+        print(json.dumps({**(result or {}), "error": message}))
     print(f"fusemesh {options.name}: error: {message}", file=sys.stderr)
     return status
 
@@ -42,7 +42,7 @@ def _fail(options: argparse.Namespace, status: int, message: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusemesh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fusemesh {__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="doctor | train | eval | merge | bench")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="doctor | train | eval | merge | plan | bench")
 
     doctor = _command(commands, "doctor", _doctor, "what this machine has and what auto chooses")
     train = _command(commands, "train", _train, "train a model in any layout")
@@ -56,18 +56,21 @@ def _parser() -> argparse.ArgumentParser:
     merge = _command(commands, "merge", _merge, "write a run's last checkpoint as one safetensors file")
     merge.add_argument("target", help="run directory or checkpoint folder")
     merge.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
+    plan = _command(commands, "plan", _plan, "rank the layouts that a model could train in, before paying for them")
+    _plan_options(plan)
     bench = _command(commands, "bench", _bench, "which tiles of the Triton kernels are fastest on this GPU")
     bench.add_argument("--tune", action="store_true", help="time the shipped tiles and their neighbours")
     bench.add_argument("--minutes", type=float, default=7.5, metavar="M", help="no tile starts later; default: 7.5")
     bench.add_argument(
         "--output", "-o", metavar="FILE", help="default: bench/results/<machine>/tune.json in the current folder"
     )
-    for command in (doctor, train, evaluation, merge, bench):
+    for command in (doctor, train, evaluation, merge, plan, bench):
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for command in (train, evaluation):
         command.add_argument(
             "--nproc", type=int, metavar="N", help="local ranks to start; default: as many as the layout has"
         )
+    for command in (train, evaluation, plan):
         keys = command.add_argument_group("configuration")
         for key, spec in config.fields_of(config.Config).items():
             text = spec.doc + (f" ({', '.join(spec.choices)})" if spec.choices else "")
@@ -83,6 +86,29 @@ def _command(commands: Any, name: str, function: Any, text: str) -> argparse.Arg
     command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     command.set_defaults(command=function)
     return command
+
+
+def _plan_options(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument(
+        "--model", metavar="NAME", help="such as llama3-8b, or a Hugging Face config.json; default: our run"
+    )
+    plan.add_argument("--config", metavar="FILE", help="TOML file of our run; the options of its keys win over it")
+    plan.add_argument("--world", type=int, metavar="N", help="ranks; default for our run: GPUs, or cores")
+    plan.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, a JSON file, or local: measure this machine")
+    plan.add_argument("--memory", metavar="SIZE", help="of a rank, such as 80GB; default: the hardware's")
+    plan.add_argument("--gpus-per-node", type=int, metavar="N", help="default: the hardware's")
+    plan.add_argument(
+        "--batch", type=int, metavar="N", help="samples a step over all ranks; default: 4 Mi tokens' worth"
+    )
+    plan.add_argument("--sequence", type=int, metavar="N", help="tokens a sample; default: what it was trained with")
+    plan.add_argument(
+        "--microbatches", type=int, metavar="N", help="a replica's samples in N parts; default: the fastest"
+    )
+    plan.add_argument("--dtype", help="of compute; default: bfloat16")
+    plan.add_argument("--schedule", help="of the pipeline: 1f1b (default), gpipe, interleaved")
+    plan.add_argument("--virtual-stages", type=int, metavar="N", help="stages a rank of an interleaved pipeline")
+    plan.add_argument("--recompute", help="none (default), selective, full: what backward computes again")
+    plan.add_argument("--explain", metavar="LAYOUT", help="where the time and memory of one layout go")
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
@@ -107,6 +133,20 @@ def _ranks(options: argparse.Namespace, layout: str) -> tuple[int, bool]:
     if nproc < 1:
         raise ValueError(f"--nproc: expected at least 1, received {nproc}")
     return nproc, nproc > 1
+
+
+def _choose_layout(configured: config.Config, options: argparse.Namespace) -> config.Config:
+    """The configuration with a layout of "auto" decided, before any rank starts."""
+    if configured.layout.strip().lower() != "auto":
+        return configured
+    from fusemesh.hybrid.launch import rank_from_environment
+    from fusemesh.planning import resolve_auto
+
+    place = rank_from_environment()
+    world = options.nproc if place is None else place.world_size
+    chosen, line = resolve_auto(configured, world, launched=place is not None)
+    print(f"fusemesh {options.name}: {line}", file=sys.stderr)
+    return chosen
 
 
 def _on_ranks(nproc: int, start: bool, function: Any, *arguments: Any) -> dict[str, Any] | None:
@@ -134,7 +174,7 @@ def _train(options: argparse.Namespace) -> tuple[Any, str | None]:
         overrides.setdefault("run.directory", config.fields_of(config.Config)["run.directory"].default)
         saved = Path(overrides["run.directory"], "config.toml")
         source = saved if saved.is_file() else None
-    resolved = config.load(source, overrides)
+    resolved = _choose_layout(config.load(source, overrides), options)
     nproc, start = _ranks(options, resolved.layout)
 
     from fusemesh.trainer import prepare, train_rank
@@ -179,6 +219,26 @@ def _merge(options: argparse.Namespace) -> tuple[Any, str]:
     output = options.output or Path(options.target, "model.safetensors")
     result = merge(checkpoint_of(options.target), output)
     return result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}"
+
+
+def _plan(options: argparse.Namespace) -> tuple[Any, str]:
+    from fusemesh import planning
+    from fusemesh.hybrid.layout import Layout
+    from fusemesh.hybrid.planner import search
+
+    model, job, hardware, world = planning.request(options, _overrides(options))
+    print(f"fusemesh plan: {planning.describe_request(model, job, hardware, world)}", file=sys.stderr)
+    if options.explain is not None:
+        layout = Layout.parse(options.explain)
+        if layout.world_size != world:
+            raise ValueError(
+                f"--explain: expected a layout of {world} ranks (--world), received {layout}, which has "
+                f"{layout.world_size}"
+            )
+        return planning.explain(search.consider(model, job, hardware, layout), job)
+    found = search.plan(model, job, hardware, world)
+    planning.require(found, job, f"{world} ranks")
+    return planning.as_dict(found, job), planning.table(found, job, hardware)
 
 
 def _bench(options: argparse.Namespace) -> tuple[Any, str]:

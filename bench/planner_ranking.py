@@ -1,0 +1,193 @@
+"""Does the planner rank layouts as they run, and is its memory right? A real training job on 1 to 4 local processes.
+
+    python bench/planner_ranking.py [--runs 3] [--layouts "single,dp2,tp4"] [--hardware FILE]
+
+Each layout trains the same model, whose parameters, gradients and optimizer states exceed 1 GiB, several times in a
+shuffled order; its time is the median over runs of the median step. Memory is the most, over ranks, by which a rank's
+peak resident set exceeds what it held just before the model was built. The result is a table, the rank correlation
+(Spearman) of predicted and measured times with and without the single process, and planner.json in
+bench/results/<machine>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fusemesh import benchmark, config, planning
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.planner import hardware as stated
+from fusemesh.hybrid.planner import measure, search
+
+LAYOUTS = (
+    "single, dp2, fsdp2, tp2, pp2, dp4, fsdp4, tp4, pp4, dp2 x fsdp2, dp2 x tp2, fsdp2 x tp2, dp2 x pp2, fsdp2 x pp2, "
+    "tp2 x pp2"
+)
+SETTINGS = {
+    "model.hidden_size": "768",
+    "model.num_layers": "12",
+    "model.num_heads": "12",
+    "model.num_kv_heads": "4",
+    "model.intermediate_size": "2048",
+    "data.sequence_length": "128",
+    "training.global_batch_size": "4",
+    "training.steps": "100",
+    "run.device": "cpu",
+}
+STEPS = 3  # timed, after one that is not
+
+
+def train(values: dict[str, Any]) -> tuple[list[float], int]:
+    """One rank: seconds of each timed step, and bytes by which the peak exceeded what was there before the model."""
+    import torch
+    import torch.distributed as dist
+
+    from fusemesh.hybrid.launch import distributed
+    from fusemesh.trainer import Trainer
+
+    configured = config.load(base=values)
+    torch.set_num_threads(configured.run.threads)
+    with distributed("cpu") as world:
+        before = measure.resident()
+        # "5" sets the peak that the system keeps back to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
+        trainer = Trainer(configured, world, quiet=True)
+        times = []
+        for step in range(STEPS + 1):
+            dist.barrier()
+            start = time.perf_counter()
+            trainer._train_step(step)
+            times.append(time.perf_counter() - start)
+        status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return times[1:], peak - before
+
+
+def run(configured: config.Config) -> tuple[float, int]:
+    """Seconds of the median step and the largest growth in bytes, over fresh ranks."""
+    from fusemesh.hybrid.local_ranks import LocalRanks
+
+    ranks = Layout.parse(configured.layout).world_size
+    with LocalRanks(ranks, {"OMP_NUM_THREADS": "1"}) as started:
+        results = started.call(train, config.as_dict(configured), timeout=600)
+    # A step is over when the slowest rank is done.
+    steps = [max(times) for times in zip(*(times for times, _ in results), strict=True)]
+    return statistics.median(steps), max(grown for _, grown in results)
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    """The correlation of ranks; no ties are expected of measured times."""
+
+    def ranked(values: list[float]) -> list[float]:
+        order = sorted(values)
+        return [float(order.index(value)) for value in values]
+
+    return statistics.correlation(ranked(one), ranked(other))
+
+
+def legal(names: list[str], base: config.Config) -> list[str]:
+    """The layouts that this version trains in."""
+    from fusemesh.evaluator import check_layout
+
+    found = []
+    for name in names:
+        try:
+            check_layout(config.load(base={**config.as_dict(base), "layout": name}), Layout.parse(name).world_size)
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+        else:
+            found.append(name)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--layouts", default=LAYOUTS)
+    parser.add_argument("--hardware", metavar="FILE", help="hardware as an earlier run wrote it; default: measure")
+    parser.add_argument("--output", metavar="FILE")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        text.write_text("\n\n".join(f"{number} is {number * number} squared" * 8 for number in range(400)))
+        base = config.load(None, {**SETTINGS, "data.path": str(text), "run.directory": str(Path(folder, "run"))})
+        names = legal([str(Layout.parse(name)) for name in options.layouts.split(",")], base)
+        world = max(Layout.parse(name).world_size for name in names)
+        machine = stated.find_hardware(options.hardware) if options.hardware else measure.measure(world)
+        measured: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+        for turn in range(options.runs):
+            for name in random.Random(turn).sample(names, len(names)):
+                values = {**config.as_dict(base), "layout": name}
+                measured[name].append(run(config.load(base=values)))
+                print(f"{name:<16} {measured[name][-1][0]:.3f} s", file=sys.stderr, flush=True)
+
+    rows = []
+    for name in names:
+        choice = search.consider(planning.model_of(base), planning.job_of(base), machine, Layout.parse(name))
+        assert isinstance(choice, search.Choice), choice
+        times, grown = zip(*measured[name], strict=True)
+        rows.append(
+            {
+                "layout": name,
+                "predicted_s": choice.cost.seconds,
+                "measured_s": statistics.median(times),
+                "runs_s": list(times),
+                "predicted_bytes": choice.memory.tensors,
+                "measured_bytes": statistics.median(grown),
+                "phases": dict(choice.memory.phases),
+                "by_kind": choice.cost.by_kind(),
+            }
+        )
+    result = summarise(rows)
+    record = benchmark.machine()
+    path = Path(options.output or Path("bench", "results", benchmark.machine_name(record), "planner.json"))
+    written = benchmark.write_results(
+        path, {"stage": "planner", "machine": record, "settings": SETTINGS, "hardware": machine.as_dict(), **result}
+    )
+    print(table(result), f"written to {written}", sep="\n")
+    return 0
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlations, and how far memory is off."""
+    many = [row for row in rows if row["layout"] != "single"]
+    sizes = [[row[key] for row in rows] for key in ("predicted_bytes", "measured_bytes")]
+    return {
+        "rows": rows,
+        "spearman": spearman([r["predicted_s"] for r in rows], [r["measured_s"] for r in rows]),
+        "spearman_without_single": spearman([r["predicted_s"] for r in many], [r["measured_s"] for r in many]),
+        "memory_errors": {row["layout"]: row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows},
+        "memory_ratio": {"predicted": max(sizes[0]) / min(sizes[0]), "measured": max(sizes[1]) / min(sizes[1])},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [
+        f"{'layout':<16} {'predicted':>10} {'measured':>10}   {'spread':<13} {'predicted':>9} {'measured':>9}  off"
+    ]
+    for row in sorted(result["rows"], key=lambda row: row["measured_s"]):
+        low, high = min(row["runs_s"]), max(row["runs_s"])
+        lines.append(
+            f"{row['layout']:<16} {row['predicted_s']:>8.3f} s {row['measured_s']:>8.3f} s   {low:.2f} to {high:.2f}  "
+            f"{row['predicted_bytes'] / 2**20:>7.0f} M {row['measured_bytes'] / 2**20:>7.0f} M "
+            f"{result['memory_errors'][row['layout']]:>+5.0%}"
+        )
+    ratio = result["memory_ratio"]
+    lines.append(
+        f"rank correlation {result['spearman']:.2f}, without the single process "
+        f"{result['spearman_without_single']:.2f}; "
+        f"largest over smallest memory: predicted {ratio['predicted']:.2f}, measured {ratio['measured']:.2f}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What the ranks run on: rates, memory and links, stated with their sources or measured (:mod:`.measure`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A positive quantity known at some points, between them linear in both logarithms, beyond them constant.
+
+    points: (x, value), x rising.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __call__(self, x: float) -> float:
+        """The value at ``x``."""
+        if x <= self.points[0][0]:
+            return self.points[0][1]
+        for (left, low), (right, high) in zip(self.points, self.points[1:], strict=False):
+            if x <= right:
+                along = math.log(x / left) / math.log(right / left)
+                return math.exp(math.log(low) + along * (math.log(high) - math.log(low)))
+        return self.points[-1][1]
+
+
+ONE = Curve(((1.0, 1.0),))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Time of a message: latency in seconds, and bytes per second in one direction (the alpha-beta model)."""
+
+    latency: float
+    bandwidth: float
+
+    def seconds(self, size: float) -> float:
+        """Time of ``size`` bytes."""
+        return self.latency + size / self.bandwidth
+
+
+# How often a ring of n passes the whole tensor, as a multiple of (n - 1) / n (Thakur et al., 2005).
+_PASSES = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_reduce": 2.0}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of rank and how such ranks are joined.
+
+    peak: FLOP/s by dtype; matmul_fraction: what of it a matmul reaches, by its FLOPs; attention_fraction: and
+    attention. bandwidth: memory's bytes/s; bandwidth_fraction: what of it an elementwise operation reaches, by the
+    bytes of its tensor. memory: bytes a rank has; reserved: of which are gone before the first tensor.
+    operation_s, block_s, step_s: host time of one operation, of one layer in one microbatch, and of one step.
+    ranks_per_node; intra, inter: the links between ranks within a node, and of one rank to other nodes. overlap: the
+    part of computing time behind which data-parallel communication can hide; contention: by what part of the hidden
+    time computing slows down. slowdown: of each of k ranks that compute at once on one machine; cores: how many of
+    them do not share. fits: the measured time of ``collective:n:world``, in which every rank of a world takes part, in
+    groups of n.
+    """
+
+    name: str
+    device: str
+    memory: int
+    peak: Mapping[str, float]
+    bandwidth: float
+    intra: Link
+    inter: Link
+    reserved: int = 0
+    matmul_fraction: Curve = ONE
+    attention_fraction: float = 1.0
+    bandwidth_fraction: Curve = ONE
+    operation_s: float = 0.0
+    block_s: float = 0.0
+    step_s: float = 0.0
+    ranks_per_node: int = 8
+    overlap: float = 0.0
+    contention: float = 0.0
+    slowdown: Curve = ONE
+    cores: int = 0
+    fits: Mapping[str, Link] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def matmul_s(self, flops: float, size: float, dtype: str) -> float:
+        """Roofline of one matmul with ``size`` bytes of operands and result."""
+        if flops <= 0:
+            return 0.0
+        rate = self._peak(dtype) * self.matmul_fraction(flops)
+        return max(flops / rate, size / (self.bandwidth * self.bandwidth_fraction(size))) + self.operation_s
+
+    def attention_s(self, flops: float, dtype: str) -> float:
+        """Time of attention's core."""
+        return flops / (self._peak(dtype) * self.attention_fraction) + self.operation_s
+
+    def memory_s(self, size: float, tensor: float, calls: float = 1) -> float:
+        """Time of reading and writing ``size`` bytes by ``calls`` operations on tensors of ``tensor`` bytes."""
+        return size / (self.bandwidth * self.bandwidth_fraction(max(tensor, 1))) + calls * self.operation_s
+
+    def collective_s(self, collective: str, size: float, ranks: int, stride: int, world: int) -> float:
+        """Time of one collective.
+
+        Args:
+            collective: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``send`` (to the next of the group).
+            size: bytes of the whole tensor: gathered, before it is scattered, reduced, or sent.
+            ranks: of the group.
+            stride: how far apart in rank its neighbours are.
+            world: ranks that are in such a group at once.
+        """
+        if ranks == 1 or size <= 0:
+            return 0.0
+        fit = self.fits.get(f"{collective}:{ranks}:{world}")
+        if fit is not None:
+            return fit.seconds(size)
+        near = max(1, min(ranks, self.ranks_per_node // stride if stride < self.ranks_per_node else 1))
+        link = self.intra
+        if near < ranks:
+            # The ring leaves the node over as many adapters as the group has ranks in it.
+            link = Link(self.inter.latency, min(self.intra.bandwidth, near * self.inter.bandwidth))
+        if collective == "send":
+            return link.seconds(size)
+        passes = _PASSES[collective]
+        slow = self.slowdown(world) if self.device == "cpu" else 1.0
+        return slow * passes * ((ranks - 1) * link.latency + (ranks - 1) / ranks * size / link.bandwidth)
+
+    def _peak(self, dtype: str) -> float:
+        if dtype not in self.peak:
+            raise ValueError(
+                f"dtype: hardware {self.name!r} states no rate for {dtype!r}; use one of {', '.join(self.peak)}"
+            )
+        return self.peak[dtype]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, which :func:`from_dict` reads back."""
+        return asdict(self)
+
+
+def from_dict(values: Mapping[str, Any]) -> Hardware:
+    """Hardware from plain values, as in ``hardware.json``.
+
+    Raises:
+        ValueError: a key that is missing or unknown.
+    """
+    found = dict(values)
+    for key in ("matmul_fraction", "bandwidth_fraction", "slowdown"):
+        if key in found:
+            points = found[key]["points"] if isinstance(found[key], Mapping) else found[key]
+            found[key] = Curve(tuple((float(x), float(y)) for x, y in points))
+    for key in ("intra", "inter"):
+        if key in found:
+            found[key] = Link(**found[key])
+    found["fits"] = {key: Link(**value) for key, value in found.get("fits", {}).items()}
+    try:
+        return Hardware(**found)
+    except TypeError as error:
+        raise ValueError(f"--gpu: not a description of hardware: {error}") from None
+
+
+def named_hardware() -> dict[str, dict[str, Any]]:
+    """Every entry of ``hardware.json``."""
+    text = resources.files(__package__).joinpath("hardware.json").read_text(encoding="utf-8")
+    table: dict[str, dict[str, Any]] = json.loads(text)
+    return table
+
+
+def find_hardware(name: str) -> Hardware:
+    """Hardware by its name in ``hardware.json``, or from a JSON file of the same keys.
+
+    Raises:
+        ValueError: neither.
+    """
+    known = named_hardware()
+    if name.lower() in known:
+        return from_dict({"name": name.lower(), **known[name.lower()]})
+    if not Path(name).is_file():
+        raise ValueError(
+            f"--gpu: expected local (measure this machine), {', '.join(known)}, or a JSON file, received {name!r}"
+        )
+    try:
+        return from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"--gpu: expected a JSON file with hardware's keys, received {name!r}: {error}") from error

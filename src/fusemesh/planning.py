@@ -1,0 +1,299 @@
+"""``fusemesh plan`` and the layout ``auto``: our run as the planner sees it, its hardware, the answer for people."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+from typing import Any
+
+from fusemesh import config as configuration
+from fusemesh.config import Config
+from fusemesh.hybrid.planner import search
+from fusemesh.hybrid.planner.hardware import Hardware, find_hardware, named_hardware
+from fusemesh.hybrid.planner.job import Job
+from fusemesh.hybrid.planner.model import Model, find_model
+from fusemesh.hybrid.planner.search import Choice, Plan, Rejected, gib
+
+# Tokens of a step where nobody says otherwise: Llama 3's first 4 million (Dubey et al., 2024, section 3.4.1).
+DEFAULT_TOKENS = 4 * 2**20
+LOCAL = "local"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class NoLayoutError(RuntimeError):
+    """No layout fits. ``result`` is what ``--json`` prints all the same."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def model_of(config: Config) -> Model:
+    """The model that a run trains."""
+    from fusemesh.tasks.language_model import VOCAB_SIZE
+
+    shape = config.model
+    return Model(
+        name="the configured model",
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.hidden_size // shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=VOCAB_SIZE,
+        sequence_length=config.data.sequence_length,
+    )
+
+
+def job_of(config: Config) -> Job:
+    """A step of a run."""
+    training = config.training
+    return Job(
+        global_batch=training.global_batch_size,
+        sequence_length=config.data.sequence_length,
+        microbatches=training.accumulation,
+        dtype=training.dtype,
+        sequence_parallel=config.run.sequence_parallel,
+        whole_at_start=True,
+        clip=training.clip_norm > 0,
+    )
+
+
+def hardware_of(
+    name: str, world: int, *, dtype: str, threads: int = 1, memory: str | None = None, per_node: int | None = None
+) -> Hardware:
+    """Hardware by name, or this machine measured, with the memory and the node's size that the command line says.
+
+    Raises:
+        ValueError: see :func:`find_hardware`, :func:`bytes_of` and :func:`fusemesh.hybrid.planner.measure.measure`.
+    """
+    if name.lower() == LOCAL:
+        from fusemesh.hybrid.planner.measure import measure
+
+        found = measure(world, dtype=dtype, threads=threads)
+    else:
+        found = find_hardware(name)
+    if memory is not None:
+        found = dataclasses.replace(found, memory=bytes_of(memory))
+    if per_node is not None:
+        if per_node < 1:
+            raise ValueError(f"--gpus-per-node: expected at least 1, received {per_node}")
+        found = dataclasses.replace(found, ranks_per_node=per_node)
+    return found
+
+
+def bytes_of(text: str) -> int:
+    """``80GB`` (10^9) or ``80GiB`` (2^30) in bytes.
+
+    Raises:
+        ValueError: no such size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    unit = None if match is None else {**_UNITS, **_BINARY_UNITS}.get(match[2])
+    if match is None or unit is None:
+        raise ValueError(f"--memory: expected a size such as 80GB or 75GiB, received {text!r}")
+    return int(float(match[1]) * unit)
+
+
+def request(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Model, Job, Hardware, int]:
+    """What ``fusemesh plan`` was asked: model, job, hardware and ranks.
+
+    Args:
+        options: of the command.
+        overrides: the configuration's keys on the command line, for our own run.
+
+    Raises:
+        ValueError: named by the flag.
+    """
+    if options.model is not None and (options.config is not None or overrides):
+        given = "--config" if options.config is not None else f"--{next(iter(overrides))}"
+        raise ValueError(f"--model: expected it alone, or without it our run's options, received {given} as well")
+    if options.model is not None:
+        model, world = find_model(options.model), options.world
+        if world is None:
+            raise ValueError("--world: expected the number of ranks that --model is to be trained on, received none")
+        if world < 1:
+            raise ValueError(f"--world: expected at least 1, received {world}")
+        length = options.sequence or model.sequence_length
+        job = Job(options.batch or default_batch(length, world), length)
+        gpu, threads = options.gpu, 1
+        if gpu is None:
+            raise ValueError(f"--gpu: expected {', '.join(named_hardware())} or {LOCAL} with --model, received none")
+    else:
+        config = configuration.load(options.config, overrides)
+        model, job = model_of(config), job_of(config)
+        world = options.world or default_world(config)
+        gpu, threads = options.gpu or LOCAL, config.run.threads or 1
+    changes = {
+        "global_batch": options.batch,
+        "sequence_length": options.sequence,
+        "microbatches": options.microbatches,
+        "dtype": options.dtype,
+        "schedule": options.schedule,
+        "virtual_stages": options.virtual_stages,
+        "recompute": options.recompute,
+    }
+    job = dataclasses.replace(job, **{key: value for key, value in changes.items() if value is not None})
+    hardware = hardware_of(
+        gpu, world, dtype=job.dtype, threads=threads, memory=options.memory, per_node=options.gpus_per_node
+    )
+    return model, job, hardware, world
+
+
+def describe_request(model: Model, job: Job, hardware: Hardware, world: int) -> str:
+    """What is planned, in a line."""
+    return (
+        f"{model.name}, {model.parameters:,} parameters, {job.global_batch} samples of {job.sequence_length} tokens a "
+        f"step in {job.dtype}, on {world} ranks of {hardware.name} with {gib(hardware.memory)} each"
+    )
+
+
+def default_world(config: Config) -> int:
+    """Ranks where nobody says how many: one for each GPU, or for each core where there is none."""
+    import torch
+
+    return (torch.cuda.device_count() if config.run.device != "cpu" else 0) or os.cpu_count() or 1
+
+
+def default_batch(sequence_length: int, world: int) -> int:
+    """Samples a step of about :data:`DEFAULT_TOKENS`, a multiple of the ranks."""
+    return max(1, round(DEFAULT_TOKENS / sequence_length / world)) * world
+
+
+def as_dict(plan: Plan, job: Job) -> dict[str, Any]:
+    """The plan as ``--json`` prints it."""
+    return {
+        "layouts": [_choice(choice, job) for choice in plan.layouts],
+        "rejected": [{"layout": str(r.layout), "why": r.why} for r in plan.rejected],
+    }
+
+
+def _choice(choice: Choice, job: Job) -> dict[str, Any]:
+    tokens = job.global_batch * job.sequence_length
+    return {
+        "layout": str(choice.layout),
+        "step_s": choice.cost.seconds,
+        "memory_bytes": choice.memory.total,
+        "microbatches": choice.microbatches,
+        "tokens_per_second_per_rank": tokens / choice.cost.seconds / choice.layout.world_size,
+    }
+
+
+def require(plan: Plan, job: Job, what: str) -> Choice:
+    """The fastest layout.
+
+    Raises:
+        NoLayoutError: there is none; it names the nearest miss.
+    """
+    if plan.layouts:
+        return plan.layouts[0]
+    miss = plan.nearest_miss
+    if miss is not None:
+        reason = f"the nearest miss is {miss.layout}, {miss.short_by} bytes short: {miss.why}"
+    else:
+        reason = "; ".join(dict.fromkeys(r.why for r in plan.rejected[:3]))
+    raise NoLayoutError(f"no layout of {what} can run: {reason}", as_dict(plan, job))
+
+
+def table(plan: Plan, job: Job, hardware: Hardware, *, most: int = 12) -> str:
+    """The plan for people: the fastest layouts, and why others are not among them."""
+    lines = [f"{'layout':<24} {'step':>10} {'tokens/s/rank':>14} {'microbatches':>13} {'memory':>11}"]
+    for choice in plan.layouts[:most]:
+        row = _choice(choice, job)
+        lines.append(
+            f"{row['layout']:<24} {row['step_s']:>8.3f} s {row['tokens_per_second_per_rank']:>14.0f} "
+            f"{row['microbatches']:>13} {gib(row['memory_bytes']):>11}"
+        )
+    if len(plan.layouts) > most:
+        lines.append(f"... and {len(plan.layouts) - most} slower ones (--json lists all)")
+    if plan.rejected:
+        lines.append(f"{len(plan.rejected)} cannot run:")
+    for rejected in plan.rejected[:most]:
+        lines.append(f"  {rejected.layout!s:<22} {rejected.why}")
+    if len(plan.rejected) > most:
+        lines.append(f"  ... and {len(plan.rejected) - most} more (--json lists all)")
+    lines.append(f"rates of {hardware.name}: " + "; ".join(f"{k}: {v}" for k, v in hardware.sources.items()))
+    return "\n".join(lines)
+
+
+def explain(choice: Choice | Rejected, job: Job) -> tuple[dict[str, Any], str]:
+    """Where the time and the memory of one layout go.
+
+    Raises:
+        ValueError: the layout cannot run; the message is the reason.
+    """
+    if isinstance(choice, Rejected):
+        raise ValueError(f"--explain: {choice.layout} cannot run: {choice.why}")
+    cost, memory = choice.cost, choice.memory
+    items = sorted(cost.items, key=lambda item: -item.seconds)
+    phase = max(memory.phases, key=lambda name: memory.phases[name])
+    result = {
+        **_choice(choice, job),
+        "time": [dataclasses.asdict(item) for item in items],
+        "memory": {
+            "stage": memory.stage,
+            "parameters": memory.parameters,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "reserved": memory.reserved,
+            "phases": dict(memory.phases),
+            "peak": {"phase": phase, **memory.parts},
+        },
+    }
+    lines = [choice.layout.describe(), f"a step of {cost.seconds:.4g} s in {choice.microbatches} microbatches:"]
+    lines += [
+        f"  {item.seconds:>9.4f} s {item.seconds / cost.seconds:>5.1%}  {item.kind:<14} {item.name}" for item in items
+    ]
+    stage = f" on pipeline stage {memory.stage}" if choice.layout.pp > 1 else ""
+    lines.append(f"{gib(memory.total)} a rank{stage}, most at the end of {phase}:")
+    parts = {**memory.parts, "reserved": memory.reserved}
+    lines += [f"  {gib(size):>11} {size / memory.total:>5.1%}  {name}" for name, size in parts.items() if size]
+    return result, "\n".join(lines)
+
+
+def choose_layout(config: Config, world: int, hardware: Hardware) -> Choice:
+    """The fastest layout of a run.
+
+    Raises:
+        NoLayoutError: none can run.
+    """
+    job = job_of(config)
+    return require(search.plan(model_of(config), job, hardware, world), job, f"{world} ranks")
+
+
+def resolve_auto(config: Config, nproc: int | None, launched: bool) -> tuple[Config, str | None]:
+    """The configuration with ``layout = "auto"`` replaced by the first of the plan, and a line that says so.
+
+    Args:
+        config: any configuration; one with another layout is returned as it is.
+        nproc: ranks; None takes one for each GPU, or for each core where there is none.
+        launched: whether this process is one of several ranks already.
+
+    Raises:
+        ValueError: ranks of a CPU are running already, each of which would measure, and perhaps choose, for itself.
+    """
+    if config.layout.strip().lower() != "auto":
+        return config, None
+    import torch
+
+    gpus = torch.cuda.device_count() if config.run.device != "cpu" else 0
+    world = nproc or default_world(config)
+    name = LOCAL
+    if gpus:
+        known = torch.cuda.get_device_name(0).lower()
+        name = next((gpu for gpu in ("h200", "h100", "a100") if gpu in known), "h100")
+    elif launched:
+        raise ValueError(
+            "layout: auto measures this machine before ranks start, and they have been started already; run "
+            f"`fusemesh plan --config ... --world {world}` and give its first layout"
+        )
+    hardware = hardware_of(name, world, dtype=config.training.dtype, threads=config.run.threads or 1)
+    if gpus:
+        hardware = dataclasses.replace(hardware, memory=torch.cuda.get_device_properties(0).total_memory)
+    choice = choose_layout(config, world, hardware)
+    line = f"layout: auto chose {choice.layout} for {world} ranks: {choice.cost.seconds:.3f} s a step predicted"
+    return dataclasses.replace(config, layout=str(choice.layout)), line
