@@ -142,7 +142,11 @@ for package, folder in FLOORS.items():
 setup(
     packages=packages,
     package_dir={"fusemesh": "src/fusemesh", "fusemesh.csrc": "csrc", **FLOORS},
-    package_data={"fusemesh": ["py.typed"], "fusemesh.csrc": ["*.cpp", "*.h"]},
+    package_data={
+        "fusemesh": ["py.typed"],
+        "fusemesh.csrc": ["*.cpp", "*.h"],
+        "fusemesh.hybrid.planner": ["*.json"],
+    },
     distclass=EngineDistribution,
     cmdclass={"build": Build, "build_engine": BuildEngine, "bdist_wheel": Wheel},
 )

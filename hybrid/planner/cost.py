@@ -1,8 +1,8 @@
 """Seconds of one step, by what they are spent on: a roofline for every operation, alpha-beta for every message.
 
-step = (m + (p - 1) / v) * slowest stage's microbatch + what data parallelism does not hide + update, with m
-microbatches, p stages and v virtual stages: the bubble is (p - 1) / (v m) of the work (Narayanan et al., 2021, section
-2.2).
+step = a * (m + (p - 1) / v) * slowest stage's microbatch + what data parallelism does not hide + update, with a
+accumulations of m microbatches, p stages and v virtual stages: the bubble is (p - 1) / (v m) of the work (Narayanan et
+al., 2021, section 2.2).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..layout import Layout
 from .hardware import Hardware
-from .job import Job
+from .job import Cut, Job
 from .memory import stage_weights
 from .model import Model, Weight
 from .operations import Operation, block_operations, first_operations, last_operations
@@ -47,9 +47,9 @@ class Cost:
 _KINDS = {"matmul": "compute", "attention": "compute", "elementwise": "memory", "tp": "communication"}
 
 
-def estimate(model: Model, job: Job, layout: Layout, hardware: Hardware, microbatches: int) -> Cost:
-    """The seconds of one step of ``job`` cut into ``microbatches``."""
-    pricing = _Pricing(model, job, layout, hardware, microbatches)
+def estimate(model: Model, job: Job, layout: Layout, hardware: Hardware, cut: Cut) -> Cost:
+    """The seconds of one step."""
+    pricing = _Pricing(model, job, layout, hardware, cut)
     stages = sorted({0, layout.pp - 1, min(1, layout.pp - 1)})
     return max((pricing.stage(stage) for stage in stages), key=lambda cost: cost.seconds)
 
@@ -57,9 +57,9 @@ def estimate(model: Model, job: Job, layout: Layout, hardware: Hardware, microba
 class _Pricing:
     """The seconds of operations in one layout."""
 
-    def __init__(self, model: Model, job: Job, layout: Layout, hardware: Hardware, microbatches: int) -> None:
-        self.model, self.job, self.layout, self.hardware, self.m = model, job, layout, hardware, microbatches
-        self.samples = max(1, job.global_batch // layout.replicas // microbatches)
+    def __init__(self, model: Model, job: Job, layout: Layout, hardware: Hardware, cut: Cut) -> None:
+        self.model, self.job, self.layout, self.hardware, self.cut = model, job, layout, hardware, cut
+        self.samples, self.virtual = job.samples(layout, cut), job.pipeline.virtual_stages
         self.world = layout.world_size
         # Ranks that share cores compute one after the other; idle ones leave theirs to the others.
         self.busy = hardware.slowdown(self.world) if hardware.device == "cpu" else 1.0
@@ -69,7 +69,7 @@ class _Pricing:
 
     def stage(self, stage: int) -> Cost:
         """The step as the ranks of one pipeline stage see it."""
-        layers, rest = stage_weights(self.model, self.layout, stage, self.job.virtual_stages)
+        layers, rest = stage_weights(self.model, self.layout, stage, self.virtual)
         work: dict[tuple[str, str], float] = defaultdict(float)
         for operation, times in self._operations(stage, layers):
             seconds = times * self._seconds(operation)
@@ -82,7 +82,7 @@ class _Pricing:
             work["stages", "communication"] += self._send()
         compute = sum(seconds for (_, kind), seconds in work.items() if kind in ("compute", "memory", "host"))
         per_microbatch = sum(work.values())
-        items = {key: self.m * seconds for key, seconds in work.items()}
+        items = {key: self.cut.parts * seconds for key, seconds in work.items()}
         bubble = self._bubble(per_microbatch, compute)
         if bubble:
             items["bubble", "idle"] = bubble
@@ -128,25 +128,25 @@ class _Pricing:
         if self.job.sequence_parallel:
             tokens /= self.layout.tp
         size = tokens * self.model.hidden_size * self.job.item
-        return 2 * self.job.virtual_stages * self._collective("send", size, "pp")
+        return 2 * self.virtual * self._collective("send", size, "pp")
 
     def _bubble(self, per_microbatch: float, compute: float) -> float:
         """Seconds in which a stage waits for others, over the step."""
-        waits = (self.layout.pp - 1) / self.job.virtual_stages
-        idle = waits * per_microbatch
+        waits = (self.layout.pp - 1) / self.virtual
+        m, idle = self.cut.microbatches, waits * per_microbatch
         if self.hardware.device == "cpu" and self.world > self.hardware.cores:
             # While some stages wait, the others have more of the cores; only what then lies idle is lost.
             alone = compute / self.busy * self.hardware.slowdown(min(self.hardware.cores, self.world))
-            idle = max(0.0, (self.m + waits) * (per_microbatch - compute + alone) - self.m * per_microbatch)
-        return idle
+            idle = max(0.0, (m + waits) * (per_microbatch - compute + alone) - m * per_microbatch)
+        return self.cut.accumulation * idle
 
     def _data_parallel(self, layers: int, rest: list[Weight], compute: float) -> tuple[float, float, float]:
         """Seconds of messages that are waited for, of those that computing hides, and of copies into and out of shards.
 
-        Without a pipeline each microbatch reduces its gradients; with one, torch's schedules reduce at the last.
+        Each accumulated part reduces its gradients; a pipeline gathers once for all its microbatches, and torch's
+        schedules reduce after the last.
         """
-        layout, job = self.layout, self.job
-        reductions = self.m if layout.pp == 1 else 1
+        layout, job, rounds = self.layout, self.job, self.cut.accumulation
         messages, edges, copies = 0.0, 0.0, 0.0
         for count, weights, again in ((layers, self.model.block_weights(), True), (1, tuple(rest), False)):
             elements = sum(w.local(layout.tp) for w in weights)
@@ -155,14 +155,17 @@ class _Pricing:
             gather = self._collective("all_gather", elements * job.item, "fsdp")
             reduce = self._collective("reduce_scatter", elements * job.master, "fsdp")
             reduce += self._collective("all_reduce", elements / layout.fsdp * job.master, "dp")
-            gathers = self.m * (2 if again and layout.fsdp > 1 else 1)
-            messages += count * (gathers * gather + reductions * reduce)
+            gathers = rounds * (2 if again and layout.fsdp > 1 and layout.pp == 1 else 1)
+            messages += count * (gathers * gather + rounds * reduce)
             edges = max(edges, gather + reduce)
             copies += count * gathers * self._copy(2 * elements * job.item)
             # Into the buffer that is reduced; where there is one shard it is divided and copied to its result.
             passes = 2 if layout.fsdp > 1 else 6
-            copies += count * reductions * self._copy(passes * elements * job.master)
-        hidden = min(max(0.0, messages - edges), self.hardware.overlap * self.m * compute)
+            copies += count * rounds * self._copy(passes * elements * job.master)
+            # Every gradient but the first is added to what is there: whole ones in a pipeline, else shards.
+            added = rounds * (self.cut.microbatches - 1) * elements + (rounds - 1) * elements / layout.fsdp
+            copies += 0.0 if job.fused_accumulation else count * self._copy(3 * added * job.master)
+        hidden = min(max(0.0, messages - edges), self.hardware.overlap * self.cut.parts * compute)
         return messages - hidden, hidden, copies
 
     def _update(self, layers: int, rest: list[Weight]) -> float:

@@ -1,7 +1,7 @@
 """This machine as hardware: a few seconds of the operations and collectives of a training step, on local processes.
 
-Ranks on one machine share its cores and its memory, so everything is timed while all of k ranks do it at once, for k
-= 1, for as many as there are cores, and for the number that is planned for.
+Ranks on one machine share its cores and its memory, so rates are timed of one rank alone and of as many at once as
+there are cores; more ranks than cores take turns. Collectives are timed in the world that is planned for, too.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def measure(world: int, *, dtype: str = "float32", threads: int = 1) -> Hardware
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, received {dtype!r}")
     cores = os.cpu_count() or 1
+    full = max(1, min(cores // threads, world))
     found: dict[int, dict[str, Any]] = {}
     with LocalRanks(world, {"OMP_NUM_THREADS": str(threads)}) as ranks:
-        for count in sorted({1, min(cores, world), world}):
+        for count in sorted({1, full, world}):
             results = ranks.call(_measure_rank, dtype, threads, ranks=count, timeout=300)
             found[count] = {key: _middle([result[key] for result in results]) for key in results[0]}
     alone = found[1]
@@ -77,8 +78,8 @@ def measure(world: int, *, dtype: str = "float32", threads: int = 1) -> Hardware
         ranks_per_node=max(world, 1),
         intra=fits.get(f"send:{world}:{world}", Link(1e-4, 1e9)),
         inter=fits.get(f"send:{world}:{world}", Link(1e-4, 1e9)),
-        slowdown=Curve(tuple((float(count), _slowdown(alone, values)) for count, values in found.items())),
-        cores=cores,
+        slowdown=_slowdown(alone, found[full], full, world),
+        cores=full,
         fits=fits,
         sources={"everything": f"measured here, {threads} thread(s) a rank, {cores} cores"},
     )
@@ -88,10 +89,18 @@ def _middle(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def _slowdown(alone: dict[str, float], together: dict[str, float]) -> float:
-    """How much longer a rank takes: the geometric middle of its largest matmuls and elementwise operations."""
+def _slowdown(alone: dict[str, float], together: dict[str, float], full: int, world: int) -> Curve:
+    """How much longer each of k ranks takes than one alone, where ``full`` of them take all cores.
+
+    Up to there it is measured, as the geometric middle of the larger matmuls and elementwise operations; beyond, ranks
+    take turns.
+    """
     keys = [f"matmul {i}" for i in range(2, len(_MATMULS))] + [f"tensor {size}" for size in _TENSORS[2:]]
-    return max(1.0, statistics.geometric_mean(alone[key] / together[key] for key in keys))
+    shared = max(1.0, statistics.geometric_mean(alone[key] / together[key] for key in keys))
+    points = {1.0: 1.0, float(full): shared if full > 1 else 1.0}
+    if world > full:
+        points[float(world)] = points[float(full)] * world / full
+    return Curve(tuple(points.items()))
 
 
 def _fit(points: Sequence[tuple[int, float]]) -> Link:
@@ -142,23 +151,29 @@ def _measure_rank(dtype: str, threads: int) -> dict[str, float]:
             a, b = torch.ones(size // 4), torch.ones(size // 4)
             found[f"tensor {size}"] = 3.0 * size / _time(lambda a=a, b=b: a + b)
         found["attention"] = _attention_rate(kind)
-        found["block"], found["step"] = _host_times(world)
+        if world.world_size == 1:
+            found["block"], found["step"] = _host_times(world)
         found.update(_collectives(world))
     return found
 
 
-def _time(call: Callable[[], Any], *, seconds: float = 0.1) -> float:
-    """Mean seconds of a call over ``seconds``, after one to warm up; all ranks start at once.
+def _time(call: Callable[[], Any], *, seconds: float = 0.05) -> float:
+    """Seconds of a call without collectives, after one to warm up; all ranks start at once.
 
-    A mean, because ranks that share a core take turns, and most single calls fall within one turn.
+    The best of three means over ``seconds`` each. With one thread they are seconds of this process on a core, so that
+    other programs, and ranks that share the core, do not count, while waiting for the memory that they share does.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     call()
     dist.barrier()
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds or count < 2:
-        call()
-        count += 1
-    return elapsed / count
+    means = []
+    for _ in range(3):
+        count, began = 0, clock()
+        while (elapsed := clock() - began) < seconds or count < 2:
+            call()
+            count += 1
+        means.append(elapsed / count)
+    return min(means)
 
 
 def _attention_rate(dtype: torch.dtype) -> float:
@@ -207,9 +222,11 @@ class _Stack(nn.Module):
 
 
 def _host_times(world: World) -> tuple[float, float]:
-    """Seconds that a layer, and that a step besides its layers, takes of Python, autograd and fully_shard alone."""
-    times = []
-    layout = Layout(dp=world.world_size)
+    """Seconds that a layer, and that a step besides its layers, takes of Python, autograd and fully_shard alone.
+
+    Of one process, for :func:`_time` calls as often as there is time, which collectives must not be called.
+    """
+    times, layout = [], Layout()
     mesh = build_mesh(layout, world)
     x = torch.randn(1, 16, 16)
     for layers in (1, 4):
@@ -222,7 +239,7 @@ def _host_times(world: World) -> tuple[float, float]:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-        times.append(_time(step, seconds=0.3))
+        times.append(_time(step, seconds=0.1))
     block = max(0.0, (times[1] - times[0]) / 3)
     return block, max(0.0, times[0] - block)
 
@@ -261,7 +278,7 @@ def _time_collective(call: Callable[[], Any]) -> float:
     call()
     dist.barrier()
     times = []
-    for _ in range(5):
+    for _ in range(7):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

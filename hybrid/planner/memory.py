@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..layout import Layout
+from ..pipeline_options import deal_blocks
 from .hardware import Hardware
-from .job import Job, split_layers
+from .job import Cut, Job
 from .model import Model, Weight
 from .operations import Local
 
@@ -54,7 +55,8 @@ def stage_weights(model: Model, layout: Layout, stage: int, virtual_stages: int 
     With ``virtual_stages`` v, a rank holds every pp-th of pp * v stages.
     """
     stages = layout.pp * virtual_stages
-    layers = sum(split_layers(model.num_layers, stages)[stage :: layout.pp])
+    dealt = deal_blocks(model.num_layers, stages)
+    layers = sum(len(blocks) for blocks in dealt[stage :: layout.pp])
     rest: list[Weight] = []
     if stage == 0:
         rest += model.first_weights()
@@ -70,7 +72,7 @@ def stored(
 
     AdamW has two states of a parameter's size and a step count of 4 bytes.
     """
-    layers, rest = stage_weights(model, layout, stage, job.virtual_stages)
+    layers, rest = stage_weights(model, layout, stage, job.pipeline.virtual_stages)
     block = model.block_weights()
     split = (layout.tp, layout.fsdp, tp_rank, fsdp_rank)
     elements = layers * sum(w.local(*split) for w in block) + sum(w.local(*split) for w in rest)
@@ -110,26 +112,28 @@ def in_flight(job: Job, layout: Layout, stage: int, microbatches: int) -> float:
     stages = layout.pp
     if stages == 1:
         return 1.0
-    if job.schedule == "gpipe":
+    virtual = job.pipeline.virtual_stages
+    if job.pipeline.schedule == "gpipe":
         return float(microbatches)
-    if job.schedule == "interleaved" and job.virtual_stages > 1:
-        factor = 1 + (stages - 1) / (stages * job.virtual_stages)
+    if virtual > 1:
+        factor = 1 + (stages - 1) / (stages * virtual)
         return min(float(microbatches), (stages - stage) * factor)
     return float(min(microbatches, stages - stage))
 
 
-def estimate(model: Model, job: Job, layout: Layout, hardware: Hardware, microbatches: int) -> Memory:
-    """The bytes of the rank that needs most, for a job cut into ``microbatches``."""
+def estimate(model: Model, job: Job, layout: Layout, hardware: Hardware, cut: Cut) -> Memory:
+    """The bytes of the rank that needs most."""
     stages = sorted({0, layout.pp - 1, min(1, layout.pp - 1)})
-    return max((_stage(model, job, layout, hardware, microbatches, s) for s in stages), key=lambda m: m.total)
+    return max((_stage(model, job, layout, hardware, cut, s) for s in stages), key=lambda m: m.total)
 
 
-def _stage(model: Model, job: Job, layout: Layout, hardware: Hardware, microbatches: int, stage: int) -> Memory:
+def _stage(model: Model, job: Job, layout: Layout, hardware: Hardware, cut: Cut, stage: int) -> Memory:
     parameters, gradients, optimizer = stored(model, job, layout, stage=stage)
-    layers, rest = stage_weights(model, layout, stage, job.virtual_stages)
+    layers, rest = stage_weights(model, layout, stage, job.pipeline.virtual_stages)
     block = _full(model.block_weights(), layout)
     groups = [block, _full(rest, layout)]
-    again = layout.fsdp > 1
+    # A pipeline's layers stay gathered, for many microbatches need them between forward and backward.
+    again = layout.fsdp > 1 and layout.pp == 1
     # What stays gathered until backward: all of it where layers are not gathered again, else what is no layer.
     gathered = job.item * (groups[1] + (block if again else layers * block))
     # One group on its way: its gradients and the buffer that they are reduced from, kept until the next group's is; and
@@ -137,11 +141,13 @@ def _stage(model: Model, job: Job, layout: Layout, hardware: Hardware, microbatc
     largest = max(groups)
     reducing = largest * (job.item + 2 * job.master)
     prefetched = 2 * job.item * block if again else 0
+    # Gradients that are there before the last backward: of earlier parts, and in a pipeline not reduced before the end.
+    held = gradients if cut.accumulation > 1 else 0
+    unreduced = job.master * (layers * block + groups[1]) if cut.microbatches > 1 else 0
 
-    samples = max(1, job.global_batch // layout.replicas // microbatches)
-    activations = _activations(
-        model, job, layout, hardware.device, samples, layers, in_flight(job, layout, stage, microbatches)
-    )
+    samples = job.samples(layout, cut)
+    flying = in_flight(job, layout, stage, cut.microbatches)
+    activations = _activations(model, job, layout, hardware.device, samples, layers, flying)
     logits = 0
     if stage == layout.pp - 1:
         at = Local.of(model, job, layout.tp, samples)
@@ -150,13 +156,12 @@ def _stage(model: Model, job: Job, layout: Layout, hardware: Hardware, microbatc
         logits = 3 * max(4, job.item) * at.tokens * at.vocab
     at = Local.of(model, job, layout.tp, samples)
     workspace = job.item * at.tokens * max(3 * at.wide, 4 * model.hidden_size)
-    held = gradients if microbatches > 1 else 0
     parts = {
         "start": {"whole model": job.master * model.parameters, "parameters": parameters},
         "forward": {
             "parameters": parameters,
             "optimizer": optimizer,
-            "gradients": held,
+            "gradients": held + unreduced,
             "gathered parameters": gathered + prefetched,
             "activations": activations,
             "logits": max(logits, workspace),
@@ -164,7 +169,7 @@ def _stage(model: Model, job: Job, layout: Layout, hardware: Hardware, microbatc
         "backward": {
             "parameters": parameters,
             "optimizer": optimizer,
-            "gradients": gradients,
+            "gradients": max(gradients, held + unreduced),
             "gathered parameters": job.item * (block + groups[1]) + prefetched,
             "gradients on their way": reducing,
         },

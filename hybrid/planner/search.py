@@ -1,7 +1,7 @@
 """Every layout of a number of ranks: ranked by the time of a step, or refused with the reason.
 
 Legality is the runtime's own: :meth:`Layout.validate`, the batch's rule of :class:`~fusemesh.hybrid.data.BatchOrder`,
-and the pipeline's rules below.
+and the pipeline's of :class:`~fusemesh.hybrid.pipeline_options.PipelineOptions`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..data import BatchOrder
 from ..layout import Layout
 from . import cost, memory
 from .cost import Cost
 from .hardware import Hardware
-from .job import Job
+from .job import Cut, Job
 from .memory import Memory
 from .model import Model
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout that can run: into how many microbatches a replica's samples are cut, and the estimates."""
+    """A layout that can run: how it cuts a replica's samples, and the estimates."""
 
     layout: Layout
-    microbatches: int
+    cut: Cut
     cost: Cost
     memory: Memory
 
@@ -82,23 +81,23 @@ def plan(model: Model, job: Job, hardware: Hardware, world: int) -> Plan:
 
 
 def consider(model: Model, job: Job, hardware: Hardware, layout: Layout) -> Choice | Rejected:
-    """One layout, with the number of microbatches that makes it fastest of those that fit in memory."""
+    """One layout, with the cut that makes it fastest of those that fit in memory."""
     try:
         check(model, job, hardware, layout)
-        candidates = microbatches_of(job, layout)
+        candidates = job.cuts(layout)
     except ValueError as error:
         return Rejected(layout, str(error))
     best: Choice | None = None
     least: Memory | None = None
-    for count in candidates:
-        needed = memory.estimate(model, job, layout, hardware, count)
+    for cut in candidates:
+        needed = memory.estimate(model, job, layout, hardware, cut)
         if least is None or needed.total < least.total:
             least = needed
         if needed.total > hardware.memory:
             continue
-        price = cost.estimate(model, job, layout, hardware, count)
+        price = cost.estimate(model, job, layout, hardware, cut)
         if best is None or price.seconds < best.cost.seconds:
-            best = Choice(layout, count, price, needed)
+            best = Choice(layout, cut, price, needed)
     if best is not None:
         return best
     assert least is not None
@@ -132,39 +131,14 @@ def check(model: Model, job: Job, hardware: Hardware, layout: Layout) -> None:
         global_batch=job.global_batch,
         sequence_parallel=job.sequence_parallel,
     )
-    stages = layout.pp * job.virtual_stages
+    virtual = job.pipeline.virtual_stages
+    stages = layout.pp * virtual
     if layout.pp > 1 and stages > model.num_layers:
         raise ValueError(
             f"num_layers: {model.num_layers} layers cannot fill {stages} stages of pp{layout.pp}"
-            + (f" with {job.virtual_stages} virtual stages each" if job.virtual_stages > 1 else "")
-            + f"; use pp up to {model.num_layers // job.virtual_stages}"
+            + (f" with {virtual} virtual stages each" if virtual > 1 else "")
+            + f"; use pp up to {model.num_layers // virtual}"
         )
-
-
-def microbatches_of(job: Job, layout: Layout) -> list[int]:
-    """Numbers of microbatches that a replica's samples can be cut into: at least as many as pipeline stages.
-
-    Raises:
-        ValueError: there are none, or ``job.microbatches`` is not one of them.
-    """
-    share = job.global_batch // layout.replicas
-    if job.microbatches is not None:
-        # Raises where the batch does not divide, in the words that training would use.
-        BatchOrder(1, job.global_batch, replicas=layout.replicas, accumulation=job.microbatches)
-        found = [job.microbatches]
-    else:
-        found = [count for count in range(1, share + 1) if share % count == 0]
-    enough = [count for count in found if count >= layout.pp]
-    if job.schedule == "interleaved" and job.virtual_stages > 1 and layout.pp > 1:
-        enough = [count for count in enough if count % layout.pp == 0]
-    if not enough:
-        raise ValueError(
-            f"microbatches: pp{layout.pp} needs at least {layout.pp} microbatches a step"
-            + (" (a multiple of it, interleaved)" if job.schedule == "interleaved" else "")
-            + f", and {share} samples a replica give {found[-1]}; use a larger --batch, more --microbatches, or a "
-            "smaller pp"
-        )
-    return enough
 
 
 def gib(size: float) -> str:

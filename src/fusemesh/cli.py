@@ -105,7 +105,7 @@ def _plan_options(plan: argparse.ArgumentParser) -> None:
         "--microbatches", type=int, metavar="N", help="a replica's samples in N parts; default: the fastest"
     )
     plan.add_argument("--dtype", help="of compute; default: bfloat16")
-    plan.add_argument("--schedule", help="of the pipeline: 1f1b (default), gpipe, interleaved")
+    plan.add_argument("--schedule", help="of the pipeline: 1f1b (default), gpipe, interleaved1f1b")
     plan.add_argument("--virtual-stages", type=int, metavar="N", help="stages a rank of an interleaved pipeline")
     plan.add_argument("--recompute", help="none (default), selective, full: what backward computes again")
     plan.add_argument("--explain", metavar="LAYOUT", help="where the time and memory of one layout go")

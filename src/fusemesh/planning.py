@@ -10,6 +10,7 @@ from typing import Any
 
 from fusemesh import config as configuration
 from fusemesh.config import Config
+from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.planner import search
 from fusemesh.hybrid.planner.hardware import Hardware, find_hardware, named_hardware
 from fusemesh.hybrid.planner.job import Job
@@ -46,6 +47,7 @@ def model_of(config: Config) -> Model:
         intermediate_size=shape.intermediate_size,
         vocab_size=VOCAB_SIZE,
         sequence_length=config.data.sequence_length,
+        tied=getattr(shape, "tie_embeddings", False),
     )
 
 
@@ -55,12 +57,21 @@ def job_of(config: Config) -> Job:
     return Job(
         global_batch=training.global_batch_size,
         sequence_length=config.data.sequence_length,
-        microbatches=training.accumulation,
+        accumulation=training.accumulation,
+        pipeline=pipeline_of(config),
         dtype=training.dtype,
         sequence_parallel=config.run.sequence_parallel,
         whole_at_start=True,
         clip=training.clip_norm > 0,
     )
+
+
+def pipeline_of(config: Config) -> PipelineOptions:
+    """How a run's batches go through a pipeline."""
+    section = getattr(config, "pipeline", None)
+    if section is None:
+        return PipelineOptions()
+    return PipelineOptions(section.microbatches, section.schedule, section.virtual_stages)
 
 
 def hardware_of(
@@ -133,10 +144,16 @@ def request(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Mod
         "sequence_length": options.sequence,
         "microbatches": options.microbatches,
         "dtype": options.dtype,
-        "schedule": options.schedule,
-        "virtual_stages": options.virtual_stages,
         "recompute": options.recompute,
     }
+    if options.model is None and options.microbatches is not None:
+        raise ValueError(
+            "--microbatches: expected it with --model; our run's keys are --training.accumulation and "
+            f"--pipeline.microbatches, received {options.microbatches}"
+        )
+    stages = {"schedule": options.schedule, "virtual_stages": options.virtual_stages}
+    if given := {key: value for key, value in stages.items() if value is not None}:
+        changes["pipeline"] = dataclasses.replace(job.pipeline, **given)
     job = dataclasses.replace(job, **{key: value for key, value in changes.items() if value is not None})
     hardware = hardware_of(
         gpu, world, dtype=job.dtype, threads=threads, memory=options.memory, per_node=options.gpus_per_node
@@ -178,7 +195,8 @@ def _choice(choice: Choice, job: Job) -> dict[str, Any]:
         "layout": str(choice.layout),
         "step_s": choice.cost.seconds,
         "memory_bytes": choice.memory.total,
-        "microbatches": choice.microbatches,
+        "accumulation": choice.cut.accumulation,
+        "microbatches": choice.cut.microbatches,
         "tokens_per_second_per_rank": tokens / choice.cost.seconds / choice.layout.world_size,
     }
 
@@ -201,12 +219,12 @@ def require(plan: Plan, job: Job, what: str) -> Choice:
 
 def table(plan: Plan, job: Job, hardware: Hardware, *, most: int = 12) -> str:
     """The plan for people: the fastest layouts, and why others are not among them."""
-    lines = [f"{'layout':<24} {'step':>10} {'tokens/s/rank':>14} {'microbatches':>13} {'memory':>11}"]
+    lines = [f"{'layout':<24} {'step':>10} {'tokens/s/rank':>14} {'parts':>8} {'memory':>11}"]
     for choice in plan.layouts[:most]:
         row = _choice(choice, job)
         lines.append(
             f"{row['layout']:<24} {row['step_s']:>8.3f} s {row['tokens_per_second_per_rank']:>14.0f} "
-            f"{row['microbatches']:>13} {gib(row['memory_bytes']):>11}"
+            f"{choice.cut.parts:>8} {gib(row['memory_bytes']):>11}"
         )
     if len(plan.layouts) > most:
         lines.append(f"... and {len(plan.layouts) - most} slower ones (--json lists all)")
@@ -244,7 +262,7 @@ def explain(choice: Choice | Rejected, job: Job) -> tuple[dict[str, Any], str]:
             "peak": {"phase": phase, **memory.parts},
         },
     }
-    lines = [choice.layout.describe(), f"a step of {cost.seconds:.4g} s in {choice.microbatches} microbatches:"]
+    lines = [choice.layout.describe(), f"a step of {cost.seconds:.4g} s in {choice.cut.parts} parts a replica:"]
     lines += [
         f"  {item.seconds:>9.4f} s {item.seconds / cost.seconds:>5.1%}  {item.kind:<14} {item.name}" for item in items
     ]

@@ -18,11 +18,11 @@ ENGINE = "fusemesh/csrc/libfusemesh.so"
 
 
 def expected(tree: Path) -> set[str]:
-    """Files of ``tree`` that a wheel holds, by their names in it: modules, marker of types, sources of the engine."""
+    """Files of ``tree`` that a wheel holds, by their names in it: modules, tables, marker of types, the engine."""
     files = set()
     for folder, package in FLOORS.items():
         for path in (tree / folder).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed":
+            if path.suffix in (".py", ".json", ".cpp", ".h") or path.name == "py.typed":
                 files.add(f"{package}/{path.relative_to(tree / folder).as_posix()}")
     return files
 
