@@ -4,14 +4,16 @@
 
 Each layout trains the same model, whose parameters, gradients and optimizer states exceed 1 GiB, several times in a
 shuffled order; its time is the median over runs of the median step. Memory is the most, over ranks, by which a rank's
-peak resident set exceeds what it held just before the model was built. The result is a table, the rank correlation
-(Spearman) of predicted and measured times with and without the single process, and planner.json in
-bench/results/<machine>.
+peak resident set exceeds what it held just before the model was built. Beside the wall's time stands what the step
+would have taken at least on an idle machine, by the processors' time: the busiest rank's, or all ranks' over the cores.
+The result is a table, the rank correlations (Spearman) of predicted and measured times with and without the single
+process, and planner.json in bench/results/<machine>.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -43,8 +45,8 @@ SETTINGS = {
 STEPS = 3  # timed, after one that is not
 
 
-def train(values: dict[str, Any]) -> tuple[list[float], int]:
-    """One rank: seconds of each timed step, and bytes by which the peak exceeded what was there before the model."""
+def train(values: dict[str, Any]) -> tuple[list[float], list[float], int]:
+    """One rank: seconds of each timed step, of them on a core, and bytes by which the peak exceeded the start."""
     import torch
     import torch.distributed as dist
 
@@ -58,27 +60,30 @@ def train(values: dict[str, Any]) -> tuple[list[float], int]:
         # "5" sets the peak that the system keeps back to what is resident now.
         Path("/proc/self/clear_refs").write_text("5")
         trainer = Trainer(configured, world, quiet=True)
-        times = []
+        times, busy = [], []
         for step in range(STEPS + 1):
             dist.barrier()
-            start = time.perf_counter()
+            start, on_core = time.perf_counter(), time.process_time()
             trainer._train_step(step)
             times.append(time.perf_counter() - start)
+            busy.append(time.process_time() - on_core)
         status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return times[1:], peak - before
+    return times[1:], busy[1:], peak - before
 
 
-def run(configured: config.Config) -> tuple[float, int]:
-    """Seconds of the median step and the largest growth in bytes, over fresh ranks."""
+def run(configured: config.Config) -> tuple[float, float, int]:
+    """Seconds of the median step, at least those by the processors' time, and the largest growth in bytes."""
     from fusemesh.hybrid.local_ranks import LocalRanks
 
     ranks = Layout.parse(configured.layout).world_size
     with LocalRanks(ranks, {"OMP_NUM_THREADS": "1"}) as started:
         results = started.call(train, config.as_dict(configured), timeout=600)
     # A step is over when the slowest rank is done.
-    steps = [max(times) for times in zip(*(times for times, _ in results), strict=True)]
-    return statistics.median(steps), max(grown for _, grown in results)
+    steps = [max(times) for times in zip(*(times for times, _, _ in results), strict=True)]
+    cores = os.cpu_count() or 1
+    busy = [max(*times, sum(times) / cores) for times in zip(*(busy for _, busy, _ in results), strict=True)]
+    return statistics.median(steps), statistics.median(busy), max(grown for _, _, grown in results)
 
 
 def spearman(one: list[float], other: list[float]) -> float:
@@ -121,24 +126,30 @@ def main() -> int:
         names = legal([str(Layout.parse(name)) for name in options.layouts.split(",")], base)
         world = max(Layout.parse(name).world_size for name in names)
         machine = stated.find_hardware(options.hardware) if options.hardware else measure.measure(world)
-        measured: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+        measured: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
         for turn in range(options.runs):
             for name in random.Random(turn).sample(names, len(names)):
                 values = {**config.as_dict(base), "layout": name}
                 measured[name].append(run(config.load(base=values)))
-                print(f"{name:<16} {measured[name][-1][0]:.3f} s", file=sys.stderr, flush=True)
+                wall, on_cores, most = measured[name][-1]
+                print(
+                    f"{name:<16} {wall:.3f} s, {on_cores:.3f} s of processors, {most >> 20} MiB",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     rows = []
     for name in names:
         choice = search.consider(planning.model_of(base), planning.job_of(base), machine, Layout.parse(name))
         assert isinstance(choice, search.Choice), choice
-        times, grown = zip(*measured[name], strict=True)
+        times, busy, grown = zip(*measured[name], strict=True)
         rows.append(
             {
                 "layout": name,
                 "predicted_s": choice.cost.seconds,
                 "measured_s": statistics.median(times),
                 "runs_s": list(times),
+                "processors_s": statistics.median(busy),
                 "predicted_bytes": choice.memory.tensors,
                 "measured_bytes": statistics.median(grown),
                 "phases": dict(choice.memory.phases),
@@ -157,12 +168,16 @@ def main() -> int:
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rank correlations, and how far memory is off."""
-    many = [row for row in rows if row["layout"] != "single"]
+    groups = {"": rows, "_without_single": [row for row in rows if row["layout"] != "single"]}
+    correlations = {
+        f"spearman{key}{name}": spearman([r["predicted_s"] for r in group], [r[measured] for r in group])
+        for name, group in groups.items()
+        for key, measured in (("", "measured_s"), ("_of_processors", "processors_s"))
+    }
     sizes = [[row[key] for row in rows] for key in ("predicted_bytes", "measured_bytes")]
     return {
         "rows": rows,
-        "spearman": spearman([r["predicted_s"] for r in rows], [r["measured_s"] for r in rows]),
-        "spearman_without_single": spearman([r["predicted_s"] for r in many], [r["measured_s"] for r in many]),
+        **correlations,
         "memory_errors": {row["layout"]: row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows},
         "memory_ratio": {"predicted": max(sizes[0]) / min(sizes[0]), "measured": max(sizes[1]) / min(sizes[1])},
     }
@@ -170,22 +185,22 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
-    lines = [
-        f"{'layout':<16} {'predicted':>10} {'measured':>10}   {'spread':<13} {'predicted':>9} {'measured':>9}  off"
-    ]
+    heads = ("layout", "predicted", "measured", "spread", "processors")
+    lines = [f"{heads[0]:<16} {heads[1]:>9} {heads[2]:>9}  {heads[3]:<15} {heads[4]:>10}   memory: predicted, measured"]
     for row in sorted(result["rows"], key=lambda row: row["measured_s"]):
-        low, high = min(row["runs_s"]), max(row["runs_s"])
+        spread = f"{min(row['runs_s']):.2f} to {max(row['runs_s']):.2f}"
         lines.append(
-            f"{row['layout']:<16} {row['predicted_s']:>8.3f} s {row['measured_s']:>8.3f} s   {low:.2f} to {high:.2f}  "
-            f"{row['predicted_bytes'] / 2**20:>7.0f} M {row['measured_bytes'] / 2**20:>7.0f} M "
-            f"{result['memory_errors'][row['layout']]:>+5.0%}"
+            f"{row['layout']:<16} {row['predicted_s']:>7.3f} s {row['measured_s']:>7.3f} s  {spread:<15} "
+            f"{row['processors_s']:>8.3f} s   {row['predicted_bytes'] / 2**20:>6.0f} MiB "
+            f"{row['measured_bytes'] / 2**20:>6.0f} MiB {result['memory_errors'][row['layout']]:>+5.0%}"
         )
     ratio = result["memory_ratio"]
-    lines.append(
-        f"rank correlation {result['spearman']:.2f}, without the single process "
-        f"{result['spearman_without_single']:.2f}; "
-        f"largest over smallest memory: predicted {ratio['predicted']:.2f}, measured {ratio['measured']:.2f}"
-    )
+    for what, key in (("times", ""), ("processors' times", "_of_processors")):
+        lines.append(
+            f"rank correlation with {what}: {result[f'spearman{key}']:.2f}, without the single process "
+            f"{result[f'spearman{key}_without_single']:.2f}"
+        )
+    lines.append(f"most over least memory: predicted {ratio['predicted']:.2f}, measured {ratio['measured']:.2f}")
     return "\n".join(lines)
 
 
