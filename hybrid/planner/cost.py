@@ -126,7 +126,7 @@ class _Pricing:
         """Activations to the next stage and gradients to the one before, once for each virtual stage."""
         tokens = self.samples * self.job.sequence_length
         if self.job.sequence_parallel:
-            tokens /= self.layout.tp
+            tokens //= self.layout.tp
         size = tokens * self.model.hidden_size * self.job.item
         return 2 * self.virtual * self._collective("send", size, "pp")
 

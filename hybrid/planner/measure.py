@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,10 +147,10 @@ def _measure_rank(dtype: str, threads: int) -> dict[str, float]:
         kind = _DTYPES[dtype]
         for index, (m, k, n) in enumerate(_MATMULS):
             x, w = torch.randn(m, k, dtype=kind), torch.randn(n, k, dtype=kind)
-            found[f"matmul {index}"] = 2.0 * m * k * n / _time(lambda x=x, w=w: F.linear(x, w))
+            found[f"matmul {index}"] = 2.0 * m * k * n / _time(partial(F.linear, x, w))
         for size in _TENSORS:
             a, b = torch.ones(size // 4), torch.ones(size // 4)
-            found[f"tensor {size}"] = 3.0 * size / _time(lambda a=a, b=b: a + b)
+            found[f"tensor {size}"] = 3.0 * size / _time(partial(torch.add, a, b))
         found["attention"] = _attention_rate(kind)
         if world.world_size == 1:
             found["block"], found["step"] = _host_times(world)
@@ -255,10 +256,10 @@ def _collectives(world: World) -> dict[str, float]:
         for size in _MESSAGES:
             whole, part = torch.ones(size // 4), torch.ones(size // 4 // n)
             calls: dict[str, Callable[[], Any]] = {
-                "all_gather": lambda part=part, group=group: all_gather(part, group, 0),
-                "reduce_scatter": lambda whole=whole, group=group: reduce_scatter(whole, group, 0),
-                "all_reduce": lambda whole=whole, group=group: all_reduce(whole, group),
-                "send": lambda whole=whole, n=n, place=place: _pass_on(whole, world.rank - place, place, n),
+                "all_gather": partial(all_gather, part, group, 0),
+                "reduce_scatter": partial(reduce_scatter, whole, group, 0),
+                "all_reduce": partial(all_reduce, whole, group),
+                "send": partial(_pass_on, whole, world.rank - place, place, n),
             }
             for name, call in calls.items():
                 found[f"{name}:{n} {size}"] = _time_collective(call)

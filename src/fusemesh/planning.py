@@ -139,7 +139,7 @@ def request(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Mod
         model, job = model_of(config), job_of(config)
         world = options.world or default_world(config)
         gpu, threads = options.gpu or LOCAL, config.run.threads or 1
-    changes = {
+    changes: dict[str, Any] = {
         "global_batch": options.batch,
         "sequence_length": options.sequence,
         "microbatches": options.microbatches,
@@ -152,8 +152,8 @@ def request(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Mod
             f"--pipeline.microbatches, received {options.microbatches}"
         )
     stages = {"schedule": options.schedule, "virtual_stages": options.virtual_stages}
-    if given := {key: value for key, value in stages.items() if value is not None}:
-        changes["pipeline"] = dataclasses.replace(job.pipeline, **given)
+    if asked := {key: value for key, value in stages.items() if value is not None}:
+        changes["pipeline"] = dataclasses.replace(job.pipeline, **asked)
     job = dataclasses.replace(job, **{key: value for key, value in changes.items() if value is not None})
     hardware = hardware_of(
         gpu, world, dtype=job.dtype, threads=threads, memory=options.memory, per_node=options.gpus_per_node

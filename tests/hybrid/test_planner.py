@@ -287,8 +287,8 @@ def test_times_of_narayanan_table_1() -> None:
                 found.append(cost.estimate(model, job, layout, hardware, cut(layout, count)).seconds)
         flops = 96 * batch * 2048 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 51200 / (16 * layers * hidden))
         errors[size] = flops / gpus / min(found) / 1e12 / measured - 1
-    # 7.7 % in the mean, at most 12.4 %, all but one too fast.
-    assert statistics.mean(map(abs, errors.values())) < 0.08, errors
+    # 5.7 % in the mean, at most 12.4 %: no better than one rate for all rows (5.9 %), for these rows are alike.
+    assert statistics.mean(map(abs, errors.values())) < 0.06, errors
     assert max(map(abs, errors.values())) < 0.13, errors
 
 
@@ -310,9 +310,9 @@ def test_times_of_korthikanti_table_5() -> None:
             layout = Layout(tp=8, pp=pp)
             found = cost.estimate(gpt(hidden, layers, heads), job, layout, A100, cut(layout, batch // samples))
             errors[size, recompute] = found.seconds / measured - 1
-    # 3.8 % in the mean, at most 9.1 %.
-    assert statistics.mean(map(abs, errors.values())) < 0.04, errors
-    assert max(map(abs, errors.values())) < 0.095, errors
+    # 4.0 % in the mean, at most 6.6 %.
+    assert statistics.mean(map(abs, errors.values())) < 0.042, errors
+    assert max(map(abs, errors.values())) < 0.07, errors
 
 
 def test_zero_3_falls_behind_with_more_gpus_as_narayanan_table_2_says() -> None:
