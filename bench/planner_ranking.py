@@ -64,7 +64,7 @@ def train(values: dict[str, Any]) -> tuple[list[float], list[float], int]:
         for step in range(STEPS + 1):
             dist.barrier()
             start, on_core = time.perf_counter(), time.process_time()
-            trainer._train_step(step)
+            trainer.train_step(step)
             times.append(time.perf_counter() - start)
             busy.append(time.process_time() - on_core)
         status = Path("/proc/self/status").read_text()

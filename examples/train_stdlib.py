@@ -58,7 +58,7 @@ def main(arguments=None):
         **{
             key: summary[key] for key in ("layout", "world_size", "device", "backends", "parameters", "steps", "tokens")
         },
-        "tokens_per_second": summary["tokens_per_second"],
+        "tokens_per_s": summary["tokens_per_s"],
         "held_out_bytes": together["tokens"],
         "bits_per_byte": {"model": together["bits_per_byte"], **simple},
         "loss_all_ranks": together["loss"],
@@ -80,9 +80,7 @@ def main(arguments=None):
     gap = together["bits_per_byte"] - simple["ngram2"]
     print(f"  {abs(gap):.3f} bits {'above' if gap > 0 else 'below'} the n-gram with 2 bytes of context")
     print(f"layout {summary['layout']} on {ranks} {summary['device']} ranks; {', '.join(summary['backends'])}")
-    print(
-        f"{summary['parameters']:,} parameters, {summary['tokens']:,} bytes, {summary['tokens_per_second']:,} bytes/s"
-    )
+    print(f"{summary['parameters']:,} parameters, {summary['tokens']:,} bytes, {summary['tokens_per_s']:,} bytes/s")
     print(f"held-out loss: {together['loss']:.7f} over all ranks, {alone['loss']:.7f} merged, in one process")
     print(
         f"relative difference {difference:.1e}; wrote report.json and loss_curve.png in {folder}; {report['seconds']} s"

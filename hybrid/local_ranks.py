@@ -170,7 +170,8 @@ class LocalRanks:
 
     def _collect(self, count: int, timeout: float | None) -> list[Any]:
         results: dict[int, Any] = {}
-        failed: list[tuple[float, int, str]] = []
+        # Who died or was stopped comes first: the others' errors follow from that, and are often told sooner.
+        failed: list[tuple[bool, float, int, str]] = []
         dead = False
         deadline = None if timeout is None else time.monotonic() + timeout + STARTING
         starting, waiting = set(range(count)), set(range(count))
@@ -185,7 +186,9 @@ class LocalRanks:
             for rank in self._stopped_too_long(waiting, stopped):
                 waiting.discard(rank)
                 dead = True
-                failed.append((time.time(), rank, f"was stopped by a signal (SIGSTOP) {self.patience:.0f} s ago"))
+                failed.append(
+                    (False, time.time(), rank, f"was stopped by a signal (SIGSTOP) {self.patience:.0f} s ago")
+                )
                 # The others wait for it as long as it is stopped.
                 deadline = time.monotonic()
             for rank in sorted(waiting):
@@ -204,13 +207,13 @@ class LocalRanks:
                 if kind == "returned":
                     results[rank] = answer
                 else:
-                    failed.append((at, rank, answer))
+                    failed.append((kind != "died", at, rank, answer))
                     # The others may wait for this rank for ever.
                     limit = time.monotonic() + self.grace
                     deadline = limit if deadline is None else min(deadline, limit)
         if not failed and not waiting:
             return [results[rank] for rank in range(count)]
-        failures = {rank: reason for _, rank, reason in sorted(failed)}
+        failures = {rank: reason for *_, rank, reason in sorted(failed)}
         unfinished = self._stacks_of(waiting)
         if waiting or dead:
             self.close(kill=True)

@@ -60,7 +60,7 @@ def train(values: dict[str, Any], resume: bool = False) -> dict[str, Any]:
 
 def train_with_a_bad_rank(values: dict[str, Any], bad: int, step: int) -> tuple[str, dict[str, torch.Tensor]]:
     """How training fails, and the weights then, when rank ``bad``'s loss becomes NaN at ``step`` and stays so."""
-    train_step, weights = Trainer._train_step, {}
+    train_step, weights = Trainer.train_step, {}
 
     def poisoned(self: Trainer, current: int) -> Any:
         if current == step and self.world.rank == bad:
@@ -72,19 +72,19 @@ def train_with_a_bad_rank(values: dict[str, Any], bad: int, step: int) -> tuple[
             weights[name] = parameter.detach().full_tensor()
         return taken
 
-    Trainer._train_step = poisoned  # type: ignore[method-assign]
+    Trainer.train_step = poisoned  # type: ignore[method-assign]
     try:
         train_rank(values, quiet=True)
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}", weights
     finally:
-        Trainer._train_step = train_step  # type: ignore[method-assign]
+        Trainer.train_step = train_step  # type: ignore[method-assign]
     return "trained", weights
 
 
 def train_with_drift(values: dict[str, Any], bad: int, step: int) -> str:
     """The message with which training fails when a weight of rank ``bad`` changes by itself after ``step``."""
-    train_step = Trainer._train_step
+    train_step = Trainer.train_step
 
     def drifting(self: Trainer, current: int) -> Any:
         taken = train_step(self, current)
@@ -95,13 +95,13 @@ def train_with_drift(values: dict[str, Any], bad: int, step: int) -> str:
                 weight.to_local()[5, 7] += 1e-3
         return taken
 
-    Trainer._train_step = drifting  # type: ignore[method-assign]
+    Trainer.train_step = drifting  # type: ignore[method-assign]
     try:
         train_rank(values, quiet=True)
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        Trainer._train_step = train_step  # type: ignore[method-assign]
+        Trainer.train_step = train_step  # type: ignore[method-assign]
     return "trained"
 
 

@@ -1,7 +1,11 @@
-"""The command line: ``fusemesh doctor | train | eval | merge | plan | bench``.
+"""The command line: ``fusemesh doctor | train | eval | merge | plan | scaling | bench``.
 
 With ``--json`` a command writes exactly one JSON object to stdout; messages always go to stderr. Every key of the
-configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``.
+configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``; two that
+everybody needs have a short name, too, ``--steps`` and ``--out``.
+
+Exit status: 0; 1 for a run that failed (a rank died, numbers not finite, replicas that drifted, no layout that fits); 2
+for a request that cannot work; 130 after an interruption.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ from typing import Any
 
 from fusemesh import __version__, config
 
+_SHORT = {"training.steps": ("--steps",), "run.directory": ("--out",)}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 for a run that failed, 2 for a request that cannot work."""
+    """Run one command and return its exit status, see above."""
     options = _parser().parse_args(arguments)
     try:
         result, text = options.command(options)
@@ -42,7 +48,9 @@ def _fail(options: argparse.Namespace, status: int, message: str, result: dict[s
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusemesh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fusemesh {__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="doctor | train | eval | merge | plan | bench")
+    commands = parser.add_subparsers(
+        dest="name", required=True, metavar="doctor | train | eval | merge | plan | scaling | bench"
+    )
 
     doctor = _command(commands, "doctor", _doctor, "what this machine has and what auto chooses")
     train = _command(commands, "train", _train, "train a model in any layout")
@@ -58,24 +66,30 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
     plan = _command(commands, "plan", _plan, "rank the layouts that a model could train in, before paying for them")
     _plan_options(plan)
+    scaling = _command(commands, "scaling", _scaling, "the same training job on 1, 2, 4 ... local processes")
+    scaling.add_argument("--config", metavar="FILE", help="TOML file; the options below win over it")
+    scaling.add_argument("--nproc", default="1,2,4", metavar="N,N", help="numbers of processes; default: 1,2,4")
+    scaling.add_argument("--axis", default="dp", help="what the processes are used for: dp (default), fsdp, tp, pp")
+    scaling.add_argument("--runs", type=int, default=3, metavar="N", help="of each row, of which the median counts")
     bench = _command(commands, "bench", _bench, "which tiles of the Triton kernels are fastest on this GPU")
     bench.add_argument("--tune", action="store_true", help="time the shipped tiles and their neighbours")
     bench.add_argument("--minutes", type=float, default=7.5, metavar="M", help="no tile starts later; default: 7.5")
     bench.add_argument(
         "--output", "-o", metavar="FILE", help="default: bench/results/<machine>/tune.json in the current folder"
     )
-    for command in (doctor, train, evaluation, merge, plan, bench):
+    for command in (doctor, train, evaluation, merge, plan, scaling, bench):
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for command in (train, evaluation):
         command.add_argument(
             "--nproc", type=int, metavar="N", help="local ranks to start; default: as many as the layout has"
         )
-    for command in (train, evaluation, plan):
+    for command in (train, evaluation, plan, scaling):
         keys = command.add_argument_group("configuration")
         for key, spec in config.fields_of(config.Config).items():
             text = spec.doc + (f" ({', '.join(spec.choices)})" if spec.choices else "")
             keys.add_argument(
                 f"--{key}",
+                *(_SHORT.get(key, ()) if command in (train, scaling) else ()),
                 metavar=spec.type.__name__.upper(),
                 help=f"{text}; default {spec.default!r}".replace("%", "%%"),
             )
@@ -139,10 +153,10 @@ def _choose_layout(configured: config.Config, options: argparse.Namespace) -> co
     """The configuration with a layout of "auto" decided, before any rank starts."""
     if configured.layout.strip().lower() != "auto":
         return configured
-    from fusemesh.hybrid.launch import rank_from_environment
+    from fusemesh.hybrid.launch import find_place
     from fusemesh.planning import resolve_auto
 
-    place = rank_from_environment()
+    place = find_place()
     world = options.nproc if place is None else place.world_size
     chosen, line = resolve_auto(configured, world, launched=place is not None)
     print(f"fusemesh {options.name}: {line}", file=sys.stderr)
@@ -185,8 +199,8 @@ def _train(options: argparse.Namespace) -> tuple[Any, str | None]:
         return None, None
     return summary, (
         f"{summary['steps']} steps in layout {summary['layout']} on {summary['world_size']} {summary['device']} ranks, "
-        f"{summary['tokens_per_second'] or 0:.0f} tokens/s\n"
-        f"held-out loss {summary['held_out']['loss']:.4f} ({summary['held_out']['bits_per_byte']:.3f} bits per byte)\n"
+        f"{summary['tokens_per_s'] or 0:.0f} tokens/s\n"
+        f"held-out loss {summary['loss']:.4f} ({summary['held_out']['bits_per_byte']:.3f} bits per byte)\n"
         f"saved in {summary['directory']}"
     )
 
@@ -239,6 +253,18 @@ def _plan(options: argparse.Namespace) -> tuple[Any, str]:
     found = search.plan(model, job, hardware, world)
     planning.require(found, job, f"{world} ranks")
     return planning.as_dict(found, job), planning.table(found, job, hardware)
+
+
+def _scaling(options: argparse.Namespace) -> tuple[Any, str]:
+    from fusemesh import scaling
+
+    try:
+        numbers = [int(part) for part in options.nproc.split(",")]
+    except ValueError:
+        raise ValueError(f"--nproc: expected numbers such as 1,2,4, received {options.nproc!r}") from None
+    overrides = {"training.steps": "8", "run.directory": "runs/scaling", **_overrides(options)}
+    result = scaling.measure(config.load(options.config, overrides), numbers, axis=options.axis, runs=options.runs)
+    return result, scaling.table(result)
 
 
 def _bench(options: argparse.Namespace) -> tuple[Any, str]:

@@ -197,7 +197,7 @@ def _choice(choice: Choice, job: Job) -> dict[str, Any]:
         "memory_bytes": choice.memory.total,
         "accumulation": choice.cut.accumulation,
         "microbatches": choice.cut.microbatches,
-        "tokens_per_second_per_rank": tokens / choice.cost.seconds / choice.layout.world_size,
+        "tokens_per_s_per_rank": tokens / choice.cost.seconds / choice.layout.world_size,
     }
 
 
@@ -223,7 +223,7 @@ def table(plan: Plan, job: Job, hardware: Hardware, *, most: int = 12) -> str:
     for choice in plan.layouts[:most]:
         row = _choice(choice, job)
         lines.append(
-            f"{row['layout']:<24} {row['step_s']:>8.3f} s {row['tokens_per_second_per_rank']:>14.0f} "
+            f"{row['layout']:<24} {row['step_s']:>8.3f} s {row['tokens_per_s_per_rank']:>14.0f} "
             f"{choice.cut.parts:>8} {gib(row['memory_bytes']):>11}"
         )
     if len(plan.layouts) > most:

@@ -144,6 +144,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.training)
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.first_step = 0
+        began = [time.time_ns()]
+        dist.broadcast_object_list(began, src=0)
+        self.attempt = began[0]
         # From the first number that is not finite on, the weights stay as they were before its step, so that the step
         # can be done again; the fused optimizer reads this on the device, and nothing waits for it.
         self.is_broken = torch.zeros((), dtype=torch.float32, device=world.device)
@@ -160,7 +163,7 @@ class Trainer:
         evaluating, evaluation = 0.0, None
         with self._outputs() as metrics:
             for step in range(self.first_step, training.steps):
-                metrics.add(self._train_step(step))
+                metrics.add(self.train_step(step))
                 done = step + 1
                 if run.check_replicas_every and done % run.check_replicas_every == 0:
                     consistency.check_replicas(self.model, step=done)
@@ -187,15 +190,17 @@ class Trainer:
             "resumed_from": self.first_step or None,
             "parameters": self.parameters,
             "training_loss": training_loss,
+            "loss": evaluation["loss"],
             "held_out": evaluation,
             "tokens": tokens,
             "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 1) if tokens else None,
+            "tokens_per_s": round(tokens / seconds, 1) if tokens else None,
             "backends": sorted({f"{op}: {name}" for op, name in backends.call_counts()}),
             "directory": str(self.folder),
         }
 
-    def _train_step(self, step: int) -> _Step:
+    def train_step(self, step: int) -> _Step:
+        """One optimizer step on the samples of ``step``, which counts from 0; every rank calls it."""
         training, device = self.config.training, self.world.device
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
@@ -240,12 +245,16 @@ class Trainer:
         return consistency.find_non_finite(self.model, lambda: self._loss_and_gradients(step), stage=stage)
 
     def _record(self, step: int) -> None:
-        """Append the samples that this rank consumed in a step to ``samples/rank-R.jsonl``."""
+        """Append the samples that this rank consumed in a step to ``samples/rank-R.jsonl``.
+
+        A step that is done again after a resume is recorded again; the one with the highest ``attempt`` counts.
+        """
         indices = self.order.micro_batches(step, self.replica).flatten().tolist()
+        line = {"step": step + 1, "attempt": self.attempt, "replica": self.replica, "samples": indices}
         path = self.folder / "samples" / f"rank-{self.world.rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step + 1, "samples": indices}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def _evaluate(self) -> dict[str, Any]:
         return evaluate(
@@ -332,13 +341,13 @@ class _Metrics:
             "loss": sum(losses) / len(losses),
             "learning_rate": learning_rate(self.training, last.step),
             "gradient_norm": None if norm is None else norm.item(),
-            "tokens_per_second": len(losses) * self.tokens_per_step / (now - self.since),
+            "tokens_per_s": len(losses) * self.tokens_per_step / (now - self.since),
         }
         self.pending, self.last_loss = [], values["loss"]
         if self.writer is not None:
             self.writer.write(last.step + 1, values)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_second']:.0f} tokens/s")
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_s']:.0f} tokens/s")
         self.since = time.perf_counter()
 
     def write_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:

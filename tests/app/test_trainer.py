@@ -123,7 +123,7 @@ def test_resuming_equals_the_uninterrupted_run_to_the_bit(runs, ranks, tmp_path,
         assert not torch.equal(expected[name], before[name]), name
     assert resumed["held_out"]["loss"] == summary["held_out"]["loss"]
     for one, other in zip(read_metrics(whole.run.directory), read_metrics(again.run.directory), strict=True):
-        assert {**one, "tokens_per_second": 0} == {**other, "tokens_per_second": 0}
+        assert {**one, "tokens_per_s": 0} == {**other, "tokens_per_s": 0}
 
 
 @pytest.mark.distributed
@@ -248,9 +248,10 @@ def test_each_rank_records_the_samples_that_it_consumed(runs):
         ]
         for rank in range(4)
     ]
-    assert read[0] == read[1] and read[2] == read[3]
+    assert read[0] == read[1] and read[2] == read[3] and len({line["attempt"] for lines in read for line in lines}) == 1
     for step in range(6):
         assert [line[step]["step"] for line in read] == [step + 1] * 4
+        assert [line[step]["replica"] for line in read] == [0, 0, 1, 1]
         assert read[0][step]["samples"] + read[2][step]["samples"] == order.step(step).tolist()
 
 
@@ -261,13 +262,11 @@ def test_what_a_run_leaves(runs):
     assert config.load(folder / "config.toml") == whole
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert (summary["layout"], summary["world_size"], summary["steps"]) == ("dp2 x tp2", 4, 6)
-    assert summary["tokens"] == 6 * 8 * 16 and summary["tokens_per_second"] > 0
+    assert summary["tokens"] == 6 * 8 * 16 and summary["tokens_per_s"] > 0
     assert summary["backends"] == ["attention_forward: torch", "linear_forward: torch"]
     lines = read_metrics(folder)
     assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4, 6]
-    assert all(
-        {"learning_rate", "gradient_norm", "tokens_per_second"} <= line.keys() for line in lines if "loss" in line
-    )
+    assert all({"learning_rate", "gradient_norm", "tokens_per_s"} <= line.keys() for line in lines if "loss" in line)
     assert [line["step"] for line in lines if "held_out_loss" in line] == [6]
     assert lines[-1]["held_out_loss"] == summary["held_out"]["loss"] < lines[0]["loss"]
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
