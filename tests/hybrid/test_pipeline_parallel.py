@@ -143,8 +143,10 @@ def test_what_a_rank_holds(rank_pool: RankPool, layout: str, options: PipelineOp
         ("pp2 x tp2", PipelineOptions(4, "gpipe")),
         ("pp2", PipelineOptions(4, "interleaved1f1b", 2)),
         ("pp4", PipelineOptions(4)),
+        ("pp2 x fsdp2", PipelineOptions(2)),
+        ("pp2 x fsdp2", INTERLEAVED),
     ],
-    ids=["1f1b", "gpipe", "interleaved", "pp4"],
+    ids=["1f1b", "gpipe", "interleaved", "pp4", "fsdp", "fsdp-interleaved"],
 )
 def test_calls_of_every_kind(rank_pool: RankPool, layout: str, options: PipelineOptions) -> None:
     rank_pool.run(pipeline_ranks.calls_of_every_kind, layout, options, ranks=2 if layout == "pp2" else 4)
