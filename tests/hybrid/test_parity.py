@@ -49,7 +49,7 @@ LATER = [
     *(case for case in CASES if case.variant.tied and "pp" not in case.layout),
     *(case for case in CASES if case.variant in (UNEVEN, UNEVEN_TIED)),
     Case("pp4", True, TIED, PipelineOptions(4)),
-    Case("pp2 x tp2", True, UNTIED, PipelineOptions(4)),
+    *(Case("pp2 x tp2", True, variant, PipelineOptions(4)) for variant in (UNTIED, TIED)),
     Case("pp2 x fsdp2", True, TIED, PipelineOptions(2)),
     Case("pp2", True, TIED, PipelineOptions(4, "interleaved1f1b", 2)),
     Case("pp2 x tp2", True, UNTIED, INTERLEAVED),
