@@ -161,6 +161,7 @@ class Trainer:
         training, run = self.config.training, self.config.run
         began, tokens_before = time.perf_counter(), self.first_step
         evaluating, evaluation = 0.0, None
+        calls_before = backends.call_counts()
         with self._outputs() as metrics:
             for step in range(self.first_step, training.steps):
                 metrics.add(self.train_step(step))
@@ -195,7 +196,11 @@ class Trainer:
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_s": round(tokens / seconds, 1) if tokens else None,
-            "backends": sorted({f"{op}: {name}" for op, name in backends.call_counts()}),
+            "backends": sorted(
+                f"{op}: {name}"
+                for (op, name), calls in backends.call_counts().items()
+                if calls > calls_before.get((op, name), 0)
+            ),
             "directory": str(self.folder),
         }
 
