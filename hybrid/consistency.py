@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .pipeline_parallel import PipelinedModel
+
 
 class DriftError(RuntimeError):
     """Replicas of a parameter are no longer equal; the message names the parameter and the ranks."""
@@ -36,7 +38,8 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 def check_replicas(model: nn.Module, *, step: int) -> None:
     """Compare each parameter among the ranks that hold the same part of it; every rank calls it.
 
-    Two reductions of one number a parameter on each axis along which something is replicated.
+    One reduction of two numbers a parameter on each axis along which something is replicated, and an exchange of one
+    number for a parameter that two stages of a pipeline hold.
 
     Args:
         model: parallelized; parameters that are no DTensors are not compared.
@@ -59,7 +62,32 @@ def check_replicas(model: nn.Module, *, step: int) -> None:
             found = parameters[first][0], axis, _minority(sums[first], group)
             if drifted is None or first < [name for name, _ in parameters].index(drifted[0]):
                 drifted = found
-    _raise_together(drifted, step)
+    copies = _drifted_copies(model)  # every rank takes part, whatever it has found
+    _raise_together(drifted or copies, step)
+
+
+def _drifted_copies(model: nn.Module) -> tuple[str, str, list[int]] | None:
+    """The first parameter that this rank shares with another stage of the pipeline, and that is not equal there."""
+    pipeline = model.pipeline if isinstance(model, PipelinedModel) else None
+    if pipeline is None:
+        return None
+    for name, pair in pipeline.parts.shared.items():
+        own = _local(model.get_parameter(name))
+        mine, other = checksum(own), torch.empty((), dtype=torch.int64, device=own.device)
+        peer = pair[0] if pair[1] == pipeline.rank else pair[1]
+        exchange = [
+            dist.P2POp(dist.isend, mine, group=pipeline.group, group_peer=peer),
+            dist.P2POp(dist.irecv, other, group=pipeline.group, group_peer=peer),
+        ]
+        for work in dist.batch_isend_irecv(exchange):
+            work.wait()
+        if mine.item() != other.item():
+            return name, "pp", [dist.get_global_rank(pipeline.group, rank) for rank in pair]
+    return None
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _replicated(parameters: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str, dist.ProcessGroup, list[int]]]:
@@ -184,5 +212,4 @@ def _is_bad(value: Any) -> bool:
         return any(_is_bad(item) for item in value)
     if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
         return False
-    local = value.to_local() if isinstance(value, DTensor) else value
-    return not bool(torch.isfinite(local.detach()).all())
+    return not bool(torch.isfinite(_local(value.detach())).all())

@@ -61,8 +61,8 @@ def stop_then_continue(victim: int, limit: float) -> int:
 
 
 def small_model(world: World, layout: str) -> Transformer:
-    """Two blocks, one kv head, parallelized."""
-    config = TransformerConfig(31, 32, 2, 4, 1, 48, 8)
+    """Two blocks, one kv head, tied embeddings, parallelized."""
+    config = TransformerConfig(31, 32, 2, 4, 1, 48, 8, tie_embeddings=True)
     parsed = Layout.parse(layout)
     return parallelize(Transformer(config, "reference"), build_mesh(parsed, world), parsed)
 
@@ -90,9 +90,11 @@ def not_finite(layout: str, rank: int, where: str, name: str) -> str:
         model = small_model(world, layout)
         if world.rank == rank:
             spoil(model, where, name)
-        generator = torch.Generator().manual_seed(world.rank // Layout.parse(layout).tp)
+        parsed = Layout.parse(layout)
+        generator = torch.Generator().manual_seed(parsed.replica_of(world.rank))
         tokens, targets = (torch.randint(0, 31, (2, 8), generator=generator) for _ in range(2))
-        return consistency.find_non_finite(model, lambda: model.loss(tokens, targets).backward())
+        stage = world.rank // (parsed.world_size // parsed.pp)
+        return consistency.find_non_finite(model, lambda: model.loss_and_gradients(tokens, targets, 16), stage=stage)
 
 
 def spoil(model: nn.Module, where: str, name: str) -> None:

@@ -42,6 +42,8 @@ NORM = "blocks.0.mlp_norm.weight"
         ("dp2 x tp2", {3: GATE}, f"'{GATE}' along dp differ: rank 1, 3 from"),
         ("tp4", {0: NORM}, f"'{NORM}' along tp differ: rank 0 from"),
         ("fsdp2 x tp2", {1: NORM}, f"'{NORM}' along tp differ: rank 0, 1 from"),
+        ("pp2 x tp2", {3: "embedding.weight"}, "'embedding.weight' along pp differ: rank 1, 3 from"),
+        ("pp2 x dp2", {3: GATE}, f"'{GATE}' along dp differ: rank 2, 3 from"),
         # Every rank holds another part: there is nothing to compare with.
         ("fsdp4", {1: GATE}, "none"),
         ("dp2 x tp2", {}, "none"),
@@ -67,6 +69,22 @@ def test_drift_is_named(ranks: LocalRanks, layout: str, spoilt: dict[int, str], 
 def test_a_nan_is_found_where_it_was_born(ranks: LocalRanks, layout: str, where: str, name: str, told: str) -> None:
     for rank in (0, 3):
         assert ranks.call(fault_ranks.not_finite, layout, rank, where, name) == [f"on rank {rank}, {told}"] * 4
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("rank", "where", "name", "told"),
+    [
+        (3, "parameter", GATE, f"in parameter '{GATE}'"),
+        # From the first stage it goes on to the second, and from the second back to the first.
+        (1, "output", "blocks.0.mlp.gate", "in the output of module 'blocks.0.mlp.gate'"),
+        (3, "output", "norm", "in the output of module 'norm'"),
+        (3, "gradient", GATE, f"in the gradient of parameter '{GATE}'"),
+        (0, "gradient", "embedding.weight", "in the gradient of parameter 'embedding.weight'"),
+    ],
+)
+def test_a_nan_is_found_in_its_stage(ranks: LocalRanks, rank: int, where: str, name: str, told: str) -> None:
+    assert ranks.call(fault_ranks.not_finite, "pp2 x tp2", rank, where, name) == [f"on rank {rank}, {told}"] * 4
 
 
 @pytest.mark.distributed
