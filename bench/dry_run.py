@@ -61,7 +61,8 @@ def small(case: peers.Case) -> peers.Case:
     """The features of a case of the sweep on a shape for any machine."""
     if isinstance(case, peers.AttentionCase):
         groups = case.heads // case.kv_heads
-        return DryAttention(1, 2 * groups, 2, 128, 16, case.causal, torch.float32)
+        dtype = case.dtype if case.dtype == torch.float8_e4m3fn else torch.float32
+        return DryAttention(1, 2 * groups, 2, 128, 16, case.causal, dtype)
     return DryLinear(33, 16, 24, case.activation, case.gated, torch.float32)
 
 
@@ -72,11 +73,11 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 def measure_tile(bench: kernel_bench.Bench, tile: Any, device: torch.device, timing: dict[str, Any]) -> dict[str, Any]:
     """What kernel_bench.measure_tile does, but with known values where no kernel has computed any, and no time."""
-    case, kernel = bench.job.case, bench.job.kernel
+    case = bench.job.case
     results, before, own = bench.record(tile)
-    kernel_bench.start([*before, own])
-    known = case.ours("reference" if isinstance(case, peers.AttentionCase) else "torch")
-    right = case.outputs(known, bench.inputs, "forward" if kernel == "forward" else "backward")
+    kernel_bench.start([*before, own, *bench.after])
+    known: Any = case.ours("torch" if isinstance(case, peers.LinearCase) else "reference")
+    right = case.outputs(known, bench.inputs, "forward" if bench.job.is_forward else "backward")
     for name, value in results.items():
         assert (value.shape, value.dtype) == (right[name].shape, right[name].dtype), name
     row: dict[str, Any] = {"tile": dataclasses.asdict(tile), "check": "ok"}

@@ -5,9 +5,12 @@
     python bench/on_gpu.py --stage sweep           # the kernels against every peer that is installed
     python bench/on_gpu.py --stage memcheck        # the kernels under compute-sanitizer
     python bench/on_gpu.py --stage tune            # tiles around the shipped ones: which is fastest here
+    python bench/on_gpu.py --stage tune --only "attention dbias"       # a part: what a run before had no time for
 
 A stage writes one JSON file (machine, versions, clocks, every row) under --out, prints one short table, and ends within
-its minutes: what there was no time for is named. A wrong result makes it exit non-zero, after everything is written.
+its minutes, which by default leave it less than 10 in all: the most telling cases come first, and what there was no
+time for is named. With --only the file's name says so, and the whole stage's is left alone. A wrong result makes it
+exit non-zero, after everything is written.
 --dry-run goes through every step on a CPU with small shapes, and records the launches instead of starting them.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +29,7 @@ from typing import Any
 import dry_run
 import gpu_cases
 import gpu_decode
+import gpu_fp8
 import gpu_varlen
 import memcheck
 import torch
@@ -40,12 +45,15 @@ PEERS = (*peers.PEERS, "triton tutorial")
 FLEX_LENGTHS, FLEX_HEAD_DIM = (4096,), 128
 
 
-def correctness(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
+def correctness(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
     """Every case of the files gpu_*.py on the Triton backend: rows, and what there was no time for."""
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     # Turn by turn, so that a stage that runs out of time has seen something of each.
-    for case in _alternate(gpu_cases.ATTENTION, gpu_cases.LINEAR, gpu_decode.DECODE, gpu_varlen.VARLEN):
+    fp8 = gpu_fp8.cases(device, is_dry)
+    for case in _alternate(gpu_cases.ATTENTION, gpu_cases.LINEAR, gpu_decode.DECODE, gpu_varlen.VARLEN, fp8):
+        if only not in f"{case.op} {case.name}":
+            continue
         if not clock.allows_another():
             left_out.append(f"{case.op} {case.name}")
             continue
@@ -82,7 +90,7 @@ def _alternate(*groups: Iterable[Any]) -> Iterable[Any]:
                 iterators.remove(iterator)
 
 
-def sweep_cases() -> list[peers.Case]:
+def sweep_cases(has_fp8: bool = True) -> list[peers.Case]:
     """DESIGN's sweep: 16384 tokens, H * D = 2048, D 64, 128, 256, causal or not; 64 query heads on 8; linear layers."""
     bf16 = torch.bfloat16
     attention = [
@@ -98,20 +106,29 @@ def sweep_cases() -> list[peers.Case]:
         peers.LinearCase(8192, 8192, 8192, None, False, bf16),
         peers.LinearCase(512, 4096, 14336, "silu", True, bf16),
     ]
-    return list(_alternate(linear, attention))
+    # The forward alone, in the sizes that bf16 runs too: rows to compare.
+    fp8 = [
+        peers.AttentionCase(16384 // length, heads, kv_heads, length, d, causal, torch.float8_e4m3fn)
+        for length in (4096, 16384)
+        for heads, kv_heads, d in ((16, 16, 128), (32, 32, 64), (64, 8, 128), (8, 8, 256))
+        for causal in (True, False)
+    ]
+    return list(_alternate(linear, attention, fp8 if has_fp8 else []))
 
 
-def sweep(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
+def sweep(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
     """Every case of the sweep, forward and backward, every contender: rows, and what there was no time for."""
     dtype = torch.float32 if is_dry else torch.bfloat16
     roofline = benchmark.measure_roofline(device, dtype, size=64 if is_dry else None)
     timing: dict[str, Any] = {"seconds": 0.0, "least": 1, "pause": 0.0} if is_dry else {"seconds": 0.12, "pause": 0.05}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    cases = sweep_cases()
+    cases = sweep_cases(bool(gpu_fp8.cases(device, is_dry)))
     for case in dict.fromkeys(dry_run.small(case) for case in cases) if is_dry else cases:
-        for direction in peers.DIRECTIONS:
+        for direction in case.directions:
             name = f"{case.op} {direction} {case.name}"
+            if only not in name:
+                continue
             if not clock.allows_another():
                 left_out.append(name)
                 continue
@@ -131,7 +148,7 @@ def sweep(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[st
 
 def _tutorial(case: peers.Case) -> list[peers.Contender]:
     """Triton's own tutorial, where it takes the case."""
-    if not isinstance(case, peers.AttentionCase):
+    if not isinstance(case, peers.AttentionCase) or case.directions != peers.DIRECTIONS:
         return []
     # The kernel is defined on import, which needs Triton.
     import tutorial_attention
@@ -140,17 +157,18 @@ def _tutorial(case: peers.Case) -> list[peers.Contender]:
     return [] if contender is None else [contender]
 
 
-def memory(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
-    """Every kernel under compute-sanitizer."""
+def memory(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
+    """Every kernel under compute-sanitizer; all cases, because a part of them would tell nothing of the others."""
     return memcheck.run_under_tool(clock, tool=None if is_dry else memcheck.find_tool(), is_dry=is_dry)
 
 
-def tuning(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> dict[str, Any]:
+def tuning(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
     """Tiles around the shipped ones."""
+    chosen = [job for job in tune.jobs() if only in job.name]
     if not is_dry:
-        return tune.tune_tiles(device, clock)
+        return tune.tune_tiles(device, clock, chosen=chosen)
     with gpu_cases.recorded():
-        chosen = [tune.small(job) for job in tune.jobs()]
+        chosen = [tune.small(job) for job in chosen]
         return tune.tune_tiles(device, clock, chosen=chosen, measure=dry_run.measure_tile)
 
 
@@ -180,7 +198,7 @@ def correctness_table(rows: list[dict[str, Any]]) -> str:
 class Stage:
     """What a stage does, and what it prints of the result."""
 
-    run: Callable[[torch.device, benchmark.Clock, bool], dict[str, Any]]
+    run: Callable[[torch.device, benchmark.Clock, bool, str], dict[str, Any]]
     text: Callable[[dict[str, Any]], str]
 
 
@@ -198,6 +216,8 @@ def verdict(stage: str, payload: dict[str, Any], path: Path) -> tuple[int, str]:
     if wrong and stage != "memcheck":
         return 1, f"{len(wrong)} of FuseMesh's results are wrong or did not run; see {path}"
     if not payload["rows"] and stage != "memcheck":
+        if payload["only"] and not payload["left_out"]:
+            return 1, f"no case has {payload['only']!r} in its name, as the tables print it"
         return 1, "there was no time for a single case; give it more --minutes"
     if stage == "memcheck":
         fault = memcheck.verdict(payload)
@@ -210,8 +230,8 @@ def verdict(stage: str, payload: dict[str, Any], path: Path) -> tuple[int, str]:
         return 0, f"every step ran, no kernel did; see {path}"
     if stage != "correctness":
         return 0, f"every FuseMesh result was checked before it was timed; all rows are in {path}"
-    if payload["left_out"]:
-        return 0, "right as far as it went, but cases were left out: run it again with more --minutes"
+    if payload["left_out"] or payload["only"]:
+        return 0, "right as far as it went, but cases were left out: run it again with more --minutes and no --only"
     major, minor = torch.cuda.get_device_capability(0)
     lines = [f'    ("{op}", "sm_{major}{minor}"): "{path.as_posix()}",' for op in OPERATIONS]
     return (
@@ -227,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", required=True, choices=tuple(STAGES))
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, small shapes, launches recorded only")
     parser.add_argument("--minutes", type=float, default=7.5, help="time after which no further case starts")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name, as tables print it")
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<machine>)")
     options = parser.parse_args(arguments)
     if env.INTERPRET:
@@ -236,6 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
     reason = backends.why_unavailable("triton", "cpu" if options.dry_run else "cuda")
     if reason is not None and not options.dry_run:
         parser.error(reason)
+    if options.stage == "memcheck" and options.only:
+        parser.error("--only: expected nothing with --stage memcheck; its cases are few, leave it out")
     if options.stage == "memcheck" and not options.dry_run and memcheck.find_tool() is None:
         parser.error(memcheck.NO_TOOL)
     device = torch.device("cpu" if options.dry_run else "cuda")
@@ -246,11 +269,12 @@ def main(arguments: list[str] | None = None) -> int:
     record = benchmark.machine()
     name = benchmark.machine_name(record)
     out = options.out or Path(__file__).parent / "results" / (f"dry-run-{name}" if options.dry_run else name)
-    payload = {"stage": options.stage, "dry_run": options.dry_run, "machine": record}
-    payload |= STAGES[options.stage].run(device, clock, options.dry_run)
+    payload = {"stage": options.stage, "dry_run": options.dry_run, "only": options.only, "machine": record}
+    payload |= STAGES[options.stage].run(device, clock, options.dry_run, options.only)
     payload["machine_after"] = benchmark.gpu_state()
     payload["seconds"] = round(clock.elapsed, 1)
-    path = benchmark.write_results(out / f"{options.stage}.json", payload)
+    part = f"-{'-'.join(re.findall('[A-Za-z0-9]+', options.only))}" if options.only else ""
+    path = benchmark.write_results(out / f"{options.stage}{part}.json", payload)
     print(STAGES[options.stage].text(payload))
     for missing in payload["left_out"]:
         print(f"left out: {missing}")

@@ -17,9 +17,19 @@ from fusemesh.kernels import launch
 from fusemesh.kernels.attention.spec import AttentionSpec
 
 from . import benchmark, peers
+from .decode_bench import DecodeCase
 
 # What each kernel computes, by the names that a case's check knows.
-_RESULTS = {"dkdv": ("dk", "dv"), "dq": ("dq",), "dgrad": ("dx",), "wgrad": ("dw", "dbias", "dw_up")}
+_RESULTS = {
+    "dkdv": ("dk", "dv"),
+    "dq": ("dq",),
+    "dbias": ("dbias",),
+    "split": ("out",),
+    "dgrad": ("dx",),
+    "wgrad": ("dw", "dbias", "dw_up"),
+}
+
+SKINNY_ROWS = 16  # of a linear layer in generation
 
 Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
@@ -29,19 +39,31 @@ class Job:
     """One kernel on one case: an entry of a table of tiles."""
 
     kernel: str
-    case: peers.Case
+    case: peers.Case | DecodeCase
 
     @property
     def op(self) -> str:
-        """``attention`` or ``linear``."""
+        """``attention``, ``decode`` or ``linear``."""
         return self.case.op
 
     @property
     def entry(self) -> str:
         """Which entry of the kernel's table it is: the class of head dimension, or the linear layer's form."""
-        if isinstance(self.case, peers.AttentionCase):
-            return f"D{self.case.head_dim}"
+        if isinstance(self.case, peers.LinearCase):
+            return self.form + (" skinny" if self.case.rows <= SKINNY_ROWS else "")
+        tiles = isinstance(self.case, peers.AttentionCase) and self.case.bias
+        return f"D{self.case.head_dim}" + (" bias" if tiles else "")
+
+    @property
+    def form(self) -> str:
+        """Of a linear layer."""
+        assert isinstance(self.case, peers.LinearCase)
         return "gated" if self.case.gated else "plain" if self.case.activation is None else "sloped"
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether the kernel is part of a forward."""
+        return self.kernel in ("forward", "split")
 
     @property
     def name(self) -> str:
@@ -55,9 +77,10 @@ class Bench:
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job = job
         self.inputs = job.case.inputs(device)
-        self.want = job.case.expected(self.inputs, "forward" if job.kernel == "forward" else "backward")
+        self.want = job.case.expected(self.inputs, "forward" if job.is_forward else "backward")
+        self.after: list[Launch] = []  # what must run before the results can be read
         self._saved: Any = None
-        if job.kernel != "forward":
+        if not job.is_forward:
             self._saved, launches = self._record(lambda: self._forward(None))
             start(launches)
 
@@ -67,21 +90,22 @@ class Bench:
         Raises:
             AssertionError: the launcher did not launch the kernel once.
         """
-        call = self._forward if self.job.kernel == "forward" else self._backward
+        call = self._forward if self.job.is_forward else self._backward
         results, launches = self._record(lambda: call(tile))
         wanted = f"{self.job.op}_{self.job.kernel}_kernel"
         names = [kernel.__name__ for kernel, *_ in launches]
         if names.count(wanted) != 1:
             raise AssertionError(f"expected one launch of {wanted}, recorded {names}")
         before = [each for each in launches if each[0].__name__ == "attention_delta_kernel"]
-        if self.job.kernel == "forward":
+        self.after = [each for each in launches if each[0].__name__ == "decode_combine_kernel"]
+        if self.job.is_forward:
             results = results[:1]
-            names = ["out" if self.job.op == "attention" else "y"]
+            names = ["y" if self.job.op == "linear" else "out"]
         else:
-            names = ["dq", "dk", "dv"] if self.job.op == "attention" else ["dx", "dw", "dbias", "dw_up"]
+            names = ["dq", "dk", "dv", "dbias"] if self.job.op == "attention" else ["dx", "dw", "dbias", "dw_up"]
         kept = _RESULTS.get(self.job.kernel, tuple(names))
         named = {n: x for n, x in zip(names, results, strict=False) if n in kept and x is not None and x.numel()}
-        return named, before, launches[[kernel.__name__ for kernel, *_ in launches].index(wanted)]
+        return named, before, next(each for each in launches if each[0].__name__ == wanted)
 
     @staticmethod
     def _record(call: Callable[[], Any]) -> tuple[Any, list[Launch]]:
@@ -96,6 +120,11 @@ class Bench:
 
             with contextlib.nullcontext() if tile is None else tiles.force(tile):
                 return triton_forward.forward(x["q"], x["k"], x["v"], **self._options())
+        if isinstance(case, DecodeCase):
+            from fusemesh.kernels.attention.decode import tiles as decode_tiles
+
+            with decode_tiles.force(tile):
+                return (case.ours("triton").forward(x),)
         from fusemesh.kernels.matmul import ops, triton_matmul
 
         return triton_matmul.forward(
@@ -118,10 +147,19 @@ class Bench:
             out, lse = self._saved
             with tiles.force(tile):
                 return triton_backward.backward(
-                    x["do"], x["q"], x["k"], x["v"], out, lse, None, **self._options(), bias_grad=False
+                    x["do"],
+                    x["q"],
+                    x["k"],
+                    x["v"],
+                    out,
+                    lse,
+                    None,
+                    **self._options(),
+                    bias_grad=self.job.kernel == "dbias",
                 )
         from fusemesh.kernels.matmul import triton_matmul
 
+        assert isinstance(case, peers.LinearCase)
         _, slope, slope_up = self._saved
         wgrad = self.job.kernel == "wgrad"
         return triton_matmul.backward(
@@ -143,7 +181,7 @@ class Bench:
         case = self.job.case
         assert isinstance(case, peers.AttentionCase)
         spec = AttentionSpec(scale=case.head_dim**-0.5, window_right=0 if case.causal else None)
-        return {"mask": None, "bias": None, "origin": None, "spec": spec}
+        return {"mask": None, "bias": self.inputs.get("bias"), "origin": None, "spec": spec}
 
 
 def start(launches: list[Launch]) -> None:
@@ -157,7 +195,7 @@ def measure_tile(bench: Bench, tile: Any, device: torch.device, timing: dict[str
     row: dict[str, Any] = {"tile": dataclasses.asdict(tile), "check": "ok"}
     try:
         results, before, own = bench.record(tile)
-        start([*before, own])
+        start([*before, own, *bench.after])
         bench.job.case.check(results, bench.want)
         row["seconds"] = benchmark.time_call(lambda: start([own]), device, **timing).median
     except AssertionError as error:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import fusemesh
 from fusemesh.kernels import backends
-from fusemesh.kernels.attention.spec import AttentionSpec
+from fusemesh.kernels.attention.spec import FP8, AttentionSpec, out_dtype
 from fusemesh.kernels.matmul import reference as linear_reference
 from fusemesh.kernels.testing import attention as attention_testing
 from fusemesh.kernels.testing import budget
@@ -32,7 +32,7 @@ Tensors = dict[str, torch.Tensor]
 DIRECTIONS = ("forward", "backward")
 OURS = ("reference", "torch", "cpu", "triton")
 PEERS = ("sdpa", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex", "flash-attn", "F.linear")
-_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", FP8: "fp8"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Self-attention: q [batch, heads, length, head_dim], k and v with kv_heads."""
+    """Self-attention: q [batch, heads, length, head_dim], k and v with kv_heads; ``bias`` is one for every score."""
 
     batch: int
     heads: int
@@ -55,13 +55,20 @@ class AttentionCase:
     length: int
     head_dim: int
     causal: bool
-    dtype: torch.dtype
+    dtype: torch.dtype  # fp8: the forward alone
+    bias: bool = False
     op = "attention"
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Those of :data:`DIRECTIONS` that the case has."""
+        return DIRECTIONS[:1] if self.dtype == FP8 else DIRECTIONS
 
     @property
     def name(self) -> str:
         heads = f"H{self.heads}" if self.heads == self.kv_heads else f"H{self.heads}/{self.kv_heads}"
         kind = "causal" if self.causal else "full"
+        kind += " bias" if self.bias else ""
         return f"B{self.batch} {heads} S{self.length} D{self.head_dim} {kind} {_SHORT[self.dtype]}"
 
     def flops(self, direction: str) -> float:
@@ -71,19 +78,23 @@ class AttentionCase:
 
     def bytes_moved(self, direction: str) -> float:
         """Fewest bytes: each input read once, each output written once (the LSE left out)."""
-        q = self.batch * self.heads * self.length * self.head_dim * self.dtype.itemsize
+        elements = self.batch * self.heads * self.length * self.head_dim
+        q, out = elements * self.dtype.itemsize, elements * out_dtype(self.dtype).itemsize
         kv = 2 * q * self.kv_heads // self.heads
-        return 2 * q + kv if direction == "forward" else 4 * q + 2 * kv
+        return q + out + kv if direction == "forward" else 4 * q + 2 * kv
 
     def inputs(self, device: torch.device | str, seed: int = 0) -> Tensors:
-        """Random q, k, v and do."""
+        """Random q, k, v and do, and bias where the case has it."""
         q = (self.batch, self.heads, self.length, self.head_dim)
         kv = (self.batch, self.kv_heads, self.length, self.head_dim)
-        return _random({"q": q, "k": kv, "v": kv, "do": q}, self.dtype, device, seed)
+        shapes: dict[str, tuple[int, ...]] = {"q": q, "k": kv, "v": kv, "do": q}
+        if self.bias:
+            shapes["bias"] = (*q[:3], self.length)
+        return _random(shapes, self.dtype, device, seed)
 
     def outputs(self, contender: Contender, inputs: Tensors, direction: str) -> Tensors:
-        """What a contender computes: out, or dq, dk and dv."""
-        return _outputs(contender, inputs, direction, ("q", "k", "v"), "out")
+        """What a contender computes: out, or dq, dk, dv and dbias."""
+        return _outputs(contender, inputs, direction, ("q", "k", "v", *(["bias"] if self.bias else [])), "out")
 
     def expected(self, inputs: Tensors, direction: str) -> list[tuple[tuple[int, int], attention_testing.Expected]]:
         """The right answer for the first and the last key head (with GQA the last alone, which has several queries).
@@ -97,10 +108,13 @@ class AttentionCase:
         for b, h in dict.fromkeys(ends if groups == 1 else ends[1:]):
             parts = []
             for i in range(h * groups, (h + 1) * groups):
-                one = {n: x[b : b + 1, (i if n in ("q", "do") else h) :][:, :1] for n, x in inputs.items()}
+                one = {n: x[b : b + 1, (h if n in ("k", "v") else i) :][:, :1] for n, x in inputs.items()}
+                # Which holds every number of fp8.
+                one = {n: x.to(out_dtype(x.dtype)) for n, x in one.items()}
                 do = one["do"] if direction == "backward" else None
-                parts.append(attention_testing.expected(one["q"], one["k"], one["v"], do=do, spec=spec))
-            wanted.append(((b, h), _join_heads(parts, self.dtype)))
+                qkv, bias = (one["q"], one["k"], one["v"]), one.get("bias")
+                parts.append(attention_testing.expected(*qkv, do=do, bias=bias, spec=spec))
+            wanted.append(((b, h), _join_heads(parts, out_dtype(self.dtype))))
         return wanted
 
     def check(self, outputs: Tensors, expected: Any) -> list[budget.Budget]:
@@ -109,7 +123,7 @@ class AttentionCase:
         measured = []
         for (b, h), want in expected:
             query = slice(h * groups, (h + 1) * groups)
-            heads = {"out": query, "dq": query, "dk": slice(h, h + 1), "dv": slice(h, h + 1)}
+            heads = {"out": query, "dq": query, "dbias": query, "dk": slice(h, h + 1), "dv": slice(h, h + 1)}
             measured += attention_testing.check({n: x[b : b + 1, heads[n]] for n, x in outputs.items()}, want)
         return measured
 
@@ -125,13 +139,16 @@ class AttentionCase:
         """FuseMesh's backend of this name, through the public function."""
 
         def forward(x: Tensors) -> torch.Tensor:
-            out = fusemesh.flash_attention(x["q"], x["k"], x["v"], causal=self.causal, backend=backend)
+            options: dict[str, Any] = {"causal": self.causal, "bias": x.get("bias"), "backend": backend}
+            out = fusemesh.flash_attention(x["q"], x["k"], x["v"], **options)
             assert isinstance(out, torch.Tensor)
             return out
 
         return Contender(backend, True, forward, differentiable=backend != "cpu")
 
     def _peers(self, device: torch.device) -> list[Contender]:
+        if self.dtype == FP8 or self.bias:  # which none of them takes, or takes with a gradient
+            return []
         if device.type != "cuda":
             return [Contender("sdpa", False, self._sdpa(None))]
         from torch.nn.attention import SDPBackend
@@ -198,6 +215,7 @@ class LinearCase:
     dtype: torch.dtype
     has_bias: bool = True
     op = "linear"
+    directions = DIRECTIONS
 
     @property
     def name(self) -> str:
@@ -321,7 +339,7 @@ def timed_call(case: Case, contender: Contender, inputs: Tensors, direction: str
 
 
 def _join_heads(parts: list[attention_testing.Expected], dtype: torch.dtype) -> attention_testing.Expected:
-    """Query heads of one key head: out, lse and dq side by side, dk and dv summed."""
+    """Query heads of one key head: out, lse, dq and dbias side by side, dk and dv summed."""
 
     def join(field: str, cast: torch.dtype | None) -> Tensors:
         joined = {}

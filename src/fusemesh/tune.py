@@ -19,17 +19,22 @@ import torch
 from fusemesh.kernels import backends, env, launch
 
 from . import benchmark, peers
-from .kernel_bench import Bench, Job, measure_tile
+from .decode_bench import DecodeCase
+from .kernel_bench import SKINNY_ROWS, Bench, Job, measure_tile
 
 ATTENTION_KERNELS = ("forward", "dkdv", "dq")
+BIAS_KERNELS = (*ATTENTION_KERNELS, "dbias")
 LINEAR_KERNELS = ("forward", "dgrad", "wgrad")
+SKINNY_KERNELS = ("forward", "dgrad")
 TIMING: dict[str, Any] = {"seconds": 0.1, "pause": 0.02}
 
 
 def jobs() -> list[Job]:
     """Every kernel, bf16: attention of 16384 tokens with H * D = 2048, causal; linear layers of 8192 tokens.
 
-    Those that most calls wait for come first, because a run whose time is up leaves out the end.
+    Then what has tables of its own: decode over 8192 keys, linear layers of a few tokens, and attention that reads a
+    bias (or a mask) for each score, 4096 tokens. Those that most calls wait for come first, because a run whose time is
+    up leaves out the end.
     """
     bf16 = torch.bfloat16
     found = []
@@ -42,6 +47,13 @@ def jobs() -> list[Job]:
         attention = peers.AttentionCase(4, 2048 // d, 2048 // d, 4096, d, True, bf16)
         found += [Job(kernel, attention) for kernel in ATTENTION_KERNELS]
         found += [Job(kernel, layer) for kernel in LINEAR_KERNELS]
+    found += [Job("split", DecodeCase(16, 32, 8, 8192, d, bf16)) for d in linear]
+    found.append(Job("split", DecodeCase(16, 16, 1, 8192, 576, bf16, v_dim=512)))
+    few = [dataclasses.replace(layer, rows=SKINNY_ROWS) for layer in linear.values()]
+    found += [Job(kernel, layer) for layer in few for kernel in SKINNY_KERNELS]
+    for d in linear:
+        biased = peers.AttentionCase(1, 2048 // d, 2048 // d, 4096, d, True, bf16, bias=True)
+        found += [Job(kernel, biased) for kernel in BIAS_KERNELS]
     return found
 
 
@@ -49,8 +61,11 @@ def small(job: Job) -> Job:
     """The same kernel on a shape for any machine."""
     if isinstance(job.case, peers.AttentionCase):
         changed: Any = dataclasses.replace(job.case, batch=1, heads=2, kv_heads=1, length=33)
+    elif isinstance(job.case, DecodeCase):
+        changed = dataclasses.replace(job.case, batch=2, heads=4, kv_heads=1, length=600)
     else:
-        changed = dataclasses.replace(job.case, rows=33, in_features=16, out_features=24)
+        rows = min(job.case.rows, 33)
+        changed = dataclasses.replace(job.case, rows=rows, in_features=16, out_features=24)
     return dataclasses.replace(job, case=changed)
 
 
@@ -60,12 +75,19 @@ def shipped(job: Job, target: launch.Target) -> Any:
     if isinstance(case, peers.AttentionCase):
         from fusemesh.kernels.attention import tiles as attention_tiles
 
+        if job.kernel == "dbias":
+            return attention_tiles.choose_dbias(target, case.dtype, *_blocks(case))
         choose = getattr(attention_tiles, f"choose_{job.kernel}")
-        return choose(target, case.dtype, *_blocks(case), None, None)
+        return choose(target, case.dtype, *_blocks(case), None, "mn" if case.bias else None)
+    if isinstance(case, DecodeCase):
+        from fusemesh.kernels.attention.decode import tiles as decode_tiles
+
+        rows, sequences = case.heads // case.kv_heads, case.batch * case.kv_heads
+        return decode_tiles.choose(target, *_decode_arguments(case), rows, sequences, case.length).tile
     from fusemesh.kernels.matmul import tiles as linear_tiles
 
     shape = (case.rows, case.out_features, case.in_features)
-    return linear_tiles.choose(job.kernel, target, case.dtype, shape, job.entry)
+    return linear_tiles.choose(job.kernel, target, case.dtype, shape, job.form)
 
 
 def candidates(job: Job, target: launch.Target) -> list[Any]:
@@ -96,20 +118,23 @@ def _previous(count: int) -> int:
     return count - 1
 
 
-_NEIGHBOURS: dict[str, tuple[dict[str, Callable[[int], int]], ...]] = {
-    "attention": (
-        {"num_stages": _next},
-        {"num_stages": _previous},
-        {"block_n": _half},
-        {"block_n": _twice},
-        {"block_m": _half},
-        {"block_m": _twice},
-        {"num_warps": _half},
-        {"num_warps": _twice},
-        {"block_m": _half, "num_warps": _half},
-        {"block_n": _half, "num_stages": _next},
-        {"block_m": _twice, "block_n": _half},
-    ),
+_Changes = tuple[dict[str, Callable[[int], int]], ...]
+_BLOCKS: _Changes = (
+    {"num_stages": _next},
+    {"num_stages": _previous},
+    {"block_n": _half},
+    {"block_n": _twice},
+    {"block_m": _half},
+    {"block_m": _twice},
+    {"num_warps": _half},
+    {"num_warps": _twice},
+    {"block_m": _half, "num_warps": _half},
+    {"block_n": _half, "num_stages": _next},
+    {"block_m": _twice, "block_n": _half},
+)
+_NEIGHBOURS: dict[str, _Changes] = {
+    "attention": _BLOCKS,
+    "decode": _BLOCKS,
     "linear": (
         {"num_stages": _next},
         {"num_stages": _previous},
@@ -131,10 +156,19 @@ def _is_valid(tile: Any, job: Job, target: launch.Target) -> bool:
     if isinstance(case, peers.AttentionCase):
         from fusemesh.kernels.attention import tiles as attention_tiles
 
-        return attention_tiles.is_valid(tile, job.kernel, target, case.dtype, *_blocks(case), has_tiles=False)
+        return attention_tiles.is_valid(tile, job.kernel, target, case.dtype, *_blocks(case), has_tiles=case.bias)
+    if isinstance(case, DecodeCase):
+        from fusemesh.kernels.attention.decode import tiles as decode_tiles
+
+        return decode_tiles.is_valid(tile, target, *_decode_arguments(case))
     from fusemesh.kernels.matmul import tiles as linear_tiles
 
-    return linear_tiles.is_valid(tile, job.kernel, target, case.dtype, job.entry)
+    return linear_tiles.is_valid(tile, job.kernel, target, case.dtype, job.form)
+
+
+def _decode_arguments(case: DecodeCase) -> tuple[torch.dtype, int, int, bool]:
+    """dtype, D, Dv, and whether values are columns of the keys."""
+    return case.dtype, case.head_dim, case.head_dim if case.v_dim is None else case.v_dim, case.v_dim is not None
 
 
 def _blocks(case: peers.AttentionCase) -> tuple[int, int]:
@@ -177,7 +211,9 @@ def tune_tiles(
     for job in jobs() if chosen is None else chosen:
         tried: list[dict[str, Any]] = []
         if clock.allows_another():
+            begin = time.monotonic()
             bench = Bench(job, device)
+            clock.took(time.monotonic() - begin)
             for tile in candidates(job, target):
                 if not clock.allows_another():
                     left_out.append(f"{job.name}: candidates after the first {len(tried)}")

@@ -15,6 +15,7 @@ from typing import Any
 import dry_run
 import gpu_cases
 import gpu_decode
+import gpu_fp8
 import gpu_varlen
 import memcheck
 import on_gpu
@@ -47,6 +48,7 @@ def _few(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         (gpu_cases, "LINEAR"),
         (gpu_decode, "DECODE"),
         (gpu_varlen, "VARLEN"),
+        (gpu_fp8, "FP8_CASES"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name)[:count])
 
@@ -55,7 +57,7 @@ def _twice(values: peers.Tensors) -> peers.Tensors:
     return {name: 2 * value for name, value in values.items()}
 
 
-ALL = (*gpu_cases.ATTENTION, *gpu_cases.LINEAR, *gpu_decode.DECODE, *gpu_varlen.VARLEN)
+ALL = (*gpu_cases.ATTENTION, *gpu_cases.LINEAR, *gpu_decode.DECODE, *gpu_varlen.VARLEN, *gpu_fp8.FP8_CASES)
 
 
 def test_correctness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,15 +88,17 @@ def test_the_matrix_holds_every_feature_in_every_dtype_and_a_dozen_combinations(
 def test_what_is_right_on_a_gpu_is_what_auto_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     row = {"contender": "triton", "check": "ok"}
-    payload = {"rows": [row], "left_out": [], "dry_run": False}
+    payload = {"rows": [row], "left_out": [], "dry_run": False, "only": ""}
     status, message = on_gpu.verdict("correctness", payload, Path("bench/results/x/correctness.json"))
     assert status == 0 and message.startswith("right. ")
     kernels = Path(backends.__file__).parent
     asked = {
         operation
         for path in kernels.rglob("*.py")
-        for operation in re.findall(r'backends\.proven\("(\w+)"', path.read_text())
+        for operation in re.findall(r'(?:backends\.proven\(|\bkernels=)"(\w+)"', path.read_text())
     }
+    part = on_gpu.verdict("correctness", {**payload, "only": "attention"}, Path("x"))
+    assert part[0] == 0 and "PROVEN_ON_GPU" not in part[1], "a part of the cases proves no operation"
     assert asked == set(on_gpu.OPERATIONS) and all(f'("{operation}", "sm_90")' in message for operation in asked)
 
 
@@ -105,6 +109,8 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (op, direction) for op in ("attention", "linear") for direction in peers.DIRECTIONS
     }
     assert {row["contender"] for row in payload["rows"]} == {"triton", "sdpa", "F.linear", "triton tutorial"}
+    fp8 = [row for row in payload["rows"] if row["case"].endswith(" fp8")]
+    assert {(row["direction"], row["contender"]) for row in fp8} == {("forward", "triton")}
     tutorial = [row for row in payload["rows"] if row["contender"] == "triton tutorial"]
     assert {row["direction"] for row in tutorial} == {"forward"}
     assert {row["check"] for row in payload["rows"]} == {"ok"}
@@ -140,14 +146,14 @@ def test_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_results_fail_correctness_after_they_were_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind in (gpu_cases.Attention, gpu_cases.Linear, gpu_decode.Decode, gpu_varlen.Varlen):
+    for kind in (gpu_cases.Attention, gpu_cases.Linear, gpu_decode.Decode, gpu_varlen.Varlen, gpu_fp8.Fp8):
         monkeypatch.setattr(kind, "stand_in", lambda self, want, right=kind.stand_in: _twice(right(self, want)))
     _few(monkeypatch, 2)
     status, payload = _dry_run("correctness", tmp_path)
     assert status == 1
-    assert [row["check"][:6] for row in payload["rows"]] == ["WRONG:"] * 8
+    assert [row["check"][:6] for row in payload["rows"]] == ["WRONG:"] * 10
     printed = capsys.readouterr().out
-    assert "8 of FuseMesh's results are wrong or did not run" in printed and "WRONG: " in printed
+    assert "10 of FuseMesh's results are wrong or did not run" in printed and "WRONG: " in printed
 
 
 def test_a_wrong_result_fails_the_sweep_after_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +164,7 @@ def test_a_wrong_result_fails_the_sweep_after_it_was_written(tmp_path: Path, mon
         return _twice(outputs) if contender.name == "triton" else outputs
 
     monkeypatch.setattr(dry_run, "known_outputs", wrong)
-    monkeypatch.setattr(on_gpu, "sweep_cases", lambda cases=on_gpu.sweep_cases(): cases[:2])  # noqa: B008
+    monkeypatch.setattr(on_gpu, "sweep_cases", lambda has_fp8, cases=on_gpu.sweep_cases(): cases[:2])  # noqa: B008
     status, payload = _dry_run("sweep", tmp_path)
     assert status == 1
     assert {(row["contender"], row["check"][:6]) for row in payload["rows"]} == {
@@ -194,6 +200,7 @@ def test_a_launcher_that_launches_nothing_is_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(gpu_cases, "ATTENTION", ())
     monkeypatch.setattr(gpu_decode, "DECODE", ())
     monkeypatch.setattr(gpu_varlen, "VARLEN", ())
+    monkeypatch.setattr(gpu_fp8, "FP8_CASES", ())
     status, payload = _dry_run("correctness", tmp_path)
     assert status == 1 and all("recorded []" in row["check"] for row in payload["rows"])
 
@@ -205,6 +212,33 @@ def test_what_there_was_no_time_for_is_named(stage: str, tmp_path: Path, capsys:
     assert len(payload["left_out"]) == len(ALL if stage == "correctness" else tune.jobs())
     printed = capsys.readouterr().out
     assert "left out: attention " in printed and "no time for a single case" in printed
+
+
+@pytest.mark.parametrize(
+    ("stage", "only", "op"),
+    [
+        ("correctness", "decode fp16", "decode"),
+        ("sweep", "linear forward", "linear"),
+        ("tune", "decode split", "decode"),
+    ],
+)
+def test_a_part_of_a_stage(stage: str, only: str, op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--stage", stage, "--dry-run", "--out", str(tmp_path), "--only"]
+    assert on_gpu.main([*command, "nothing has this"]) == 1
+    assert "no case has 'nothing has this' in its name" in capsys.readouterr().out
+    assert on_gpu.main([*command, only]) == 0
+    payload = json.loads((tmp_path / f"{stage}-{only.replace(' ', '-')}.json").read_text())
+    assert {row["op"] for row in payload["rows"]} == {op} and payload["left_out"] == []
+    assert not (tmp_path / f"{stage}.json").exists(), "the whole stage's results are another file's"
+
+
+def test_what_most_calls_wait_for_is_tuned_first() -> None:
+    names = [job.name for job in tune.jobs()]
+    assert names[:3] == ["attention forward D128", "attention dkdv D128", "attention dq D128"]
+    firsts = [
+        names.index(name) for name in ("linear forward plain", "decode split D128", "linear forward plain skinny")
+    ]
+    assert firsts == sorted(firsts) and names.index("attention forward D128 bias") > firsts[-1]
 
 
 @WITHOUT_GPU
@@ -289,7 +323,7 @@ def test_what_the_tool_finds_decides(planted: str, found: str, fault: str | None
     tool.write_text(FAKE_TOOL.format(python=sys.executable, planted=planted, found=found))
     tool.chmod(0o755)
     payload = memcheck.run_under_tool(benchmark.Clock(1.0), tool=str(tool))
-    status, message = on_gpu.verdict("memcheck", {**payload, "dry_run": False}, Path("x.json"))
+    status, message = on_gpu.verdict("memcheck", {**payload, "dry_run": False, "only": ""}, Path("x.json"))
     if fault is None:
         assert status == 0 and "cases were left out" in message and len(payload["left_out"]) == len(memcheck.CASES)
     else:
@@ -306,7 +340,13 @@ def test_a_tool_that_does_not_end_is_ended_with_its_children() -> None:
 
 
 def test_the_sweep_is_that_of_the_design() -> None:
-    cases = [case for case in on_gpu.sweep_cases() if isinstance(case, peers.AttentionCase)]
+    attention = [case for case in on_gpu.sweep_cases() if isinstance(case, peers.AttentionCase)]
+    cases = [case for case in attention if case.dtype == torch.bfloat16]
+    fp8 = [case for case in attention if case not in cases]
+    in_bf16 = {dataclasses.replace(case, dtype=torch.bfloat16) for case in fp8}
+    assert fp8 and in_bf16 <= set(cases), "rows of the same shapes to compare with"
+    without = on_gpu.sweep_cases(has_fp8=False)
+    assert set(on_gpu.sweep_cases()) - set(without) == set(fp8)
     assert {case.batch * case.length for case in cases} == {16384}
     assert {case.heads * case.head_dim for case in cases if case.heads == case.kv_heads} == {2048}
     assert {(case.head_dim, case.causal) for case in cases if case.heads == case.kv_heads} == {

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from fusemesh import benchmark, cli, kernel_bench, peers, tune
+from fusemesh.decode_bench import DecodeCase
 from fusemesh.kernels import env
 from fusemesh.kernels.attention import tiles as attention_tiles
+from fusemesh.kernels.attention.decode import tiles as decode_tiles
 from fusemesh.kernels.launch import TARGETS
 from fusemesh.kernels.matmul import tiles as linear_tiles
 
@@ -26,8 +28,11 @@ def test_every_kernel_and_entry_has_a_job_in_bf16() -> None:
     assert {(job.op, job.kernel, job.entry) for job in jobs} == {
         *(("attention", kernel, entry) for kernel in ("forward", "dkdv", "dq") for entry in ("D64", "D128", "D256")),
         *(("linear", kernel, form) for kernel in linear_tiles.OPS for form in linear_tiles.FORMS),
+        *(("linear", kernel, f"{form} skinny") for kernel in ("forward", "dgrad") for form in linear_tiles.FORMS),
+        *(("attention", kernel, f"D{d} bias") for kernel in attention_tiles.OPS for d in attention_tiles.HEAD_DIMS),
+        *(("decode", "split", f"D{d}") for d in decode_tiles.HEAD_DIMS),
     }
-    assert {job.case.dtype for job in jobs} == {torch.bfloat16} and len(set(jobs)) == len(jobs) == 18
+    assert {job.case.dtype for job in jobs} == {torch.bfloat16} and len(set(jobs)) == len(jobs) == 40
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
@@ -41,9 +46,12 @@ def test_candidates_are_the_shipped_tile_and_valid_neighbours(target: Any) -> No
             assert 1 <= len(changed) <= 2
             if isinstance(job.case, peers.AttentionCase):
                 block = job.case.head_dim
-                assert attention_tiles.is_valid(tile, job.kernel, target, torch.bfloat16, block, block, False)
+                assert attention_tiles.is_valid(tile, job.kernel, target, torch.bfloat16, block, block, job.case.bias)
+            elif isinstance(job.case, peers.LinearCase):
+                assert linear_tiles.is_valid(tile, job.kernel, target, torch.bfloat16, job.form)
             else:
-                assert linear_tiles.is_valid(tile, job.kernel, target, torch.bfloat16, job.entry)
+                d, dv = job.case.head_dim, job.case.v_dim or job.case.head_dim
+                assert decode_tiles.is_valid(tile, target, torch.bfloat16, d, dv, job.case.v_dim is not None)
 
 
 def _tuned(times: list[float | str], minutes: float = 1.0) -> dict[str, Any]:
@@ -88,6 +96,10 @@ def test_no_candidate_starts_when_the_time_is_up() -> None:
 ATTENTION = peers.AttentionCase(1, 4, 2, 40, 16, True, torch.float32)
 INTERPRETED = [
     *(kernel_bench.Job(kernel, ATTENTION) for kernel in tune.ATTENTION_KERNELS),
+    *(kernel_bench.Job(kernel, dataclasses.replace(ATTENTION, bias=True)) for kernel in tune.BIAS_KERNELS),
+    kernel_bench.Job("split", DecodeCase(2, 4, 2, 700, 16, torch.float32)),
+    kernel_bench.Job("split", DecodeCase(2, 4, 1, 600, 48, torch.float32, v_dim=32)),
+    kernel_bench.Job("dgrad", peers.LinearCase(16, 20, 24, None, False, torch.float32)),
     *(
         kernel_bench.Job(kernel, peers.LinearCase(40, 20, 24, activation, gated, torch.float32))
         for kernel in tune.LINEAR_KERNELS
@@ -102,7 +114,7 @@ def test_a_kernel_alone_is_right_with_another_tile_and_a_wrong_one_is_found(
     job: kernel_bench.Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = kernel_bench.Bench(job, CPU)
-    if job.op == "attention":
+    if job.op != "linear":
         tile: Any = attention_tiles.Tile(16, 32, 4, 1)
         blocks = {"BLOCK_M": 16, "BLOCK_N": 32}
     else:

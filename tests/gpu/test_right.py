@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gpu_cases
 import gpu_decode
+import gpu_fp8
 import gpu_varlen
 import pytest
+import torch
 
 pytestmark = pytest.mark.gpu
 
@@ -27,4 +29,11 @@ def test_decode(case: gpu_decode.Decode) -> None:
 
 @pytest.mark.parametrize("case", gpu_varlen.VARLEN, ids=lambda case: case.name)
 def test_varlen(case: gpu_varlen.Varlen) -> None:
+    gpu_cases.verify(case, "cuda")
+
+
+@pytest.mark.parametrize("case", gpu_fp8.FP8_CASES, ids=lambda case: case.name)
+def test_fp8(case: gpu_fp8.Fp8) -> None:
+    if not gpu_fp8.cases(torch.device("cuda"), is_dry=False):
+        pytest.skip("this GPU has no fp8")
     gpu_cases.verify(case, "cuda")
