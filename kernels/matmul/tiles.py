@@ -2,8 +2,11 @@
 
 No number here was measured on a GPU. Each was found by compiling ahead of time for sm_80, sm_90, sm_100 and gfx942 and
 taking the largest tile in use for such kernels that spills no register, fits shared memory and keeps the tensor cores'
-instructions asynchronous (tests/kernels/test_matmul_aot.py). All for operands whose rows start on 16 bytes: others
-cannot be copied asynchronously, and large tiles of them spill.
+instructions asynchronous (tests/kernels/test_matmul_aot.py).
+
+Operands and results whose row strides Triton does not know to be multiples of 16 elements (a vocabulary of 50257) are
+read and written element by element: nothing is copied asynchronously, each element has an address of its own, and large
+tiles spill kilobytes. They have entries of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ OPS = ("forward", "dgrad", "wgrad")
 # How many factors a backward kernel multiplies dy by: none, one slope, two (gated); for forward how many slopes it may
 # store. "gated" has two weights.
 FORMS = ("plain", "sloped", "gated")
-SIZES = ("large", "small", "skinny")
+SIZES = ("large", "small", "skinny", "unaligned", "unaligned skinny")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # The kernels' block of (rows of the result, its columns, the summed dimension). M counts tokens, N out, K in features.
@@ -90,8 +93,46 @@ _SMALL_SM_90: dict[tuple[str, str, torch.dtype], Tile] = {
 _SKINNY = {2: Tile(16, 64, 128, 4), 4: Tile(16, 64, 32, 4)}
 # Of the tiles with about as many bytes in flight, those with which this kernel spills nothing on any target.
 _SKINNY_DGRAD = {2: Tile(16, 64, 64, 4, 4), 4: Tile(16, 32, 64, 4)}
+# Rows that are moved element by element, whichever of N and K is odd: of the tiles in use the largest that spills
+# nothing on any target, but for those of NVIDIA's that the next table names.
+_UNALIGNED: dict[tuple[str, str, int], Tile] = {
+    ("forward", "plain", 2): Tile(128, 64, 32, 8),
+    ("forward", "sloped", 2): Tile(128, 64, 32, 8),
+    ("forward", "gated", 2): Tile(64, 64, 32, 8),
+    ("dgrad", "plain", 2): Tile(128, 128, 32, 8),
+    ("dgrad", "sloped", 2): Tile(128, 64, 32, 8),
+    ("dgrad", "gated", 2): Tile(64, 64, 32, 8),
+    ("wgrad", "plain", 2): Tile(128, 64, 32, 8),
+    ("wgrad", "sloped", 2): Tile(128, 64, 32, 8),
+    ("wgrad", "gated", 2): Tile(64, 64, 32, 8),
+    ("forward", "plain", 4): Tile(128, 64, 32, 8),
+    ("forward", "sloped", 4): Tile(128, 64, 32, 8),
+    ("forward", "gated", 4): Tile(64, 64, 32, 8),
+    ("dgrad", "plain", 4): Tile(128, 64, 32, 8),
+    ("dgrad", "sloped", 4): Tile(128, 64, 32, 8),
+    ("dgrad", "gated", 4): Tile(64, 64, 32, 8),
+    ("wgrad", "plain", 4): Tile(128, 64, 32, 8),
+    ("wgrad", "sloped", 4): Tile(64, 64, 32, 8),
+    ("wgrad", "gated", 4): Tile(64, 64, 32, 8),
+}
+# For NVIDIA's targets without asynchronous tensor cores.
+_UNALIGNED_SM_80: dict[tuple[str, str, int], Tile] = {
+    ("wgrad", "sloped", 2): Tile(64, 64, 32, 8),
+    ("forward", "gated", 4): Tile(64, 64, 16, 4),
+    ("dgrad", "gated", 4): Tile(64, 64, 16, 8),
+    ("wgrad", "sloped", 4): Tile(64, 64, 16, 8),
+    ("wgrad", "gated", 4): Tile(64, 64, 16, 8),
+}
+# A few tokens of them, where the aligned ones' tile spills.
+_UNALIGNED_SKINNY: dict[tuple[str, str, int], Tile] = {
+    ("forward", "plain", 2): Tile(16, 64, 64, 4),
+    ("forward", "sloped", 2): Tile(16, 64, 64, 4),
+    ("forward", "gated", 2): Tile(16, 32, 64, 4),
+    ("dgrad", "gated", 4): Tile(16, 32, 16, 2),
+}
 _INTERPRETER = Tile(128, 128, 64)
 
+ALIGNMENT = 16  # elements; Triton's own: of a number it knows at most that it is a multiple of 16
 _SKINNY_ROWS = 32
 # About one tile for each multiprocessor of the GPUs meant (108 on A100 to 304 on MI300X).
 _ENOUGH_TILES = 128
@@ -109,28 +150,41 @@ def get(op: str, target: Target, dtype: torch.dtype, form: str, size: str) -> Ti
     itemsize = dtype.itemsize
     if size == "large":
         tile = _LARGE[op, form, itemsize]
-    elif size == "skinny":
+    elif "skinny" in size:
         tile = (_SKINNY_DGRAD if op == "dgrad" else _SKINNY)[itemsize]
+        if size == "unaligned skinny":
+            tile = _UNALIGNED_SKINNY.get((op, form, itemsize), tile)
+    elif size == "unaligned":
+        tile = _UNALIGNED[op, form, itemsize]
+        if target.vendor == "cuda" and not _has_asynchronous_tensor_cores(target):
+            tile = _UNALIGNED_SM_80.get((op, form, itemsize), tile)
     else:
         tile = _SMALL[itemsize]
         if target.name == "sm_90":
             tile = _SMALL_SM_90.get((op, form, dtype), tile)
-    if size != "skinny" and not _has_asynchronous_tensor_cores(target):
+    if size in ("large", "small") and not _has_asynchronous_tensor_cores(target):
         # Operands pass through registers on their way to the tensor cores, so that a deep step would need too many.
         tile = replace(tile, depth=tile.depth // 2)
     if target.vendor == "hip":
         tile = replace(tile, num_stages=2)
-        if op == "dgrad" and size == "skinny":
+        if op == "dgrad" and "skinny" in size:
             # A deeper one spills scalar registers, which hold the masks of its loads.
             tile = replace(tile, depth=min(tile.depth, 32))
     return tile
 
 
-def choose(op: str, target: Target, dtype: torch.dtype, shape: tuple[int, int, int], form: str) -> Tile:
-    """The tile for ``op`` of :data:`OPS` on ``shape`` (M tokens, N out features, K in features)."""
+def choose(
+    op: str, target: Target, dtype: torch.dtype, shape: tuple[int, int, int], form: str, is_aligned: bool = True
+) -> Tile:
+    """The tile for ``op`` of :data:`OPS` on ``shape`` (M tokens, N out features, K in features).
+
+    ``is_aligned``: the rows of all operands and results start on multiples of :data:`ALIGNMENT` elements.
+    """
     M, N, K = shape
     if op != "wgrad" and M <= _SKINNY_ROWS:
-        return get(op, target, dtype, form, "skinny")
+        return get(op, target, dtype, form, "skinny" if is_aligned else "unaligned skinny")
+    if not is_aligned:
+        return get(op, target, dtype, form, "unaligned")
     rows, cols = {"forward": (M, N), "dgrad": (M, K), "wgrad": (N, K)}[op]
     large = get(op, target, dtype, form, "large")
     if -(-rows // large.rows) * -(-cols // large.cols) >= _ENOUGH_TILES:
@@ -141,7 +195,7 @@ def choose(op: str, target: Target, dtype: torch.dtype, shape: tuple[int, int, i
 def shipped(targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")) -> Iterator[tuple[Any, ...]]:
     """Every (op, target, dtype, form, size, tile) that :func:`choose` may answer: what is to be compiled in a test."""
     for name, op, dtype, form_, size in itertools.product(targets, OPS, DTYPES, FORMS, SIZES):
-        if (op, size) != ("wgrad", "skinny"):
+        if op != "wgrad" or "skinny" not in size:
             yield op, TARGETS[name], dtype, form_, size, get(op, TARGETS[name], dtype, form_, size)
 
 

@@ -21,6 +21,16 @@ def _strides(tensor: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
 
+def _is_aligned(row_lengths: tuple[int, ...], *tensors: torch.Tensor | None) -> bool:
+    """Whether the rows of tensors, and of contiguous results of these lengths, can be moved 16 bytes at a time."""
+    known = all(length % tiles.ALIGNMENT == 0 for length in row_lengths)
+    for x in tensors:
+        if x is not None and known:
+            known = all(stride == 1 or stride % tiles.ALIGNMENT == 0 for stride in x.stride())
+            known = known and x.storage_offset() * x.itemsize % 16 == 0
+    return known
+
+
 def forward(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -46,9 +56,9 @@ def forward(
     slope = x.new_empty(shape if save_slope else (0,), dtype=slope_dtype)
     slope_up = x.new_empty(shape if save_slope_up else (0,))
     target = target_of(x.device)
-    tile = tile or tiles.choose(
-        "forward", target, x.dtype, (M, N, K), tiles.form(activation is not None, w_up is not None)
-    )
+    form = tiles.form(activation is not None, w_up is not None)
+    aligned = _is_aligned((N,), x_rows, w, w_up)
+    tile = tile or tiles.choose("forward", target, x.dtype, (M, N, K), form, aligned)
     launch(
         linear_forward_kernel,
         (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.cols),),
@@ -119,7 +129,9 @@ def _dgrad(
     M = dy_rows.shape[0]
     dx = dy.new_empty((*dy.shape[:-1], K))
     target = target_of(dy.device)
-    tile = tile or tiles.choose("dgrad", target, dy.dtype, (M, N, K), tiles.form(slope is not None, w_up is not None))
+    form = tiles.form(slope is not None, w_up is not None)
+    aligned = _is_aligned((K,), dy_rows, slope, slope_up, w, w_up)
+    tile = tile or tiles.choose("dgrad", target, dy.dtype, (M, N, K), form, aligned)
     launch(
         linear_dgrad_kernel,
         (triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.cols),),
@@ -164,7 +176,8 @@ def _wgrad(
     dbias = dy.new_empty(N) if bias_grad else None
     target = target_of(dy.device)
     form = tiles.form(slope is not None or slope_up is not None, w_grad and w_up_grad)
-    tile = tile or tiles.choose("wgrad", target, dy.dtype, (M, N, K), form)
+    aligned = _is_aligned((K,), dy_rows, slope, slope_up, x_rows)
+    tile = tile or tiles.choose("wgrad", target, dy.dtype, (M, N, K), form, aligned)
     # With K = 0, or for the bias alone, one column of programs remains: it sums the bias gradient.
     launch(
         linear_wgrad_kernel,

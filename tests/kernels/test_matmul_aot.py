@@ -21,6 +21,9 @@ pytestmark = pytest.mark.aot
 
 # (M, N, K) for which the launchers choose the tile of that size, whatever the target and dtype.
 SHAPES = {"large": (8192, 4096, 4096), "small": (512, 512, 512), "skinny": (16, 4096, 4096)}
+# Rows that are moved element by element: only N, as a vocabulary's, only K, or both.
+ODD = {"N": (8192, 50257, 4096), "K": (8192, 4096, 4097), "N and K": (8192, 50257, 4097)}
+SHAPES |= {"unaligned": ODD["N and K"], "unaligned skinny": (16, 50257, 4097)}
 # Matrix instructions of each target: mma.sync, wgmma, tcgen05, mfma. The 16 rows of a skinny tile are too few for
 # wgmma and tcgen05, which take 64 and more.
 MATRIX = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTC",), "gfx942": ("v_mfma",)}
@@ -88,7 +91,7 @@ def faults(report: aot.Report, case: Case) -> list[str]:
     op, target, dtype, form, size = case
     tile = SHIPPED[case]
     bound = tiles.shared_memory(tile, op, TARGETS[target], dtype, form)
-    matrix = ("HMMA",) if size == "skinny" and target != "gfx942" else MATRIX[target]
+    matrix = ("HMMA",) if "skinny" in size and target != "gfx942" else MATRIX[target]
     found = {
         "another tile": not report.constants.items() >= tile.launch_arguments(op).items(),
         # None is allowed: for each that was found there was a tile without.
@@ -102,14 +105,18 @@ def faults(report: aot.Report, case: Case) -> list[str]:
     return [fault for fault, is_so in found.items() if is_so]
 
 
-def check(cases: list[Case], select: Callable[[Case], tuple[str | None, ...]]) -> None:
-    """Compile every case with its activations; fail with a table of all that is wrong."""
+def check(
+    cases: list[Case],
+    select: Callable[[Case], tuple[str | None, ...]],
+    shape: tuple[int, int, int] | None = None,
+) -> None:
+    """Compile every case with its activations, on its size's shape or ``shape``; fail with a table of what is wrong."""
     assert cases
     wrong = []
     for case in cases:
         op, target, dtype, form, size = case
         for activation in select(case):
-            (report,) = aot.compile_launches(launches(op, dtype, form, SHAPES[size], activation), target)
+            (report,) = aot.compile_launches(launches(op, dtype, form, shape or SHAPES[size], activation), target)
             found = faults(report, case)
             if found:
                 wrong.append(f"{case}, {activation}: {'; '.join(found)}\n{aot.table([report])}")
@@ -136,12 +143,38 @@ def test_one_tile_of_each_op_elsewhere(target: str) -> None:
     check([(op, target, torch.bfloat16, form, "large") for op, form in forms.items()], first_activation)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_vocabulary_of_50257_spills_nothing(target: str) -> None:
+    """In the tiles for rows on 16 bytes these kernels spill from 24 bytes to 14 KiB."""
+    cases = [(op, "plain") for op in tiles.OPS] + [("forward", "sloped"), ("dgrad", "gated")]
+    check([(op, target, torch.bfloat16, form, "unaligned") for op, form in cases], first_activation, ODD["N"])
+
+
+def test_the_same_in_tiles_for_aligned_rows_is_found() -> None:
+    """What the choice would be if it did not look at strides."""
+    case = ("forward", "sm_90", torch.bfloat16, "sloped", "unaligned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_matmul, "_is_aligned", lambda *_: True)
+        (report,) = aot.compile_launches(launches("forward", torch.bfloat16, "sloped", ODD["N"], "gelu"), "sm_90")
+    assert {"spills", "another tile"} <= set(faults(report, case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", ["N", "K"])
+@pytest.mark.parametrize("target", MATRIX)
+@pytest.mark.parametrize("op", tiles.OPS)
+def test_every_unaligned_tile_where_one_of_the_two_is_odd(op: str, target: str, odd: str) -> None:
+    cases = [case for case in SHIPPED if case[:2] == (op, target) and case[4] == "unaligned"]
+    check(cases, first_activation, ODD[odd])
+
+
 def test_tiles_of_other_dtypes_and_sizes() -> None:
     check(
         [
             ("forward", "sm_90", torch.float32, "sloped", "large"),
             ("wgrad", "sm_90", torch.float16, "sloped", "small"),
             ("dgrad", "sm_90", torch.bfloat16, "gated", "skinny"),
+            ("forward", "sm_90", torch.bfloat16, "gated", "unaligned skinny"),
         ],
         first_activation,
     )
@@ -188,7 +221,7 @@ def test_serialised_matrix_instructions_are_found(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("op", tiles.OPS)
 def test_all_of_hoppers_matrix_instructions_stay_asynchronous(op: str, dtype: str) -> None:
-    cases = [case for case in SHIPPED if case[:3] == (op, "sm_90", TYPES[dtype]) and case[4] != "skinny"]
+    cases = [case for case in SHIPPED if case[:3] == (op, "sm_90", TYPES[dtype]) and case[4] in ("large", "small")]
     check_asynchronous(cases, all_activations)
 
 

@@ -19,8 +19,8 @@ SHAPES = [(0, 64, 64), (1, 4096, 4096), (33, 1, 1), (512, 512, 512), (8192, 4096
 
 def test_every_shipped_tile_is_valid_on_every_target() -> None:
     shipped = list(tiles.shipped(tuple(TARGETS)))
-    # 3 ops in 3 sizes, wgrad in 2: 8; times forms, dtypes, targets.
-    assert len(shipped) == 8 * 3 * 3 * len(TARGETS)
+    # 3 ops in 5 sizes, wgrad in 3: 13; times forms, dtypes, targets.
+    assert len(shipped) == 13 * 3 * 3 * len(TARGETS)
     for op, target, dtype, form, size, tile in shipped:
         assert tiles.is_valid(tile, op, target, dtype, form), (op, target.name, dtype, form, size, tile)
 
@@ -28,10 +28,10 @@ def test_every_shipped_tile_is_valid_on_every_target() -> None:
 def test_every_choice_is_shipped() -> None:
     shipped = {(op, target, dtype, form, tile) for op, target, dtype, form, _, tile in tiles.shipped(tuple(TARGETS))}
     chosen = set()
-    for op, target, dtype, form, shape in itertools.product(
-        tiles.OPS, TARGETS.values(), tiles.DTYPES, tiles.FORMS, SHAPES
+    for op, target, dtype, form, shape, is_aligned in itertools.product(
+        tiles.OPS, TARGETS.values(), tiles.DTYPES, tiles.FORMS, SHAPES, (True, False)
     ):
-        chosen.add((op, target, dtype, form, tiles.choose(op, target, dtype, shape, form)))
+        chosen.add((op, target, dtype, form, tiles.choose(op, target, dtype, shape, form, is_aligned)))
     assert chosen == shipped, "the shapes reach every size, and nothing else"
 
 
@@ -111,3 +111,35 @@ def test_number_of_tokens_is_never_specialised() -> None:
     for kernel in kernels:
         assert [p.name for p in kernel.params if p.do_not_specialize] == ["M"]
         assert not next(p for p in kernel.params if p.name == "M").is_constexpr
+
+
+# What is odd, of (M, N, K) and of how x and w lie in memory; the ops that it costs wide reads or writes.
+LAYOUTS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "nothing": ({}, set()),
+    "tokens": ({"M": 4095}, set()),
+    "a vocabulary": ({"N": 50257}, {"forward", "dgrad", "wgrad"}),
+    "a multiple of 8": ({"N": 4104}, {"forward", "dgrad", "wgrad"}),
+    "in features": ({"K": 4095}, {"forward", "dgrad", "wgrad"}),
+    "strides of x": ({"x": lambda x: x.new_empty(8192, 4099)[:, :4096]}, {"forward", "wgrad"}),
+    "padded strides of x": ({"x": lambda x: x.new_empty(8192, 4112)[:, :4096]}, set()),
+    "where x begins": ({"x": lambda x: x.new_empty(8192, 4112)[:, 1:4097]}, {"forward", "wgrad"}),
+    "columns of w": ({"w": lambda w: w.new_empty(w.shape[1], w.shape[0]).t()}, set()),
+    "strides of w": ({"w": lambda w: w.new_empty(w.shape[0], 4097)[:, :4096]}, {"forward", "dgrad"}),
+}
+
+
+@pytest.mark.parametrize("odd", LAYOUTS)
+def test_rows_that_are_moved_element_by_element_have_tiles_of_their_own(odd: str) -> None:
+    changes, unaligned = LAYOUTS[odd]
+    M, N, K = (changes.get(name, size) for name, size in {"M": 8192, "N": 4096, "K": 4096}.items())
+    x, w, dy = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((M, K), (N, K), (M, N)))
+    x, w = changes.get("x", lambda x: x)(x), changes.get("w", lambda w: w)(w)
+
+    def everything() -> None:
+        triton_matmul.forward(x, w)
+        triton_matmul.backward(dy, x, w, None, None, None, x_grad=True, w_grad=True, bias_grad=True, w_up_grad=False)
+
+    for (_, _, arguments), op in zip(record(everything), tiles.OPS, strict=True):
+        size = "unaligned" if op in unaligned else "large"
+        tile = tiles.get(op, TARGETS["sm_90"], torch.bfloat16, "plain", size)
+        assert arguments.items() >= tile.launch_arguments(op).items(), (op, size)
