@@ -106,7 +106,7 @@ _UNALIGNED: dict[tuple[str, str, int], Tile] = {
     ("wgrad", "sloped", 2): Tile(128, 64, 32, 8),
     ("wgrad", "gated", 2): Tile(64, 64, 32, 8),
     ("forward", "plain", 4): Tile(128, 64, 32, 8),
-    ("forward", "sloped", 4): Tile(128, 64, 32, 8),
+    ("forward", "sloped", 4): Tile(64, 64, 32, 8),
     ("forward", "gated", 4): Tile(64, 64, 32, 8),
     ("dgrad", "plain", 4): Tile(128, 64, 32, 8),
     ("dgrad", "sloped", 4): Tile(128, 64, 32, 8),
@@ -117,8 +117,9 @@ _UNALIGNED: dict[tuple[str, str, int], Tile] = {
 }
 # For NVIDIA's targets without asynchronous tensor cores.
 _UNALIGNED_SM_80: dict[tuple[str, str, int], Tile] = {
+    ("forward", "sloped", 2): Tile(64, 64, 32, 8),
     ("wgrad", "sloped", 2): Tile(64, 64, 32, 8),
-    ("forward", "gated", 4): Tile(64, 64, 16, 4),
+    ("forward", "gated", 4): Tile(64, 32, 32, 8),
     ("dgrad", "gated", 4): Tile(64, 64, 16, 8),
     ("wgrad", "sloped", 4): Tile(64, 64, 16, 8),
     ("wgrad", "gated", 4): Tile(64, 64, 16, 8),
