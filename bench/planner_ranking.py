@@ -3,10 +3,13 @@
     python bench/planner_ranking.py [--runs 3] [--layouts "single,dp2,tp4"] [--hardware FILE]
 
 Each layout trains the same model, whose parameters, gradients and optimizer states exceed 1 GiB, several times in a
-shuffled order; its time is the median over runs of the median step. Memory is the most, over ranks, by which a rank's
-peak resident set exceeds what it held just before the model was built, in a run of its own in which glibc's malloc gives
-freed tensors back to the system (MALLOC_MMAP_THRESHOLD_); what it holds otherwise, holes included, stands beside it. Beside the wall's time stands what the step
-would have taken at least on an idle machine, by the processors' time: the busiest rank's, or all ranks' over the cores.
+shuffled order; its time is the median over runs of the median step. Beside the wall's time stands what the step would
+have taken at least on an idle machine, by the processors' time: the busiest rank's, or all ranks' over the cores.
+
+Memory is the most, over ranks, by which a rank's peak resident set exceeds what it held just before the model was
+built, in a run of its own in which glibc's malloc gives freed tensors back to the system (MALLOC_MMAP_THRESHOLD_, which
+costs time). What it holds otherwise, holes included, stands beside it.
+
 The result is a table, the rank correlations (Spearman) of predicted and measured times with and without the single
 process, and planner.json in bench/results/<machine>.
 """
