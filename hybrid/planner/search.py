@@ -6,7 +6,6 @@ and the pipeline's of :class:`~fusemesh.hybrid.pipeline_options.PipelineOptions`
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -122,23 +121,16 @@ def check(model: Model, job: Job, hardware: Hardware, layout: Layout) -> None:
             f"tp: tp{layout.tp} would leave a node of {hardware.ranks_per_node} ranks, whose links its collectives "
             f"need; use a tp that divides {hardware.ranks_per_node}, or --gpus-per-node"
         )
-    # The pipeline's axis has its own rules; all others are the runtime's.
-    dataclasses.replace(layout, pp=1).validate(
+    layout.validate(
+        num_layers=model.num_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         intermediate_size=model.intermediate_size,
         sequence_length=job.sequence_length,
         global_batch=job.global_batch,
         sequence_parallel=job.sequence_parallel,
+        virtual_stages=job.pipeline.virtual_stages,
     )
-    virtual = job.pipeline.virtual_stages
-    stages = layout.pp * virtual
-    if layout.pp > 1 and stages > model.num_layers:
-        raise ValueError(
-            f"num_layers: {model.num_layers} layers cannot fill {stages} stages of pp{layout.pp}"
-            + (f" with {virtual} virtual stages each" if virtual > 1 else "")
-            + f"; use pp up to {model.num_layers // virtual}"
-        )
 
 
 def gib(size: float) -> str:

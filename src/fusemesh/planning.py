@@ -47,7 +47,7 @@ def model_of(config: Config) -> Model:
         intermediate_size=shape.intermediate_size,
         vocab_size=VOCAB_SIZE,
         sequence_length=config.data.sequence_length,
-        tied=getattr(shape, "tie_embeddings", False),
+        tied=shape.tie_embeddings,
     )
 
 
@@ -68,9 +68,7 @@ def job_of(config: Config) -> Job:
 
 def pipeline_of(config: Config) -> PipelineOptions:
     """How a run's batches go through a pipeline."""
-    section = getattr(config, "pipeline", None)
-    if section is None:
-        return PipelineOptions()
+    section = config.pipeline
     return PipelineOptions(section.microbatches, section.schedule, section.virtual_stages)
 
 

@@ -148,7 +148,7 @@ def test_our_own_run_is_what_is_planned(measured: None, tmp_path: Path, capfd: p
     assert {"dp4", "tp4", "dp2 x tp2", "fsdp4"} <= {row["layout"] for row in found["layouts"]}
     # One kv head and tp4 are legal; five layers' worth of stages of two layers are not.
     reasons = {row["layout"]: row["why"] for row in found["rejected"]}
-    assert reasons["pp4"].startswith("num_layers: 2 layers cannot fill 4 stages")
+    assert reasons["pp4"].startswith("num_layers: 2 layers cannot be dealt to pp4")
     status, found, _ = call(capfd, "plan", "--config", tmp_path / "run.toml", "--world", 4, "--model.num_heads=6")
     assert status == 2  # 32 is no multiple of 12
 
