@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import backends
-from . import ops, reference, torch_backend
+from . import entry, ops, reference, torch_backend
 from .choice import HEAD_DIMS, choose, why_not_fused
 from .features import check_seed
 from .spec import Origin
@@ -129,7 +128,7 @@ def flash_attention(
         from .varlen import jagged
 
         return jagged.attention(q, k, v, **options, return_lse=return_lse, backend=backend)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = entry.autocast(q, k, v)
     check_qkv(q, k, v)
     check_flag("return_lse", return_lse)
     return _attend(backend, q, k, v, normalise(q, k, **options), return_lse)
@@ -143,7 +142,7 @@ def _attend(
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     chosen = _choose(backend, q, v, call, needs_lse=return_lse, gradients=gradients)
     if chosen == "torch":
-        _count("attention_forward", "torch")
+        entry.count("attention_forward", "torch")
         return torch_backend.forward(q, k, v, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec)
     out, lse = _forward(chosen, q, k, v, call)
     return (out, lse) if return_lse else out
@@ -288,9 +287,9 @@ def _forward(
     chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if chosen == "reference":
-        _count("attention_forward", "reference")
+        entry.count("attention_forward", "reference")
         return reference.forward(q, k, v, **call.arguments())
-    q, k, v = (_unit_last_stride(x) for x in (q, k, v))
+    q, k, v = (entry.unit_last_stride(x) for x in (q, k, v))
     tensors = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
     out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *tensors, *ops.numbers_of(call.spec), chosen, call.descale)
     return out, lse
@@ -298,10 +297,10 @@ def _forward(
 
 def _backward(chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool) -> AttentionGradients:
     if chosen == "reference":
-        _count("attention_backward", "reference")
+        entry.count("attention_backward", "reference")
         return AttentionGradients(*reference.backward(*tensors, **call.arguments(), bias_grad=bias_grad))
     do, q, k, v, out, lse, dlse = tensors
-    do, q, k, v, out = (_unit_last_stride(x) for x in (do, q, k, v, out))
+    do, q, k, v, out = (entry.unit_last_stride(x) for x in (do, q, k, v, out))
     others = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
     dq, dk, dv, dbias, dsinks = torch.ops.fusemesh.attention_backward(
         do, q, k, v, out, lse, dlse, *others, *ops.numbers_of(call.spec), bias_grad, chosen
@@ -331,27 +330,3 @@ def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs
     return choose(
         backend, q.device, operation="attention", kernels="attention", refused=refused, unfit=unfit, otherwise=otherwise
     )
-
-
-def _autocast(*inputs: Any) -> tuple[Any, ...]:
-    """What autocast does to the inputs of F.scaled_dot_product_attention; whatever is no such tensor stays as it is."""
-
-    def cast(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point or x.dtype == torch.float64:
-            return x
-        kind = x.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return x
-        return x.to(torch.get_autocast_dtype(kind))
-
-    return tuple(cast(x) for x in inputs)
-
-
-def _unit_last_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _count(operation: str, backend: str) -> None:
-    # A compiled graph runs without this file, so counting while it is traced would count what does not happen.
-    if not torch.compiler.is_compiling():
-        backends.count(operation, backend)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ... import env
-from .. import api
+from .. import entry
 from ..choice import HEAD_DIMS, choose, why_not_fused
 from ..packed import Packed
 from ..spec import Origin
@@ -80,7 +80,7 @@ def flash_attention_varlen(
             contents of cu_seqlens are looked at only under FUSEMESH_CHECK=1 and by the reference.
         NotImplementedError: an argument is right but not built yet; named in the message.
     """
-    q, k, v = api._autocast(q, k, v)
+    q, k, v = entry.autocast(q, k, v)
     _check_tensors(q, k, v)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_flag("return_lse", return_lse)
@@ -135,12 +135,12 @@ def _forward(
     if chosen == "reference" and not torch.compiler.is_compiling():
         from . import reference
 
-        api._count("attention_varlen_forward", "reference")
+        entry.count("attention_varlen_forward", "reference")
         # Positions are the sequences' own, and fp8 has been refused.
         options = {name: value for name, value in call.arguments().items() if name not in ("origin", "descale")}
         return reference.forward(q, k, v, packed, **options)
     # The reference reads lengths on the host, which a compiled graph holds only inside an op.
-    q, k, v = (api._unit_last_stride(x) for x in (q, k, v))
+    q, k, v = (entry.unit_last_stride(x) for x in (q, k, v))
     tensors = (packed.cu_q, packed.cu_k, call.mask, call.bias, list(call.aux), call.sinks, call.seed)
     numbers = (packed.max_q, packed.max_k, packed.is_bottom_right, *ops.numbers_of(call.spec))
     out, lse = torch.ops.fusemesh.attention_varlen_forward(q, k, v, *tensors, *numbers, chosen)
