@@ -149,10 +149,10 @@ def hit_and_resume(text: str, folder: Path, layouts: list[str], moments: list[fl
 def moments_of(count: int, seed: int) -> list[float | None]:
     """Half of them while a checkpoint is written."""
     draw = random.Random(seed)
-    return [None if turn % 4 in (1, 2) else draw.uniform(0, 0.6) for turn in range(count)]
+    return [None if turn % 4 in (0, 3) else draw.uniform(0, 0.6) for turn in range(count)]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_that_is_hit_ends_as_if_it_had_not_been(
     count: int, text: str, uninterrupted: tuple[Path, dict], tmp_path: Path
 ) -> None:

@@ -23,8 +23,15 @@ def gone(pids: list[int]) -> bool:
     return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("number", "victim"),
+    [
+        pytest.param(signal.SIGKILL, 2, id="killed-2"),
+        pytest.param(signal.SIGSTOP, 0, id="stopped-0"),
+        pytest.param(signal.SIGKILL, 0, id="killed-0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 2, id="stopped-2", marks=pytest.mark.slow),
+    ],
+)
 def test_the_launcher_names_the_lost_rank(victim: int, number: signal.Signals) -> None:
     with LocalRanks(3, ONE_THREAD, grace=2.0, patience=3.0) as ranks:
         ranks.call(fault_ranks.nothing)
@@ -38,7 +45,7 @@ def test_the_launcher_names_the_lost_rank(victim: int, number: signal.Signals) -
         assert gone(pids)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_ranks_find_the_stopped_one_themselves(victim: int, capfd: pytest.CaptureFixture[str]) -> None:
     """As under torchrun or mpirun, where nobody looks at the processes' states."""
     with LocalRanks(3, ONE_THREAD, grace=2.0, patience=1000.0) as ranks:
