@@ -17,6 +17,7 @@ process, and planner.json in bench/results/<machine>.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -107,7 +108,7 @@ def legal(names: list[str], base: config.Config) -> list[str]:
     from fusemesh.evaluator import check_layout
 
     found = []
-    for name in names:
+    for name in (str(Layout.parse(name)) for name in names):
         try:
             check_layout(config.load(base={**config.as_dict(base), "layout": name}), Layout.parse(name).world_size)
         except ValueError as error:
@@ -121,7 +122,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--layouts", default=LAYOUTS)
-    parser.add_argument("--hardware", metavar="FILE", help="hardware as an earlier run wrote it; default: measure")
+    parser.add_argument("--hardware", metavar="FILE", help="hardware as a measurement gave it; default: measure")
+    parser.add_argument("--measured", metavar="FILE", help="an earlier planner.json: only its predictions are renewed")
     parser.add_argument("--output", metavar="FILE")
     options = parser.parse_args()
 
@@ -129,43 +131,18 @@ def main() -> int:
         text = Path(folder, "text.txt")
         text.write_text("\n\n".join(f"{number} is {number * number} squared" * 8 for number in range(400)))
         base = config.load(None, {**SETTINGS, "data.path": str(text), "run.directory": str(Path(folder, "run"))})
-        names = legal([str(Layout.parse(name)) for name in options.layouts.split(",")], base)
+        earlier = json.loads(Path(options.measured).read_text())["rows"] if options.measured else None
+        names = [row["layout"] for row in earlier] if earlier else legal(options.layouts.split(","), base)
         world = max(Layout.parse(name).world_size for name in names)
         machine = stated.find_hardware(options.hardware) if options.hardware else measure.measure(world)
-        measured: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
-        held: dict[str, int] = {}
-        for turn in range(options.runs):
-            for name in random.Random(turn).sample(names, len(names)):
-                values = {**config.as_dict(base), "layout": name}
-                measured[name].append(run(config.load(base=values), {}))
-                if turn == 0:
-                    held[name] = run(config.load(base=values), GIVE_BACK)[2]
-                wall, on_cores, most = measured[name][-1]
-                print(
-                    f"{name:<16} {wall:.3f} s, {on_cores:.3f} s of processors, {most >> 20} MiB, {held[name] >> 20}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        rows = earlier or measure_rows(names, base, options.runs)
 
-    rows = []
-    for name in names:
-        choice = search.consider(planning.model_of(base), planning.job_of(base), machine, Layout.parse(name))
+    for row in rows:
+        layout = Layout.parse(row["layout"])
+        choice = search.consider(planning.model_of(base), planning.job_of(base), machine, layout)
         assert isinstance(choice, search.Choice), choice
-        times, busy, grown = zip(*measured[name], strict=True)
-        rows.append(
-            {
-                "layout": name,
-                "predicted_s": choice.cost.seconds,
-                "measured_s": statistics.median(times),
-                "runs_s": list(times),
-                "processors_s": statistics.median(busy),
-                "predicted_bytes": choice.memory.tensors,
-                "measured_bytes": held[name],
-                "measured_bytes_with_holes": statistics.median(grown),
-                "phases": dict(choice.memory.phases),
-                "by_kind": choice.cost.by_kind(),
-            }
-        )
+        row["predicted_s"], row["by_kind"] = choice.cost.seconds, choice.cost.by_kind()
+        row["predicted_bytes"], row["phases"] = choice.memory.tensors, dict(choice.memory.phases)
     result = summarise(rows)
     record = benchmark.machine()
     path = Path(options.output or Path("bench", "results", benchmark.machine_name(record), "planner.json"))
@@ -176,13 +153,47 @@ def main() -> int:
     return 0
 
 
+def measure_rows(names: list[str], base: config.Config, runs: int) -> list[dict[str, Any]]:
+    """Each layout's times and memory, over runs in a shuffled order."""
+    measured: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
+    held: dict[str, int] = {}
+    for turn in range(runs):
+        for name in random.Random(turn).sample(names, len(names)):
+            configured = config.load(base={**config.as_dict(base), "layout": name})
+            measured[name].append(run(configured, {}))
+            if turn == 0:
+                held[name] = run(configured, GIVE_BACK)[2]
+            wall, on_cores, most = measured[name][-1]
+            print(
+                f"{name:<16} {wall:.3f} s, {on_cores:.3f} s of processors, {most >> 20} MiB, {held[name] >> 20} MiB",
+                file=sys.stderr,
+                flush=True,
+            )
+    rows = []
+    for name in names:
+        times, busy, grown = zip(*measured[name], strict=True)
+        rows.append(
+            {
+                "layout": name,
+                "measured_s": statistics.median(times),
+                "runs_s": list(times),
+                "processors_s": statistics.median(busy),
+                "measured_bytes": held[name],
+                "measured_bytes_with_holes": statistics.median(grown),
+            }
+        )
+    return rows
+
+
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rank correlations, and how far memory is off."""
+    for row in rows:
+        row["least_s"] = min(row["runs_s"])
     groups = {"": rows, "_without_single": [row for row in rows if row["layout"] != "single"]}
     correlations = {
         f"spearman{key}{name}": spearman([r["predicted_s"] for r in group], [r[measured] for r in group])
         for name, group in groups.items()
-        for key, measured in (("", "measured_s"), ("_of_processors", "processors_s"))
+        for key, measured in (("", "measured_s"), ("_of_least", "least_s"), ("_of_processors", "processors_s"))
     }
     sizes = [[row[key] for row in rows] for key in ("predicted_bytes", "measured_bytes")]
     return {
@@ -206,7 +217,11 @@ def table(result: dict[str, Any]) -> str:
             f"({row['measured_bytes_with_holes'] / 2**20:.0f} with holes)"
         )
     ratio = result["memory_ratio"]
-    for what, key in (("times", ""), ("processors' times", "_of_processors")):
+    for what, key in (
+        ("median times", ""),
+        ("the least of the runs", "_of_least"),
+        ("processors' times", "_of_processors"),
+    ):
         lines.append(
             f"rank correlation with {what}: {result[f'spearman{key}']:.2f}, without the single process "
             f"{result[f'spearman{key}_without_single']:.2f}"

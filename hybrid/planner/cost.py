@@ -44,6 +44,8 @@ class Cost:
         return dict(found)
 
 
+# Bytes; glibc's malloc keeps no freed tensor of more than 32 MiB.
+_BEYOND_HEAPS = 1 << 26
 _KINDS = {"matmul": "compute", "attention": "compute", "elementwise": "memory", "tp": "communication"}
 
 
@@ -63,6 +65,7 @@ class _Pricing:
         self.world = layout.world_size
         # Ranks that share cores compute one after the other; idle ones leave theirs to the others.
         self.busy = hardware.slowdown(self.world) if hardware.device == "cpu" else 1.0
+        self.busy_memory = hardware.memory_slowdown(self.world) if hardware.device == "cpu" else 1.0
         self.strides = {"tp": 1, "fsdp": layout.cp * layout.tp}
         self.strides["dp"] = self.strides["fsdp"] * layout.fsdp
         self.strides["pp"] = self.strides["dp"] * layout.dp
@@ -164,7 +167,7 @@ class _Pricing:
             copies += count * rounds * self._copy(passes * elements * job.master)
             # Every gradient but the first is added to what is there: whole ones in a pipeline, else shards.
             added = rounds * (self.cut.microbatches - 1) * elements + (rounds - 1) * elements / layout.fsdp
-            copies += 0.0 if job.fused_accumulation else count * self._copy(3 * added * job.master)
+            copies += 0.0 if job.fused_accumulation else count * self._stream(3 * added * job.master)
         hidden = min(max(0.0, messages - edges), self.hardware.overlap * self.cut.parts * compute)
         return messages - hidden, hidden, copies
 
@@ -174,7 +177,16 @@ class _Pricing:
         elements = layers * sum(w.local(*split) for w in self.model.block_weights()) + sum(
             w.local(*split) for w in rest
         )
-        return self._copy((7 + (3 if self.job.clip else 0)) * elements * self.job.master)
+        return self._stream((7 + (3 if self.job.clip else 0)) * elements * self.job.master)
 
     def _copy(self, size: float) -> float:
-        return self.hardware.memory_s(size, size) * self.busy
+        """Seconds of reading and writing ``size`` bytes of a group's parameters or gradients into new tensors.
+
+        They are freed after use, so that a CPU's system takes their pages and must give them again: the rate is that
+        of tensors beyond any heap.
+        """
+        return self.hardware.memory_s(size, max(size, _BEYOND_HEAPS)) * self.busy_memory
+
+    def _stream(self, size: float) -> float:
+        """Seconds of reading and writing ``size`` bytes in place."""
+        return self.hardware.stream_s(size) * self.busy_memory

@@ -55,14 +55,18 @@ class Hardware:
     """One kind of rank and how such ranks are joined.
 
     peak: FLOP/s by dtype; matmul_fraction: what of it a matmul reaches, by its FLOPs; attention_fraction: and
-    attention. bandwidth: memory's bytes/s; bandwidth_fraction: what of it an elementwise operation reaches, by the
-    bytes of its tensor. memory: bytes a rank has; reserved: of which are gone before the first tensor.
+    attention.
+    bandwidth: memory's bytes/s; bandwidth_fraction: what of it an elementwise operation reaches, by the bytes of its
+    result, which is a new tensor (on a CPU more than 1 in the caches, and far less where the system must first give it
+    pages); stream_fraction: what of it an operation in place on large tensors reaches.
+    memory: bytes a rank has; reserved: of which are gone before the first tensor.
     operation_s, block_s, step_s: host time of one operation, of one layer in one microbatch, and of one step.
-    ranks_per_node; intra, inter: the links between ranks within a node, and of one rank to other nodes. overlap: the
-    part of computing time behind which data-parallel communication can hide; contention: by what part of the hidden
-    time computing slows down. slowdown: of each of k ranks that compute at once on one machine; cores: how many of
-    them do not share. fits: the measured time of ``collective:n:world``, in which every rank of a world takes part, in
-    groups of n.
+    ranks_per_node; intra, inter: the links between ranks within a node, and of one rank to other nodes.
+    overlap: the part of computing time behind which data-parallel communication can hide; contention: by what part of
+    the hidden time computing slows down.
+    slowdown: of each of k ranks that compute at once on one machine; memory_slowdown: the same of what is larger than
+    caches; cores: how many ranks do not share one.
+    fits: the measured time of ``collective:n:world``, in which every rank of a world takes part, in groups of n.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Hardware:
     matmul_fraction: Curve = ONE
     attention_fraction: float = 1.0
     bandwidth_fraction: Curve = ONE
+    stream_fraction: float = 1.0
     operation_s: float = 0.0
     block_s: float = 0.0
     step_s: float = 0.0
@@ -83,6 +88,7 @@ class Hardware:
     overlap: float = 0.0
     contention: float = 0.0
     slowdown: Curve = ONE
+    memory_slowdown: Curve = ONE
     cores: int = 0
     fits: Mapping[str, Link] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -101,6 +107,10 @@ class Hardware:
     def memory_s(self, size: float, tensor: float, calls: float = 1) -> float:
         """Time of reading and writing ``size`` bytes by ``calls`` operations on tensors of ``tensor`` bytes."""
         return size / (self.bandwidth * self.bandwidth_fraction(max(tensor, 1))) + calls * self.operation_s
+
+    def stream_s(self, size: float) -> float:
+        """Time of reading and writing ``size`` bytes in place, in large tensors."""
+        return size / (self.bandwidth * self.stream_fraction)
 
     def collective_s(self, collective: str, size: float, ranks: int, stride: int, world: int) -> float:
         """Time of one collective.
@@ -147,7 +157,7 @@ def from_dict(values: Mapping[str, Any]) -> Hardware:
         ValueError: a key that is missing or unknown.
     """
     found = dict(values)
-    for key in ("matmul_fraction", "bandwidth_fraction", "slowdown"):
+    for key in ("matmul_fraction", "bandwidth_fraction", "slowdown", "memory_slowdown"):
         if key in found:
             points = found[key]["points"] if isinstance(found[key], Mapping) else found[key]
             found[key] = Curve(tuple((float(x), float(y)) for x, y in points))

@@ -31,7 +31,7 @@ from .hardware import Curve, Hardware, Link
 # [m, k] x [k, n]; bytes of a tensor of elementwise operations; bytes of a collective.
 _MATMULS = ((16, 64, 64), (128, 128, 256), (256, 512, 512), (512, 1024, 1024))
 _TENSORS = (1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 26)
-_MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
+_MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -57,7 +57,7 @@ def measure(world: int, *, dtype: str = "float32", threads: int = 1) -> Hardware
             found[count] = {key: _middle([result[key] for result in results]) for key in results[0]}
     alone = found[1]
     peak = max(alone[f"matmul {i}"] for i in range(len(_MATMULS)))
-    stream = alone[f"tensor {_TENSORS[-1]}"]
+    stream = alone["stream"]
     fits = {}
     for count, values in found.items():
         for key in {key.rpartition(" ")[0] for key in values if key.startswith(("all_", "reduce_", "send"))}:
@@ -79,7 +79,8 @@ def measure(world: int, *, dtype: str = "float32", threads: int = 1) -> Hardware
         ranks_per_node=max(world, 1),
         intra=fits.get(f"send:{world}:{world}", Link(1e-4, 1e9)),
         inter=fits.get(f"send:{world}:{world}", Link(1e-4, 1e9)),
-        slowdown=_slowdown(alone, found[full], full, world),
+        slowdown=_slowdown([f"matmul {i}" for i in range(2, len(_MATMULS))], alone, found[full], full, world),
+        memory_slowdown=_slowdown(["stream", *(f"tensor {s}" for s in _TENSORS[-2:])], alone, found[full], full, world),
         cores=full,
         fits=fits,
         sources={"everything": f"measured here, {threads} thread(s) a rank, {cores} cores"},
@@ -90,13 +91,11 @@ def _middle(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def _slowdown(alone: dict[str, float], together: dict[str, float], full: int, world: int) -> Curve:
+def _slowdown(keys: Sequence[str], alone: dict[str, float], together: dict[str, float], full: int, world: int) -> Curve:
     """How much longer each of k ranks takes than one alone, where ``full`` of them take all cores.
 
-    Up to there it is measured, as the geometric middle of the larger matmuls and elementwise operations; beyond, ranks
-    take turns.
+    Up to there it is measured, as the geometric middle of the rates of ``keys``; beyond, ranks take turns.
     """
-    keys = [f"matmul {i}" for i in range(2, len(_MATMULS))] + [f"tensor {size}" for size in _TENSORS[2:]]
     shared = max(1.0, statistics.geometric_mean(alone[key] / together[key] for key in keys))
     points = {1.0: 1.0, float(full): shared if full > 1 else 1.0}
     if world > full:
@@ -151,6 +150,8 @@ def _measure_rank(dtype: str, threads: int) -> dict[str, float]:
         for size in _TENSORS:
             a, b = torch.ones(size // 4), torch.ones(size // 4)
             found[f"tensor {size}"] = 3.0 * size / _time(partial(torch.add, a, b))
+        large, other = torch.ones(_TENSORS[-1] // 4), torch.ones(_TENSORS[-1] // 4)
+        found["stream"] = 3.0 * _TENSORS[-1] / _time(partial(large.add_, other))
         found["attention"] = _attention_rate(kind)
         if world.world_size == 1:
             found["block"], found["step"] = _host_times(world)
@@ -279,7 +280,7 @@ def _time_collective(call: Callable[[], Any]) -> float:
     call()
     dist.barrier()
     times = []
-    for _ in range(7):
+    for _ in range(5):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
