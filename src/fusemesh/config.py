@@ -111,7 +111,7 @@ class Config:
         ValueError: a value that cannot work, named by its key, with what is legal.
     """
 
-    layout: str = _doc("single", 'degrees of the axes: "single", "dp4", "pp2 x fsdp2", ...; auto: the first of the plan')
+    layout: str = _doc("single", 'degrees of the axes: "single", "dp4", "pp2 x fsdp2"; auto: the first of the plan')
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
