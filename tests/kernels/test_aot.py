@@ -108,17 +108,18 @@ def test_report_of_a_clean_kernel(target: str, opcode: str) -> None:
 UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
-def spills_allowed(op: str, dtype: torch.dtype, d: int) -> int:
+def spills_allowed(op: str, target: str, dtype: torch.dtype, d: int) -> int:
     """Bytes that a thread may spill inside the loops over tiles, all loops of the kernel together.
 
     16-bit: a few addresses and bounds. fp32 is multiplied as three tf32 products (NVIDIA), whose halves of q, k, v or
-    do the compiler keeps in registers for all of the loop: 2 * D of them a row, too many from 128 on for any tile.
+    do the compiler keeps in registers for all of the loop: 2 * D of them a row, too many from 128 on for any tile. For
+    sm_80 ptxas gives up on dbias of 256, and leaves all but 32 registers unused.
     """
     if dtype != torch.float32 or d == 64:
         return 96
     if d == 128:
         return 1200
-    return 20000 if op == "dbias" else 3200
+    return 20000 if op == "dbias" and target == "sm_80" else 1800
 
 
 def check_attention(target: str, dtype: torch.dtype, d: int, *, has_tiles: bool) -> None:
@@ -146,7 +147,7 @@ def check_attention(target: str, dtype: torch.dtype, d: int, *, has_tiles: bool)
         # wgmma and tcgen05 multiply 64 rows or more.
         units = UNITS[target] if target == "gfx942" or rows >= 64 else "HMMA"
         assert report.tensor_core and all(name.startswith(units) for name in report.tensor_core), report
-        assert report.loop_spills <= spills_allowed(op, dtype, d), report
+        assert report.loop_spills <= spills_allowed(op, target, dtype, d), report
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
