@@ -29,9 +29,7 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc"),
 ]
-STEPS = 160
 COMMON = {
-    "training__steps": str(STEPS),
     "training__warmup_steps": "3",
     "run__checkpoint_every": "4",
     "run__keep_checkpoints": "2",
@@ -40,8 +38,8 @@ COMMON = {
 }
 
 
-def start(text: str, folder: Path, layout: str, **overrides: str) -> subprocess.Popen[str]:
-    options = tiny_run.options(text, folder, layout=layout, **{**COMMON, **overrides})
+def start(text: str, folder: Path, layout: str, steps: int) -> subprocess.Popen[str]:
+    options = tiny_run.options(text, folder, layout=layout, training__steps=str(steps), **COMMON)
     resume = ["--resume"] if checkpoint.all_checkpoints(folder / "checkpoints") else []
     command = [sys.executable, "-m", "fusemesh", "train", "--json", "--quiet", *options, *resume]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -86,10 +84,10 @@ def ends_in_time(run: subprocess.Popen[str], victim: int, pids: list[int]) -> No
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def weights(folder: Path, tmp: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path, steps: int, tmp: Path) -> dict[str, torch.Tensor]:
     """The last checkpoint's model."""
     last = checkpoint.latest(folder / "checkpoints")
-    assert checkpoint.step_of(last) == STEPS
+    assert checkpoint.step_of(last) == steps
     dcp_to_torch_save(last, tmp)
     return torch.load(tmp, weights_only=True)["model"]
 
@@ -100,14 +98,14 @@ def finish(run: subprocess.Popen[str]) -> dict:
     return json.loads(out)
 
 
-def check_samples(text: str, folder: Path) -> None:
+def check_samples(text: str, folder: Path, steps: int) -> None:
     """Of each step the last attempt counts; its replicas together took what the order says: none lost, none twice."""
     order = BatchOrder(len(Samples(load_corpus(text).train, 16)), 8, seed=0)
-    steps: dict[int, list[dict]] = {}
+    taken_in: dict[int, list[dict]] = {}
     for record in consumed(folder):
-        steps.setdefault(record["step"], []).append(record)
-    assert sorted(steps) == list(range(1, STEPS + 1))
-    for step, records in steps.items():
+        taken_in.setdefault(record["step"], []).append(record)
+    assert sorted(taken_in) == list(range(1, steps + 1))
+    for step, records in taken_in.items():
         last = max(record["attempt"] for record in records)
         of_replica: dict[int, list[int]] = {}
         for record in records:
@@ -122,27 +120,25 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_run.write_text(tmp_path_factory.mktemp("text") / "documents")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(text: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    summary = finish(start(text, folder, "dp2 x tp2"))
-    check_samples(text, folder)
-    return folder, summary
+def uninterrupted(text: str, folder: Path, steps: int) -> dict:
+    summary = finish(start(text, folder, "dp2 x tp2", steps))
+    check_samples(text, folder, steps)
+    return summary
 
 
-def hit_and_resume(text: str, folder: Path, layouts: list[str], moments: list[float | None], seed: int) -> dict:
+def hit_and_resume(text: str, folder: Path, layouts: list[str], moments: list[float | None], steps: int) -> dict:
     """Hit the run once for each moment, with random victims, each time in the next layout; then let it finish."""
-    draw = random.Random(seed)
+    draw = random.Random(steps)
     for turn, moment in enumerate(moments):
         layout = layouts[turn % len(layouts)]
-        run = start(text, folder, layout)
+        run = start(text, folder, layout, steps)
         victim = draw.randrange(Layout.parse(layout).world_size)
-        number = (signal.SIGKILL, signal.SIGSTOP)[(turn + seed) % 2]
+        number = (signal.SIGKILL, signal.SIGSTOP)[turn % 2]
         hit(run, folder, victim, number, moment)
         assert run.poll() is None, "the run was over before it was hit; give it more steps"
         ends_in_time(run, victim, ranks_of(run.pid))
-    summary = finish(start(text, folder, layouts[len(moments) % len(layouts)]))
-    check_samples(text, folder)
+    summary = finish(start(text, folder, layouts[len(moments) % len(layouts)], steps))
+    check_samples(text, folder, steps)
     return summary
 
 
@@ -152,22 +148,21 @@ def moments_of(count: int, seed: int) -> list[float | None]:
     return [None if turn % 4 in (0, 3) else draw.uniform(0, 0.6) for turn in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_that_is_hit_ends_as_if_it_had_not_been(
-    count: int, text: str, uninterrupted: tuple[Path, dict], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("count", "steps"), [(1, 16), pytest.param(10, 160, marks=pytest.mark.slow)])
+def test_a_run_that_is_hit_ends_as_if_it_had_not_been(count: int, steps: int, text: str, tmp_path: Path) -> None:
     """To the bit in the same layout."""
-    whole, expected = uninterrupted
-    summary = hit_and_resume(text, tmp_path / "run", ["dp2 x tp2"], moments_of(count, 0), seed=count // 5)
+    whole = tmp_path / "whole"
+    expected = uninterrupted(text, whole, steps)
+    summary = hit_and_resume(text, tmp_path / "run", ["dp2 x tp2"], moments_of(count, 0), steps)
     assert summary["loss"] == expected["loss"]
-    found, exact = weights(tmp_path / "run", tmp_path / "a.pt"), weights(whole, tmp_path / "b.pt")
+    found, exact = weights(tmp_path / "run", steps, tmp_path / "a.pt"), weights(whole, steps, tmp_path / "b.pt")
     assert found.keys() == exact.keys() and all(torch.equal(found[name], exact[name]) for name in exact)
 
 
 @pytest.mark.slow
-def test_and_in_another_layout_each_time(text: str, uninterrupted: tuple[Path, dict], tmp_path: Path) -> None:
+def test_and_in_another_layout_each_time(text: str, tmp_path: Path) -> None:
     """With other numbers of replicas and stages."""
-    _, expected = uninterrupted
+    expected = uninterrupted(text, tmp_path / "whole", 80)
     layouts = ["dp4", "fsdp2 x tp2", "pp2 x dp2", "tp2"]
-    summary = hit_and_resume(text, tmp_path / "run", layouts, moments_of(4, 1), seed=1)
+    summary = hit_and_resume(text, tmp_path / "run", layouts, moments_of(4, 1), 80)
     assert summary["loss"] == pytest.approx(expected["loss"], rel=1e-4)

@@ -216,6 +216,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow  # whole runs under both are in tests/app/test_launchers.py
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
 def test_a_process_finds_its_place_under_each_launcher(launcher: str, tmp_path: Path) -> None:
