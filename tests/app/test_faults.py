@@ -120,8 +120,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_run.write_text(tmp_path_factory.mktemp("text") / "documents")
 
 
-def uninterrupted(text: str, folder: Path, steps: int) -> dict:
-    summary = finish(start(text, folder, "dp2 x tp2", steps))
+def uninterrupted(text: str, folder: Path, steps: int, layout: str = "dp2 x tp2") -> dict:
+    summary = finish(start(text, folder, layout, steps))
     check_samples(text, folder, steps)
     return summary
 
@@ -148,12 +148,16 @@ def moments_of(count: int, seed: int) -> list[float | None]:
     return [None if turn % 4 in (0, 3) else draw.uniform(0, 0.6) for turn in range(count)]
 
 
-@pytest.mark.parametrize(("count", "steps"), [(1, 16), pytest.param(10, 160, marks=pytest.mark.slow)])
-def test_a_run_that_is_hit_ends_as_if_it_had_not_been(count: int, steps: int, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "count", "steps"), [("dp2", 1, 16), pytest.param("dp2 x tp2", 10, 160, marks=pytest.mark.slow)]
+)
+def test_a_run_that_is_hit_ends_as_if_it_had_not_been(
+    layout: str, count: int, steps: int, text: str, tmp_path: Path
+) -> None:
     """To the bit in the same layout."""
     whole = tmp_path / "whole"
-    expected = uninterrupted(text, whole, steps)
-    summary = hit_and_resume(text, tmp_path / "run", ["dp2 x tp2"], moments_of(count, 0), steps)
+    expected = uninterrupted(text, whole, steps, layout)
+    summary = hit_and_resume(text, tmp_path / "run", [layout], moments_of(count, 0), steps)
     assert summary["loss"] == expected["loss"]
     found, exact = weights(tmp_path / "run", steps, tmp_path / "a.pt"), weights(whole, steps, tmp_path / "b.pt")
     assert found.keys() == exact.keys() and all(torch.equal(found[name], exact[name]) for name in exact)

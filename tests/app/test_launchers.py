@@ -15,19 +15,21 @@ pytestmark = pytest.mark.distributed
 BIN = Path(sys.executable).parent
 COMMANDS: dict[str, list[str]] = {
     "fusemesh": [sys.executable],
-    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "4"],
-    "mpiexec": [str(BIN / "mpiexec"), "--allow-run-as-root", "--oversubscribe", "-n", "4", sys.executable],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "RANKS"],
+    "mpiexec": [str(BIN / "mpiexec"), "--allow-run-as-root", "--oversubscribe", "-n", "RANKS", sys.executable],
 }
 
 
-def test_the_same_losses_under_each_launcher(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "ranks"), [("tp2", 2), pytest.param("dp2 x tp2", 4, marks=pytest.mark.slow)])
+def test_the_same_losses_under_each_launcher(layout: str, ranks: int, tmp_path: Path) -> None:
     text = tiny_run.write_text(tmp_path / "text")
     losses = {}
     for name, command in COMMANDS.items():
         folder = tmp_path / name
-        options = tiny_run.options(text, folder, layout="dp2 x tp2")
+        options = tiny_run.options(text, folder, layout=layout)
+        words = [str(ranks) if word == "RANKS" else word for word in command]
         done = subprocess.run(
-            [*command, "-m", "fusemesh", "train", "--json", *options], capture_output=True, text=True, timeout=500
+            [*words, "-m", "fusemesh", "train", "--json", *options], capture_output=True, text=True, timeout=500
         )
         assert done.returncode == 0, f"{name}: {done.stderr}"
         # One rank prints one object.
