@@ -72,16 +72,8 @@ def _drifted_copies(model: nn.Module) -> tuple[str, str, list[int]] | None:
     if pipeline is None:
         return None
     for name, pair in pipeline.parts.shared.items():
-        own = _local(model.get_parameter(name))
-        mine, other = checksum(own), torch.empty((), dtype=torch.int64, device=own.device)
-        peer = pair[0] if pair[1] == pipeline.rank else pair[1]
-        exchange = [
-            dist.P2POp(dist.isend, mine, group=pipeline.group, group_peer=peer),
-            dist.P2POp(dist.irecv, other, group=pipeline.group, group_peer=peer),
-        ]
-        for work in dist.batch_isend_irecv(exchange):
-            work.wait()
-        if mine.item() != other.item():
+        mine = checksum(_local(model.get_parameter(name)))
+        if mine.item() != pipeline.exchange(mine, pair).item():
             return name, "pp", [dist.get_global_rank(pipeline.group, rank) for rank in pair]
     return None
 

@@ -248,6 +248,18 @@ class Pipeline:
         dist.broadcast(total, group=self.group, group_src=(self.parts.num_stages - 1) % self.ranks)
         return total
 
+    def exchange(self, own: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
+        """What the other rank of ``pair`` (ranks of pp, this one among them) passes for ``own``; both call it."""
+        other = torch.empty_like(own, memory_format=torch.contiguous_format)
+        peer = pair[0] if pair[1] == self.rank else pair[1]
+        messages = [
+            dist.P2POp(dist.isend, own.contiguous(), group=self.group, group_peer=peer),
+            dist.P2POp(dist.irecv, other, group=self.group, group_peer=peer),
+        ]
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
+        return other
+
     def _sum_shared_gradients(self) -> None:
         for name, pair in self.parts.shared.items():
             gradient = self.parts.model.get_parameter(name).grad
@@ -255,16 +267,8 @@ class Pipeline:
             own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             if own.numel() == 0:
                 continue
-            other = torch.empty_like(own, memory_format=torch.contiguous_format)
-            peer = pair[0] if pair[1] == self.rank else pair[1]
-            exchange = [
-                dist.P2POp(dist.isend, own.contiguous(), group=self.group, group_peer=peer),
-                dist.P2POp(dist.irecv, other, group=self.group, group_peer=peer),
-            ]
-            for work in dist.batch_isend_irecv(exchange):
-                work.wait()
             # Of two terms, in either order: the same bits on both ranks.
-            own += other
+            own += self.exchange(own, pair)
 
     def _sharded(self) -> Iterator[FSDPModule]:
         for stage in self.parts.stages.values():
