@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,9 +29,11 @@ from ..local_ranks import LocalRanks
 from ..tensor_parallel import ColumnParallelLinear, RMSNorm, RowParallelLinear
 from .hardware import Curve, Hardware, Link
 
-# [m, k] x [k, n]; bytes of a tensor of elementwise operations; bytes of a collective.
+# [m, k] x [k, n]; bytes of a tensor of elementwise operations; [m, k, n] of the matmul before a collective, whose bytes
+# follow.
 _MATMULS = ((16, 64, 64), (128, 128, 256), (256, 512, 512), (512, 1024, 1024))
 _TENSORS = (1 << 14, 1 << 18, 1 << 21, 1 << 24, 1 << 26)
+_WORK = (256, 1024, 512)
 _MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -79,8 +82,8 @@ def measure(world: int, *, dtype: str = "float32", threads: int = 1) -> Hardware
         ranks_per_node=max(world, 1),
         intra=fits.get(f"send:{world}:{world}", Link(1e-4, 1e9)),
         inter=fits.get(f"send:{world}:{world}", Link(1e-4, 1e9)),
-        slowdown=_slowdown([f"matmul {i}" for i in range(2, len(_MATMULS))], alone, found[full], full, world),
-        memory_slowdown=_slowdown(["stream", *(f"tensor {s}" for s in _TENSORS[-2:])], alone, found[full], full, world),
+        slowdown=_slowdown([f"matmul {i}" for i in range(2, len(_MATMULS))], found, full, world),
+        memory_slowdown=_slowdown(["stream", *(f"tensor {s}" for s in _TENSORS[-2:])], found, full, world),
         cores=full,
         fits=fits,
         sources={"everything": f"measured here, {threads} thread(s) a rank, {cores} cores"},
@@ -91,15 +94,17 @@ def _middle(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def _slowdown(keys: Sequence[str], alone: dict[str, float], together: dict[str, float], full: int, world: int) -> Curve:
+def _slowdown(keys: Sequence[str], found: dict[int, dict[str, float]], full: int, world: int) -> Curve:
     """How much longer each of k ranks takes than one alone, where ``full`` of them take all cores.
 
-    Up to there it is measured, as the geometric middle of the rates of ``keys``; beyond, ranks take turns.
+    Up to there it is the geometric middle of the rates of ``keys``; beyond, ranks take turns, and lose some time by it.
     """
+    alone, together = found[1], found[full]
     shared = max(1.0, statistics.geometric_mean(alone[key] / together[key] for key in keys))
     points = {1.0: 1.0, float(full): shared if full > 1 else 1.0}
     if world > full:
-        points[float(world)] = points[float(full)] * world / full
+        turns = world / full
+        points[float(world)] = points[float(full)] * turns * max(1.0, found[world]["turn"] / (alone["turn"] * turns))
     return Curve(tuple(points.items()))
 
 
@@ -147,9 +152,12 @@ def _measure_rank(dtype: str, threads: int) -> dict[str, float]:
         for index, (m, k, n) in enumerate(_MATMULS):
             x, w = torch.randn(m, k, dtype=kind), torch.randn(n, k, dtype=kind)
             found[f"matmul {index}"] = 2.0 * m * k * n / _time(partial(F.linear, x, w))
+        found["turn"] = _time_together(partial(F.linear, x, w))
         for size in _TENSORS:
             a, b = torch.ones(size // 4), torch.ones(size // 4)
-            found[f"tensor {size}"] = 3.0 * size / _time(partial(torch.add, a, b))
+            # Results are kept for a while, as activations and gradients are: what was just freed is still in caches.
+            kept = deque((torch.ones(size // 4) for _ in range(4)), maxlen=4)
+            found[f"tensor {size}"] = 3.0 * size / _time(lambda a=a, b=b, kept=kept: kept.append(torch.add(a, b)))
         large, other = torch.ones(_TENSORS[-1] // 4), torch.ones(_TENSORS[-1] // 4)
         found["stream"] = 3.0 * _TENSORS[-1] / _time(partial(large.add_, other))
         found["attention"] = _attention_rate(kind)
@@ -176,6 +184,22 @@ def _time(call: Callable[[], Any], *, seconds: float = 0.05) -> float:
             count += 1
         means.append(elapsed / count)
     return min(means)
+
+
+def _time_together(call: Callable[[], Any]) -> float:
+    """Median seconds until every rank has made three calls and knows it of the others, by the wall's clock.
+
+    Where ranks share cores this is more than what they take one after the other: who is done waits for its turn to hear
+    of it, and who is late is waited for.
+    """
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        for _ in range(3):
+            call()
+        dist.barrier()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _attention_rate(dtype: torch.dtype) -> float:
@@ -247,9 +271,16 @@ def _host_times(world: World) -> tuple[float, float]:
 
 
 def _collectives(world: World) -> dict[str, float]:
-    """Seconds of ``collective:n size``, in groups of n ranks of the world, all of them at once."""
+    """Seconds of ``collective:n size``, in groups of n ranks of the world, all of them at once.
+
+    Each follows some computing, as in a training step: where ranks share cores, one that is ready to go on waits for
+    its turn, which ranks that do nothing but communicate would not see.
+    """
     found = {}
     ranks = world.world_size
+    x = torch.randn(_WORK[:2])
+    work = partial(F.linear, x, torch.randn(_WORK[2], _WORK[1]))
+    computing = _time(work) * max(1.0, ranks * torch.get_num_threads() / (os.cpu_count() or 1))
     for n in (n for n in range(2, ranks + 1) if ranks % n == 0):
         groups = [dist.new_group(list(range(first, first + n))) for first in range(0, ranks, n)]
         group = groups[world.rank // n]
@@ -263,7 +294,7 @@ def _collectives(world: World) -> dict[str, float]:
                 "send": partial(_pass_on, whole, world.rank - place, place, n),
             }
             for name, call in calls.items():
-                found[f"{name}:{n} {size}"] = _time_collective(call)
+                found[f"{name}:{n} {size}"] = _time_collective(call, work, computing)
     return found
 
 
@@ -275,13 +306,17 @@ def _pass_on(x: torch.Tensor, first: int, place: int, n: int) -> None:
         work.wait()
 
 
-def _time_collective(call: Callable[[], Any]) -> float:
-    """Median seconds of a few rounds; the number is fixed, because every rank takes part in each."""
+def _time_collective(call: Callable[[], Any], work: Callable[[], Any], computing: float) -> float:
+    """Median seconds that a call adds to ``work``, which takes ``computing``, over a few rounds.
+
+    Their number is fixed, because every rank takes part in each.
+    """
     call()
     dist.barrier()
     times = []
-    for _ in range(5):
+    for _ in range(9):
         start = time.perf_counter()
+        work()
         call()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return max(statistics.median(times) - computing, 1e-6)
