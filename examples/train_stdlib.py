@@ -59,7 +59,7 @@ def main(arguments=None):
             key: summary[key] for key in ("layout", "world_size", "device", "backends", "parameters", "steps", "tokens")
         },
         "tokens_per_s": summary["tokens_per_s"],
-        "held_out_bytes": together["tokens"],
+        "held_out_bytes": together["targets"],
         "bits_per_byte": {"model": together["bits_per_byte"], **simple},
         "loss_all_ranks": together["loss"],
         "loss_merged_one_process": alone["loss"],
@@ -74,7 +74,7 @@ def main(arguments=None):
         title=f"Bytes of the {corpus.source}, layout {summary['layout']}",
     )
 
-    print(f"\nbits per byte on the same {together['tokens']:,} held-out bytes")
+    print(f"\nbits per byte on the same {together['targets']:,} held-out bytes")
     for label, value in [*((names[key], simple[key]) for key in names), ("this model", together["bits_per_byte"])]:
         print(f"  {label:<28}{value:7.3f}")
     gap = together["bits_per_byte"] - simple["ngram2"]

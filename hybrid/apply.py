@@ -74,6 +74,8 @@ def parallelize(
         # 4. Data parallel: DTensors on (dp, fsdp, tp), gathered and reduced layer by layer.
         shard_data_parallel(root, mesh, blocks=_blocks(root), dtype=dtype, keep_gathered=mine is not None)
     # 5. The stages are connected.
+    if isinstance(model, PipelinedModel):
+        model.mesh = mesh
     if mine is not None:
         mine.model.pipeline = Pipeline(mine, mesh, options, dtype)
     return model

@@ -15,7 +15,7 @@ Model Training on GPU Clusters" (2021) for the interleaved schedule and tied emb
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +33,21 @@ _SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved1f1b
 
 
 class StageModule(nn.Module):
-    """What one stage computes: forward takes tokens (the first stage) or what the stage before returned."""
+    """What one stage computes: forward takes tokens (the first stage) or what the stage before returned.
 
-    def input_shape(self, batch: int, length: int) -> tuple[int, ...]:
-        """The shape on this rank of what forward takes for ``batch`` samples of ``length`` tokens."""
+    That may be a tensor or a tuple of some. Further inputs of a sample, as padding, come by name to every stage.
+    """
+
+    def input_shapes(self, batch: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The shapes on this rank of what forward takes by place, for tensors of these shapes in a micro-batch.
+
+        Args:
+            batch: of ``tokens`` [B, S], and of each further input by its name.
+        """
         raise NotImplementedError
 
-    def output_shape(self, batch: int, length: int) -> tuple[int, ...]:
-        """The shape on this rank of what forward returns for them."""
+    def output_shapes(self, batch: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The shapes on this rank of what forward returns for them."""
         raise NotImplementedError
 
     def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -51,37 +58,40 @@ class StageModule(nn.Module):
 class PipelinedModel(nn.Module):
     """A model that can be cut into stages: it has ``blocks``, and :meth:`stage`.
 
-    Called with (tokens, targets) it gives the summed loss of a replica's samples. :func:`parallelize` sets
-    ``pipeline`` if the layout has pp; then the model holds only what this rank's stages need.
+    Called with (tokens, targets) and what further inputs it has by name it gives the summed loss of a replica's
+    samples. :func:`parallelize` sets ``mesh``, and ``pipeline`` if the layout has pp; then the model holds only what
+    this rank's stages need.
     """
 
     pipeline: Pipeline | None = None
+    mesh: DeviceMesh | None = None
     blocks: nn.ModuleList
 
     def stage(self, blocks: range, *, first: bool, last: bool) -> StageModule:
         """The stage of these blocks, made of this model's own modules."""
         raise NotImplementedError
 
-    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss summed over this replica's tokens [B, S]; with pp it has no gradient."""
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """The loss summed over this replica's targets; with pp it has no gradient."""
         # By the call, not by forward: fully_shard's hooks hang on it.
-        return self(tokens, targets)
+        return self(tokens, targets, **inputs)
 
     def loss_and_gradients(
-        self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor
+        self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor
     ) -> torch.Tensor:
-        """Add the gradients of ``loss(tokens, targets) / count`` to those that are there; with and without pp.
+        """Add the gradients of ``loss(tokens, targets, **inputs) / count`` to those there; with and without pp.
 
         Args:
-            tokens, targets: [B, S] of this replica, equal on its ranks of tp and pp.
-            count: tokens of all replicas (and of all calls between two optimizer steps).
+            tokens: [B, S] of this replica, equal on its ranks of tp and pp.
+            targets, inputs: [B, ...], likewise.
+            count: targets of all replicas (and of all calls between two optimizer steps).
 
         Returns:
-            The loss summed over this replica's tokens, detached, equal on its ranks of tp and pp.
+            The loss summed over this replica's targets, detached, equal on its ranks of tp and pp.
         """
         if self.pipeline is not None:
-            return self.pipeline.loss_and_gradients(tokens, targets, count)
-        loss = self.loss(tokens, targets)
+            return self.pipeline.loss_and_gradients(tokens, targets, count, **inputs)
+        loss = self.loss(tokens, targets, **inputs)
         (loss / count).backward()
         return loss.detach()
 
@@ -91,13 +101,19 @@ class Cut:
     """What is left of ``model`` on one rank of pp.
 
     ``stages`` maps the number of each of this rank's stages to its module; ``shared`` maps the names of parameters
-    that a stage on another rank holds too to the two ranks of pp, the one first whose copy the norm counts.
+    that a stage on another rank holds too to the two ranks of pp, the one first whose copy the norm counts. ``spans``
+    are the blocks of every stage.
     """
 
     model: PipelinedModel
-    num_stages: int
+    spans: list[range]
     stages: dict[int, StageModule]
     shared: dict[str, tuple[int, int]]
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return len(self.spans)
 
 
 def cut(model: nn.Module, ranks: int, rank: int, virtual_stages: int) -> Cut:
@@ -126,7 +142,7 @@ def cut(model: nn.Module, ranks: int, rank: int, virtual_stages: int) -> Cut:
             shared[name] = (at[0], at[1])
     own = {index: stage for index, stage in enumerate(stages) if index % ranks == rank}
     _drop_all_but(model, {id(module) for stage in own.values() for module in stage.modules()})
-    return Cut(model, number, own, shared)
+    return Cut(model, parts, own, shared)
 
 
 def _drop_all_but(module: nn.Module, kept: set[int]) -> None:
@@ -158,7 +174,7 @@ class Pipeline:
         self.parts, self.options = parts, options
         parameter = next(parts.model.parameters())
         self.device, self.dtype = parameter.device, dtype or parameter.dtype
-        self._schedules: dict[tuple[int, int, bool], Any] = {}
+        self._schedules: dict[tuple[Any, ...], Any] = {}
         self._losses: list[torch.Tensor] = []
         self._count: int | torch.Tensor = 1
 
@@ -172,28 +188,60 @@ class Pipeline:
         """Whether this rank holds the last stage."""
         return self.parts.num_stages - 1 in self.parts.stages
 
-    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss summed over tokens [B, S], on every rank; no gradient.
+    @property
+    def spans(self) -> list[range]:
+        """The blocks of every stage."""
+        return self.parts.spans
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """The loss summed over targets [B, ...], on every rank; no gradient.
 
         Raises:
             ValueError: B does not fit the schedule; see :meth:`PipelineOptions.microbatches_of`.
         """
-        schedule, is_new = self._schedule(*tokens.shape, training=False)
+        schedule, is_new = self._schedule(tokens, inputs, training=False)
         with torch.no_grad(), self._gradients_set_aside(is_new):
-            self._run(schedule.eval, tokens, targets)
-        for module in self._sharded():
-            # No backward follows, after which fully_shard would do it: parameters are shards again, as others expect.
-            module.reshard()
+            self._run(schedule.eval, tokens, targets, inputs)
+        self._reshard()
         return self._everywhere()
 
+    @torch.no_grad()
+    def flow(
+        self, state: tuple[torch.Tensor, ...], leaving: list[list[tuple[int, ...]]], first: int = 0, **inputs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """What the last stage returns, on every rank: one batch through stage after stage, without micro-batches.
+
+        Args:
+            state: what stage number ``first`` takes; inputs: what every stage takes by name.
+            leaving: the shapes on this rank of what each stage returns.
+        """
+        for index in range(first, self.parts.num_stages):
+            if index in self.parts.stages:
+                found = self.parts.stages[index](*state, **inputs)
+                state = tuple(x.contiguous() for x in (found if isinstance(found, tuple) else (found,)))
+            else:
+                state = tuple(torch.empty(shape, dtype=self.dtype, device=self.device) for shape in leaving[index])
+            for x in state:
+                if x.numel():
+                    dist.broadcast(x, group=self.group, group_src=index % self.ranks)
+        self._reshard()
+        return state
+
+    def _reshard(self) -> None:
+        """Make parameters shards again, as others expect them: after a forward alone fully_shard does not."""
+        for stage in self.parts.stages.values():
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     def loss_and_gradients(
-        self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor
+        self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor
     ) -> torch.Tensor:
         """See :meth:`PipelinedModel.loss_and_gradients`; raises as :meth:`loss` does."""
-        schedule, is_new = self._schedule(*tokens.shape, training=True)
+        schedule, is_new = self._schedule(tokens, inputs, training=True)
         self._count = count
         with self._gradients_set_aside(is_new):
-            self._run(schedule.step, tokens, targets)
+            self._run(schedule.step, tokens, targets, inputs)
             self._sum_shared_gradients()
         return self._everywhere()
 
@@ -209,12 +257,15 @@ class Pipeline:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def _run(self, call: Callable[..., Any], tokens: torch.Tensor, targets: torch.Tensor) -> None:
+    def _run(
+        self, call: Callable[..., Any], tokens: torch.Tensor, targets: torch.Tensor, inputs: dict[str, torch.Tensor]
+    ) -> None:
         self._losses.clear()
         call(
             *((tokens,) if self.has_first else ()),
             target=targets if self.has_last else None,
             return_outputs=False,
+            **inputs,
         )
 
     @contextlib.contextmanager
@@ -270,21 +321,17 @@ class Pipeline:
             # Of two terms, in either order: the same bits on both ranks.
             own += self.exchange(own, pair)
 
-    def _sharded(self) -> Iterator[FSDPModule]:
-        for stage in self.parts.stages.values():
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    yield module
-
-    def _schedule(self, batch: int, length: int, *, training: bool) -> tuple[Any, bool]:
-        """torch's schedule for batches of this shape, whose buffers are fixed, and whether it has not run yet."""
+    def _schedule(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor], *, training: bool) -> tuple[Any, bool]:
+        """torch's schedule for batches of these shapes, whose buffers are fixed, and whether it has not run yet."""
         from torch.distributed import pipelining
 
-        key = (batch, length, training)
+        shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **inputs}.items()}
+        key = (*sorted(shapes.items()), training)
         if is_new := key not in self._schedules:
             options = self.options if training else self.options.evaluating()
-            number = options.microbatches_of(self.ranks, batch)
-            stages = [self._torch_stage(index, batch // number, length) for index in self.parts.stages]
+            number = options.microbatches_of(self.ranks, tokens.shape[0])
+            micro = {name: (shape[0] // number, *shape[1:]) for name, shape in shapes.items()}
+            stages = [self._torch_stage(index, micro) for index in self.parts.stages]
             # The loss is divided by the global token count: the default would divide gradients by micro-batches again.
             self._schedules[key] = getattr(pipelining, _SCHEDULES[self.options.schedule])(
                 stages if self.options.schedule == "interleaved1f1b" else stages[0],
@@ -294,15 +341,15 @@ class Pipeline:
             )
         return self._schedules[key], is_new
 
-    def _torch_stage(self, index: int, batch: int, length: int) -> Any:
+    def _torch_stage(self, index: int, batch: dict[str, tuple[int, ...]]) -> Any:
         from torch.distributed.pipelining import PipelineStage
 
-        stage, shape = self.parts.stages[index], (batch, length)
+        stage = self.parts.stages[index]
         # Shapes are said, not inferred: torch would run the model once more to find them.
-        tokens = torch.empty(shape, dtype=torch.int64, device="meta")
+        tokens = torch.empty(batch["tokens"], dtype=torch.int64, device="meta")
         entering, leaving = (
-            torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True)
-            for size in (stage.input_shape(*shape), stage.output_shape(*shape))
+            tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
+            for shapes in (stage.input_shapes(batch), stage.output_shapes(batch))
         )
         return PipelineStage(
             stage,

@@ -28,11 +28,15 @@ _PUBLIC = {
     "parallelize": "fusemesh.hybrid.apply",
     "Transformer": "fusemesh.transformer",
     "TransformerConfig": "fusemesh.transformer",
+    "generate": "fusemesh.generation",
+    "Sampling": "fusemesh.generation",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from fusemesh.generation import Sampling as Sampling
+    from fusemesh.generation import generate as generate
     from fusemesh.hybrid.apply import parallelize as parallelize
     from fusemesh.hybrid.layout import Layout as Layout
     from fusemesh.kernels.attention.api import attention_backward as attention_backward

@@ -1,4 +1,4 @@
-"""The command line: ``fusemesh doctor | train | eval | merge | plan | scaling | bench``.
+"""The command line: ``fusemesh doctor | train | eval | predict | generate | merge | plan | scaling | bench``.
 
 With ``--json`` a command writes exactly one JSON object to stdout; messages always go to stderr. Every key of the
 configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``; two that
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options, 1, str(error), getattr(error, "result", None))
     except KeyboardInterrupt:
         return _fail(options, 130, "interrupted; go on with --resume if the run has saved a checkpoint")
-    if result is not None:
+    if result is not None and (options.json or text is not None):
         print(json.dumps(result) if options.json else text)
     return 0
 
@@ -49,18 +49,27 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusemesh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fusemesh {__version__}")
     commands = parser.add_subparsers(
-        dest="name", required=True, metavar="doctor | train | eval | merge | plan | scaling | bench"
+        dest="name",
+        required=True,
+        metavar="doctor | train | eval | predict | generate | merge | plan | scaling | bench",
     )
 
     doctor = _command(commands, "doctor", _doctor, "what this machine has and what auto chooses")
-    train = _command(commands, "train", _train, "train a model in any layout")
+    train = _command(commands, "train", _train, "train a model for a task in any layout")
+    train.add_argument(
+        "task_name", nargs="?", metavar="TASK", help=f"{', '.join(config.TASKS)}; default: the configuration's"
+    )
     train.add_argument("--config", metavar="FILE", help="TOML file; the options below win over it")
     train.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of run.directory, in any layout"
     )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
-    evaluation = _command(commands, "eval", _eval, "the held-out loss of a run, a checkpoint or a merged file")
-    evaluation.add_argument("target", help="run directory, checkpoint folder or .safetensors file")
+    evaluation = _command(commands, "eval", _eval, "held-out loss and metrics of a run, a checkpoint or a merged file")
+    predict = _command(commands, "predict", _predict, "answer lines of standard input: one in, one out")
+    generate = _command(commands, "generate", _generate, "let a trained language model go on with a text")
+    _generate_options(generate)
+    for command in (evaluation, predict, generate):
+        command.add_argument("target", help="run directory, checkpoint folder or .safetensors file")
     merge = _command(commands, "merge", _merge, "write a run's last checkpoint as one safetensors file")
     merge.add_argument("target", help="run directory or checkpoint folder")
     merge.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
@@ -77,13 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--output", "-o", metavar="FILE", help="default: bench/results/<machine>/tune.json in the current folder"
     )
-    for command in (doctor, train, evaluation, merge, plan, scaling, bench):
+    for command in (doctor, train, evaluation, predict, generate, merge, plan, scaling, bench):
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    for command in (train, evaluation):
+    for command in (train, evaluation, predict, generate):
         command.add_argument(
             "--nproc", type=int, metavar="N", help="local ranks to start; default: as many as the layout has"
         )
-    for command in (train, evaluation, plan, scaling):
+    for command in (train, evaluation, predict, generate, plan, scaling):
         keys = command.add_argument_group("configuration")
         for key, spec in config.fields_of(config.Config).items():
             text = spec.doc + (f" ({', '.join(spec.choices)})" if spec.choices else "")
@@ -125,9 +134,25 @@ def _plan_options(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--explain", metavar="LAYOUT", help="where the time and memory of one layout go")
 
 
+def _generate_options(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("--prompt", metavar="TEXT", help="default: standard input")
+    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="how many to add; default: 100")
+    generate.add_argument(
+        "--beams", type=int, default=1, metavar="N", help="more than 1: the best of so many beginnings"
+    )
+    generate.add_argument("--temperature", type=float, metavar="T", help="sample; default: take the most probable")
+    generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable")
+    generate.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest that reach P together")
+    generate.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
     given = vars(options)
-    return {key: given[key] for key in config.fields_of(config.Config) if given.get(key) is not None}
+    found = {key: given[key] for key in config.fields_of(config.Config) if given.get(key) is not None}
+    named = given.get("task_name")
+    if named is not None and found.setdefault("task", named) != named:
+        raise ValueError(f"--task: expected {named}, as named before, received {found['task']}; name it once")
+    return found
 
 
 def _ranks(options: argparse.Namespace, layout: str) -> tuple[int, bool]:
@@ -200,13 +225,20 @@ def _train(options: argparse.Namespace) -> tuple[Any, str | None]:
     return summary, (
         f"{summary['steps']} steps in layout {summary['layout']} on {summary['world_size']} {summary['device']} ranks, "
         f"{summary['tokens_per_s'] or 0:.0f} tokens/s\n"
-        f"held-out loss {summary['loss']:.4f} ({summary['held_out']['bits_per_byte']:.3f} bits per byte)\n"
+        f"held-out loss {summary['loss']:.4f}, {_metrics(summary['held_out'])}\n"
         f"saved in {summary['directory']}"
     )
 
 
-def _eval(options: argparse.Namespace) -> tuple[Any, str | None]:
-    from fusemesh.evaluator import check_layout, config_of, evaluate_file, evaluate_rank
+def _metrics(evaluation: dict[str, Any]) -> str:
+    """The task's numbers for people."""
+    known = ("task", "step", "layout", "loss", "targets", "samples", "seconds")
+    return ", ".join(f"{name} {value:.4f}" for name, value in evaluation.items() if name not in known)
+
+
+def _target(options: argparse.Namespace) -> tuple[config.Config, int, bool]:
+    """The configuration of what was trained, its layout unless the command line says another, and how many ranks."""
+    from fusemesh.evaluator import check_layout, config_of
 
     base, overrides = config_of(options.target), _overrides(options)
     # A merged file is no longer spread over ranks, unless the command line asks for it.
@@ -214,16 +246,83 @@ def _eval(options: argparse.Namespace) -> tuple[Any, str | None]:
     resolved = config.load(None, {**({"layout": "single"} if merged else {}), **overrides}, base=base)
     nproc, start = _ranks(options, resolved.layout)
     check_layout(resolved, nproc)
-    if merged and nproc == 1:
+    return resolved, nproc, start
+
+
+def _eval(options: argparse.Namespace) -> tuple[Any, str | None]:
+    from fusemesh.evaluator import evaluate_file, evaluate_rank
+
+    resolved, nproc, start = _target(options)
+    if Path(options.target).is_file() and nproc == 1:
         result: Any = evaluate_file(options.target, resolved)
     else:
         result = _on_ranks(nproc, start, evaluate_rank, options.target, config.as_dict(resolved))
     if result is None:
         return None, None
     return result, (
-        f"step {result['step']}, layout {result['layout']}: held-out loss {result['loss']:.6f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte over {result['tokens']} bytes"
+        f"step {result['step']}, layout {result['layout']}: held-out loss {result['loss']:.6f}, {_metrics(result)} "
+        f"over {result['samples']} samples"
     )
+
+
+def _predict(options: argparse.Namespace) -> tuple[Any, str | None]:
+    from fusemesh.predictor import answer_rank, answer_stream
+
+    resolved, nproc, start = _target(options)
+    values = config.as_dict(resolved)
+    if nproc == 1:
+
+        def write(answer: str) -> None:
+            if not options.json:
+                print(answer, flush=True)
+
+        answers: Any = answer_stream(options.target, values, sys.stdin, write)
+        return {"answers": answers}, None
+    lines = sys.stdin.read().splitlines()
+    if not lines:
+        raise ValueError("standard input: expected a question a line, received nothing")
+    answers = _on_ranks(nproc, start, answer_rank, options.target, values, lines)
+    return (None, None) if answers is None else ({"answers": answers}, "\n".join(answers))
+
+
+def _generate(options: argparse.Namespace) -> tuple[Any, str | None]:
+    resolved, nproc, start = _target(options)
+    if resolved.task != "language_model":
+        raise ValueError(f"model: expected one of task language_model, received {resolved.task}; use fusemesh predict")
+    limit = resolved.data.sequence_length - 1
+    if not 1 <= options.tokens <= limit:
+        raise ValueError(
+            f"--tokens: expected 1 to {limit}, which data.sequence_length leaves beside a prompt, received "
+            f"{options.tokens}"
+        )
+    prompt = options.prompt if options.prompt is not None else sys.stdin.read()
+    if not prompt:
+        raise ValueError("--prompt: expected some text to go on with, received nothing")
+    from fusemesh.generation import Sampling
+    from fusemesh.predictor import generate_rank
+
+    asked = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    given = {name: value for name, value in asked.items() if value is not None}
+    sampling = Sampling(**given) if given else None
+    stream = not options.json and options.beams == 1
+    if stream:
+        print(prompt, end="", flush=True)
+    result = _on_ranks(
+        nproc,
+        start,
+        generate_rank,
+        options.target,
+        config.as_dict(resolved),
+        prompt,
+        options.tokens,
+        sampling,
+        options.beams,
+        options.seed,
+        stream,
+    )
+    if result is None:
+        return None, None
+    return result, "" if stream else result["prompt"] + result["text"]
 
 
 def _merge(options: argparse.Namespace) -> tuple[Any, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemesh.hybrid.pipeline_options import SCHEDULES
+from fusemesh.tasks import TASKS, defaults_of
 
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
@@ -28,10 +29,10 @@ def _doc(default: Any, text: str, *, least: float | None = None, choices: tuple[
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder's shape."""
+    """The model's shape."""
 
     hidden_size: int = _doc(128, "width of the residual stream", least=1)
-    num_layers: int = _doc(4, "blocks", least=1)
+    num_layers: int = _doc(4, "blocks; an encoder-decoder has as many of each kind", least=1)
     num_heads: int = _doc(4, "query heads", least=1)
     num_kv_heads: int = _doc(2, "key and value heads; divides num_heads", least=1)
     intermediate_size: int = _doc(384, "width inside the gated feed-forward", least=1)
@@ -45,8 +46,14 @@ class ModelConfig:
 class DataConfig:
     """The text."""
 
-    path: str = _doc("", "a text file or a folder of them; empty: the Python standard library's source")
-    sequence_length: int = _doc(256, "bytes per sample", least=1)
+    path: str = _doc(
+        "",
+        "a file of records (.csv, .tsv, .jsonl, or text with tabs), for a language model a text file or a folder of "
+        "them; empty: the task's own corpus",
+    )
+    held_out: str = _doc("", "a file of records to evaluate on; empty: one in 16 of those of data.path, by hash")
+    columns: str = _doc("", "names of the columns that hold a record, in the task's order; empty: the task's names")
+    sequence_length: int = _doc(256, "bytes per sample, of source and target each; longer texts are cut", least=1)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class EvaluationConfig:
 
     batch_size: int = _doc(16, "samples per rank and forward pass", least=1)
     samples: int = _doc(0, "held-out samples used, from the first on; 0: all", least=0)
+    num_beams: int = _doc(4, "beams of a translation's search; 1: greedy", least=1)
     every: int = _doc(0, "steps between evaluations while training; 0: only at the end", least=0)
 
 
@@ -111,6 +119,7 @@ class Config:
         ValueError: a value that cannot work, named by its key, with what is legal.
     """
 
+    task: str = _doc("language_model", "what is trained for", choices=TASKS)
     layout: str = _doc("single", 'degrees of the axes: "single", "dp4", "pp2 x fsdp2"; auto: the first of the plan')
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -261,7 +270,7 @@ def load(
     *,
     base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The configuration of a file with command-line values over it.
+    """The configuration of a file with command-line values over it, and the task's own defaults beneath.
 
     Args:
         path: a TOML file; None for the defaults.
@@ -277,7 +286,7 @@ def load(
     known = fields_of(Config)
     for key, text in (overrides or {}).items():
         values[key] = _parse(key, known[key], text) if key in known else text
-    return _build(values)
+    return _build({**defaults_of(values.get("task", known["task"].default)), **values})
 
 
 def as_dict(config: Config) -> dict[str, Any]:

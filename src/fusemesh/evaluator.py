@@ -1,14 +1,14 @@
-"""The held-out loss: over all ranks of any layout, or of a merged model in one process; one answer either way."""
+"""Held-out loss and metrics: over all ranks of any layout, or of a merged model in one process; one answer for all."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,37 +22,38 @@ from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.launch import World, build_mesh, distributed
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
-from fusemesh.tasks.language_model import VOCAB_SIZE, Samples, load_corpus
-from fusemesh.transformer import Transformer, TransformerConfig
-
-IGNORED = -100  # target of a token that does not count
+from fusemesh.tasks import build_task, task_class
+from fusemesh.tasks.base import IGNORED, Batch, Dataset, Task
+from fusemesh.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: mean, nats per token; tokens, samples: how many it is the mean of; seconds: wall time."""
+    """loss: mean, nats per target; metrics: of the task; targets, samples: how many it is the mean of; seconds: wall
+    time; predictions: int64 [samples, width], if the task's metrics are of them."""
 
     loss: float
-    tokens: int
+    metrics: dict[str, float]
+    targets: int
     samples: int
     seconds: float
+    predictions: np.ndarray | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For reports; ``bits_per_byte`` because a token is a byte here."""
+        """For reports, without the predictions."""
         return {
             "loss": self.loss,
-            "bits_per_byte": self.loss / math.log(2),
-            "tokens": self.tokens,
+            **self.metrics,
+            "targets": self.targets,
             "samples": self.samples,
             "seconds": round(self.seconds, 3),
         }
 
 
-def plain_model(config: Config) -> Transformer:
-    """The configured model, whole, on the CPU, as every rank makes it before it is cut."""
-    shape = configuration.as_dict(config)["model"]
+def plain_model(config: Config, task: Task) -> Transformer:
+    """The task's model, whole, on the CPU, as every rank makes it before it is cut."""
     return Transformer(
-        TransformerConfig(vocab_size=VOCAB_SIZE, max_sequence_length=config.data.sequence_length, **shape),
+        task.model_config(),
         backend=config.run.backend,
         seed=config.training.seed,
         dtype=torch.float64 if config.training.dtype == "float64" else torch.float32,
@@ -93,7 +94,7 @@ def check_layout(config: Config, world_size: int) -> Layout:
     layout, options = Layout.parse(config.layout), pipeline_options(config)
     layout.validate(
         world_size=world_size,
-        num_layers=config.model.num_layers,
+        num_layers=config.model.num_layers * task_class(config.task).stacks,
         num_heads=config.model.num_heads,
         num_kv_heads=config.model.num_kv_heads,
         intermediate_size=config.model.intermediate_size,
@@ -106,46 +107,62 @@ def check_layout(config: Config, world_size: int) -> Layout:
     return layout
 
 
-def held_out_samples(config: Config, samples: Samples) -> int:
+def held_out_samples(config: Config, samples: Dataset) -> int:
     """How many of the held-out samples an evaluation takes."""
     return min(config.evaluation.samples or len(samples), len(samples))
 
 
+def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Tokens, targets and further inputs of a batch as tensors."""
+    inputs = {name: torch.from_numpy(values).to(device) for name, values in batch.inputs.items()}
+    return torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.targets).to(device), inputs
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    samples: Samples,
-    count: int,
-    batch_size: int,
+    model: Transformer,
+    task: Task,
     *,
     device: torch.device,
     mesh: DeviceMesh | None = None,
     replica: int = 0,
     replicas: int = 1,
 ) -> Evaluation:
-    """The model's mean loss on the first ``count`` samples; every rank calls it and gets the same answer.
+    """The model's mean loss and the task's metrics on the held-out samples; every rank calls it, with one answer.
 
-    Each replica takes its share of the samples. Sums are taken in fp64 over tokens and divided once, so that the
-    layout enters only through the rounding of the losses themselves.
+    Each replica takes its share of the samples. Sums are taken in fp64 over targets and divided once, so that the
+    layout enters only through the rounding of the losses themselves; metrics are of all replicas' predictions together.
 
     Args:
-        model: ``model.loss(tokens, targets)`` gives the summed loss of a batch; targets of -100 do not count.
-        batch_size: samples per replica and forward pass.
         mesh: of a parallelized model; None for a model in one process.
     """
     began = time.perf_counter()
     training = model.training
     model.eval()
+    samples, batch_size = task.held_out, task.config.evaluation.batch_size
+    count = held_out_samples(task.config, samples)
     total = torch.zeros((), dtype=torch.float64, device=device)
+    found: torch.Tensor | None = None
     for indices, valid in evaluation_batches(count, batch_size, replicas, replica):
-        tokens, targets = (torch.from_numpy(part).to(device) for part in samples.batch(indices))
+        batch = samples.batch(indices)
+        tokens, targets, inputs = on_device(batch, device)
         targets[valid:] = IGNORED
-        total += model.loss(tokens, targets).double()  # type: ignore[operator]
+        total += model.loss(tokens, targets, **inputs).double()
+        if task.metric:
+            own = task.predict(model, batch, device)
+            if found is None:
+                found = own.new_zeros((count, own.shape[1]))
+            found[torch.from_numpy(indices[:valid]).to(device)] = own[:valid]
     if mesh is not None:
         total = sum_over_replicas(total, mesh)
+        # Each row is filled in by one replica.
+        found = found if found is None else sum_over_replicas(found, mesh)
     model.train(training)
-    tokens_counted = count * samples.sequence_length
-    return Evaluation(total.item() / tokens_counted, tokens_counted, count, time.perf_counter() - began)
+    targets_counted = samples.targets_in(range(count))
+    loss = total.item() / targets_counted
+    predictions = None if found is None else found.cpu().numpy()
+    metrics = task.score(loss, predictions, count)
+    return Evaluation(loss, metrics, targets_counted, count, time.perf_counter() - began, predictions)
 
 
 def config_of(target: str | os.PathLike[str]) -> dict[str, Any]:
@@ -183,15 +200,20 @@ def evaluate_file(path: str | os.PathLike[str], config: Config) -> dict[str, Any
     Returns:
         :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
     """
-    kind = config.run.device
+    task = build_task(config)
+    model, state = load_file(path, task)
+    result = evaluate(model, task, device=next(model.parameters()).device)
+    return {"task": config.task, "step": state["step"], "layout": "single", **result.as_dict()}
+
+
+def load_file(path: str | os.PathLike[str], task: Task) -> tuple[Transformer, dict[str, Any]]:
+    """The plain model of a merged file, on the configured device, and what was saved with it."""
+    kind = task.config.run.device
     where = torch.device("cuda" if kind == "auto" and torch.cuda.is_available() else kind.replace("auto", "cpu"))
     tensors, state = checkpoint.read_merged(path)
-    model = plain_model(config)
+    model = plain_model(task.config, task)
     _load_whole(model, tensors)
-    samples = Samples(load_corpus(config.data.path).held_out, config.data.sequence_length)
-    count = held_out_samples(config, samples)
-    result = evaluate(model.to(where), samples, count, config.evaluation.batch_size, device=where)
-    return {"step": state["step"], "layout": "single", **result.as_dict()}
+    return model.to(where), state
 
 
 def _load_whole(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -221,23 +243,27 @@ def evaluate_rank(target: str, values: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(config.run.threads)
     with distributed(config.run.device) as world:
         layout = check_layout(config, world.world_size)
-        model, path = plain_model(config), Path(target)
-        if path.is_file():
-            tensors, state = checkpoint.read_merged(path)
-            _load_whole(model, tensors)
-            model, mesh = place(model, config, world)
-        else:
-            model, mesh = place(model, config, world)
-            state = checkpoint.load(checkpoint_of(path), model)
-        samples = Samples(load_corpus(config.data.path).held_out, config.data.sequence_length)
+        task = build_task(config)
+        model, mesh, state = load_parallel(target, task, world)
         result = evaluate(
             model,
-            samples,
-            held_out_samples(config, samples),
-            config.evaluation.batch_size,
+            task,
             device=world.device,
             mesh=mesh,
             replica=layout.replica_of(world.rank),
             replicas=layout.replicas,
         )
-    return {"step": state["step"], "layout": str(layout), **result.as_dict()}
+    return {"task": config.task, "step": state["step"], "layout": str(layout), **result.as_dict()}
+
+
+def load_parallel(
+    target: str | os.PathLike[str], task: Task, world: World
+) -> tuple[Transformer, DeviceMesh, dict[str, Any]]:
+    """The model of a run, a checkpoint or a merged file in the configured layout, and what was saved with it."""
+    model, path = plain_model(task.config, task), Path(target)
+    if path.is_file():
+        tensors, state = checkpoint.read_merged(path)
+        _load_whole(model, tensors)
+        return *place(model, task.config, world), state
+    model, mesh = place(model, task.config, world)
+    return model, mesh, checkpoint.load(checkpoint_of(path), model)

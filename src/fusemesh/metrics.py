@@ -6,9 +6,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger("fusemesh")
 
@@ -82,16 +85,8 @@ def draw_loss_curve(
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the loss curve needs matplotlib; install it with: pip install 'fusemesh[app]'") from error
-
     lines = read_metrics(folder)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _figure(8, 5)
     for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o")):
         points = [(line["step"], line[key] / math.log(2)) for line in lines if key in line]
         if points:
@@ -102,3 +97,44 @@ def draw_loss_curve(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output, dpi=120)
+
+
+def draw_matrix(counts: np.ndarray, labels: Sequence[str], output: str | os.PathLike[str], *, title: str) -> None:
+    """Draw a confusion matrix as a PNG: rows are what texts are, columns what they were taken for, shares of a row.
+
+    Args:
+        counts: int64 [labels, labels].
+        labels: their names.
+        output: the PNG.
+        title: above the drawing.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    size = max(4.0, 1.5 + 0.45 * len(labels))
+    figure, axes = _figure(size + 1, size)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the row", fraction=0.046)
+    axes.set(xticks=range(len(labels)), yticks=range(len(labels)), xlabel="taken for", ylabel="is", title=title)
+    is_long = max(map(len, labels)) > 3
+    axes.set_xticklabels(labels, rotation=45 if is_long else 0, ha="right" if is_long else "center")
+    axes.set_yticklabels(labels)
+    for row, values in enumerate(counts.tolist()):
+        for column, value in enumerate(values):
+            if value:
+                dark = shares[row, column] > 0.5
+                axes.text(column, row, value, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    figure.savefig(output, dpi=120)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure without a window, and its axes."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("drawings need matplotlib; install it with: pip install 'fusemesh[app]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()

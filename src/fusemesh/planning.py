@@ -33,13 +33,14 @@ class NoLayoutError(RuntimeError):
 
 
 def model_of(config: Config) -> Model:
-    """The model that a run trains."""
-    from fusemesh.tasks.language_model import VOCAB_SIZE
+    """The model that a run trains. An encoder-decoder counts as a decoder of as many blocks, without their memory."""
+    from fusemesh.tasks import task_class
+    from fusemesh.tasks.base import VOCAB_SIZE
 
     shape = config.model
     return Model(
         name="the configured model",
-        num_layers=shape.num_layers,
+        num_layers=shape.num_layers * task_class(config.task).stacks,
         hidden_size=shape.hidden_size,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,

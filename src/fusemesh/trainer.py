@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import time
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh import config as configuration
 from fusemesh.config import Config, TrainingConfig
-from fusemesh.evaluator import check_layout, evaluate, held_out_samples, pipeline_options, place, plain_model
+from fusemesh.evaluator import Evaluation, check_layout, evaluate, on_device, pipeline_options, place, plain_model
 from fusemesh.hybrid import checkpoint, consistency
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.launch import World, distributed
@@ -27,10 +28,12 @@ from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
 from fusemesh.metrics import MetricsWriter
-from fusemesh.tasks.language_model import Samples, load_corpus
+from fusemesh.tasks import build_task
+
+logger = logging.getLogger("fusemesh")
 
 # What decides which samples a step takes and what the model is. A resumed run must leave these as they were.
-_FIXED_ON_RESUME = ("model.", "data.", "training.global_batch_size", "training.seed")
+_FIXED_ON_RESUME = ("task", "model.", "data.", "training.global_batch_size", "training.seed")
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
@@ -65,10 +68,7 @@ def prepare(config: Config, world_size: int, *, resume: bool) -> None:
         ValueError: named by the key to change.
     """
     layout = check_layout(config, world_size)
-    corpus = load_corpus(config.data.path)
-    for stream in (corpus.train, corpus.held_out):
-        samples = Samples(stream, config.data.sequence_length)
-    _order(config, len(samples), layout)
+    _order(config, len(build_task(config).train), layout)
     folder = Path(config.run.directory) / "checkpoints"
     if resume:
         _check_resumable(config, checkpoint.read_state(checkpoint.latest(folder))["config"])
@@ -111,6 +111,7 @@ class _Step:
     """What a step leaves on the device until metrics are due: reading it at once would stall a GPU."""
 
     step: int
+    targets: int  # of all replicas
     report: torch.Tensor  # fp64 [2]: summed loss of all replicas; on how many ranks a number is not finite
     norm: torch.Tensor | None  # of the gradient before clipping
 
@@ -132,17 +133,16 @@ class Trainer:
         self.config, self.world, self.quiet = config, world, quiet
         self.layout = check_layout(config, world.world_size)
         self.folder = Path(config.run.directory)
-        corpus = load_corpus(config.data.path)
-        self.samples = Samples(corpus.train, config.data.sequence_length)
-        self.held_out = Samples(corpus.held_out, config.data.sequence_length)
-        self.order = _order(config, len(self.samples), self.layout)
+        self.task = build_task(config)
+        self.order = _order(config, len(self.task.train), self.layout)
         self.replica = self.layout.replica_of(world.rank)
-        model = plain_model(config)
+        model = plain_model(config, self.task)
         # Counted before a rank of pp gives the other stages' away.
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model, self.mesh = place(model, config, world)
         self.optimizer = build_optimizer(self.model, config.training)
-        self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
+        # Padding is computed like any other token.
+        self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length * self.task.stacks
         self.first_step = 0
         began = [time.time_ns()]
         dist.broadcast_object_list(began, src=0)
@@ -174,7 +174,7 @@ class Trainer:
                     metrics.flush()
                 if last or (self.config.evaluation.every and done % self.config.evaluation.every == 0):
                     evaluation = self._evaluate()
-                    evaluating += evaluation["seconds"]
+                    evaluating += evaluation.seconds
                     metrics.write_evaluation(done, evaluation)
                 if save:
                     self._save(done)
@@ -183,7 +183,14 @@ class Trainer:
         tokens = (training.steps - tokens_before) * self.tokens_per_step
         if evaluation is None:
             evaluation = self._evaluate()
+        if evaluation.predictions is not None and self.world.is_first:
+            try:
+                self.task.draw(evaluation.predictions, self.folder)
+            except ValueError as error:
+                logger.warning("%s", error)
         return {
+            "task": self.config.task,
+            "data": self.task.source,
             "layout": str(self.layout),
             "world_size": self.world.world_size,
             "device": self.world.device.type,
@@ -191,8 +198,8 @@ class Trainer:
             "resumed_from": self.first_step or None,
             "parameters": self.parameters,
             "training_loss": training_loss,
-            "loss": evaluation["loss"],
-            "held_out": evaluation,
+            "loss": evaluation.loss,
+            "held_out": evaluation.as_dict(),
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_s": round(tokens / seconds, 1) if tokens else None,
@@ -222,17 +229,22 @@ class Trainer:
         self.optimizer.step()
         if self.config.run.record_samples:
             self._record(step)
-        return _Step(step, report, norm)
+        return _Step(step, self._targets(step), report, norm)
+
+    def _targets(self, step: int) -> int:
+        """How many targets a step has over all replicas."""
+        return self.task.train.targets_in(self.order.step(step))
 
     def _loss_and_gradients(self, step: int) -> torch.Tensor:
-        """The loss summed over this replica's tokens of a step, fp64; gradients are those of the step alone."""
+        """The loss summed over this replica's targets of a step, fp64; gradients are those of the step alone."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        # The global count, not this rank's: gradients are then summed over replicas and micro-batches, and the step is
+        # the same however they are cut.
+        count = self._targets(step)
         for indices in self.order.micro_batches(step, self.replica):
-            tokens, targets = (torch.from_numpy(part).to(self.world.device) for part in self.samples.batch(indices))
-            # The global token count, not this rank's: gradients are then summed over replicas and micro-batches, and
-            # the step is the same however they are cut.
-            total += self.model.loss_and_gradients(tokens, targets, self.tokens_per_step).double()
+            tokens, targets, inputs = on_device(self.task.train.batch(indices), self.world.device)
+            total += self.model.loss_and_gradients(tokens, targets, count, **inputs).double()
         return total
 
     def _gradients_are_finite(self, norm: torch.Tensor | None) -> torch.Tensor:
@@ -261,17 +273,15 @@ class Trainer:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> Evaluation:
         return evaluate(
             self.model,
-            self.held_out,
-            held_out_samples(self.config, self.held_out),
-            self.config.evaluation.batch_size,
+            self.task,
             device=self.world.device,
             mesh=self.mesh,
             replica=self.replica,
             replicas=self.layout.replicas,
-        ).as_dict()
+        )
 
     def _save(self, step: int) -> None:
         checkpoint.save(
@@ -338,7 +348,7 @@ class _Metrics:
                     "weights are those before the step, and no checkpoint holds it. Go on with --resume from the last "
                     "one, with a lower training.learning_rate, or a training.clip_norm above 0"
                 )
-            losses.append(report[0] / self.tokens_per_step)
+            losses.append(report[0] / item.targets)
         last = self.pending[-1]
         norm = last.norm.full_tensor() if isinstance(last.norm, DTensor) else last.norm
         now = time.perf_counter()
@@ -355,9 +365,10 @@ class _Metrics:
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_s']:.0f} tokens/s")
         self.since = time.perf_counter()
 
-    def write_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         if self.writer is not None:
-            self.writer.write(step, {"held_out_loss": evaluation["loss"]})
+            values = {"loss": evaluation.loss, **evaluation.metrics}
+            self.writer.write(step, {f"held_out_{name}": value for name, value in values.items()})
         self.since = time.perf_counter()
 
 

@@ -41,7 +41,7 @@ def test_version_and_module():
 def test_train_eval_merge_in_one_process(run, text, capfd):
     assert config.load(run / "config.toml").training.steps == 6
     status, evaluated, _ = call(capfd, "eval", run)
-    assert status == 0 and evaluated["step"] == 6 and evaluated["tokens"] == 21 * 16
+    assert status == 0 and evaluated["step"] == 6 and evaluated["targets"] == 21 * 16
     assert evaluated["loss"] == json.loads((run / "summary.json").read_text())["held_out"]["loss"]
     _, earlier, _ = call(capfd, "eval", run / "checkpoints" / "step-00000003")
     assert earlier["step"] == 3 and earlier["loss"] > evaluated["loss"]
@@ -52,7 +52,7 @@ def test_train_eval_merge_in_one_process(run, text, capfd):
     assert status == 0 and alone["layout"] == "single"
     assert alone["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
     _, fewer, _ = call(capfd, "eval", merged["output"], "--evaluation.samples=3")
-    assert fewer["tokens"] == 48 and fewer["loss"] != alone["loss"]
+    assert fewer["targets"] == 48 and fewer["loss"] != alone["loss"]
 
 
 def test_text_for_people(run, capfd):
@@ -76,7 +76,7 @@ def test_local_ranks_follow_from_the_layout_and_resume_takes_the_saved_configura
         capfd, "train", "--resume", "--run.directory", folder, "--training.steps=8", "--layout=single"
     )
     assert status == 0 and (longer["resumed_from"], longer["steps"], longer["world_size"]) == (6, 8, 1)
-    assert longer["held_out"]["tokens"] == 21 * 16
+    assert longer["held_out"]["targets"] == 21 * 16
     assert longer["tokens"] == 2 * 8 * 16
 
 

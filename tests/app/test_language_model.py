@@ -78,7 +78,9 @@ def test_samples_tile_the_stream():
     stream = np.arange(23, dtype=np.uint8)
     samples = Samples(stream, 5)
     assert len(samples) == 4
-    tokens, targets = samples.batch([3, 0])
+    batch = samples.batch([3, 0])
+    tokens, targets = batch.tokens, batch.targets
+    assert samples.targets_in([3, 0]) == 10
     assert tokens.tolist() == [[15, 16, 17, 18, 19], [0, 1, 2, 3, 4]]
     assert targets.tolist() == [[16, 17, 18, 19, 20], [1, 2, 3, 4, 5]]
     assert tokens.dtype == targets.dtype == np.int64 and not np.shares_memory(tokens, targets)

@@ -180,7 +180,7 @@ def test_one_held_out_loss_whatever_the_layout(runs, ranks, tmp_path):
     file = tmp_path / "model.safetensors"
     checkpoint.merge(f"{whole.run.directory}/checkpoints", file)
     alone = evaluate_file(file, config.load(base=config.as_dict(whole)))
-    assert (alone["step"], alone["tokens"], alone["samples"]) == (6, 21 * 16, 21)
+    assert (alone["step"], alone["targets"], alone["samples"]) == (6, 21 * 16, 21)
     assert summary["held_out"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     for target, layout in (
         (whole.run.directory, "fsdp4"),
@@ -192,7 +192,7 @@ def test_one_held_out_loss_whatever_the_layout(runs, ranks, tmp_path):
         world = Layout.parse(layout).world_size
         answers = ranks.call(tiny_run.evaluate, target, values, ranks=world, timeout=120)
         assert all({**a, "seconds": 0} == {**answers[0], "seconds": 0} for a in answers)
-        assert answers[0]["layout"] == layout and answers[0]["tokens"] == alone["tokens"]
+        assert answers[0]["layout"] == layout and answers[0]["targets"] == alone["targets"]
         assert answers[0]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
@@ -205,7 +205,7 @@ def test_one_held_out_loss_of_a_run_in_stages(runs, ranks, tmp_path):
     alone = evaluate_file(file, config.load(base=config.as_dict(whole)))
     evaluated = ranks.call(tiny_run.evaluate, whole.run.directory, config.as_dict(whole), ranks=4, timeout=120)
     assert {answer["loss"] for answer in evaluated} == {summary["held_out"]["loss"]}
-    assert alone["tokens"] == summary["held_out"]["tokens"] == 21 * 16
+    assert alone["targets"] == summary["held_out"]["targets"] == 21 * 16
     assert summary["held_out"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 

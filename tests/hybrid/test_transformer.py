@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from fusemesh.transformer import Transformer, TransformerConfig, rotary_table, rotate
+from fusemesh.transformer import Transformer, TransformerConfig
+from fusemesh.transformer.layers import rotary_table, rotate
 
 CONFIG = TransformerConfig(
     vocab_size=37,

@@ -8,19 +8,40 @@ every run. A sample is a fixed-length window of a stream, known by its global in
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-VOCAB_SIZE = 256
-SEPARATOR = 0  # ends every document; NUL does not occur in source text
-HELD_OUT_ONE_IN = 16  # documents
+from .base import (
+    HELD_OUT_ONE_IN,
+    IGNORED,
+    PAD,
+    VOCAB_SIZE,
+    Batch,
+    Examples,
+    Indices,
+    Task,
+    decode,
+    encode,
+    hash_of,
+    is_held_out,
+    padded,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusemesh.config import Config
+    from fusemesh.transformer import Transformer, TransformerConfig
+
+DEFAULTS: Mapping[str, Any] = {}
+SEPARATOR = PAD  # ends every document; NUL does not occur in source text
 
 # Not the library's source: installed packages, compiled files, tests, and text that a program wrote.
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
@@ -72,15 +93,6 @@ def _documents(root: Path) -> Iterator[tuple[str, bytes]]:
                 yield path.relative_to(root).as_posix(), content
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def is_held_out(name: str) -> bool:
-    """Whether the document of this relative path is held out: one in :data:`HELD_OUT_ONE_IN`, by hash."""
-    return _hash(name) % HELD_OUT_ONE_IN == 0
-
-
 def load_corpus(path: str = "") -> Corpus:
     """Read a corpus.
 
@@ -95,7 +107,7 @@ def load_corpus(path: str = "") -> Corpus:
         raise ValueError(f"data.path: expected a text file or a folder of text files, received {path!r}: not found")
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     # In the order of the hash: the first part of a stream is then a random choice of documents.
-    for name, content in sorted(_documents(root), key=lambda document: _hash(document[0])):
+    for name, content in sorted(_documents(root), key=lambda document: hash_of(document[0])):
         parts[is_held_out(name)].append(content + bytes([SEPARATOR]))
     if not parts[False] or not parts[True]:
         raise ValueError(
@@ -130,11 +142,61 @@ class Samples:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def targets_in(self, indices: Indices) -> int:
+        """Every byte of a window counts."""
+        return len(indices) * self.sequence_length
+
+    def batch(self, indices: Indices) -> Batch:
         """Tokens and targets of these samples, each int64 [len(indices), S], sharing no memory."""
         at = np.asarray(indices, dtype=np.int64)[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         window = self.stream[at].astype(np.int64)
-        return window[:, :-1].copy(), window[:, 1:].copy()
+        return Batch(window[:, :-1].copy(), window[:, 1:].copy())
+
+
+class LanguageModel(Task):
+    """See the module. Without a metric of predictions: the loss says all."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        for key in ("columns", "held_out"):
+            if getattr(config.data, key):
+                raise ValueError(
+                    f"data.{key}: expected nothing with task language_model, whose text has no records, received "
+                    f"{getattr(config.data, key)!r}"
+                )
+        corpus = load_corpus(config.data.path)
+        self.source = corpus.source
+        self.train = Samples(corpus.train, config.data.sequence_length)
+        self.held_out = Samples(corpus.held_out, config.data.sequence_length)
+
+    def model_config(self) -> TransformerConfig:
+        return self.sizes()
+
+    def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
+        return {"bits_per_byte": bits_per_byte(loss)}
+
+    def examples_of(self, lines: Sequence[str]) -> Examples:
+        """Beginnings of a text; half of what the model sees is kept for what it adds."""
+        length = self.config.data.sequence_length // 2
+        tokens, lengths = padded([encode(line, length) or b"\n" for line in lines], length)
+        return Examples(tokens, np.full((len(lines), 1), IGNORED, np.int64), lengths=lengths)
+
+    def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
+        """The bytes that come next, up to the end of the line, [B, S / 2], filled up with PAD."""
+        import torch
+
+        from fusemesh.generation import generate
+
+        length = self.config.data.sequence_length // 2
+        prompts = [
+            torch.from_numpy(row[:size]).to(device)
+            for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
+        ]
+        found = generate(model, prompts, max_new_tokens=length, end=ord("\n"))
+        return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+
+    def answer(self, prediction: np.ndarray, line: str) -> str:
+        return decode(prediction)
 
 
 def ngram_bits_per_byte(
@@ -168,7 +230,7 @@ def ngram_bits_per_byte(
     return float(-np.log2(p).mean())
 
 
-def baselines(corpus: Corpus, sequence_length: int, indices: Sequence[int] | np.ndarray) -> dict[str, float]:
+def baselines(corpus: Corpus, sequence_length: int, indices: Indices) -> dict[str, float]:
     """Bits per byte of simple models on just the bytes that these held-out samples predict.
 
     Keys: ``ngram0``, ``ngram1``, ``ngram2`` (bytes of context, trained on the training bytes) and ``gzip`` (level 9, of

@@ -1,0 +1,165 @@
+"""What a task is to the trainer and the evaluator: examples by number, a model's kind, and what its answers are worth.
+
+Texts are bytes of UTF-8. Four of them, which no text holds, mean something else: :data:`PAD`, :data:`BEGIN`,
+:data:`END` and :data:`SEPARATOR`. A text that is longer than ``data.sequence_length`` allows is cut at its end, between
+two characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusemesh.config import Config
+    from fusemesh.transformer import Transformer, TransformerConfig
+
+VOCAB_SIZE = 256
+PAD, BEGIN, END, SEPARATOR = 0, 1, 2, 3
+IGNORED = -100  # target that does not count
+HELD_OUT_ONE_IN = 16
+
+Indices = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples: tokens int64 [B, S]; targets int64 [B, n], :data:`IGNORED` where one does not count; and what else
+    the model takes by name, int64 [B, ...]."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Dataset(Protocol):
+    """Samples, known by their number."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Indices) -> Batch:
+        """These samples."""
+        ...
+
+    def targets_in(self, indices: Indices) -> int:
+        """How many targets of these samples count."""
+        ...
+
+
+class Examples:
+    """A dataset in memory: each array's rows are the samples'."""
+
+    def __init__(self, tokens: np.ndarray, targets: np.ndarray, **inputs: np.ndarray) -> None:
+        self.tokens, self.targets, self.inputs = tokens, targets, inputs
+        self._counted = (targets != IGNORED).sum(axis=1)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, indices: Indices) -> Batch:
+        at = np.asarray(indices, dtype=np.int64)
+        inputs = {name: values[at].astype(np.int64) for name, values in self.inputs.items()}
+        return Batch(self.tokens[at].astype(np.int64), self.targets[at].astype(np.int64), inputs)
+
+    def targets_in(self, indices: Indices) -> int:
+        return int(self._counted[np.asarray(indices, dtype=np.int64)].sum())
+
+
+class Task(ABC):
+    """Data, model and metric of one use.
+
+    ``train`` and ``held_out`` are datasets, and ``source`` says where they are from. ``metric`` names the first of the
+    numbers that :meth:`score` makes of predictions; "" if the loss says all. ``stacks`` is 2 for an encoder-decoder,
+    which has ``model.num_layers`` blocks in each.
+    """
+
+    metric = ""
+    stacks = 1
+    train: Dataset
+    held_out: Dataset
+    source: str
+
+    def __init__(self, config: Config) -> None:
+        """Raises ValueError for data that cannot be used, with file, line and remedy."""
+        self.config = config
+
+    @abstractmethod
+    def model_config(self) -> TransformerConfig:
+        """The sizes of the model, from the configuration and the data."""
+
+    def sizes(self, **kind: Any) -> TransformerConfig:
+        """The configured sizes, with the kind of model."""
+        import dataclasses
+
+        from fusemesh.transformer import TransformerConfig
+
+        shape = dataclasses.asdict(self.config.model)
+        length = self.config.data.sequence_length
+        return TransformerConfig(vocab_size=VOCAB_SIZE, max_sequence_length=length, **shape, **kind)
+
+    @abstractmethod
+    def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
+        """What the model answers, int64 [B, width], with one width for all batches.
+
+        Every rank of all replicas calls it for equally many batches of one size.
+        """
+
+    @abstractmethod
+    def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
+        """Metrics of the mean loss and the predictions [count, width] for the first ``count`` held-out samples.
+
+        Those of a baseline are among them, named for it. Without a ``metric`` there are no predictions.
+        """
+
+    def draw(self, predictions: np.ndarray, folder: Path) -> None:  # noqa: B027 (most tasks have nothing to show)
+        """Leave drawings of the predictions in a run's folder, where there is something to see."""
+
+    @abstractmethod
+    def examples_of(self, lines: Sequence[str]) -> Examples:
+        """Questions of a user, one a line, as samples without targets.
+
+        Raises:
+            ValueError: a line that is no question, by its number.
+        """
+
+    @abstractmethod
+    def answer(self, prediction: np.ndarray, line: str) -> str:
+        """What one row of :meth:`predict` means, for the line that it answers."""
+
+
+def encode(text: str, most: int) -> bytes:
+    """At most ``most`` bytes of a text, cut between characters, without the four bytes that have another meaning."""
+    data = text.translate({PAD: None, BEGIN: None, END: None, SEPARATOR: None}).encode()
+    return data if len(data) <= most else data[:most].decode(errors="ignore").encode()
+
+
+def decode(tokens: np.ndarray) -> str:
+    """The text of tokens up to the first END or PAD."""
+    stop = np.flatnonzero((tokens == END) | (tokens == PAD))
+    return bytes(tokens[: stop[0] if len(stop) else None].astype(np.uint8)).decode(errors="replace")
+
+
+def padded(rows: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n, length], filled up with PAD, and int64 [n], how long each is."""
+    found = np.full((len(rows), length), PAD, np.uint8)
+    for row, data in zip(found, rows, strict=True):
+        row[: len(data)] = np.frombuffer(data, np.uint8)
+    return found, np.array([len(data) for data in rows], np.int64)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether what goes by this name is held out: one in :data:`HELD_OUT_ONE_IN`, by hash, the same everywhere."""
+    return hash_of(name) % HELD_OUT_ONE_IN == 0
+
+
+def hash_of(name: str) -> int:
+    """64 bits that depend on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

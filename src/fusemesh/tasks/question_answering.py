@@ -1,0 +1,260 @@
+"""Question answering: which span of a passage answers a question. By default, composed facts about people.
+
+A passage of the default corpus says several things of several people, so that an answer must agree with the question in
+the person and in what is asked. Which person goes with which answer is held out by hash: no held-out fact was seen in
+training.
+
+Metrics: exact match and F1 of words, by the rules of SQuAD (Rajpurkar et al., 2016): lower case, no punctuation, no
+articles. Beside them stands a baseline that looks for words alone: the last word of the first sentence that shares
+most words with the question.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .base import IGNORED, SEPARATOR, Batch, Examples, Task, encode, hash_of, is_held_out, padded
+from .records import Record, read_records, split_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusemesh.config import Config
+    from fusemesh.transformer import Transformer, TransformerConfig
+
+FIELDS = ("question", "passage", "answer")
+MOST_BYTES = 64  # of an answer
+DEFAULTS: Mapping[str, Any] = {
+    "data.sequence_length": 176,
+    "model.num_layers": 4,
+    "training.steps": 500,
+    "training.global_batch_size": 32,
+    "training.learning_rate": 2e-3,
+    "training.min_learning_rate": 1e-4,
+    "evaluation.batch_size": 32,
+    "evaluation.samples": 512,
+}
+NAMES = (
+    "Anna",
+    "Boris",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karin",
+    "Louis",
+    "Maria",
+    "Nils",
+    "Olga",
+    "Pavel",
+    "Rosa",
+    "Simon",
+    "Tessa",
+    "Victor",
+)
+# What is said of a person, what is asked, and the answers.
+FACTS = (
+    ("{} lives in {}.", "Where does {} live?", "Paris Rome Oslo Lima Cairo Delhi Quito Tokyo Minsk Dakar Sofia Perth"),
+    (
+        "{} works as a {}.",
+        "What is the job of {}?",
+        "baker nurse pilot tailor doctor farmer lawyer sailor porter cook",
+    ),
+    ("{} plays the {}.", "What does {} play?", "flute piano violin cello guitar drums harp trumpet oboe organ lute"),
+    ("{} was born in {}.", "When was {} born?", "1961 1964 1968 1972 1975 1977 1983 1986 1989 1990 1994 1998"),
+)
+_SAMPLES, _HELD_OUT_SAMPLES, _SENTENCES = 16000, 1024, 5
+
+
+class QuestionAnswering(Task):
+    """See the module."""
+
+    metric = "f1"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        data = config.data
+        if data.path:
+            train = read_records(data.path, FIELDS, data.columns)
+            self.source = data.path
+            if data.held_out:
+                held_out = read_records(data.held_out, FIELDS, data.columns)
+            else:
+                # By the passage: no question about a held-out one was trained on.
+                held_out = [record for record in train if is_held_out(record.values[1])]
+                train = [record for record in train if not is_held_out(record.values[1])]
+        else:
+            train, held_out = composed_facts(held_out=False), composed_facts(held_out=True)
+            self.source = "composed facts"
+        for part, records in (("to train on", train), ("held out", held_out)):
+            if not records:
+                raise ValueError(
+                    f"data.path: expected enough records to hold some out, received none {part} in {self.source}; give "
+                    "more, or a file of them as data.held_out"
+                )
+        self.held_out, self._records = self._examples(held_out), held_out
+        self.train = self._without_cut_answers(self._examples(train))
+
+    def _examples(self, records: Sequence[Record]) -> Examples:
+        spans = []
+        for record in records:
+            question, passage, answer = record.values
+            at = passage.encode().find(answer.encode())
+            if at < 0:
+                raise ValueError(
+                    f"{record.where}: expected an answer that stands in the passage, received {answer!r}; quote it as "
+                    "it is written there"
+                )
+            start = len(self._question(question)) + at
+            end = start + len(answer.encode()) - 1
+            # An answer behind the end of a passage that was cut: nothing to learn from it.
+            fits = end < self.config.data.sequence_length
+            spans.append((start, end) if fits else (IGNORED, IGNORED))
+        return self._texts([record.values[:2] for record in records], np.array(spans, np.int64))
+
+    def _without_cut_answers(self, examples: Examples) -> Examples:
+        """Nothing can be learnt from a passage that was cut before its answer; held out, it counts as wrong."""
+        kept = np.flatnonzero(examples.targets[:, 0] != IGNORED)
+        if not len(kept):
+            raise ValueError(
+                f"data.sequence_length: expected enough bytes to hold a question and a passage up to its answer, "
+                f"received {self.config.data.sequence_length}, which cuts every answer in {self.source}"
+            )
+        inputs = {name: values[kept] for name, values in examples.inputs.items()}
+        return Examples(examples.tokens[kept], examples.targets[kept], **inputs)
+
+    def _question(self, question: str) -> bytes:
+        return encode(question.strip(), self.config.data.sequence_length // 2) + bytes([SEPARATOR])
+
+    def _texts(self, pairs: Sequence[Sequence[str]], targets: np.ndarray) -> Examples:
+        length = self.config.data.sequence_length
+        questions = [self._question(question) for question, _ in pairs]
+        rows = [
+            question + encode(passage, length - len(question))
+            for question, (_, passage) in zip(questions, pairs, strict=True)
+        ]
+        tokens, lengths = padded(rows, length)
+        starts = np.array([len(question) for question in questions], np.int64)
+        return Examples(tokens, targets, lengths=lengths, span_starts=starts)
+
+    def model_config(self) -> TransformerConfig:
+        return self.sizes(architecture="encoder", output="span")
+
+    def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
+        """First and last position of the most probable span of at most MOST_BYTES, [B, 2]."""
+        import torch
+
+        inputs = {name: torch.from_numpy(values).to(device) for name, values in batch.inputs.items()}
+        logits = model.logits(torch.from_numpy(batch.tokens).to(device), **inputs)
+        length = logits.shape[-1]
+        # [B, start, end]
+        pairs = logits[:, 0, :, None] + logits[:, 1, None, :]
+        near = torch.ones((length, length), dtype=torch.bool, device=device).triu().tril(MOST_BYTES - 1)
+        best = pairs.masked_fill(~near, float("-inf")).flatten(1).argmax(-1)
+        return torch.stack((best // length, best % length), dim=-1)
+
+    def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
+        assert predictions is not None
+        found = [self._text(self.held_out.tokens[row], span) for row, span in enumerate(predictions)]
+        records = self._records[:count]
+        guesses = [overlap_guess(record.values[0], record.values[1]) for record in records]
+        expected = [record.values[2] for record in records]
+        result = {}
+        for name, answers in (("", found), ("overlap_", guesses)):
+            pairs = list(zip(answers, expected, strict=True))
+            result[f"{name}exact_match"] = float(np.mean([exact_match(*pair) for pair in pairs]))
+            result[f"{name}f1"] = float(np.mean([f1(*pair) for pair in pairs]))
+        return result
+
+    @staticmethod
+    def _text(tokens: np.ndarray, span: np.ndarray) -> str:
+        return bytes(tokens[span[0] : span[1] + 1].astype(np.uint8)).decode(errors="replace")
+
+    def examples_of(self, lines: Sequence[str]) -> Examples:
+        pairs = [split_line(line, FIELDS[:2], f"line {number}") for number, line in enumerate(lines, 1)]
+        return self._texts(pairs, np.full((len(lines), 2), IGNORED, np.int64))
+
+    def answer(self, prediction: np.ndarray, line: str) -> str:
+        return self._text(self.examples_of([line]).tokens[0], prediction)
+
+
+def normalised(text: str) -> str:
+    """As SQuAD compares answers: lower case, without punctuation and articles, with single spaces."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(found: str, expected: str) -> float:
+    """1 if they are equal, normalised; else 0."""
+    return float(normalised(found) == normalised(expected))
+
+
+def f1(found: str, expected: str) -> float:
+    """The harmonic mean of precision and recall of words, normalised; 1 if both have none."""
+    a, b = normalised(found).split(), normalised(expected).split()
+    if not a or not b:
+        return float(a == b)
+    common = sum((Counter(a) & Counter(b)).values())
+    return 2 * common / (len(a) + len(b))
+
+
+def overlap_guess(question: str, passage: str) -> str:
+    """The baseline's answer."""
+    words = set(normalised(question).split())
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+", passage) if part.strip()] or [passage]
+    best = max(sentences, key=lambda sentence: len(words & set(normalised(sentence).split())))
+    return (normalised(best).split() or [""])[-1]
+
+
+def composed_facts(*, held_out: bool) -> list[Record]:
+    """The default corpus: (question, passage, answer), with facts that are held out or not."""
+    records = []
+    # Of every person and kind of fact, the answers of this part.
+    answers = {
+        (name, kind): [a for a in FACTS[kind][2].split() if is_held_out_fact(name, kind, a) == held_out]
+        for name in NAMES
+        for kind in range(len(FACTS))
+    }
+    draw = np.random.default_rng(hash_of("held-out facts" if held_out else "facts") % 2**32)
+    legal = [key for key, values in answers.items() if values]
+    while len(records) < (_HELD_OUT_SAMPLES if held_out else _SAMPLES):
+        asked = legal[draw.integers(len(legal))]
+        # Another person with the same kind of fact, and the same person with another kind; then any.
+        names = [name for name in NAMES if name != asked[0] and (name, asked[1]) in answers]
+        kinds = [kind for kind in range(len(FACTS)) if kind != asked[1]]
+        said = {asked, (names[draw.integers(len(names))], asked[1]), (asked[0], kinds[draw.integers(len(kinds))])}
+        while len(said) < _SENTENCES:
+            said.add((NAMES[draw.integers(len(NAMES))], int(draw.integers(len(FACTS)))))
+        order = sorted(said)
+        draw.shuffle(order)
+        sentences, answer = [], ""
+        for name, kind in order:
+            is_free = held_out and (name, kind) != asked
+            own = FACTS[kind][2].split() if is_free else answers[name, kind]
+            value = own[draw.integers(len(own))]
+            sentences.append(FACTS[kind][0].format(name, value))
+            answer = value if (name, kind) == asked else answer
+        question = FACTS[asked[1]][1].format(asked[0])
+        if " ".join(sentences).find(answer) == _place(sentences, order.index(asked), answer):
+            records.append(Record((question, " ".join(sentences), answer), "composed", len(records) + 1))
+    return records
+
+
+def _place(sentences: Sequence[str], index: int, answer: str) -> int:
+    """Where the answer stands in its own sentence of the passage."""
+    return sum(len(sentence) + 1 for sentence in sentences[:index]) + sentences[index].rfind(answer)
+
+
+def is_held_out_fact(name: str, kind: int, answer: str) -> bool:
+    """Whether nobody reads in training that this person has this answer to this question."""
+    return hash_of(f"{name} {kind} {answer}") % 5 == 0

@@ -1,0 +1,163 @@
+"""Translation: text to text, with an encoder-decoder. By default numbers in English words to French words.
+
+The default corpus is made by num2words: every number from 0 to 9999, of which one in sixteen, by hash, is held out.
+French counts by twenties above sixty and agrees in number, so that words cannot be replaced one by one.
+
+Metrics over all held-out pairs: BLEU (Papineni et al., 2002) and chrF (Popovic, 2015) by sacrebleu, and the share of
+translations that are exactly right; beside them those of copying the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, Task, decode, encode, hash_of, is_held_out, padded
+from .records import Record, read_records
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusemesh.config import Config
+    from fusemesh.transformer import Transformer, TransformerConfig
+
+FIELDS = ("source", "target")
+DEFAULTS: Mapping[str, Any] = {
+    "data.sequence_length": 56,
+    "model.num_layers": 2,
+    "training.steps": 600,
+    "training.global_batch_size": 64,
+    "training.learning_rate": 3e-3,
+    "training.min_learning_rate": 1e-4,
+    "evaluation.batch_size": 64,
+    "evaluation.samples": 256,
+}
+LARGEST = 9999
+
+
+class Translation(Task):
+    """See the module."""
+
+    metric = "bleu"
+    stacks = 2
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        data = config.data
+        if data.path:
+            train = read_records(data.path, FIELDS, data.columns)
+            self.source = data.path
+            if data.held_out:
+                held_out = read_records(data.held_out, FIELDS, data.columns)
+            else:
+                held_out = [record for record in train if is_held_out(record.values[0])]
+                train = [record for record in train if not is_held_out(record.values[0])]
+        else:
+            train, held_out = number_words()
+            self.source = "number words, English to French"
+        for part, records in (("to train on", train), ("held out", held_out)):
+            if not records:
+                raise ValueError(
+                    f"data.path: expected enough records to hold some out, received none {part} in {self.source}; give "
+                    "more, or a file of them as data.held_out"
+                )
+        self.train, self.held_out = self._examples(train), self._examples(held_out)
+        self._records = held_out
+
+    def _examples(self, records: Sequence[Record]) -> Examples:
+        length = self.config.data.sequence_length
+        targets = [encode(record.values[1].strip(), length - 1) for record in records]
+        seen, lengths = padded([bytes([BEGIN]) + target for target in targets], length)
+        expected, _ = padded([target + bytes([END]) for target in targets], length)
+        counted = np.arange(length) < lengths[:, None]
+        labels = np.where(counted, expected.astype(np.int64), IGNORED)
+        return self._sources([record.values[0] for record in records], labels, seen)
+
+    def _sources(self, sources: Sequence[str], targets: np.ndarray, seen: np.ndarray) -> Examples:
+        length = self.config.data.sequence_length
+        tokens, lengths = padded([encode(source.strip(), length) for source in sources], length)
+        return Examples(tokens, targets, lengths=lengths, target_tokens=seen)
+
+    def model_config(self) -> TransformerConfig:
+        return self.sizes(architecture="encoder-decoder")
+
+    def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
+        """The bytes of the translations, [B, S], filled up with PAD."""
+        import torch
+
+        from fusemesh.generation import generate
+
+        length = self.config.data.sequence_length
+        # A sample that only fills the batch up may be empty.
+        sources = [
+            torch.from_numpy(row[: max(1, size)]).to(device)
+            for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
+        ]
+        found = generate(
+            model,
+            sources,
+            max_new_tokens=length,
+            begin=BEGIN,
+            end=END,
+            num_beams=self.config.evaluation.num_beams,
+        )
+        return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+
+    def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
+        assert predictions is not None
+        found = [decode(row) for row in predictions]
+        records = self._records[:count]
+        expected = [record.values[1].strip() for record in records]
+        sources = [record.values[0].strip() for record in records]
+        result = {}
+        for name, answers in (("", found), ("copy_", sources)):
+            result.update({f"{name}{key}": value for key, value in text_scores(answers, expected).items()})
+        return result
+
+    def examples_of(self, lines: Sequence[str]) -> Examples:
+        shape = (len(lines), self.config.data.sequence_length)
+        return self._sources(lines, np.full(shape, IGNORED, np.int64), np.full(shape, PAD, np.uint8))
+
+    def answer(self, prediction: np.ndarray, line: str) -> str:
+        return decode(prediction)
+
+
+def text_scores(found: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+    """``bleu`` and ``chrf`` (0 to 100, over the whole corpus) and ``exact_match`` (0 to 1).
+
+    Raises:
+        ValueError: sacrebleu is not installed.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise ValueError(
+            "task: translation is scored by sacrebleu; install it with: pip install 'fusemesh[app]'"
+        ) from error
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(found), [list(expected)]).score,
+        "chrf": sacrebleu.corpus_chrf(list(found), [list(expected)]).score,
+        "exact_match": float(np.mean([a == b for a, b in zip(found, expected, strict=True)])),
+    }
+
+
+def number_words() -> tuple[list[Record], list[Record]]:
+    """The default corpus: records (English, French) to train on, and held out.
+
+    Raises:
+        ValueError: num2words is not installed.
+    """
+    try:
+        from num2words import num2words
+    except ImportError as error:
+        raise ValueError(
+            "data.path: the default corpus is made by num2words; install it with: pip install 'fusemesh[app]', or give "
+            "a file of your own"
+        ) from error
+    parts: tuple[list[Record], list[Record]] = ([], [])
+    for number in sorted(range(LARGEST + 1), key=lambda number: hash_of(f"order of {number}")):
+        words = (num2words(number, lang="en"), num2words(number, lang="fr"))
+        parts[is_held_out(f"number {number}")].append(Record(words, "num2words", number))
+    return parts

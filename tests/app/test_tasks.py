@@ -1,0 +1,174 @@
+"""Layer: application. The three tasks: their corpora, their metrics, and that any layout gives one answer."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fusemesh import cli, config
+from fusemesh.tasks import build_task, question_answering, text_classification, translation
+from fusemesh.tasks.base import decode, encode, is_held_out
+
+TASKS = ("text_classification", "translation", "question_answering")
+# Small enough for a test of what happens, not of what is learnt.
+SMALL = {
+    "model.hidden_size": "16",
+    "model.num_layers": "1",
+    "model.num_heads": "2",
+    "model.num_kv_heads": "1",
+    "model.intermediate_size": "24",
+    "training.steps": "3",
+    "training.global_batch_size": "8",
+    "training.warmup_steps": "1",
+    "evaluation.samples": "21",
+    "evaluation.batch_size": "8",
+    "run.device": "cpu",
+}
+
+
+def test_a_text_survives_its_bytes() -> None:
+    assert decode(np.frombuffer(encode("zwölf\x01\x02", 99), np.uint8)) == "zwölf"
+    assert encode("zwölf", 3) == b"zw"
+    assert decode(np.array([65, 2, 66])) == decode(np.array([65, 0, 66])) == "A"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_default_corpus_is_the_same_everywhere_and_shares_nothing(name: str) -> None:
+    one, other = (build_task(config.load(None, {"task": name})) for _ in range(2))
+    train, held_out = (set(map(tuple, part.tokens.tolist())) for part in (one.train, one.held_out))
+    assert not train & held_out and len(one.train) > 5000 and len(one.held_out) > 500
+    for part in ("train", "held_out"):
+        a, b = getattr(one, part), getattr(other, part)
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.targets, b.targets)
+    # Nothing is cut.
+    assert (one.train.inputs["lengths"] < one.config.data.sequence_length).mean() > 0.999
+
+
+def test_names_are_held_out_in_all_languages() -> None:
+    train, held_out = text_classification.locale_names()
+    assert {record.values[1] for record in train} == {record.values[1] for record in held_out}
+    texts = {record.values for record in train}
+    assert ("Frankreich", "de") in texts or ("Frankreich", "de") in {record.values for record in held_out}
+    both = [record.values[0] for record in [*train, *held_out]]
+    assert len(both) == len(set(both))
+
+
+def test_composed_facts_are_answered_by_agreeing_in_both() -> None:
+    train, held_out = (question_answering.composed_facts(held_out=part) for part in (False, True))
+    for record in [*train[:500], *held_out[:500]]:
+        question, passage, answer = record.values
+        kind = next(k for k, (_, q, _) in enumerate(question_answering.FACTS) if question.startswith(q.split("{}")[0]))
+        name = next(name for name in question_answering.NAMES if name in question)
+        assert question_answering.FACTS[kind][0].format(name, answer) in passage
+        assert question_answering.is_held_out_fact(name, kind, answer) == (record in held_out)
+    # Word overlap alone does not find it.
+    guesses = [question_answering.overlap_guess(*record.values[:2]) for record in held_out]
+    right = np.mean([guess == record.values[2].lower() for guess, record in zip(guesses, held_out, strict=True)])
+    assert right < 0.75
+
+
+def test_number_words_are_held_out_by_number() -> None:
+    train, held_out = translation.number_words()
+    assert len(train) + len(held_out) == 10000
+    assert all(is_held_out(f"number {record.line}") for record in held_out)
+    words = dict(record.values for record in [*train, *held_out])
+    assert words["ninety-seven"] == "quatre-vingt-dix-sept"
+
+
+def test_squads_rules() -> None:
+    assert question_answering.normalised("  The  Cat's, a hat!") == "cats hat"
+    assert question_answering.exact_match("The cat", "cat.") == 1
+    assert question_answering.f1("the black cat", "a cat sat") == pytest.approx(0.5)
+    assert question_answering.f1("dog", "cat") == 0
+    assert question_answering.f1("the", "a") == 1 and question_answering.f1("the", "cat") == 0
+
+
+def test_macro_f1_is_the_mean_of_each_labels() -> None:
+    found, expected = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
+    # Label 0: 2 * 1 / (2 + 2); 1: 2 * 2 / (2 + 3); 2: 0.
+    assert text_classification.macro_f1(found, expected) == pytest.approx((0.5 + 0.8 + 0) / 3)
+    assert text_classification.accuracy(found, expected) == pytest.approx(0.6)
+
+
+def test_a_span_is_the_most_probable_that_is_one() -> None:
+    """Ends before starts, and answers that are too long, are none."""
+    task = build_task(config.load(None, {"task": "question_answering"}))
+    logits = torch.full((2, 2, 176), -9.0)
+    logits[0, 0, [20, 30]] = torch.tensor([5.0, 4.0])
+    logits[0, 1, [10, 33]] = torch.tensor([7.0, 3.0])
+    logits[1, 0, [20, 90]] = torch.tensor([5.0, 4.0])
+    logits[1, 1, 100] = 5.0
+
+    class Fixed:
+        def logits(self, tokens: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+            return logits
+
+    found = task.predict(Fixed(), task.held_out.batch([0, 1]), torch.device("cpu"))  # type: ignore[arg-type]
+    assert found.tolist() == [[20, 33], [90, 100]]
+
+
+def train(name: str, folder: Path, capsys: pytest.CaptureFixture[str], layout: str = "single") -> dict:
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    status = cli.main(["train", name, *options, "--layout", layout, "--out", str(folder), "--quiet", "--json"])
+    output = json.loads(capsys.readouterr().out)
+    assert status == 0, output
+    return output
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    status = cli.main([*arguments, "--json"])
+    output = json.loads(capsys.readouterr().out)
+    assert status == 0, output
+    return output
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", TASKS)
+def test_one_checkpoint_has_one_metric(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained and evaluated in one layout, merged, and asked in others; lines are answered alike."""
+    layout = {"translation": "pp2", "question_answering": "dp2"}.get(name, "tp2")
+    summary = train(name, tmp_path, capsys, layout)
+    keys = [key for key in summary["held_out"] if key not in ("loss", "seconds")]
+    assert build_task(config.load(None, {"task": name, **SMALL})).metric in keys
+    merged = run(capsys, "merge", str(tmp_path))["output"]
+    alone = run(capsys, "eval", merged)
+    assert {key: alone[key] for key in keys} == {key: summary["held_out"][key] for key in keys}
+    assert alone["loss"] == pytest.approx(summary["loss"], abs=1e-5)
+    assert (tmp_path / "confusion.png").is_file() == (name == "text_classification")
+
+    lines = "Where does Anna live?\tAnna lives in Oslo.\n" * 3 if name == "question_answering" else "one\ntwo\nthree\n"
+    answers = []
+    for more in ([], ["--layout", "dp2"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        answers.append(run(capsys, "predict", merged, *more)["answers"])
+    assert len(answers[0]) == 3 and answers[0] == answers[1]
+
+
+def test_a_language_model_goes_on_with_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"line {n} is line {n}" for n in range(200)))
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    folder = str(tmp_path / "run")
+    data = ["--data.path", str(tmp_path / "text.txt"), "--data.sequence_length", "32"]
+    assert cli.main(["train", *options, *data, "--out", folder, "--quiet"]) == 0
+    capsys.readouterr()
+    found = run(capsys, "generate", folder, "--prompt", "line", "--tokens", "9")
+    assert found["prompt"] == "line" and found["tokens"] == 9
+    # Streamed: the same text.
+    assert cli.main(["generate", folder, "--prompt", "line", "--tokens", "9"]) == 0
+    assert capsys.readouterr().out == f"line{found['text']}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("line"))
+    assert run(capsys, "generate", folder, "--tokens", "9") == found
+    sampled = [run(capsys, "generate", folder, "--prompt", "line", "--top-k", "5", "--seed", s) for s in "112"]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert cli.main(["generate", folder, "--prompt", "line", "--tokens", "32"]) == 2
+    assert "--tokens: expected 1 to 31" in capsys.readouterr().err
