@@ -17,12 +17,12 @@ import torch
 from torch.distributed import pipelining
 from torch.distributed.tensor import Replicate
 
-from fusemesh import transformer
 from fusemesh.hybrid import data_parallel, pipeline_parallel, tensor_parallel
 from fusemesh.hybrid.launch import World
 from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.kernels.matmul import parallel
 from fusemesh.kernels.vocab_loss import api as vocab_loss
+from fusemesh.transformer import stage as transformer_stage
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ def _bias_on_every_rank() -> list[Any]:
 
 
 def _local_positions() -> list[Any]:
-    original = transformer.rotary_table
+    original = transformer_stage.rotary_table
 
     def table(positions: torch.Tensor, *rest: Any) -> Any:
         # What a rank would do that took its part of the sequence for the whole.
         return original(positions % (parity.LENGTH // 2), *rest)
 
-    return [mock.patch.object(transformer, "rotary_table", table)]
+    return [mock.patch.object(transformer_stage, "rotary_table", table)]
 
 
 def _unmasked_embedding() -> list[Any]:

@@ -136,7 +136,7 @@ def _plan_options(plan: argparse.ArgumentParser) -> None:
 
 def _generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--prompt", metavar="TEXT", help="default: standard input")
-    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="how many to add; default: 100")
+    generate.add_argument("--tokens", type=int, metavar="N", help="how many to add; default: half of a sample's")
     generate.add_argument(
         "--beams", type=int, default=1, metavar="N", help="more than 1: the best of so many beginnings"
     )
@@ -290,10 +290,10 @@ def _generate(options: argparse.Namespace) -> tuple[Any, str | None]:
     if resolved.task != "language_model":
         raise ValueError(f"model: expected one of task language_model, received {resolved.task}; use fusemesh predict")
     limit = resolved.data.sequence_length - 1
-    if not 1 <= options.tokens <= limit:
+    tokens = options.tokens if options.tokens is not None else max(1, resolved.data.sequence_length // 2)
+    if not 1 <= tokens <= limit:
         raise ValueError(
-            f"--tokens: expected 1 to {limit}, which data.sequence_length leaves beside a prompt, received "
-            f"{options.tokens}"
+            f"--tokens: expected 1 to {limit}, which data.sequence_length leaves beside a prompt, received {tokens}"
         )
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
     if not prompt:
@@ -314,7 +314,7 @@ def _generate(options: argparse.Namespace) -> tuple[Any, str | None]:
         options.target,
         config.as_dict(resolved),
         prompt,
-        options.tokens,
+        tokens,
         sampling,
         options.beams,
         options.seed,

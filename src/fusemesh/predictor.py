@@ -124,5 +124,7 @@ def generate_rank(
             seed=seed,
             on_token=write if stream and loaded.world.is_first and num_beams == 1 else None,
         )[0]
+        if stream and loaded.world.is_first:
+            sys.stdout.write(decoder.decode(b"", final=True))
     found = bytes(added.tolist())
     return {"prompt": data.decode(errors="replace"), "text": found.decode(errors="replace"), "tokens": len(found)}

@@ -58,7 +58,7 @@ def test_every_key_says_what_it_means():
 WRONG_OVERRIDES = [
     (
         {"trainin.steps": "3"},
-        r"trainin\.steps: not a key of the configuration; the keys are: layout, model\.hidden_size",
+        r"trainin\.steps: not a key of the configuration; the keys are: task, layout, model\.hidden_size",
     ),
     ({"steps": "3"}, "steps: not a key"),
     ({"training.steps": "many"}, r"--training\.steps: expected a whole number, received 'many'"),
