@@ -42,8 +42,6 @@ def _triton_importable() -> bool:
     return True
 
 
-# torch.compile takes the answer as a constant: it cannot trace an import, and a process does not change its mind.
-@torch.compiler.assume_constant_result
 def why_unavailable(backend: str, device: torch.device | str) -> str | None:
     """Why ``backend`` cannot run on tensors of ``device`` on this machine, or None if it can."""
     kind = torch.device(device).type
@@ -65,6 +63,11 @@ def why_unavailable(backend: str, device: torch.device | str) -> str | None:
             )
         return None
     raise ValueError(f"backend: expected one of {('auto', *NAMES)}, received {backend!r}")
+
+
+# torch.compile takes the answer as a constant: it cannot trace an import, and a process does not change its mind. This
+# is the mark of torch.compiler.assume_constant_result, which itself imports torch._dynamo: 2 s before the first call.
+why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def requested(backend: str) -> str:

@@ -53,7 +53,9 @@ class DataConfig:
     )
     held_out: str = _doc("", "a file of records to evaluate on; empty: one in 16 of those of data.path, by hash")
     columns: str = _doc("", "names of the columns that hold a record, in the task's order; empty: the task's names")
-    sequence_length: int = _doc(256, "bytes per sample, of source and target each; longer texts are cut", least=1)
+    sequence_length: int = _doc(
+        256, "tokens (bytes, of a question words) per sample, of source and target each; longer texts are cut", least=1
+    )
 
 
 @dataclass(frozen=True)

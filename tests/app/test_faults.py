@@ -45,12 +45,16 @@ def start(text: str, folder: Path, layout: str, steps: int) -> subprocess.Popen[
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def ranks_of(launcher: int) -> list[int]:
-    """The processes of the ranks, in rank order."""
-    children = [
-        int(pid) for task in Path(f"/proc/{launcher}/task").iterdir() for pid in (task / "children").read_text().split()
+def children_of(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
-    return sorted(pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text())
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes of the ranks, in rank order: forked by the one that the launcher spawned."""
+    spawned = [pid for pid in children_of(launcher) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return sorted(rank for nursery in spawned for rank in children_of(nursery))
 
 
 def consumed(folder: Path) -> list[dict]:

@@ -128,11 +128,12 @@ def test_too_long_a_text_is_cut_between_characters(tmp_path: Path) -> None:
 
 def test_an_answer_behind_the_cut_is_not_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("who?\tThere came Anna.\tAnna\nwho?\tAnna came.\tAnna\n")
-    task = build_task(configured("question_answering", str(path), **{"data.held_out": str(path)}))
-    assert task.train.batch([0]).targets.tolist() == [[5, 8]] and len(task.train) == 1
-    assert task.held_out.batch([0, 1]).targets.tolist() == [[-100, -100], [5, 8]]
+    path.write_text("who?\tThere came Anna Bell.\tAnna Bell\nwho?\tAnna Bell came.\tAnna Bell\n")
+    options = {"data.held_out": str(path), "data.sequence_length": "6"}
+    task = build_task(configured("question_answering", str(path), **options))
+    assert task.train.batch([0]).targets.tolist() == [[3, 4]] and len(task.train) == 1
+    assert task.held_out.batch([0, 1]).targets.tolist() == [[-100, -100], [3, 4]]
     assert task.held_out.targets_in([0, 1]) == 2
-    path.write_text("who?\tThere came Anna.\tAnna\n")
-    with pytest.raises(ValueError, match=r"data\.sequence_length: expected enough bytes .* received 16, which cuts"):
-        build_task(configured("question_answering", str(path), **{"data.held_out": str(path)}))
+    path.write_text("who?\tThere came Anna Bell.\tAnna Bell\n")
+    with pytest.raises(ValueError, match=r"data\.sequence_length: expected enough words .* received 6, which cuts"):
+        build_task(configured("question_answering", str(path), **options))

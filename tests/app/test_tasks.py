@@ -99,18 +99,27 @@ def test_macro_f1_is_the_mean_of_each_labels() -> None:
 def test_a_span_is_the_most_probable_that_is_one() -> None:
     """Ends before starts, and answers that are too long, are none."""
     task = build_task(config.load(None, {"task": "question_answering"}))
-    logits = torch.full((2, 2, 176), -9.0)
+    logits = torch.full((2, 2, 48), -9.0)
     logits[0, 0, [20, 30]] = torch.tensor([5.0, 4.0])
     logits[0, 1, [10, 33]] = torch.tensor([7.0, 3.0])
-    logits[1, 0, [20, 90]] = torch.tensor([5.0, 4.0])
-    logits[1, 1, 100] = 5.0
+    logits[1, 0, [20, 39]] = torch.tensor([5.0, 4.0])
+    logits[1, 1, 40] = 5.0
 
     class Fixed:
         def logits(self, tokens: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
             return logits
 
-    found = task.predict(Fixed(), task.held_out.batch([0, 1]), torch.device("cpu"))  # type: ignore[arg-type]
-    assert found.tolist() == [[20, 33], [90, 100]]
+    batch = task.held_out.batch([0, 1])
+    found = task.predict(Fixed(), batch, torch.device("cpu"))  # type: ignore[arg-type]
+    starts = batch.inputs["span_starts"].tolist()
+    assert found.tolist() == [[20 - starts[0], 33 - starts[0]], [39 - starts[1], 40 - starts[1]]]
+
+
+def test_an_answer_is_cut_out_as_it_is_written() -> None:
+    passage = "It's   Anna\tBell-Smith, of Rome."
+    assert question_answering.cut(passage, np.array([3, 6])) == "Anna\tBell-Smith"
+    assert question_answering.cut(passage, np.array([8, 99])) == "of Rome."
+    assert question_answering.cut(passage, np.array([9, 9])) == "Rome"
 
 
 def train(name: str, folder: Path, capsys: pytest.CaptureFixture[str], layout: str = "single") -> dict:

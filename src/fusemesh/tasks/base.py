@@ -1,8 +1,8 @@
 """What a task is to the trainer and the evaluator: examples by number, a model's kind, and what its answers are worth.
 
-Texts are bytes of UTF-8. Four of them, which no text holds, mean something else: :data:`PAD`, :data:`BEGIN`,
-:data:`END` and :data:`SEPARATOR`. A text that is longer than ``data.sequence_length`` allows is cut at its end, between
-two characters.
+Texts are bytes of UTF-8, but where a task says otherwise. Four of them, which no text holds, mean something else:
+PAD, BEGIN, END and SEPARATOR. A text that is longer than ``data.sequence_length`` allows is cut at its end, between two
+characters.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Task(ABC):
     def model_config(self) -> TransformerConfig:
         """The sizes of the model, from the configuration and the data."""
 
-    def sizes(self, **kind: Any) -> TransformerConfig:
+    def sizes(self, *, vocab_size: int = VOCAB_SIZE, **kind: Any) -> TransformerConfig:
         """The configured sizes, with the kind of model."""
         import dataclasses
 
@@ -103,7 +103,7 @@ class Task(ABC):
 
         shape = dataclasses.asdict(self.config.model)
         length = self.config.data.sequence_length
-        return TransformerConfig(vocab_size=VOCAB_SIZE, max_sequence_length=length, **shape, **kind)
+        return TransformerConfig(vocab_size=vocab_size, max_sequence_length=length, **shape, **kind)
 
     @abstractmethod
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
