@@ -227,8 +227,8 @@ def _detached_head() -> list[Any]:
 
 
 def _pipeline_table() -> list[Mutation]:
-    def flipped(original: Any, self: Any, call: Any, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-        original(self, call, tokens.flip(0), targets)
+    def flipped(original: Any, self: Any, call: Any, tokens: torch.Tensor, targets: torch.Tensor, inputs: Any) -> None:
+        original(self, call, tokens.flip(0), targets, inputs)
 
     def own_tokens(original: Any, self: Any, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         self._count = (targets != -100).sum()

@@ -39,7 +39,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 
 def measure(world: int, *, dtype: str = "float32", threads: int = 1) -> Hardware:
-    """Measure this machine for ``world`` ranks with ``threads`` threads each; about ten seconds.
+    """Measure this machine for ``world`` ranks with ``threads`` threads each; ten to thirty seconds.
 
     Returns:
         Hardware whose memory is each rank's part of the machine's.
@@ -314,7 +314,7 @@ def _time_collective(call: Callable[[], Any], work: Callable[[], Any], computing
     call()
     dist.barrier()
     times = []
-    for _ in range(9):
+    for _ in range(7):
         start = time.perf_counter()
         work()
         call()

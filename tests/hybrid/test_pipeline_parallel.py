@@ -105,9 +105,9 @@ def test_stages_one_after_the_other_are_the_model() -> None:
     h = tokens
     for index, part in enumerate(parts := deal_blocks(5, 3)):
         stage = model.stage(part, first=index == 0, last=index == len(parts) - 1)
-        assert stage.input_shape(*tokens.shape) == h.shape
+        assert stage.input_shapes({"tokens": tuple(tokens.shape)}) == [h.shape]
         h = stage(h)
-        assert stage.output_shape(*tokens.shape) == h.shape
+        assert stage.output_shapes({"tokens": tuple(tokens.shape)}) == [h.shape]
     assert torch.equal(h, expected)
 
 
