@@ -6,10 +6,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from . import reference
 from .spec import FP8, AttentionSpec
+
+# PyTorch's kernel itself, which F.scaled_dot_product_attention is a name for: fusemesh.accelerate() gives that name to
+# a function that may end up here.
+_scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
 
 
 def why_not(
@@ -55,7 +58,7 @@ def forward(
         seen, is_causal = _positions(q, k, mask, bias, origin, spec)
         # masked_fill rather than a second addition: adding -inf to a bias of -inf or inf would be no mask.
         attn_mask = seen if bias is None else bias if seen is None else bias.masked_fill(~seen, -math.inf)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=spec.scale, enable_gqa=gqa)
+        out = _scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=spec.scale, enable_gqa=gqa)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     if needs_grad and not torch.compiler.is_compiling():
         differentiable: torch.Tensor = _SecondDerivative.apply(out, q, k, v, mask, bias, origin, spec)

@@ -62,6 +62,24 @@ def scaled_dot_product_attention(
         ValueError: shapes, dtypes or devices do not fit, attn_mask and is_causal are both given (PyTorch's docstring
             forbids it; some of its kernels combine them, others raise), or the backend asked for cannot do the call.
     """
+    return attend(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, backend="auto"
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str,
+) -> torch.Tensor:
+    """:func:`scaled_dot_product_attention` by a backend that flash_attention takes."""
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     _check(query, key, value)
@@ -76,11 +94,7 @@ def scaled_dot_product_attention(
         # Every weight dropped and every key hidden give the same output and the same gradients: zeros.
         dropout_p, mask = 0.0, torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
     head_dim = v.shape[-1]
-    least = HEAD_DIMS[0] if backends.requested("auto") in FUSED else 1
-    if min(q.shape[-1], head_dim) < least:
-        # Zeros up to the least head dim of flash_attention, or of the fused backend asked for, change no score.
-        scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-        q, k, v = (F.pad(x, (0, max(least - x.shape[-1], 0))) for x in (q, k, v))
+    q, k, v, scale = widened(q, k, v, scale, backend)
     out = flash_attention(
         q,
         k,
@@ -91,9 +105,24 @@ def scaled_dot_product_attention(
         bias=bias,
         dropout_p=dropout_p,
         scale=scale,
+        backend=backend,
     )
     assert isinstance(out, torch.Tensor)
     return out[..., :head_dim].reshape(*lead, *out.shape[2:3], head_dim)
+
+
+def widened(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float | None]:
+    """q, k, v with head dims that the backend takes, and the scale of what they were before.
+
+    Zeros up to the least head dim of flash_attention, or of the fused backend asked for, change no score.
+    """
+    least = HEAD_DIMS[0] if backends.requested(backend) in FUSED else 1
+    if min(q.shape[-1], v.shape[-1]) < least:
+        scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+        q, k, v = (F.pad(x, (0, max(least - x.shape[-1], 0))) for x in (q, k, v))
+    return q, k, v, scale
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
