@@ -24,6 +24,9 @@ _PUBLIC = {
     "register_score_mod": "fusemesh.kernels.attention.score_mods",
     "fused_linear": "fusemesh.kernels.matmul.api",
     "use_backend": "fusemesh.kernels.backends",
+    "accelerate": "fusemesh.integrations.torch_accelerate",
+    "install": "fusemesh.integrations.torch_accelerate",
+    "uninstall": "fusemesh.integrations.torch_accelerate",
     "Layout": "fusemesh.hybrid.layout",
     "parallelize": "fusemesh.hybrid.apply",
     "Transformer": "fusemesh.transformer",
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
     from fusemesh.generation import generate as generate
     from fusemesh.hybrid.apply import parallelize as parallelize
     from fusemesh.hybrid.layout import Layout as Layout
+    from fusemesh.integrations.torch_accelerate import accelerate as accelerate
+    from fusemesh.integrations.torch_accelerate import install as install
+    from fusemesh.integrations.torch_accelerate import uninstall as uninstall
     from fusemesh.kernels.attention.api import attention_backward as attention_backward
     from fusemesh.kernels.attention.api import attention_forward as attention_forward
     from fusemesh.kernels.attention.api import flash_attention as flash_attention
