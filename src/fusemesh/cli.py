@@ -5,7 +5,7 @@ configuration is an option: what the TOML file calls ``steps`` under ``[training
 everybody needs have a short name, too, ``--steps`` and ``--out``.
 
 Exit status: 0; 1 for a run that failed (a rank died, numbers not finite, replicas that drifted, no layout that fits); 2
-for a request that cannot work; 130 after an interruption.
+for a request that cannot work; 130 after an interruption. ``doctor --trace`` keeps the script's.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _SHORT = {"training.steps": ("--steps",), "run.directory": ("--out",)}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, see above."""
-    options = _parser().parse_args(arguments)
+    words, after_dashes = _cut(list(sys.argv[1:] if arguments is None else arguments))
+    options = _parser().parse_args(words, argparse.Namespace(after_dashes=after_dashes))
     try:
-        result, text = options.command(options)
+        result, text, *status = options.command(options)
     except (ValueError, OSError) as error:
         return _fail(options, 2, str(error))
     except RuntimeError as error:
@@ -35,7 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options, 130, "interrupted; go on with --resume if the run has saved a checkpoint")
     if result is not None and (options.json or text is not None):
         print(json.dumps(result) if options.json else text)
-    return 0
+    return status[0] if status else 0
+
+
+def _cut(words: list[str]) -> tuple[list[str], list[str]]:
+    """What argparse is to see, and what belongs to the script of ``doctor --trace SCRIPT ... -- ...`` unseen."""
+    if words[:1] == ["doctor"] and "--trace" in words and "--" in words:
+        cut = words.index("--")
+        return words[:cut], words[cut + 1 :]
+    return words, []
 
 
 def _fail(options: argparse.Namespace, status: int, message: str, result: dict[str, Any] | None = None) -> int:
@@ -55,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     doctor = _command(commands, "doctor", _doctor, "what this machine has and what auto chooses")
+    doctor.add_argument(
+        "--trace",
+        nargs=argparse.REMAINDER,
+        metavar="SCRIPT",
+        help="SCRIPT [ARGS]: run a script with PyTorch's attention on FuseMesh, and print which call went where; "
+        "its exit status is kept. Everything after it is the script's, --json apart, unless that stands after --",
+    )
     train = _command(commands, "train", _train, "train a model for a task in any layout")
     train.add_argument(
         "task_name", nargs="?", metavar="TASK", help=f"{', '.join(config.TASKS)}; default: the configuration's"
@@ -199,11 +215,24 @@ def _on_ranks(nproc: int, start: bool, function: Any, *arguments: Any) -> dict[s
     return result if place is None or place.rank == 0 else None
 
 
-def _doctor(options: argparse.Namespace) -> tuple[Any, str]:
+def _doctor(options: argparse.Namespace) -> tuple[Any, ...]:
+    if options.trace is not None:
+        return _trace(options)
     from fusemesh import doctor
 
     findings = doctor.examine()
     return findings, doctor.describe(findings)
+
+
+def _trace(options: argparse.Namespace) -> tuple[Any, str, int]:
+    options.json = options.json or "--json" in options.trace
+    words = [word for word in options.trace if word != "--json"] + options.after_dashes
+    if not words:
+        raise ValueError("--trace: expected SCRIPT [ARGS], received nothing; name a Python script")
+    from fusemesh import tracing
+
+    findings = tracing.run(words[0], words[1:], quiet=options.json)
+    return findings, tracing.describe(findings), findings["exit_status"]
 
 
 def _train(options: argparse.Namespace) -> tuple[Any, str | None]:
