@@ -114,10 +114,18 @@ def test_by_default(model: str, train: bool) -> None:
     check(MODELS[model], train, "auto", "torch")
 
 
+# The long sweep has them all.
+SHORT = [("encoder", True), ("encoder", False), ("transformer", True), ("decoder", False), ("with-weights", True)]
+TRITON = [
+    pytest.param(model, train, marks=() if (model, train) in SHORT else pytest.mark.slow)
+    for model in [*MODELS, "with-weights"]
+    for train in (True, False)
+]
+
+
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested")
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("model", [*MODELS, "with-weights"])
+@pytest.mark.parametrize("model, train", TRITON)
 def test_on_triton(model: str, train: bool) -> None:
     check({**MODELS, "with-weights": with_weights}[model], train, "triton", "triton")
 

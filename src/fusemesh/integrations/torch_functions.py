@@ -357,7 +357,6 @@ def _transformer_encoder_layer_fwd(original: Any) -> Any:
             return original(src, embed_dim, num_heads, *projections, *flags, *norms, *ffn, mask, mask_type)
 
         def ours() -> Any:
-            assert backend is not None
             rows = _Rows(src)
             seen = _inference_mask(mask, mask_type, rows)
 
@@ -365,6 +364,7 @@ def _transformer_encoder_layer_fwd(original: Any) -> Any:
                 return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
             def attended(x: torch.Tensor) -> torch.Tensor:
+                assert backend is not None
                 return _self_attention(rows, x, num_heads, projections, seen, backend, False)[0]
 
             def fed_forward(x: torch.Tensor) -> torch.Tensor:
