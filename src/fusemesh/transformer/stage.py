@@ -174,8 +174,12 @@ class TransformerStage(StageModule):
             where = self._seen(length, lengths)
             # [B, S]
             allowed = h.new_ones((h.shape[0], length), dtype=torch.bool) if where is None else where[:, 0, 0]
-            if isinstance(self.head, SpanHead) and span_starts is not None:
-                allowed = allowed & (torch.arange(length, device=h.device) >= span_starts[:, None])
+            if isinstance(self.head, SpanHead):
+                question = allowed
+                if span_starts is not None:
+                    question = torch.arange(length, device=h.device) < span_starts[:, None]
+                    allowed = allowed & ~question
+                return self.head(h, allowed, question)
             return self.head(h, allowed)
         if self.head is not None:
             return self.head(h)
