@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
 from .tensor_parallel import TensorParallelModule
+from .tensor_plan import adopt, table_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,36 +25,47 @@ def parallelize(
     mesh: DeviceMesh,
     layout: Layout,
     *,
+    plan: Mapping[str, str] | None = None,
     sequence_parallel: bool = True,
     dtype: torch.dtype | None = None,
     pipeline: PipelineOptions | None = None,
 ) -> Model:
     """Place ``model`` on ``mesh``, in place, and return it.
 
-    Every rank passes the same whole model, built from the modules of :mod:`fusemesh.hybrid.tensor_parallel`. Afterwards
-    every parameter is a DTensor on (dp, fsdp, tp); each replica runs forward and backward on its own samples with a
-    loss divided by the global token count; gradients are sums over the replicas; torch's clipping and optimizers work
-    unchanged.
+    Every rank passes the same whole model, on any device: built from the modules of
+    :mod:`fusemesh.hybrid.tensor_parallel`, or of torch's own with a ``plan``, or Hugging Face's, which brings its plan
+    along. Afterwards every parameter is a DTensor on (dp, fsdp, tp) (on (dp, fsdp) where a model without a plan is not
+    split over tp); each replica runs forward and backward on its own samples with a loss divided by the global token
+    count; gradients are sums over the replicas; torch's clipping and optimizers work unchanged.
+
+    Parameters are cut where they are, layer by layer, and a layer's part alone moves to the mesh's device. Those on
+    meta stay there: give them memory by ``model.to_empty(device=...)``, then load a checkpoint.
 
     With pp a rank keeps the parameters of its own stages, under the names of the whole model; forward and backward are
     one call, :meth:`~fusemesh.hybrid.pipeline_parallel.PipelinedModel.loss_and_gradients`, and clipping is
     :func:`~fusemesh.hybrid.pipeline_parallel.clip_gradients`. Both work without pp too.
 
     Args:
-        model: its layers, which are sharded one by one, are the members of its ``nn.ModuleList``.
+        model: its layers, which are sharded one by one, are the members of its outermost ``nn.ModuleList``s.
         mesh: from :func:`fusemesh.hybrid.launch.build_mesh`.
         layout: the degrees of the mesh's axes.
+        plan: for tp, name patterns of plain torch modules and how each is split, such as ``{"layers.*.query":
+            "column"}``; see :mod:`fusemesh.hybrid.tensor_plan` for the styles. None takes a Hugging Face model's own.
         sequence_parallel: whether activations between the matmuls are split along the sequence over tp. The sequence
-            length must then be a multiple of tp.
+            length must then be a multiple of tp. With a plan they are only where it has the style ``sequence``.
         dtype: of the computation; None computes in the parameters' own.
         pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
 
     Raises:
         ValueError: the layout has an axis that is not there yet or other degrees than the mesh, a module cannot be
-            split over tp, or the model not over pp. Raised before any communication.
+            split over tp, the plan does not fit the model, or the model cannot be cut for pp. Raised before any
+            communication.
     """
     options = pipeline or PipelineOptions()
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
+    table = table_of(model, plan, layout.tp)
+    if table is not None:
+        sequence_parallel = adopt(model, table, layout.tp, sequence_parallel=sequence_parallel)
     parts = _parts(model)
     for module in parts:
         module.check(layout.tp)
@@ -59,21 +73,27 @@ def parallelize(
     if strangers and layout.tp > 1:
         raise ValueError(
             f"model: expected every parameter in a module of fusemesh.hybrid.tensor_parallel, received {strangers[:5]} "
-            f"in other modules; replace those modules, or use tp1"
+            f"in other modules; say by plan= how tp splits them, or use tp1"
         )
 
     # 1. Pipeline parallel: the rank keeps its stages alone, before anything else takes memory.
     mine = cut(model, layout.pp, mesh.get_local_rank("pp"), options.virtual_stages) if layout.pp > 1 else None
     roots: list[nn.Module] = [model] if mine is None else list(mine.stages.values())
-    # 2. The mesh's device, before parameters are cut.
-    model.to(torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else "cpu")
+    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else _CPU
+    shared = _shared(model)
+
+    def split(part: nn.Module) -> None:
+        # 2. Tensor parallel: parameters become DTensors on tp; all or none, because clipping takes no mixture.
+        for module in [] if strangers else _parts(part):
+            if module.group is None:
+                module.distribute(mesh["tp"], sequence_parallel and layout.tp > 1, device, shared)
+
     for root in roots:
-        # 3. Tensor parallel: parameters become DTensors on tp; all or none, because clipping takes no mixture.
-        for module in [] if strangers else _parts(root):
-            module.distribute(mesh["tp"], sequence_parallel and layout.tp > 1)
-        # 4. Data parallel: DTensors on (dp, fsdp, tp), gathered and reduced layer by layer.
-        shard_data_parallel(root, mesh, blocks=_blocks(root), dtype=dtype, keep_gathered=mine is not None)
-    # 5. The stages are connected.
+        # 3. Data parallel: DTensors on (dp, fsdp, tp), gathered and reduced layer by layer.
+        shard_data_parallel(
+            root, mesh, blocks=_blocks(root), prepare=split, dtype=dtype, keep_gathered=mine is not None
+        )
+    # 4. The stages are connected.
     if isinstance(model, PipelinedModel):
         model.mesh = mesh
     if mine is not None:
@@ -81,12 +101,18 @@ def parallelize(
     return model
 
 
+_CPU = torch.device("cpu")
+
+
 def _parts(model: nn.Module) -> list[TensorParallelModule]:
     return [module for module in model.modules() if isinstance(module, TensorParallelModule)]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
+    """The layers. Lists inside a layer are left out: what is in them may run on some ranks and not on others."""
+    if isinstance(model, nn.ModuleList):
+        return list(model)
+    return [block for child in model.children() for block in _blocks(child)]
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:
@@ -95,6 +121,12 @@ def _sizes(model: nn.Module) -> dict[str, Any]:
     names = ("num_heads", "num_kv_heads", "intermediate_size")
     sizes = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return {**sizes, "num_layers": len(model.blocks) if isinstance(model, PipelinedModel) else None}
+
+
+def _shared(model: nn.Module) -> dict[nn.Parameter, nn.Parameter | None]:
+    """The parameters that several modules hold."""
+    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    return {parameter: None for parameter, count in holders.items() if count > 1}
 
 
 def _strangers(model: nn.Module, parts: list[TensorParallelModule]) -> list[str]:

@@ -7,6 +7,7 @@ a token by how many others happen to share its replica.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ def shard_data_parallel(
     mesh: DeviceMesh,
     *,
     blocks: list[nn.Module],
+    prepare: Callable[[nn.Module], None] = lambda part: None,
     dtype: torch.dtype | None = None,
     keep_gathered: bool = False,
 ) -> None:
@@ -39,6 +41,8 @@ def shard_data_parallel(
     Args:
         mesh: with the axes dp and fsdp: replicas along dp, shards along fsdp.
         blocks: parts of the model whose parameters are gathered and freed together; usually its layers.
+        prepare: is called with each of them, and last with the model, right before it is wrapped: what it makes of one
+            part becomes shards before it turns to the next.
         dtype: of the computation; gradients are then reduced in fp32 and parameters stay in theirs. None: as they are.
         keep_gathered: keep the blocks' parameters between forward and backward, for a stage of a pipeline: it runs many
             micro-batches in between, each of which would gather them again.
@@ -51,7 +55,9 @@ def shard_data_parallel(
     # With one shard there is nothing to free between forward and backward, and gathering again would only copy.
     reshard = mesh["fsdp"].size() > 1 and not keep_gathered
     for block in blocks:
+        prepare(block)
         fully_shard(block, mesh=replicas, mp_policy=precision, reshard_after_forward=reshard)
+    prepare(model)
     fully_shard(model, mesh=replicas, mp_policy=precision, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional as F
 
 from fusemesh.kernels.matmul import parallel
@@ -49,16 +49,30 @@ class TensorParallelModule(nn.Module):
     def check(self, ranks: int) -> None:
         """Raise ValueError if this module cannot be split over ``ranks`` ranks."""
 
-    def distribute(self, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-        """Split the parameters over the one-dimensional ``mesh``; every rank must hold the same whole ones."""
+    def distribute(
+        self,
+        mesh: DeviceMesh,
+        sequence_parallel: bool,
+        device: torch.device,
+        shared: dict[nn.Parameter, nn.Parameter | None],
+    ) -> None:
+        """Split the parameters over the one-dimensional ``mesh``; every rank must hold the same whole ones.
+
+        Args:
+            device: of the mesh. The part alone is moved there, cut where the whole parameter is.
+            shared: parameters that several modules hold, and the part that is made of each when it is met first.
+        """
         self.group, self.sequence_parallel = mesh.get_group(), sequence_parallel
         for name, (placement, _) in self.placements().items():
             whole = getattr(self, name)
             if whole is None:
                 continue
-            # src_data_rank=None: each rank cuts its part out of what it holds, without communication.
-            part = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None)
-            self.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+            part = shared.get(whole)
+            if part is None:
+                part = nn.Parameter(own_part(whole.detach(), mesh, placement, device), whole.requires_grad)
+                if whole in shared:
+                    shared[whole] = part
+            self.register_parameter(name, part)
 
     def local(self, name: str) -> torch.Tensor | None:
         """This rank's part of a parameter, through which the gradient flows back to it."""
@@ -84,6 +98,7 @@ class ColumnParallelLinear(TensorParallelModule):
             gradients (zero outside those rows) are summed over tp.
         enter: whether forward takes x into the group (gather or copy). False if the caller did, for several layers at
             once, by :meth:`enter_group`.
+        gather_output: y is [B, S, out], whole on every rank, for a computation that every rank does alike.
         backend: of the matmul.
     """
 
@@ -97,13 +112,16 @@ class ColumnParallelLinear(TensorParallelModule):
         gated: bool = False,
         num_heads: int | None = None,
         enter: bool = True,
+        gather_output: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if num_heads is not None and gather_output:
+            raise ValueError("gather_output: expected False with num_heads, whose parts may repeat, received True")
         if num_heads is not None and out_features % num_heads != 0:
             raise ValueError(f"out_features: expected a multiple of num_heads={num_heads}, received {out_features}")
         self.in_features, self.out_features, self.num_heads = in_features, out_features, num_heads
-        self.activation, self.enter, self.backend = activation, enter, backend
+        self.activation, self.enter, self.gather_output, self.backend = activation, enter, gather_output, backend
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.weight_up = nn.Parameter(torch.empty(out_features, in_features)) if gated else None
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
@@ -150,7 +168,7 @@ class ColumnParallelLinear(TensorParallelModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.local("weight")
         assert weight is not None
-        return parallel.column_parallel_linear(
+        y = parallel.column_parallel_linear(
             x,
             weight,
             self.local("bias"),
@@ -160,6 +178,7 @@ class ColumnParallelLinear(TensorParallelModule):
             sequence_parallel=self.sequence_parallel,
             backend=self.backend,
         )
+        return parallel.gather_from_columns(y, self.group, self.out_features) if self.gather_output else y
 
 
 class RowParallelLinear(TensorParallelModule):
@@ -167,11 +186,24 @@ class RowParallelLinear(TensorParallelModule):
 
     Local shapes: x [B, S, in / tp]; ``weight`` [out, in / tp]; ``bias`` [out] on every rank; y and residual
     [B, S, out], or [B, S / tp, out] under sequence parallel (then a rank's dbias covers its own tokens: Partial).
+
+    Args:
+        in_features, out_features, bias, backend: of the whole layer, as in :class:`ColumnParallelLinear`.
+        split_input: x is [B, S, in], whole on every rank, of which each takes its part.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        split_input: bool = False,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.backend = in_features, out_features, backend
+        self.split_input = split_input
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         _initialise_linear(self)
@@ -189,6 +221,9 @@ class RowParallelLinear(TensorParallelModule):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         weight = self.local("weight")
         assert weight is not None
+        if self.split_input:
+            # The way along the sequence, along another dimension.
+            x = parallel.scatter_to_sequence(x, self.group, x.dim() - 1)
         return parallel.row_parallel_linear(
             x,
             weight,
@@ -210,11 +245,15 @@ class VocabParallelEmbedding(TensorParallelModule):
     - wgrad: dW[id] = sum of dY over the positions of id; no sum over tp
 
     With tied embeddings the same table is the head's weight: :meth:`logits`.
+
+    Args:
+        num_embeddings, embedding_dim: V and E.
+        padding_idx: an id whose row gets no gradient here; see torch.nn.Embedding.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
         nn.init.normal_(self.weight)
 
@@ -230,7 +269,7 @@ class VocabParallelEmbedding(TensorParallelModule):
         weight = self.local("weight")
         assert weight is not None
         if self.ranks == 1:
-            return F.embedding(ids, weight)
+            return F.embedding(ids, weight, self.padding_idx)
         rows = own_rows(self.num_embeddings, self.ranks, self.rank)
         if self.replicated:
             weight = weight[rows]
@@ -238,7 +277,10 @@ class VocabParallelEmbedding(TensorParallelModule):
         here = (local >= 0) & (local < weight.shape[0])
         # A rank that has no rows looks up a row of zeros, so that its weight still gets a gradient.
         table = weight if weight.shape[0] > 0 else F.pad(weight, (0, 0, 0, 1))
-        y = F.embedding(local.clamp(0, table.shape[0] - 1), table)
+        padding = None if self.padding_idx is None else self.padding_idx - rows.start
+        if padding is not None and not 0 <= padding < weight.shape[0]:
+            padding = None
+        y = F.embedding(local.clamp(0, table.shape[0] - 1), table, padding)
         y = torch.where(here.unsqueeze(-1), y, torch.zeros_like(y))
         if self.sequence_parallel:
             return parallel.reduce_scatter_to_sequence(y, self.group)
@@ -295,6 +337,30 @@ class VocabParallelLoss(TensorParallelModule):
             group=self.group,
             ignore_index=self.ignore_index,
         )
+
+
+def own_part(whole: torch.Tensor, mesh: DeviceMesh, placement: Placement, device: torch.device) -> DTensor:
+    """``whole``, the same on every rank, as a DTensor on the one-dimensional ``mesh``; nothing is communicated.
+
+    A rank cuts its part where ``whole`` is and moves the part alone. One that is all of it is not copied, and what is
+    on meta stays there.
+    """
+    part = whole
+    if isinstance(placement, Shard) and mesh.size() > 1:
+        rows = own_rows(whole.shape[placement.dim], mesh.size(), mesh.get_local_rank())
+        # A view would keep the whole alive.
+        part = whole.narrow(placement.dim, rows.start, rows.stop - rows.start).clone(
+            memory_format=torch.contiguous_format
+        )
+    part = part.contiguous()
+    part = to_device(part, device)
+    stride = torch.empty(whole.shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, [placement], run_check=False, shape=whole.shape, stride=stride)
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``x`` on ``device``; what is on meta stays there."""
+    return x if x.is_meta else x.to(device)
 
 
 def own_rows(rows: int, ranks: int, rank: int) -> slice:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fusemesh.config import TrainingConfig
 from fusemesh.hybrid.apply import parallelize
@@ -58,3 +62,45 @@ def saved(world: World, text: str, config: TransformerConfig, samples: int, sequ
         parameters = {p.untyped_storage().data_ptr() for p in locals_}
     del loss
     return sum(size for place, size in kept.items() if place not in parameters)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that are alive, of those that were known before the block or made within it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known: Any = WeakIdKeyDictionary()
+        self.now = self.peak = 0
+        for parameter in model.parameters():
+            self.see(parameter)
+
+    def see(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        if x.is_meta or storage in self.known:
+            return
+        self.known[storage] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, storage.nbytes())
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and not isinstance(x, DTensor):
+                self.see(x)
+        return result
+
+
+def cutting(world: World, text: str, config: TransformerConfig) -> tuple[int, int]:
+    """The most bytes that are there while a model is cut, and those left of it afterwards."""
+    layout = Layout.parse(text)
+    mesh = build_mesh(layout, world)
+    made = [Transformer(config)]
+    with Live(made[0]) as live:
+        model = parallelize(made.pop(), mesh, layout)
+    return live.peak, sum(_bytes(parameter) for parameter in model.parameters())

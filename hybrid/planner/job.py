@@ -47,7 +47,8 @@ class Job:
         fused_attention: False charges for scores that travel through memory, as before FlashAttention.
         fused_accumulation: whether a weight's gradient is added to what is there within its matmul, as in Megatron, and
             not by an operation of its own, as torch does.
-        whole_at_start: whether every rank first holds the whole model, as our trainer does before it cuts it.
+        whole_at_start: whether every rank first builds the whole model in its host's memory, as our trainer does. Where
+            that is a GPU's host, the GPU holds only the layer that is being cut and what has been cut.
         clip: whether the gradient's norm is clipped.
         accumulation: of our trainer, in every layout; the pipeline's microbatches are then ``pipeline``'s. None: see
             ``microbatches``.

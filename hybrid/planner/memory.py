@@ -26,8 +26,8 @@ class Memory:
     """Bytes of the rank that needs most: of a pipeline, of its fullest stage.
 
     parameters, gradients, optimizer: stored, exactly. start, forward, backward, update: the total at the ends of four
-    phases of a step (``start`` is before the first). parts: what the largest of them is made of. reserved: gone before
-    the first tensor.
+    phases of a step (``start`` is before the first: the model is cut). parts: what the largest of them is made of.
+    reserved: gone before the first tensor.
     """
 
     stage: int
@@ -156,8 +156,12 @@ def _stage(model: Model, job: Job, layout: Layout, hardware: Hardware, cut: Cut,
         logits = 3 * max(4, job.item) * at.tokens * at.vocab
     at = Local.of(model, job, layout.tp, samples)
     workspace = job.item * at.tokens * max(3 * at.wide, 4 * model.hidden_size)
+    # Parameters are cut layer by layer where the model was built, in memory that a GPU does not count.
+    start = {"parameters": parameters, "layer being cut": job.master * largest}
+    if job.whole_at_start and hardware.device == "cpu":
+        start = {"whole model": job.master * model.parameters, "layer being cut": job.master * largest // layout.fsdp}
     parts = {
-        "start": {"whole model": job.master * model.parameters, "parameters": parameters},
+        "start": start,
         "forward": {
             "parameters": parameters,
             "optimizer": optimizer,
@@ -175,8 +179,6 @@ def _stage(model: Model, job: Job, layout: Layout, hardware: Hardware, cut: Cut,
         },
         "update": {"parameters": parameters, "optimizer": optimizer, "gradients": gradients},
     }
-    if not job.whole_at_start:
-        parts["start"]["whole model"] = 0
     phases = {name: sum(found.values()) for name, found in parts.items()}
     peak = max(phases, key=lambda name: phases[name])
     return Memory(stage, parameters, gradients, optimizer, phases, parts[peak], hardware.reserved)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are split over a process group, and the four ways activations cross it.
+"""Linear layers whose weights are split over a process group, and the ways activations cross it.
 
 Plain local tensors and an explicit process group; no mesh is known here. ``group=None``, or a group of one rank, is a
 single process and communicates nothing. R is the number of ranks in the group.
@@ -11,9 +11,11 @@ reduce_from_group        all-reduce                 identity
 gather_from_sequence     all-gather along ``dim``   reduce-scatter
 reduce_scatter_to_seq..  reduce-scatter             all-gather
 scatter_to_sequence      own part of ``dim``        all-gather
+gather_from_columns      all-gather, last dim       own part
 =======================  =========================  =========================
 
-Each backward is the transpose of its forward when the group's losses are one loss that every rank computes alike.
+Each backward is the transpose of its forward when the group's losses are one loss that every rank computes alike. What
+follows ``gather_from_columns`` is computed by every rank alike, so that each holds the whole gradient of it already.
 
 Source: Shoeybi et al., "Megatron-LM" (2019), section 3; Korthikanti et al., "Reducing Activation Recomputation in
 Large Transformer Models" (2022), section 4.2.2.
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .api import fused_linear
 
@@ -139,6 +142,22 @@ class _ScatterToSequence(torch.autograd.Function):
         return all_gather(dy, ctx.group, ctx.dim), None, None
 
 
+class _GatherFromColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, columns: int) -> torch.Tensor:
+        ranks, own = group_size(group), x.shape[-1]
+        most = -(-columns // ranks)
+        ctx.start, ctx.own = group_rank(group) * most, own
+        # Only the last ranks have fewer, so what pads them ends up behind the last column.
+        whole = all_gather(F.pad(x, (0, most - own)), group, x.dim() - 1)
+        return whole.narrow(-1, 0, columns).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return dy.narrow(-1, min(ctx.start, dy.shape[-1]), ctx.own).contiguous(), None, None
+
+
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """``x``, equal on every rank, enters a computation that the ranks split: its gradients are summed over them."""
     if group is None or group_size(group) == 1:
@@ -182,6 +201,16 @@ def scatter_to_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, dim: i
         return x
     _check_divides(x, group, dim)
     return _ScatterToSequence.apply(x, group, dim)
+
+
+def gather_from_columns(x: torch.Tensor, group: dist.ProcessGroup | None, columns: int) -> torch.Tensor:
+    """The whole last dimension from its parts, for a computation that every rank does alike: [.., N] of ``columns`` N.
+
+    Parts are as torch.chunk cuts them: ceil(N / R) on each rank, fewer or none on the last ones.
+    """
+    if group is None or group_size(group) == 1:
+        return x
+    return _GatherFromColumns.apply(x, group, columns)
 
 
 def column_parallel_linear(

@@ -1,4 +1,4 @@
-"""Layer: application. flash_attn_with_kvcache gives what flash-attn 2 publishes: append, rotary, pages, left padding."""
+"""Layer: application. flash_attn_with_kvcache gives what flash-attn 2 publishes: append, rotary, pages, padding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Case:
     lens: tuple[int, ...] = (7, 2, 10)  # before the append
     added: int = 0
     queries: int = 1
-    scores: Scores = Scores()
+    scores: Scores = SCORES["plain"]
     leftpad: tuple[int, ...] | None = None
     rows: tuple[int, ...] | None = None  # cache_batch_idx
     page: int | None = None

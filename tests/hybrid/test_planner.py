@@ -156,6 +156,19 @@ def test_stored_bytes_are_exact_on_every_rank(rank_pool: RankPool, text: str, bi
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("text", ["fsdp4", "tp2", "fsdp2 x tp2"])
+def test_a_model_is_cut_layer_by_layer(rank_pool: RankPool, text: str) -> None:
+    """While it is cut, the whole model and the layer in hand are there, and never the whole beside all its parts."""
+    config, layout = dataclasses.replace(CONFIG, num_layers=6), Layout.parse(text)
+    job = Job(8, config.max_sequence_length, dtype="float32", whole_at_start=True)
+    planned_start = memory.estimate(planned(config), job, layout, cpu(), Cut()).phases["start"]
+    for peak, parts in rank_pool.run(planner_ranks.cutting, text, config, ranks=layout.world_size):
+        whole = 4 * planned(config).parameters
+        # A few bytes more are torch's own, numbers that describe the mesh.
+        assert whole <= peak <= planned_start + 256 and planned_start < whole + parts
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("text", ["single", "tp2", "tp4"])
 def test_activations_are_what_autograd_keeps(rank_pool: RankPool, text: str, sequence_parallel: bool) -> None:

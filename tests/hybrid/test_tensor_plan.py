@@ -1,0 +1,123 @@
+"""Distributed layer: a user's model of plain torch modules, split over tp by a table of names, equals one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import parity
+import plan_ranks
+import pytest
+import torch
+
+from fusemesh.hybrid.testing import RankPool
+
+pytestmark = pytest.mark.distributed
+
+FP64 = 1e-12
+
+
+def check(found: list[dict[str, torch.Tensor]], want: dict[str, torch.Tensor]) -> None:
+    """Loss and every gradient on every rank."""
+    for rank, own in enumerate(found):
+        assert own.keys() == want.keys()
+        errors = {name: parity.error(own[name], x) for name, x in want.items()}
+        # not (e <= t) rather than e > t: a NaN is a failure.
+        wrong = {name: e for name, e in errors.items() if not e <= FP64}
+        assert not wrong, f"rank {rank}: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "plan", "sequence_parallel", "options"),
+    [
+        ("dp2 x tp2", "plan", True, {}),
+        ("dp2 x tp2", "sequence", True, {}),
+        ("fsdp2 x tp2", "sequence", True, {"tied": True}),
+        ("fsdp2 x tp2", "plan", True, {"tied": True}),
+        ("dp2 x tp2", "sequence", False, {}),
+        ("dp2 x tp2", "gathered", True, {}),
+        ("tp4", "plan", True, {}),  # two key and value heads on four ranks
+        ("tp4", "sequence", True, {"kv_heads": 1}),
+        ("fsdp4", "plan", True, {}),
+    ],
+    ids=lambda x: str(x).replace(" ", ""),
+)
+def test_loss_and_gradients_equal_one_process(
+    rank_pool: RankPool, layout: str, plan: str, sequence_parallel: bool, options: dict[str, Any]
+) -> None:
+    want = plan_ranks.on_one(**options)
+    # The padding id gets no gradient from the embedding, and with tied weights one from the head.
+    assert bool(want["embedding.weight"][3].any()) == options.get("tied", False)
+    check(rank_pool.run(plan_ranks.on_layout, layout, plan, sequence_parallel, "", options), want)
+
+
+@pytest.mark.parametrize("bug", plan_ranks.BUGS)
+def test_a_bug_is_noticed(rank_pool: RankPool, bug: str) -> None:
+    found = rank_pool.run(plan_ranks.on_layout, "tp2", "plan", True, bug, ranks=2)
+    assert parity.error(found[0]["loss"], plan_ranks.on_one()["loss"]) <= FP64
+    with pytest.raises(AssertionError, match="rank 0"):
+        check(found, plan_ranks.on_one())
+
+
+REFUSED: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
+    "style": ("tp2", {**plan_ranks.PLAN, "head": "colum"}, {}, ["plan: expected one of column", "received 'colum'"]),
+    "pattern": ("tp2", {**plan_ranks.PLAN, "heads": "vocab"}, {}, ["received 'heads', which names none"]),
+    "twice": ("tp2", {**plan_ranks.PLAN, "hea*": "column"}, {}, ["one style for head, received 'vocab' and 'column'"]),
+    "kind": ("tp2", {**plan_ranks.PLAN, "norm": "column"}, {}, ["torch.nn.Linear", "at 'norm', received LayerNorm"]),
+    "container": ("tp2", {**plan_ranks.PLAN, "layers": "whole"}, {}, ["at 'layers', received ModuleList"]),
+    "heads": (
+        "tp4",
+        plan_ranks.PLAN,
+        {"heads": 6},
+        ["tp4 divides, received 6 in layers.0.attention.query", "[1, 2, 3"],
+    ),
+    "kv heads": ("tp4", plan_ranks.PLAN, {"heads": 12, "kv_heads": 3}, ["num_heads: 3 heads fit tp4 only if"]),
+    "columns": (
+        "tp4",
+        {**plan_ranks.PLAN, "norm": "whole", "head": "column"},
+        {},
+        ["tp4 divides for head, received 23", "'vocab'"],
+    ),
+    "norm left out": (
+        "tp2",
+        {name: style for name, style in plan_ranks.PLAN.items() if style != "heads"},
+        {},
+        ["a style for layers.0.attention.query_norm", "stands beside layers.0.attention.query", "'heads'"],
+    ),
+    "sequence left out": (
+        "tp2",
+        {**plan_ranks.PLAN, "norm": "sequence"},
+        {},
+        ["a style for layers.0.norms.0, received none, and sequence parallel is on"],
+    ),
+    "tied": (
+        "tp2",
+        {name: style for name, style in plan_ranks.PLAN.items() if name != "head"},
+        {"tied": True},
+        ["embedding.weight and head.weight are one parameter"],
+    ),
+    "no plan": ("tp2", None, {}, ["say by plan= how tp splits them, or use tp1"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_split_is_refused(rank_pool: RankPool, name: str) -> None:
+    """Every rank refuses by itself, before any communication, and leaves the model as it was."""
+    layout, plan, options, parts = REFUSED[name]
+    for message in rank_pool.run(plan_ranks.refused, layout, plan, options, ranks=int(layout[-1])):
+        for part in parts:
+            assert part in message, message
+
+
+@pytest.mark.parametrize("layout", ["fsdp2 x tp2", "tp2"])
+def test_parts_alone_move_to_the_device(rank_pool: RankPool, layout: str) -> None:
+    """Each parameter once, cut before."""
+    for sizes, held in rank_pool.run(plan_ranks.moved, layout, ranks=2 if layout == "tp2" else 4):
+        assert len(sizes) == len(held)
+        # The largest is half of the weight of the queries. fully_shard cuts what has arrived once more, rounded up.
+        assert max(sizes) == 32 * 16 // 2
+        shards = 2 if "fsdp2" in layout else 1
+        assert sum(held) <= sum(sizes) <= shards * (sum(held) + 16 * len(held))
+
+
+def test_a_model_on_meta_is_cut_there_and_filled_later(rank_pool: RankPool) -> None:
+    check(rank_pool.run(plan_ranks.from_meta, "fsdp2 x tp2"), plan_ranks.on_one())
