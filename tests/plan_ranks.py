@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -89,7 +90,9 @@ GATHERED = {
     "layers.*.attention.query_norm": "whole",
     "layers.*.attention.output": "row_of_whole",
 }
-PLANS = {"plan": PLAN, "sequence": SEQUENCE, "gathered": GATHERED}
+# With tied weights the head's style is the embedding's.
+HEAD_ALONE = {name: style for name, style in PLAN.items() if name != "embedding"}
+PLANS = {"plan": PLAN, "sequence": SEQUENCE, "gathered": GATHERED, "head_alone": HEAD_ALONE}
 
 
 def plain(seed: int = 0, **options: Any) -> Plain:
@@ -224,20 +227,25 @@ def refused(world: World, text: str, plan: Any, options: dict[str, Any]) -> str:
     return ""
 
 
-def moved(world: World, text: str) -> tuple[list[int], list[int]]:
-    """The sizes of the parts that went to the device, in order, and those of the parameters held afterwards."""
-    sizes = []
+def moved(world: World, text: str) -> tuple[list[int], list[int], list[int]]:
+    """The sizes of the parts that went to the device, in order, and those of the parameters held afterwards.
+
+    And how many parts of the model fully_shard had wrapped by then.
+    """
+    sizes, wrapped = [], []
+    model = plain()
     original = tensor_parallel.to_device
 
     def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         sizes.append(x.numel())
+        wrapped.append(sum(isinstance(module, FSDPModule) for module in model.modules()))
         assert x.untyped_storage().nbytes() == x.numel() * x.element_size(), "a view moves alone, but keeps the whole"
         return original(x, device)
 
     layout = Layout.parse(text)
     with _replaced(tensor_parallel, "to_device", to_device):
-        model = fusemesh.parallelize(plain(), build_mesh(layout, world), layout, plan=PLAN)
-    return sizes, [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
+        fusemesh.parallelize(model, build_mesh(layout, world), layout, plan=PLAN)
+    return sizes, [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)], wrapped
 
 
 def from_meta(world: World, text: str) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ def check(found: list[dict[str, torch.Tensor]], want: dict[str, torch.Tensor]) -
         ("fsdp2 x tp2", "plan", True, {"tied": True}),
         ("dp2 x tp2", "sequence", False, {}),
         ("dp2 x tp2", "gathered", True, {}),
+        ("dp2 x tp2", "head_alone", True, {"tied": True}),
         ("tp4", "plan", True, {}),  # two key and value heads on four ranks
         ("tp4", "sequence", True, {"kv_heads": 1}),
         ("fsdp4", "plan", True, {}),
@@ -110,9 +111,10 @@ def test_what_cannot_be_split_is_refused(rank_pool: RankPool, name: str) -> None
 
 @pytest.mark.parametrize("layout", ["fsdp2 x tp2", "tp2"])
 def test_parts_alone_move_to_the_device(rank_pool: RankPool, layout: str) -> None:
-    """Each parameter once, cut before."""
-    for sizes, held in rank_pool.run(plan_ranks.moved, layout, ranks=2 if layout == "tp2" else 4):
+    """Each parameter once, cut before; and a layer when those before it are shards already."""
+    for sizes, held, wrapped in rank_pool.run(plan_ranks.moved, layout, ranks=2 if layout == "tp2" else 4):
         assert len(sizes) == len(held)
+        assert wrapped == sorted(wrapped) and set(wrapped) == {0, 1, 2} and wrapped.count(0) == wrapped.count(1)
         # The largest is half of the weight of the queries. fully_shard cuts what has arrived once more, rounded up.
         assert max(sizes) == 32 * 16 // 2
         shards = 2 if "fsdp2" in layout else 1

@@ -13,14 +13,14 @@ What all functions share:
 - ``window_size`` (left, right): keys before and after its own position that a query sees; a negative side is open.
 - ``softcap`` above 0: scores become softcap * tanh(score / softcap). ``alibi_slopes`` [H] or [B, H]: then
   -slope * |i + Sk - Sq - j| is added.
-- ``dropout_p``: the mask is FuseMesh's own, its seed drawn from torch's generator. ``deterministic``: gradients have the
-  same bits at every run in either case.
+- ``dropout_p``: the mask is FuseMesh's own, its seed drawn from torch's generator. ``deterministic``: gradients have
+  the same bits at every run in either case.
 - A query that sees no key has output 0.
 
-Where this is more than flash-attn: fp32 and fp64 (the latter on the reference and torch backends), any head dim on those
-two and 16 to 256 on fused ones, values of another head dim than the keys, softcap with dropout, pages of any size, left
-padding of a paged cache. Where it differs: a query without a key has log-sum-exp -inf (flash-attn: +inf), a gradient
-flows through the log-sum-exp (flash-attn drops it), and what cannot be computed is a ValueError.
+Where this is more than flash-attn: fp32 and fp64 (the latter on the reference and torch backends), any head dim on
+those two and 16 to 256 on fused ones, values of another head dim than the keys, softcap with dropout, pages of any
+size, left padding of a paged cache. Where it differs: a query without a key has log-sum-exp -inf (flash-attn: +inf), a
+gradient flows through the log-sum-exp (flash-attn drops it), and what cannot be computed is a ValueError.
 """
 
 from __future__ import annotations
@@ -242,9 +242,8 @@ def flash_attn_varlen_kvpacked_func(
     Arguments, returns and errors are those of :func:`flash_attn_varlen_func`.
     """
     k, v = _unpacked("kv", kv, "[total_k, 2, Hkv, D]")
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options)
 
 
 def _check_layout(*tensors: tuple[str, Any, str]) -> None:
