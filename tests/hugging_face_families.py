@@ -65,7 +65,9 @@ MODELS = {
     "gemma3": Model("Gemma3ForCausalLM", "Gemma3TextConfig", {**GQA, "sliding_window": 5, "query_pre_attn_scalar": 16}),
     "phi3": Model("Phi3ForCausalLM", "Phi3Config", {**GQA, "head_dim": 16, "hidden_size": 64, "sliding_window": 5}),
     "olmo2": Model("Olmo2ForCausalLM", "Olmo2Config", {**GQA, "hidden_size": 64}),
-    "stablelm": Model("StableLmForCausalLM", "StableLmConfig", {**GQA, "hidden_size": 64, "qk_layernorm": True}),
+    "stablelm": Model(
+        "StableLmForCausalLM", "StableLmConfig", {**GQA, "hidden_size": 64, "qk_layernorm": True}, since="5.0"
+    ),
     "roberta": Model("RobertaForMaskedLM", "RobertaConfig", ENCODER, since="5.0", kind="encoder"),
     "modernbert": Model(
         "ModernBertForMaskedLM",
@@ -104,9 +106,9 @@ MODELS = {
 }
 
 
-def results(model: Any, family: Model, side: str | None) -> dict[str, torch.Tensor]:
+def results(model: Any, family: Model, side: str | None, **more: torch.Tensor) -> dict[str, torch.Tensor]:
     """The output where there is no padding, and the gradient of every parameter through it."""
-    inputs = family.inputs(side)
+    inputs = {**family.inputs(side), **more}
     dtype = next(model.parameters()).dtype
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     options = {"use_cache": False} if family.kind in ("decoder", "pair", "audio") else {}
@@ -120,8 +122,10 @@ def results(model: Any, family: Model, side: str | None) -> dict[str, torch.Tens
     return {"output": output.detach(), **found}
 
 
-def exact(family: Model, side: str | None, implementation: str = "eager") -> dict[str, torch.Tensor]:
+def exact(
+    family: Model, side: str | None, implementation: str = "eager", **more: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """:func:`results` in fp64 throughout."""
     model = family.build(implementation).double()
     with KeepDouble():
-        return results(model, family, side)
+        return results(model, family, side, **more)

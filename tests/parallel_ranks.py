@@ -38,7 +38,7 @@ def same(found: torch.Tensor | None, expected: torch.Tensor) -> None:
 
 
 def movements(world: World) -> None:
-    """The five ways across the group, against what they are by definition, in both directions and along each dim."""
+    """The ways across the group, against what they are by definition, in both directions and along each dim."""
     group, ranks = dist.group.WORLD, world.world_size
     for dim in (0, 1, 2):
         shape = [4, 8, 12]
@@ -83,6 +83,19 @@ def movements(world: World) -> None:
         other = x.clone().requires_grad_()
         (parallel.copy_to_group(own, group) + other).backward(weight)
         same(other.grad, weight)
+
+
+def gathered_columns(world: World, columns: int) -> None:
+    """The whole from its parts, of which the last may be smaller or empty; the gradient is whole on every rank."""
+    group = dist.group.WORLD
+    x, weight = integers("x", 4, 6, columns), integers("w", 4, 6, columns)
+    size = -(-columns // world.world_size)
+    mine = slice(min(world.rank * size, columns), min((world.rank + 1) * size, columns))
+    own = x[..., mine].clone().requires_grad_()
+    y = parallel.gather_from_columns(own, group, columns)
+    same(y, x)
+    y.backward(weight)
+    same(own.grad, weight[..., mine])
 
 
 def column(world: World, sequence_parallel: bool, gated: bool, backend: str) -> None:

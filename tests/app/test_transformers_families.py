@@ -39,6 +39,21 @@ def test_outputs_and_gradients_equal_eagers_in_fp64(name: str, side: str | None)
     equal(actual, want)
 
 
+# Two sequences in the first row and three in the second; their positions start again.
+PACKED = torch.tensor([[*range(7), *range(5)], [*range(3), *range(6), *range(3)]])
+
+
+@pytest.mark.parametrize("name", [name for name, family in MODELS.items() if family.kind == "decoder"])
+def test_packed_sequences_keep_apart(name: str) -> None:
+    family = MODELS[name]
+    want = exact(family, None, position_ids=PACKED)
+    with fusemesh.use_backend("reference"):
+        equal(exact(family, None, "fusemesh", position_ids=PACKED), want)
+    whole = exact(family, None)["output"]
+    assert not torch.allclose(whole[0, 7:], want["output"][0, 7:])
+    torch.testing.assert_close(whole[0, :7], want["output"][0, :7], rtol=1e-9, atol=1e-9)
+
+
 def equal(actual: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     """Within 1e-11 of the largest element of each tensor, and what rounding leaves of gradients that cancel to zero."""
     assert actual.keys() == want.keys()

@@ -18,6 +18,11 @@ def test_movements(rank_pool: RankPool, ranks: int) -> None:
     rank_pool.run(parallel_ranks.movements, ranks=ranks)
 
 
+@pytest.mark.parametrize("columns", [12, 11, 5])  # five leave the fourth rank none
+def test_columns_are_gathered(rank_pool: RankPool, columns: int) -> None:
+    rank_pool.run(parallel_ranks.gathered_columns, columns)
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["nosp", "sp"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
