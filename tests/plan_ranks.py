@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import fusemesh
-from fusemesh.hybrid import adopted, tensor_parallel, tensor_plan
+from fusemesh.hybrid import adopted, checkpoint, tensor_parallel, tensor_plan
 from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.launch import World, build_mesh
 from fusemesh.hybrid.layout import Layout
@@ -261,3 +261,29 @@ def from_meta(world: World, text: str) -> dict[str, torch.Tensor]:
     model.load_state_dict(filled.state_dict())
     ids, targets = (own(x, layout, world.rank) for x in batch())
     return learned(model, lambda m: plain_loss(m, ids, targets), lambda x: sum_over_replicas(x, mesh))
+
+
+def through_a_checkpoint(world: World, directory: str, first: str, then: str, tied: bool) -> dict[str, torch.Tensor]:
+    """A step on one layout, saved; another model on another layout, loaded: what the weights have become, whole."""
+
+    def placed(text: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Layout]:
+        layout = Layout.parse(text)
+        model = fusemesh.parallelize(plain(seed, tied=tied), build_mesh(layout, world), layout, plan=PLAN)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3), layout
+
+    model, optimizer, layout = placed(first, 0)
+    plain_loss(model, *(own(x, layout, world.rank) for x in batch())).backward()
+    optimizer.step()
+    checkpoint.save(directory, model, optimizer, {}, step=1)
+    loaded, its_optimizer, _ = placed(then, 1)
+    checkpoint.load(directory, loaded, its_optimizer)
+    return {name: p.detach().full_tensor() for name, p in loaded.named_parameters() if isinstance(p, DTensor)}
+
+
+def stepped(tied: bool) -> dict[str, torch.Tensor]:
+    """The weights after the same step in one process."""
+    model = plain(tied=tied)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    plain_loss(model, *batch()).backward()
+    optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}

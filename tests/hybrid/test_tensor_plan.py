@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import parity
@@ -123,3 +124,10 @@ def test_parts_alone_move_to_the_device(rank_pool: RankPool, layout: str) -> Non
 
 def test_a_model_on_meta_is_cut_there_and_filled_later(rank_pool: RankPool) -> None:
     check(rank_pool.run(plan_ranks.from_meta, "fsdp2 x tp2"), plan_ranks.on_one())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_checkpoint_loads_into_another_layout(rank_pool: RankPool, tmp_path: Path, tied: bool) -> None:
+    for found in rank_pool.run(plan_ranks.through_a_checkpoint, str(tmp_path), "dp2 x tp2", "tp4", tied):
+        for name, x in plan_ranks.stepped(tied).items():
+            torch.testing.assert_close(found[name], x, rtol=1e-11, atol=1e-13)
