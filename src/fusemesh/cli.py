@@ -17,9 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusemesh import __version__, config
-
-_SHORT = {"training.steps": ("--steps",), "run.directory": ("--out",)}
+from fusemesh import __version__, command_options, config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,14 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = _command(commands, "eval", _eval, "held-out loss and metrics of a run, a checkpoint or a merged file")
     predict = _command(commands, "predict", _predict, "answer lines of standard input: one in, one out")
     generate = _command(commands, "generate", _generate, "let a trained language model go on with a text")
-    _generate_options(generate)
+    command_options.of_generate(generate)
     for command in (evaluation, predict, generate):
         command.add_argument("target", help="run directory, checkpoint folder or .safetensors file")
     merge = _command(commands, "merge", _merge, "write a run's last checkpoint as one safetensors file")
     merge.add_argument("target", help="run directory or checkpoint folder")
     merge.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
     plan = _command(commands, "plan", _plan, "rank the layouts that a model could train in, before paying for them")
-    _plan_options(plan)
+    command_options.of_plan(plan)
     scaling = _command(commands, "scaling", _scaling, "the same training job on 1, 2, 4 ... local processes")
     scaling.add_argument("--config", metavar="FILE", help="TOML file; the options below win over it")
     scaling.add_argument("--nproc", default="1,2,4", metavar="N,N", help="numbers of processes; default: 1,2,4")
@@ -109,15 +107,7 @@ def _parser() -> argparse.ArgumentParser:
             "--nproc", type=int, metavar="N", help="local ranks to start; default: as many as the layout has"
         )
     for command in (train, evaluation, predict, generate, plan, scaling):
-        keys = command.add_argument_group("configuration")
-        for key, spec in config.fields_of(config.Config).items():
-            text = spec.doc + (f" ({', '.join(spec.choices)})" if spec.choices else "")
-            keys.add_argument(
-                f"--{key}",
-                *(_SHORT.get(key, ()) if command in (train, scaling) else ()),
-                metavar=spec.type.__name__.upper(),
-                help=f"{text}; default {spec.default!r}".replace("%", "%%"),
-            )
+        command_options.configuration(command, short=command in (train, scaling))
     return parser
 
 
@@ -125,41 +115,6 @@ def _command(commands: Any, name: str, function: Any, text: str) -> argparse.Arg
     command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     command.set_defaults(command=function)
     return command
-
-
-def _plan_options(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument(
-        "--model", metavar="NAME", help="such as llama3-8b, or a Hugging Face config.json; default: our run"
-    )
-    plan.add_argument("--config", metavar="FILE", help="TOML file of our run; the options of its keys win over it")
-    plan.add_argument("--world", type=int, metavar="N", help="ranks; default for our run: GPUs, or cores")
-    plan.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, a JSON file, or local: measure this machine")
-    plan.add_argument("--memory", metavar="SIZE", help="of a rank, such as 80GB; default: the hardware's")
-    plan.add_argument("--gpus-per-node", type=int, metavar="N", help="default: the hardware's")
-    plan.add_argument(
-        "--batch", type=int, metavar="N", help="samples a step over all ranks; default: 4 Mi tokens' worth"
-    )
-    plan.add_argument("--sequence", type=int, metavar="N", help="tokens a sample; default: what it was trained with")
-    plan.add_argument(
-        "--microbatches", type=int, metavar="N", help="a replica's samples in N parts; default: the fastest"
-    )
-    plan.add_argument("--dtype", help="of compute; default: bfloat16")
-    plan.add_argument("--schedule", help="of the pipeline: 1f1b (default), gpipe, interleaved1f1b")
-    plan.add_argument("--virtual-stages", type=int, metavar="N", help="stages a rank of an interleaved pipeline")
-    plan.add_argument("--recompute", help="none (default), selective, full: what backward computes again")
-    plan.add_argument("--explain", metavar="LAYOUT", help="where the time and memory of one layout go")
-
-
-def _generate_options(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument("--prompt", metavar="TEXT", help="default: standard input")
-    generate.add_argument("--tokens", type=int, metavar="N", help="how many to add; default: half of a sample's")
-    generate.add_argument(
-        "--beams", type=int, default=1, metavar="N", help="more than 1: the best of so many beginnings"
-    )
-    generate.add_argument("--temperature", type=float, metavar="T", help="sample; default: take the most probable")
-    generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable")
-    generate.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest that reach P together")
-    generate.add_argument("--seed", type=int, default=0, help="of sampling")
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
