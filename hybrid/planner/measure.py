@@ -157,7 +157,7 @@ def _measure_rank(dtype: str, threads: int) -> dict[str, float]:
             a, b = torch.ones(size // 4), torch.ones(size // 4)
             # Results are kept for a while, as activations and gradients are: what was just freed is still in caches.
             kept = deque((torch.ones(size // 4) for _ in range(4)), maxlen=4)
-            found[f"tensor {size}"] = 3.0 * size / _time(lambda a=a, b=b, kept=kept: kept.append(torch.add(a, b)))
+            found[f"tensor {size}"] = 3.0 * size / _time(partial(_add_and_keep, a, b, kept))
         large, other = torch.ones(_TENSORS[-1] // 4), torch.ones(_TENSORS[-1] // 4)
         found["stream"] = 3.0 * _TENSORS[-1] / _time(partial(large.add_, other))
         found["attention"] = _attention_rate(kind)
@@ -165,6 +165,10 @@ def _measure_rank(dtype: str, threads: int) -> dict[str, float]:
             found["block"], found["step"] = _host_times(world)
         found.update(_collectives(world))
     return found
+
+
+def _add_and_keep(a: torch.Tensor, b: torch.Tensor, kept: deque[torch.Tensor]) -> None:
+    kept.append(torch.add(a, b))
 
 
 def _time(call: Callable[[], Any], *, seconds: float = 0.05) -> float:

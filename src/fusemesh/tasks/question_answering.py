@@ -162,7 +162,7 @@ class QuestionAnswering(Task):
         """First and last word of the most probable span of at most MOST_WORDS, counted in the passage, [B, 2]."""
         import torch
 
-        inputs = {name: torch.from_numpy(values).to(device) for name, values in batch.inputs.items()}
+        inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
         logits = model.logits(torch.from_numpy(batch.tokens).to(device), **inputs)
         length = logits.shape[-1]
         # [B, start, end]
@@ -249,7 +249,7 @@ def overlap_guess(question: str, passage: str) -> str:
 
 def composed_facts(*, held_out: bool) -> list[Record]:
     """The default corpus: (question, passage, answer), with facts that are held out or not."""
-    records = []
+    records: list[Record] = []
     # Of every person and kind of fact, the answers of this part.
     answers = {
         (name, kind): [a for a in FACTS[kind][2].split() if is_held_out_fact(name, kind, a) == held_out]

@@ -95,7 +95,7 @@ class TextClassification(Task):
         """The most probable label's number, [B, 1]."""
         import torch
 
-        inputs = {name: torch.from_numpy(values).to(device) for name, values in batch.inputs.items()}
+        inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
         return model.logits(torch.from_numpy(batch.tokens).to(device), **inputs).argmax(-1)
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
