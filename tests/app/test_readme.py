@@ -1,47 +1,308 @@
-"""Layer: the README. Its Python runs, and its commands are ones that the command line takes."""
+"""Layer: the pages. Their Python runs, their commands and links are ones that exist, and errors are worded as quoted.
+
+Blocks with Triton functions run a second time in Triton's interpreter, on the Triton backend.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import functools
+import importlib
+import importlib.util
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from fusemesh import cli
+import fusemesh
+from fusemesh import cli, config
+from fusemesh.hybrid.layout import Layout
+from fusemesh.kernels import aot, backends, env
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
-LINES = [line.split("#")[0].strip() for language, text in BLOCKS if not language for line in text.splitlines()]
+ROOT = Path(__file__).resolve().parents[2]
+ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sorted(ROOT.glob("docs/*.md"))}
+PAGES = {name: (ROOT / name).read_text() for name in (ENGLISH, CHINESE)} | PAGES
+_FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCKS = {name: _FENCED.findall(text) for name, text in PAGES.items()}
+# By page and number. Those of the Chinese page are the English one's, which a test shows.
+PYTHON = {
+    f"{name}-{number}": text
+    for name, blocks in BLOCKS.items()
+    if name != CHINESE
+    for number, text in enumerate(text for language, text in blocks if language == "python")
+}
+COMMANDS = sorted(
+    {
+        line.strip()
+        for blocks in BLOCKS.values()
+        for language, text in blocks
+        if not language
+        for line in text.splitlines()
+        if re.match(r"(\w+=\S+ )*(fusemesh|make|python|echo|printf) \S", line)
+    }
+)
 
 
-def commands(start: str) -> list[str]:
-    return [line for line in LINES if line.startswith(start)]
+def of(program: str) -> list[list[str]]:
+    """The arguments of each call of a program in the pages: what stands between it and a pipe or a comment."""
+    found = []
+    for line in COMMANDS:
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        parts: list[list[str]] = [[]]
+        for word in words:
+            if word == "|":
+                parts.append([])
+            elif "=" not in word or parts[-1]:
+                parts[-1].append(word)
+        found += [part[1:] for part in parts if part[:1] == [program]]
+    return found
 
 
 def test_there_are_some_of_each() -> None:
-    assert len(PYTHON) >= 2 and len(commands("fusemesh ")) >= 6
+    assert len(PYTHON) >= 13 and len([key for key in PYTHON if key.startswith(ENGLISH)]) >= 8
+    assert len(of("fusemesh")) >= 25 and len(of("make")) >= 2 and len(of("python")) >= 3
+    assert {arguments[0] for arguments in of("fusemesh")} >= {"train", "eval", "predict", "generate", "merge", "plan"}
 
 
-@pytest.mark.parametrize("code", PYTHON)
-def test_python(code: str) -> None:
-    exec(compile(code, "README.md", "exec"), {})
+def imported(code: str, folder: Path) -> ModuleType:
+    """The module that a block is, from a file, where Triton looks for the source of its functions."""
+    path = folder / "block.py"
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location(f"block_of_the_pages_{abs(hash(code))}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("command", commands("fusemesh "))
-def test_command_lines(command: str) -> None:
-    options = cli._parser().parse_args(shlex.split(command)[1:])
-    assert options.name in command
+@pytest.mark.skipif(env.INTERPRET, reason="run it without TRITON_INTERPRET")
+@pytest.mark.parametrize("block", PYTHON)
+def test_python(block: str, tmp_path: Path) -> None:
+    if "integrations.flash_attn " in PYTHON[block] and _is_absent("fusemesh.integrations.flash_attn"):
+        pytest.skip("fusemesh.integrations.flash_attn is not there yet")
+    imported(PYTHON[block], tmp_path)
 
 
-@pytest.mark.parametrize("target", commands("make "))
+def _is_absent(module: str) -> bool:
+    return importlib.util.find_spec(module) is None
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("block", [block for block, code in PYTHON.items() if "@triton.jit" in code])
+def test_python_in_the_interpreter(block: str, tmp_path: Path) -> None:
+    backends.reset_call_counts()
+    with fusemesh.use_backend("triton"):
+        imported(PYTHON[block], tmp_path)
+    assert "flash_attention(" not in PYTHON[block] or backends.call_counts() == {
+        ("attention_forward", "triton"): 1,
+        ("attention_backward", "triton"): 1,
+    }
+
+
+def test_a_wrong_block_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        imported("assert 1 + 1 == 3\n", tmp_path)
+
+
+@pytest.mark.parametrize("arguments", of("fusemesh"), ids=" ".join)
+def test_commands(arguments: list[str]) -> None:
+    options = parsed(arguments)
+    if options.name not in ("train", "eval", "predict", "generate", "scaling"):
+        return
+    options.layout = None if options.layout == "auto" else options.layout
+    found = config.load(_in_the_clone(getattr(options, "config", None)), cli._overrides(options))
+    Layout.parse(found.layout).validate(
+        num_layers=found.model.num_layers,
+        num_heads=found.model.num_heads,
+        num_kv_heads=found.model.num_kv_heads,
+        intermediate_size=found.model.intermediate_size,
+        sequence_length=found.data.sequence_length,
+        global_batch=found.training.global_batch_size,
+    )
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    return cli._parser().parse_args(arguments, argparse.Namespace(after_dashes=[]))
+
+
+def _in_the_clone(path: str | None) -> Path | None:
+    return None if path is None else ROOT / path
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--steps"], ["train", "--training.stepz", "3"]])
+def test_a_wrong_command_is_noticed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(arguments)
+
+
+@pytest.mark.parametrize("arguments", of("python"), ids=" ".join)
+def test_scripts(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if arguments[:2] == ["-m", "fusemesh.kernels.aot"]:
+        monkeypatch.setattr(aot, "_refuse_interpreter", lambda: sys.exit("parsed"))
+        with pytest.raises(SystemExit, match="parsed"):
+            aot.main(arguments[2:])
+    elif arguments[0] != "your_script.py":
+        text = (ROOT / arguments[0]).read_text()
+        assert all(option in text for option in arguments[1:])
+
+
+@pytest.mark.parametrize("target", [arguments[0] for arguments in of("make")])
 def test_make_targets(target: str) -> None:
-    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
-    assert re.search(rf"^{target.split()[1]}:", makefile, re.MULTILINE)
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_the_table_of_environment_variables_is_whole() -> None:
-    from fusemesh.kernels import env
+def _anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", _FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
-    assert set(re.findall(r"FUSEMESH_[A-Z]+", README)) >= set(re.findall(r"FUSEMESH_[A-Z]+", env.__doc__ or ""))
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links(name: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", PAGES[name]):
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.is_file(), target
+        assert not anchor or anchor in _anchors(path.read_text()), (target, anchor)
+
+
+def test_every_page_is_linked() -> None:
+    for readme in (ENGLISH, CHINESE):
+        missing = [name for name in PAGES if name != readme and f"]({name})" not in PAGES[readme]]
+        assert not missing
+    for readme, other in ((ENGLISH, CHINESE), (CHINESE, ENGLISH)):
+        assert f"]({other})" in "".join(PAGES[readme].splitlines()[:4])
+
+
+def test_names_in_the_text_exist() -> None:
+    """Options by their key, and what is in fusemesh."""
+    for page, text in PAGES.items():
+        for key in re.findall(r"--(\w+\.\w+)", text):
+            assert key in config.fields_of(config.Config), (page, key)
+        for name in re.findall(r"`(fusemesh\.[\w.]*\w)", _FENCED.sub("", text)):
+            assert resolved(name) is not None, (page, name)
+
+
+def resolved(name: str) -> object:
+    """What a dotted name stands for, or None."""
+    found: object = fusemesh
+    for number, part in enumerate(name.split(".")[1:], 2):
+        found = getattr(found, part, None) or _module(".".join(name.split(".")[:number]))
+    return found
+
+
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def test_files_that_are_named_exist() -> None:
+    for name, text in PAGES.items():
+        for path in re.findall(r"`((?:src|hybrid|kernels|tests|bench|examples|docs)/[\w./-]*)`", text):
+            assert (ROOT / path).exists(), (name, path)
+
+
+def test_tests_that_are_named_exist() -> None:
+    """In the tables of the README; _triton after test_attention_api stands for test_attention_triton."""
+    existing = {path.stem for path in ROOT.glob("tests/*/test_*.py")}
+    for readme in (ENGLISH, CHINESE):
+        for row in re.findall(r"^\|.*\|$", PAGES[readme], re.MULTILINE):
+            names = re.findall(r"(?<!\w)(test_\w+|_\w+)(\*?)", row.split("|")[-2])
+            first = names[0][0] if names else ""
+            for stem, star in names:
+                whole = stem if stem.startswith("test_") else first[: first.rindex("_")] + stem
+                assert any(known == whole or (star and known.startswith(whole)) for known in existing), (readme, whole)
+
+
+def test_the_chinese_page_says_the_same() -> None:
+    """The same blocks, sections and rows; what they say in words is for people to compare."""
+    english, chinese = PAGES[ENGLISH], PAGES[CHINESE]
+    assert BLOCKS[CHINESE] == BLOCKS[ENGLISH]
+    for pattern in (r"^#+ ", r"^\|", r"^- "):
+        assert len(re.findall(pattern, chinese, re.MULTILINE)) == len(re.findall(pattern, english, re.MULTILINE))
+    # Names in code of the tables, and figures.
+    rows = [re.findall(r"^\|.*\|$", page, re.MULTILINE) for page in (english, chinese)]
+    for row, other in zip(*rows, strict=True):
+        assert re.findall(r"`[^`]*`|test_\w+|\d+", row) == re.findall(r"`[^`]*`|test_\w+|\d+", other)
+
+
+@pytest.mark.parametrize("readme", [ENGLISH, CHINESE])
+def test_the_table_of_environment_variables_is_whole(readme: str) -> None:
+    assert set(re.findall(r"FUSEMESH_[A-Z]+", PAGES[readme])) >= set(re.findall(r"FUSEMESH_[A-Z]+", env.__doc__ or ""))
+
+
+def test_what_is_said_of_gpus_is_what_the_record_holds() -> None:
+    assert ("**No GPU has run the Triton kernels yet.**" in PAGES[ENGLISH]) == (not backends.PROVEN_ON_GPU)
+
+
+def test_defaults_and_fields_of_the_tasks() -> None:
+    """The README's table of tasks: their fields, and the sequence lengths in brackets."""
+    from fusemesh import tasks
+
+    for name in tasks.TASKS:
+        (row,) = re.findall(rf"^\| {name} \|.*$", PAGES[ENGLISH], re.MULTILINE)
+        length = config.load(None, {"task": name}).data.sequence_length
+        assert f"({length})" in row
+        fields = getattr(sys.modules[tasks.task_class(name).__module__], "FIELDS", ())
+        assert not fields or row.split("|")[2].strip() == ", ".join(fields)
+
+
+# Errors
+
+
+def _texts(tree: ast.AST) -> Iterator[str]:
+    """The strings of a module that are no docstrings, and the whole message of a call of wrong(); NUL is a value."""
+    inner: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            inner.add(node.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "wrong" and len(node.args) == 4:
+            name, expected, received, remedy = map(_text, node.args)
+            yield f"{name}: expected {expected}, received {received}; {remedy}"
+        elif isinstance(node, ast.JoinedStr):
+            inner.update(node.values)
+            yield _text(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in inner:
+            yield node.value
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "\0"
+
+
+@functools.cache
+def messages() -> list[str]:
+    files = [path for folder in ("src/fusemesh", "hybrid", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    return [text for path in files for text in _texts(ast.parse(path.read_text()))]
+
+
+def is_said(quote: str) -> bool:
+    """Whether a message holds the parts of the quote that stand between ``...``, in their order."""
+    pattern = re.compile(".*".join(re.escape(part) for part in quote.split("...")), re.DOTALL)
+    return any(pattern.search(message) for message in messages())
+
+
+ROWS = re.findall(r"^\| (`.*?) \|", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+QUOTES = [quote for row in ROWS for quote in re.findall(r"`([^`]+)`", row)]
+
+
+@pytest.mark.parametrize("quote", QUOTES)
+def test_errors_are_worded_so(quote: str) -> None:
+    assert is_said(quote)
+
+
+def test_a_wrong_quote_is_noticed() -> None:
+    assert len(QUOTES) >= 20
+    # That of a docstring alone, parts in another order, a value where the message has its own.
+    for quote in ("Fused attention and parallel matmuls", "were started ... layout:", "layout: dp4 needs 4 ranks"):
+        assert not is_said(quote)
