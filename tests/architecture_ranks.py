@@ -33,10 +33,10 @@ SIZES = {
 CONFIGS = {
     # Three classes, which neither 2 nor 4 divides.
     "class": TransformerConfig(**SIZES, architecture="encoder", output="class", num_classes=3),
-    "span": TransformerConfig(**SIZES, architecture="encoder", output="span"),
+    "span": TransformerConfig(**SIZES, architecture="encoder", output="span", local_window=2),
     "translation": TransformerConfig(**SIZES, architecture="encoder-decoder", use_bias=True),
     "translation-tied": TransformerConfig(**SIZES, architecture="encoder-decoder", tie_embeddings=True),
-    "decoder": TransformerConfig(**SIZES),
+    "decoder": TransformerConfig(**SIZES, local_window=3),
 }
 BATCH, LENGTH = 4, 12
 BEGIN, END = 1, 2

@@ -219,6 +219,20 @@ def test_importing_the_package_imports_neither_torch_nor_triton() -> None:
     )
 
 
+def test_public_names_and_the_trainer_do_not_import_the_compiler() -> None:
+    """It takes two seconds of every process, and every rank, that never compiles anything."""
+    fresh_process.run(
+        """
+        import sys
+        import fusemesh
+        for name in fusemesh.__all__:
+            getattr(fusemesh, name)
+        import fusemesh.trainer
+        assert "torch" in sys.modules and "torch._dynamo" not in sys.modules
+        """
+    )
+
+
 def test_public_names_do_not_hide_modules() -> None:
     """A function re-exported under its module's name would make the module unreachable by import ... as."""
     import fusemesh

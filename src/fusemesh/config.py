@@ -39,6 +39,7 @@ class ModelConfig:
     rope_theta: float = _doc(10000.0, "base of the rotary embedding's wavelengths", least=1.0)
     norm_eps: float = _doc(1e-5, "added under the root in RMSNorm", least=1e-12)
     initializer_range: float = _doc(0.02, "standard deviation of the initial weights", least=1e-12)
+    local_window: int = _doc(0, "every other block sees only tokens at most so many away; 0: all see all", least=0)
     tie_embeddings: bool = _doc(False, "the output layer's weight is the embedding's")
 
 

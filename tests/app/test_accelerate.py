@@ -360,7 +360,7 @@ def test_second_derivatives_which_pytorchs_kernels_do_not_have() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["train", "eval"])
+@pytest.mark.parametrize("train", [pytest.param(True, marks=pytest.mark.slow), False], ids=["train", "eval"])
 def test_a_compiled_graph_holds_the_kernels(train: bool) -> None:
     model = nn.TransformerEncoderLayer(32, 2, 48, 0.0, batch_first=True).train(train)
     x = torch.randn(2, 5, 32)

@@ -101,8 +101,13 @@ def mask_of(case: Case) -> torch.Tensor:
     return torch.stack([blocks(m, n, 0.3, generator, tile=40) for _ in range(b * h)]).reshape(b, h, m, n)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "fp32") for name in CASES),
+        *(pytest.param(name, "bf16", marks=[pytest.mark.slow] if name != "all_features" else []) for name in CASES),
+    ],
+)
 def test_results(name: str, dtype: str) -> None:
     case = replace(CASES[name], dtype=dtype)
     case = replace(case, mask=case.mask or "mn")

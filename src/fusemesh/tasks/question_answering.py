@@ -1,8 +1,8 @@
 """Question answering: which span of a passage answers a question. By default, composed facts about people.
 
-A passage of the default corpus says several things of several people, so that an answer must agree with the question in
-the person and in what is asked. Which person goes with which answer is held out by hash: no held-out fact was seen in
-training.
+A passage of the default corpus is a short life of somebody: six things out of eight in any order, each said in one of
+several ways. A question asks for one of them in words that the passage need not share, and the answer is one to three
+words. Who goes with which answer is held out by hash: no held-out fact was seen in training.
 
 Tokens are words and punctuation marks, each by the hash of its lower case modulo WORDS (Weinberger et al., 2009), so
 that any text has some, and which words are equal is plain to see; an answer is cut out of the passage as it is written
@@ -20,6 +20,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,9 +39,9 @@ WORDS = 4096
 MOST_WORDS = 16  # of an answer
 _WORD = re.compile(r"\w+|[^\w\s]")
 DEFAULTS: Mapping[str, Any] = {
-    "data.sequence_length": 48,
-    "model.num_layers": 4,
-    "training.steps": 600,
+    "data.sequence_length": 64,
+    "model.num_layers": 2,
+    "training.steps": 300,
     "training.global_batch_size": 64,
     "training.learning_rate": 2e-3,
     "training.min_learning_rate": 1e-4,
@@ -48,39 +49,87 @@ DEFAULTS: Mapping[str, Any] = {
     "evaluation.samples": 512,
 }
 NAMES = (
-    "Anna",
-    "Boris",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Irene",
-    "Jonas",
-    "Karin",
-    "Louis",
-    "Maria",
-    "Nils",
-    "Olga",
-    "Pavel",
-    "Rosa",
-    "Simon",
-    "Tessa",
-    "Victor",
+    "Anna", "Boris", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Irene", "Jonas",
+    "Karin", "Louis", "Maria", "Nils", "Olga", "Pavel", "Rosa", "Simon", "Tessa", "Victor",
+)  # fmt: skip
+_CITIES = (
+    "Paris",
+    "Rome",
+    "Oslo",
+    "Lima",
+    "New York",
+    "Cairo",
+    "Cape Town",
+    "Quito",
+    "Tokyo",
+    "Rio de Janeiro",
+    "Perth",
 )
-# What is said of a person, what is asked, and the answers.
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A kind of fact: ways to say it of a person, ways to ask for it, and what it may be."""
+
+    said: tuple[str, ...]
+    asked: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
 FACTS = (
-    ("{} lives in {}.", "Where does {} live?", "Paris Rome Oslo Lima Cairo Delhi Quito Tokyo Minsk Dakar Sofia Perth"),
-    (
-        "{} works as a {}.",
-        "What is the job of {}?",
-        "baker nurse pilot tailor doctor farmer lawyer sailor porter cook",
+    Fact(
+        ("{} lives in {}.", "{} has a flat in {}.", "The home of {} is in {}."),
+        ("Where does {} live?", "In which city does one find {} today?"),
+        _CITIES,
     ),
-    ("{} plays the {}.", "What does {} play?", "flute piano violin cello guitar drums harp trumpet oboe organ lute"),
-    ("{} was born in {}.", "When was {} born?", "1961 1964 1968 1972 1975 1977 1983 1986 1989 1990 1994 1998"),
+    Fact(
+        ("{} was born in {}.", "{} came to the world in {}."),
+        ("What is the birthplace of {}?", "Where did the life of {} begin?"),
+        _CITIES,
+    ),
+    Fact(
+        ("{} works as a {}.", "{} earns money as a {}.", "{} is a {} by trade."),
+        ("What is the job of {}?", "How does {} make a living?"),
+        (
+            "baker",
+            "nurse",
+            "pilot",
+            "taxi driver",
+            "farmer",
+            "lawyer",
+            "sailor",
+            "music teacher",
+            "cook",
+            "fire fighter",
+        ),
+    ),
+    Fact(
+        ("{} plays the {}.", "{} practises the {} every day."),
+        ("Which instrument does {} know?", "On what does {} make music?"),
+        ("flute", "piano", "violin", "cello", "bass guitar", "drums", "harp", "trumpet", "church organ", "lute"),
+    ),
+    Fact(
+        ("{} married in {}.", "The wedding of {} was in {}."),
+        ("When did {} become a spouse?", "In what year was there a marriage for {}?"),
+        ("1981", "1984", "1988", "1992", "1995", "1997", "2003", "2006", "2009", "2010", "2014"),
+    ),
+    Fact(
+        ("{} likes to eat {}.", "The favourite meal of {} is {}."),
+        ("What does {} order in a restaurant?", "Which food makes {} happy?"),
+        ("rice", "fried fish", "noodles", "onion soup", "bread and butter", "salad", "beans", "apple cake"),
+    ),
+    Fact(
+        ("{} has a {} at home.", "{} keeps a {}.", "A {1} belongs to {0}."),
+        ("Which animal does {} own?", "What is the pet of {}?"),
+        ("dog", "cat", "parrot", "gold fish", "rabbit", "guinea pig", "snake", "turtle"),
+    ),
+    Fact(
+        ("{} speaks {}.", "{} learnt {} as a child.", "The language of {} is {}."),
+        ("In what tongue does one talk to {}?", "What can {} say things in?"),
+        ("Welsh", "Greek", "Danish", "Finnish", "Swiss German", "Polish", "Old Norse", "Turkish"),
+    ),
 )
-_SAMPLES, _HELD_OUT_SAMPLES, _SENTENCES = 16000, 1024, 5
+_SAMPLES, _HELD_OUT_SAMPLES, _SENTENCES = 16000, 1024, 6
 
 
 class QuestionAnswering(Task):
@@ -249,41 +298,31 @@ def overlap_guess(question: str, passage: str) -> str:
 
 def composed_facts(*, held_out: bool) -> list[Record]:
     """The default corpus: (question, passage, answer), with facts that are held out or not."""
-    records: list[Record] = []
-    # Of every person and kind of fact, the answers of this part.
-    answers = {
-        (name, kind): [a for a in FACTS[kind][2].split() if is_held_out_fact(name, kind, a) == held_out]
-        for name in NAMES
-        for kind in range(len(FACTS))
-    }
     draw = np.random.default_rng(hash_of("held-out facts" if held_out else "facts") % 2**32)
-    legal = [key for key, values in answers.items() if values]
+
+    def one_of(values: Sequence[str]) -> str:
+        return values[draw.integers(len(values))]
+
+    records: list[Record] = []
     while len(records) < (_HELD_OUT_SAMPLES if held_out else _SAMPLES):
-        asked = legal[draw.integers(len(legal))]
-        # Another person with the same kind of fact, and the same person with another kind; then any.
-        names = [name for name in NAMES if name != asked[0] and (name, asked[1]) in answers]
-        kinds = [kind for kind in range(len(FACTS)) if kind != asked[1]]
-        said = {asked, (names[draw.integers(len(names))], asked[1]), (asked[0], kinds[draw.integers(len(kinds))])}
-        while len(said) < _SENTENCES:
-            said.add((NAMES[draw.integers(len(NAMES))], int(draw.integers(len(FACTS)))))
-        order = sorted(said)
-        draw.shuffle(order)
+        name = one_of(NAMES)
+        kinds = draw.permutation(len(FACTS))[:_SENTENCES].tolist()
+        asked = kinds[draw.integers(_SENTENCES)]
         sentences, answer = [], ""
-        for name, kind in order:
-            is_free = held_out and (name, kind) != asked
-            own = FACTS[kind][2].split() if is_free else answers[name, kind]
-            value = own[draw.integers(len(own))]
-            sentences.append(FACTS[kind][0].format(name, value))
-            answer = value if (name, kind) == asked else answer
-        question = FACTS[asked[1]][1].format(asked[0])
-        if " ".join(sentences).find(answer) == _place(sentences, order.index(asked), answer):
-            records.append(Record((question, " ".join(sentences), answer), "composed", len(records) + 1))
+        for kind in kinds:
+            # What is said beside the answer is free where it is held out, and never held out in training.
+            is_free = held_out and kind != asked
+            legal = [a for a in FACTS[kind].answers if is_free or is_held_out_fact(name, kind, a) == held_out]
+            if not legal:
+                break
+            value = one_of(legal)
+            sentences.append(one_of(FACTS[kind].said).format(name, value))
+            answer = value if kind == asked else answer
+        passage = " ".join(sentences)
+        # An answer that stands in two places would be two.
+        if len(sentences) == _SENTENCES and passage.count(answer) == 1:
+            records.append(Record((one_of(FACTS[asked].asked).format(name), passage, answer), "composed", len(records)))
     return records
-
-
-def _place(sentences: Sequence[str], index: int, answer: str) -> int:
-    """Where the answer stands in its own sentence of the passage."""
-    return sum(len(sentence) + 1 for sentence in sentences[:index]) + sentences[index].rfind(answer)
 
 
 def is_held_out_fact(name: str, kind: int, answer: str) -> bool:

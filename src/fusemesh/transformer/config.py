@@ -33,6 +33,8 @@ class TransformerConfig:
     tie_embeddings: bool = False
     """Whether the head's weight is the embedding's: one parameter, ``embedding.weight``, with both gradients. In an
     encoder-decoder it is ``target_embedding.weight``."""
+    local_window: int = 0
+    """Every other block, the first among them, sees only tokens at most so many away; 0: all blocks see all."""
     architecture: str = "decoder"
     """``decoder`` sees what came before; ``encoder`` sees all of a text; ``encoder-decoder`` has ``num_layers`` of
     each."""
@@ -61,6 +63,8 @@ class TransformerConfig:
         for name in ("use_bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, received {getattr(self, name)!r}")
+        if not isinstance(self.local_window, int) or self.local_window < 0:
+            raise ValueError(f"local_window: expected at least 0, received {self.local_window!r}")
         for name, legal in (("architecture", ARCHITECTURES), ("output", OUTPUTS)):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}: expected one of {', '.join(legal)}, received {getattr(self, name)!r}")
@@ -90,6 +94,13 @@ class TransformerConfig:
     def head_dim(self) -> int:
         """Dimensions of one head."""
         return self.hidden_size // self.num_heads
+
+    def window_of(self, block: int) -> tuple[int, int] | None:
+        """How far back and ahead a block's self-attention sees; None: all the way."""
+        if not self.local_window or block % 2:
+            return None
+        is_causal = self.architecture == "decoder" or block >= (self.memory_at or self.num_blocks)
+        return self.local_window, 0 if is_causal else self.local_window
 
     @property
     def num_blocks(self) -> int:

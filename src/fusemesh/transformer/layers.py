@@ -104,10 +104,17 @@ class Attention(nn.Module):
     With ``of_memory`` keys and values come from the encoder's output instead, without positions.
     """
 
-    def __init__(self, config: TransformerConfig, backend: str, *, of_memory: bool = False) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        backend: str,
+        *,
+        of_memory: bool = False,
+        window: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         hidden, dim, bias = config.hidden_size, config.head_dim, config.use_bias
-        self.head_dim, self.backend, self.of_memory = dim, backend, of_memory
+        self.head_dim, self.backend, self.of_memory, self.window = dim, backend, of_memory, window
         heads, kv_heads = config.num_heads, config.num_kv_heads
         self.query = ColumnParallelLinear(hidden, heads * dim, bias=bias, num_heads=heads, enter=False, backend=backend)
         self.key = ColumnParallelLinear(
@@ -156,7 +163,8 @@ class Attention(nn.Module):
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
     ) -> torch.Tensor:
-        y = flash_attention(q, k, v, causal=causal, mask=mask, backend=self.backend)
+        window = None if self.of_memory else self.window
+        y = flash_attention(q, k, v, causal=causal, window=window, mask=mask, backend=self.backend)
         assert isinstance(y, torch.Tensor)  # not a pair, since no LSE was asked for
         return y
 
@@ -174,6 +182,7 @@ class Attention(nn.Module):
             v_new=v,
             cache_starts=caches.starts,
             causal=True,
+            window=self.window,
             align="bottom_right",
             backend=self.backend,
         )
@@ -212,10 +221,17 @@ class Block(nn.Module):
     The residuals join in the row-parallel layers.
     """
 
-    def __init__(self, config: TransformerConfig, backend: str, *, with_memory: bool = False) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        backend: str,
+        *,
+        with_memory: bool = False,
+        window: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config, backend)
+        self.attention = Attention(config, backend, window=window)
         self.cross_attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if with_memory else None
         self.cross_attention = Attention(config, backend, of_memory=True) if with_memory else None
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)

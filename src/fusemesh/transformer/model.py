@@ -55,7 +55,8 @@ class Transformer(TransformerStage, PipelinedModel):
             range(config.num_blocks),
             embedding=VocabParallelEmbedding(config.vocab_size, hidden),
             blocks=[
-                Block(config, backend, with_memory=at is not None and index >= at) for index in range(config.num_blocks)
+                Block(config, backend, with_memory=at is not None and index >= at, window=config.window_of(index))
+                for index in range(config.num_blocks)
             ],
             target_embedding=None if at is None else VocabParallelEmbedding(config.vocab_size, hidden),
             encoder_norm=None if at is None else RMSNorm(hidden, eps=config.norm_eps),
