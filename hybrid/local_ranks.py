@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -376,6 +377,8 @@ def _nurse(control: Any, ends: list[Any], files: list[str], module: str) -> None
     # What cannot be imported is reported by the ranks, which try again.
     with contextlib.suppress(BaseException):
         importlib.import_module(module)
+    # What is imported stays for good: collections need not look at it, nor write into its pages, which ranks share.
+    gc.freeze()
     own, pids = os.getpid(), []
     for rank, (end, file) in enumerate(zip(ends, files, strict=True)):
         pid = os.fork()
@@ -446,3 +449,6 @@ def _run_calls(connection: Any, stack_file: str, forked_by: int | None) -> None:
                 at = getattr(error, "failed_at", time.time())
                 answer = pickle.dumps(("raised", at, traceback.format_exc()))
             connection.send_bytes(answer)
+            # Models, meshes and process groups refer to each other in cycles, and a group that lives on has threads.
+            fn = args = answer = None
+            gc.collect()
