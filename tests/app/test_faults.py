@@ -152,9 +152,8 @@ def moments_of(count: int, seed: int) -> list[float | None]:
     return [None if turn % 4 in (0, 3) else draw.uniform(0, 0.6) for turn in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("layout", "count", "steps"), [("dp2", 1, 16), pytest.param("dp2 x tp2", 10, 160, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "count", "steps"), [("dp2", 1, 16), ("dp2 x tp2", 10, 160)])
 def test_a_run_that_is_hit_ends_as_if_it_had_not_been(
     layout: str, count: int, steps: int, text: str, tmp_path: Path
 ) -> None:

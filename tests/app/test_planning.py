@@ -177,6 +177,7 @@ def test_training_with_layout_auto(measured: None, tmp_path: Path, capfd: pytest
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_this_machine_is_measured() -> None:
     found = measure.measure(2)
     assert found.device == "cpu" and 1e8 < found.peak["float32"] < 1e13 and found.memory > 1 << 26

@@ -57,6 +57,7 @@ def test_wrong_requests(options: list[str], message: str, tmp_path: Path, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_row_for_each_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, out = tiny_run.write_text(tmp_path / "text"), tmp_path / "scaling"

@@ -148,7 +148,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "name", [name if name == "translation" else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
+)
 def test_one_checkpoint_has_one_metric(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

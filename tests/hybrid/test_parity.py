@@ -53,7 +53,7 @@ LATER = [
     *(Case("pp2 x tp2", True, variant, PipelineOptions(4)) for variant in (UNTIED, TIED)),
     Case("pp2 x fsdp2", True, TIED, PipelineOptions(2)),
     Case("pp2", True, TIED, PipelineOptions(4, "interleaved1f1b", 2)),
-    Case("pp2 x tp2", True, UNTIED, INTERLEAVED),
+    *(Case("pp2 x tp2", True, variant, INTERLEAVED) for variant in (UNTIED, TIED)),
     *(Case("pp2 x fsdp2", True, variant, INTERLEAVED) for variant in (UNTIED, TIED)),
 ]
 

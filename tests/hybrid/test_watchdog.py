@@ -59,6 +59,7 @@ def test_ranks_find_the_stopped_one_themselves(victim: int, capfd: pytest.Captur
     assert told.count(f"fusemesh: rank {victim} has given no sign of life for 4 s") >= 1
 
 
+@pytest.mark.slow
 def test_who_computes_long_or_was_stopped_for_a_while_is_not_lost() -> None:
     with LocalRanks(3, ONE_THREAD) as ranks:
         assert ranks.call(fault_ranks.pause_and_go_on, 1, 6.0, 3.0) == [3, 3, 3]

@@ -122,7 +122,9 @@ def test_results(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dims", ["mn", "hmn", "n", "m", "bn", "bm", "bh"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=[] if dtype == "fp32" else [pytest.mark.slow]) for dtype in DTYPES]
+)
 def test_hidden_tiles_are_not_visited(dims: str, dtype: str) -> None:
     """NaN in the keys, values, queries and gradients of tiles that the mask hides from all others changes nothing."""
     case = Case(dtype=dtype, B=2, H=2, Hkv=2, Sq=4 * TILE, Sk=5 * TILE, mask=dims, bias="hmn")
