@@ -59,7 +59,7 @@ bench: $(STAMP) ## every backend against PyTorch's own; tables, and JSON under b
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[app,mpi,test,lint]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app,mpi,test,lint]"
 	@touch $@
 
 clean: ## remove environments and everything built

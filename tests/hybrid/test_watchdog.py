@@ -45,7 +45,8 @@ def test_the_launcher_names_the_lost_rank(victim: int, number: signal.Signals) -
         assert gone(pids)
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
 def test_ranks_find_the_stopped_one_themselves(victim: int, capfd: pytest.CaptureFixture[str]) -> None:
     """As under torchrun or mpirun, where nobody looks at the processes' states."""
     with LocalRanks(3, ONE_THREAD, grace=2.0, patience=1000.0) as ranks:
