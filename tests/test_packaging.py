@@ -162,7 +162,7 @@ print(fusemesh.__version__)
     assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.strip() == "0.1.0"
 
 
-@pytest.mark.parametrize("way", ["python -c", "python -m pytest"])
+@pytest.mark.parametrize("way", ["python -c", pytest.param("python -m pytest", marks=pytest.mark.slow)])
 def test_hugging_face_model_from_the_root_of_the_clone(way: str) -> None:
     """transformers looks for a package called `kernels` by importing it; here it meets our folder's empty shell."""
     script = "tests/packaging/hugging_face_model.py"

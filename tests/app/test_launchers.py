@@ -20,7 +20,8 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [("tp2", 2), pytest.param("dp2 x tp2", 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "ranks"), [("tp2", 2), ("dp2 x tp2", 4)])
 def test_the_same_losses_under_each_launcher(layout: str, ranks: int, tmp_path: Path) -> None:
     text = tiny_run.write_text(tmp_path / "text")
     losses = {}

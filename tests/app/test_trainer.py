@@ -143,8 +143,14 @@ def test_resuming_in_other_layouts_gives_the_same_model(runs, ranks, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "pipeline",
-    [{}, {"pipeline__schedule": "interleaved1f1b", "pipeline__virtual_stages": "2", "model__num_layers": "4"}],
-    ids=["1f1b", "interleaved"],
+    [
+        pytest.param({}, id="1f1b"),
+        pytest.param(
+            {"pipeline__schedule": "interleaved1f1b", "pipeline__virtual_stages": "2", "model__num_layers": "4"},
+            id="interleaved",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_run_in_stages_goes_on_in_one_process(runs, ranks, tmp_path, pipeline):
     """And is the run of one process from its first step: tied embeddings, clipping at every step."""
