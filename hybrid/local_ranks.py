@@ -450,5 +450,6 @@ def _run_calls(connection: Any, stack_file: str, forked_by: int | None) -> None:
                 answer = pickle.dumps(("raised", at, traceback.format_exc()))
             connection.send_bytes(answer)
             # Models, meshes and process groups refer to each other in cycles, and a group that lives on has threads.
-            fn = args = answer = None
+            del answer
+            fn = args = None
             gc.collect()

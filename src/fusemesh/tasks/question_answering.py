@@ -301,7 +301,7 @@ def composed_facts(*, held_out: bool) -> list[Record]:
     draw = np.random.default_rng(hash_of("held-out facts" if held_out else "facts") % 2**32)
 
     def one_of(values: Sequence[str]) -> str:
-        return values[draw.integers(len(values))]
+        return values[int(draw.integers(len(values)))]
 
     records: list[Record] = []
     while len(records) < (_HELD_OUT_SAMPLES if held_out else _SAMPLES):
