@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import IGNORED, PAD, SEPARATOR, Batch, Examples, Task, hash_of, is_held_out
-from .records import Record, read_records, split_line
+from .base import IGNORED, PAD, SEPARATOR, Batch, Examples, Task, hash_of
+from .records import Record, load_records, split_line
 
 if TYPE_CHECKING:
     import torch
@@ -139,25 +139,11 @@ class QuestionAnswering(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        data = config.data
-        if data.path:
-            train = read_records(data.path, FIELDS, data.columns)
-            self.source = data.path
-            if data.held_out:
-                held_out = read_records(data.held_out, FIELDS, data.columns)
-            else:
-                # By the passage: no question about a held-out one was trained on.
-                held_out = [record for record in train if is_held_out(record.values[1])]
-                train = [record for record in train if not is_held_out(record.values[1])]
-        else:
-            train, held_out = composed_facts(held_out=False), composed_facts(held_out=True)
-            self.source = "composed facts"
-        for part, records in (("to train on", train), ("held out", held_out)):
-            if not records:
-                raise ValueError(
-                    f"data.path: expected enough records to hold some out, received none {part} in {self.source}; give "
-                    "more, or a file of them as data.held_out"
-                )
+        # Held out by the passage: no question about a held-out one was trained on.
+        train, held_out = load_records(
+            config.data, FIELDS, lambda: (composed_facts(held_out=False), composed_facts(held_out=True)), key=1
+        )
+        self.source = config.data.path or "composed facts"
         self.held_out, self._records = self._examples(held_out), held_out
         self.train = self._without_cut_answers(self._examples(train))
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .base import is_held_out
+
+if TYPE_CHECKING:
+    from fusemesh.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,33 @@ def read_records(path: str, fields: Sequence[str], columns: str = "") -> list[Re
             if not value.strip():
                 raise ValueError(f"{record.where}: expected a {name}, received nothing; fill it in, or drop the line")
     return records
+
+
+def load_records(
+    data: DataConfig, fields: Sequence[str], default: Callable[[], tuple[list[Record], list[Record]]], key: int = 0
+) -> tuple[list[Record], list[Record]]:
+    """Records to train on, and held out: of the user's files, or by ``default``.
+
+    Args:
+        key: of which field the hash decides that a record is held out, where no file of them is given.
+
+    Raises:
+        ValueError: see :func:`read_records`; or one of the two is empty.
+    """
+    if not data.path:
+        train, held_out = default()
+    elif data.held_out:
+        train, held_out = (read_records(path, fields, data.columns) for path in (data.path, data.held_out))
+    else:
+        records = read_records(data.path, fields, data.columns)
+        train, held_out = ([r for r in records if is_held_out(r.values[key]) == part] for part in (False, True))
+    for part, found in (("to train on", train), ("held out", held_out)):
+        if not found:
+            raise ValueError(
+                f"data.path: expected enough records to hold some out, received none {part} in {data.path!r}; give "
+                "more, or a file of them as data.held_out"
+            )
+    return train, held_out
 
 
 def _text(file: Path) -> str:

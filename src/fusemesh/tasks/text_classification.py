@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .base import Batch, Examples, Task, encode, hash_of, is_held_out, padded
-from .records import Record, read_records
+from .records import Record, load_records
 
 if TYPE_CHECKING:
     import torch
@@ -48,26 +48,11 @@ class TextClassification(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        data = config.data
-        if data.path:
-            train = read_records(data.path, FIELDS, data.columns)
-            self.source = data.path
-            if data.held_out:
-                held_out = read_records(data.held_out, FIELDS, data.columns)
-            else:
-                held_out = [record for record in train if is_held_out(record.values[0])]
-                train = [record for record in train if not is_held_out(record.values[0])]
-        else:
-            train, held_out = locale_names()
-            self.source = "locale data of Babel"
+        train, held_out = load_records(config.data, FIELDS, locale_names)
+        self.source = config.data.path or "locale data of Babel"
         self.labels = sorted({record.values[1] for record in train})
         if len(self.labels) < 2:
             raise ValueError(f"data.path: expected at least 2 labels, received {len(self.labels)} in {self.source}")
-        if not held_out:
-            raise ValueError(
-                f"data.path: expected enough records to hold some out, received {len(train)}, none of which the hash "
-                "chose; give more, or a file of them as data.held_out"
-            )
         for record in held_out:
             if record.values[1] not in self.labels:
                 raise ValueError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, Task, decode, encode, hash_of, is_held_out, padded
-from .records import Record, read_records
+from .records import Record, load_records
 
 if TYPE_CHECKING:
     import torch
@@ -45,24 +45,8 @@ class Translation(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        data = config.data
-        if data.path:
-            train = read_records(data.path, FIELDS, data.columns)
-            self.source = data.path
-            if data.held_out:
-                held_out = read_records(data.held_out, FIELDS, data.columns)
-            else:
-                held_out = [record for record in train if is_held_out(record.values[0])]
-                train = [record for record in train if not is_held_out(record.values[0])]
-        else:
-            train, held_out = number_words()
-            self.source = "number words, English to French"
-        for part, records in (("to train on", train), ("held out", held_out)):
-            if not records:
-                raise ValueError(
-                    f"data.path: expected enough records to hold some out, received none {part} in {self.source}; give "
-                    "more, or a file of them as data.held_out"
-                )
+        train, held_out = load_records(config.data, FIELDS, number_words)
+        self.source = config.data.path or "number words, English to French"
         self.train, self.held_out = self._examples(train), self._examples(held_out)
         self._records = held_out
 
