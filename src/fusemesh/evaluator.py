@@ -142,27 +142,49 @@ def evaluate(
     samples, batch_size = task.held_out, task.config.evaluation.batch_size
     count = held_out_samples(task.config, samples)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    found: torch.Tensor | None = None
     for indices, valid in evaluation_batches(count, batch_size, replicas, replica):
-        batch = samples.batch(indices)
-        tokens, targets, inputs = on_device(batch, device)
+        tokens, targets, inputs = on_device(samples.batch(indices), device)
         targets[valid:] = IGNORED
         total += model.loss(tokens, targets, **inputs).double()
-        if task.metric:
-            own = task.predict(model, batch, device)
-            if found is None:
-                found = own.new_zeros((count, own.shape[1]))
-            found[torch.from_numpy(indices[:valid]).to(device)] = own[:valid]
     if mesh is not None:
         total = sum_over_replicas(total, mesh)
-        # Each row is filled in by one replica.
-        found = found if found is None else sum_over_replicas(found, mesh)
+    predictions = None
+    if task.metric:
+        predictions = predict(
+            model, task, samples, count, batch_size, device=device, mesh=mesh, replica=replica, replicas=replicas
+        )
     model.train(training)
     targets_counted = samples.targets_in(range(count))
     loss = total.item() / targets_counted
-    predictions = None if found is None else found.cpu().numpy()
     metrics = task.score(loss, predictions, count)
     return Evaluation(loss, metrics, targets_counted, count, time.perf_counter() - began, predictions)
+
+
+def predict(
+    model: Transformer,
+    task: Task,
+    samples: Dataset,
+    count: int,
+    batch_size: int,
+    *,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+    replica: int = 0,
+    replicas: int = 1,
+) -> np.ndarray:
+    """What the task's model answers to the first ``count`` samples, int64 [count, width], the same on every rank.
+
+    Each replica answers its share.
+    """
+    found: torch.Tensor | None = None
+    for indices, valid in evaluation_batches(count, batch_size, replicas, replica):
+        own = task.predict(model, samples.batch(indices), device)
+        if found is None:
+            found = own.new_zeros((count, own.shape[1]))
+        found[torch.from_numpy(indices[:valid]).to(device)] = own[:valid]
+    assert found is not None
+    # Each row is filled in by one replica.
+    return (found if mesh is None else sum_over_replicas(found, mesh)).cpu().numpy()
 
 
 def config_of(target: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,10 +13,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusemesh import config as configuration
-from fusemesh.evaluator import check_layout, load_parallel
+from fusemesh.evaluator import check_layout, load_parallel, predict
 from fusemesh.generation import Sampling, generate
-from fusemesh.hybrid.data import evaluation_batches
-from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.launch import World, distributed
 from fusemesh.hybrid.layout import Layout
 from fusemesh.tasks import build_task
@@ -38,14 +36,17 @@ class _Loaded:
         """One for each line, the same on every rank; each replica answers its share."""
         samples, replicas = self.task.examples_of(lines), self.layout.replicas
         size = min(self.task.config.evaluation.batch_size, -(-len(lines) // replicas))
-        found: torch.Tensor | None = None
-        for indices, valid in evaluation_batches(len(lines), size, replicas, self.layout.replica_of(self.world.rank)):
-            own = self.task.predict(self.model, samples.batch(indices), self.world.device)
-            if found is None:
-                found = own.new_zeros((len(lines), own.shape[1]))
-            found[torch.from_numpy(indices[:valid]).to(found.device)] = own[:valid]
-        assert found is not None
-        rows = sum_over_replicas(found, self.mesh).cpu().numpy()
+        rows = predict(
+            self.model,
+            self.task,
+            samples,
+            len(lines),
+            size,
+            device=self.world.device,
+            mesh=self.mesh,
+            replica=self.layout.replica_of(self.world.rank),
+            replicas=replicas,
+        )
         return [self.task.answer(row, line) for row, line in zip(rows, lines, strict=True)]
 
 
