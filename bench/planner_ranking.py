@@ -7,7 +7,8 @@ shuffled order; its time is the median over runs of the median step. Beside the 
 have taken at least on an idle machine, by the processors' time: the busiest rank's, or all ranks' over the cores.
 
 Memory is the most, over ranks, by which a rank's peak resident set exceeds what it held just before the model was
-built, in a run of its own in which glibc's malloc gives freed tensors back to the system (MALLOC_MMAP_THRESHOLD_, which
+built, without the pages of library files that it touched since (forked ranks share them and find each at its first
+use), in a run of its own in which glibc's malloc gives freed tensors back to the system (MALLOC_MMAP_THRESHOLD_, which
 costs time). What it holds otherwise, holes included, stands beside it.
 
 The result is a table, the rank correlations (Spearman) of predicted and measured times with and without the single
@@ -52,6 +53,12 @@ STEPS = 2  # timed, after one that is not
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 
 
+def file_pages() -> int:
+    """Bytes of files, libraries above all, that are resident in this process; ranks share them."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssFile:")[1].split()[0]) * 1024
+
+
 def train(values: dict[str, Any]) -> tuple[list[float], list[float], int]:
     """One rank: seconds of each timed step, of them on a core, and bytes by which the peak exceeded the start."""
     import torch
@@ -63,7 +70,7 @@ def train(values: dict[str, Any]) -> tuple[list[float], list[float], int]:
     configured = config.load(base=values)
     torch.set_num_threads(configured.run.threads)
     with distributed("cpu") as world:
-        before = measure.resident()
+        before, files = measure.resident(), file_pages()
         # "5" sets the peak that the system keeps back to what is resident now.
         Path("/proc/self/clear_refs").write_text("5")
         trainer = Trainer(configured, world, quiet=True)
@@ -74,9 +81,9 @@ def train(values: dict[str, Any]) -> tuple[list[float], list[float], int]:
             trainer.train_step(step)
             times.append(time.perf_counter() - start)
             busy.append(time.process_time() - on_core)
-        status = Path("/proc/self/status").read_text()
+        status, files = Path("/proc/self/status").read_text(), file_pages() - files
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return times[1:], busy[1:], peak - before
+    return times[1:], busy[1:], peak - before - files
 
 
 def run(configured: config.Config, env: dict[str, str]) -> tuple[float, float, int]:
@@ -124,6 +131,7 @@ def main() -> int:
     parser.add_argument("--layouts", default=LAYOUTS)
     parser.add_argument("--hardware", metavar="FILE", help="hardware as a measurement gave it; default: measure")
     parser.add_argument("--measured", metavar="FILE", help="an earlier planner.json: only its predictions are renewed")
+    parser.add_argument("--memory", action="store_true", help="with --measured: measure the memory again, too")
     parser.add_argument("--output", metavar="FILE")
     options = parser.parse_args()
 
@@ -136,6 +144,11 @@ def main() -> int:
         world = max(Layout.parse(name).world_size for name in names)
         machine = stated.find_hardware(options.hardware) if options.hardware else measure.measure(world)
         rows = earlier or measure_rows(names, base, options.runs)
+        if earlier and options.memory:
+            for row in rows:
+                row["measured_bytes"] = run(
+                    config.load(base={**config.as_dict(base), "layout": row["layout"]}), GIVE_BACK
+                )[2]
 
     for row in rows:
         layout = Layout.parse(row["layout"])
