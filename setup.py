@@ -15,6 +15,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,7 +27,11 @@ from setuptools.command.build import build
 FLOORS = {"fusemesh.kernels": "kernels", "fusemesh.hybrid": "hybrid"}
 ENGINE = "libfusemesh.so"
 SOURCES = sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in (".cpp", ".h"))
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"]
+# Each instruction set's code is a file of its own; a compiler that does not know the flags leaves it empty.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+ISA_FLAGS = {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512, "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"]}
 LIBRARIES = ["-ldl"] if sys.platform == "linux" else []
 
 
@@ -51,6 +57,26 @@ def find_compiler() -> "tuple[list[str] | None, str]":
 COMPILER, WHY_NO_ENGINE = find_compiler()
 
 
+def flags_of(unit: str) -> "list[str]":
+    """The flags of an instruction set's file, none where the compiler refuses them; the file is empty without."""
+    flags = ISA_FLAGS.get(Path(unit).name, [])
+    if not flags:
+        return []
+    probe = [*COMPILER, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return flags if subprocess.run(probe, capture_output=True).returncode == 0 else []
+
+
+def run(command: "list[str]") -> None:
+    """Run the compiler; its failure ends the build."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print("fusemesh:", shlex.join(command), result.stdout, sep="\n", end="")
+    if result.returncode != 0:
+        raise SystemExit(
+            f"fusemesh: the C++ compiler failed on the CPU engine (above):\n{result.stdout[-2000:]}\n"
+            "Choose another with CXX=..., or install without the engine with FUSEMESH_NO_ENGINE=1"
+        )
+
+
 class BuildEngine(Command):
     """Compiles csrc/*.cpp into one shared library: in the source tree for editable installs, else in build/."""
 
@@ -74,28 +100,22 @@ class BuildEngine(Command):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in SOURCES)).hexdigest()[:16]
+        flags = [*FLAGS, f'-DFM_VERSION="{self.distribution.get_version()}"', f'-DFM_SOURCES="{digest}"']
+        flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         # Written beside and renamed, so that a process that has the old library open keeps it whole.
         fresh = target.with_suffix(f".{os.getpid()}.tmp")
-        command = [
-            *COMPILER,
-            *FLAGS,
-            f'-DFM_VERSION="{self.distribution.get_version()}"',
-            f'-DFM_SOURCES="{digest}"',
-            *shlex.split(os.environ.get("CXXFLAGS", "")),
-            *(source for source in SOURCES if source.endswith(".cpp")),
-            *("-o", str(fresh)),
-            *shlex.split(os.environ.get("LDFLAGS", "")),
-            *LIBRARIES,
-        ]
-        print("fusemesh:", shlex.join(command))
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(result.stdout, end="")
-        if result.returncode != 0:
-            fresh.unlink(missing_ok=True)
-            raise SystemExit(
-                f"fusemesh: the C++ compiler failed on the CPU engine (above):\n{result.stdout[-2000:]}\n"
-                "Choose another with CXX=..., or install without the engine with FUSEMESH_NO_ENGINE=1"
-            )
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+            units = [source for source in SOURCES if source.endswith(".cpp")]
+            objects = [str(Path(folder, Path(unit).stem + ".o")) for unit in units]
+            commands = [
+                [*COMPILER, *flags, *flags_of(unit), "-c", unit, "-o", built]
+                for unit, built in zip(units, objects, strict=True)
+            ]
+            # The largest first, so that the last one to end has not begun last.
+            for _ in pool.map(run, reversed(commands)):
+                pass
+            links = shlex.split(os.environ.get("LDFLAGS", ""))
+            run([*COMPILER, *flags, "-shared", *objects, "-o", str(fresh), *links, *LIBRARIES])
         os.replace(fresh, target)
 
     def get_source_files(self):

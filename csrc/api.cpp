@@ -1,15 +1,14 @@
-// The engine's C ABI (fusemesh.h): reads the caller's struct, checks it, computes, and turns every failure into a status.
+// The engine's C ABI (fusemesh.h): reads the caller's structs, has them checked, lays out the sequences, and turns every
+// failure into a status.
 
-#include <cinttypes>
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <exception>
-#include <limits>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "attention.h"
+#include "check.h"
 #include "fusemesh.h"
 #include "threading.h"
 
@@ -20,163 +19,15 @@
 #define FM_SOURCES "unknown"
 #endif
 
+namespace fm {
 namespace {
 
-constexpr int64_t FARTHEST = int64_t{1} << 60;  // positions beyond would overflow when they are subtracted
-
-thread_local char last_error[512] = "";
-
-#if defined(__GNUC__)
-__attribute__((format(printf, 2, 3)))
-#endif
-int32_t
-fail(fm_status status, const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(last_error, sizeof last_error, format, arguments);
-  va_end(arguments);
-  return status;
-}
-
-const char* name_of(int32_t dtype) {
-  switch (dtype) {
-    case FM_NONE: return "none";
-    case FM_F32: return "f32";
-    case FM_BF16: return "bf16";
-    case FM_F16: return "f16";
-    case FM_U8: return "u8";
-    case FM_I32: return "i32";
-    case FM_I64: return "i64";
-    default: return "unknown";
-  }
-}
-
-// Copies the caller's struct into this engine's: what the caller does not know is zero, what this engine does not know
-// must be.
-int32_t read_call(const fm_attention* given, fm_attention& call) {
-  if (!given) return fail(FM_INVALID, "call: expected a pointer to fm_attention, received NULL");
-  if (given->abi_version != FM_ABI_VERSION) {
-    return fail(FM_INVALID, "abi_version: this engine speaks %d, received %u; rebuild whichever is older", FM_ABI_VERSION,
-                given->abi_version);
-  }
-  const size_t size = given->struct_size;
-  if (size < sizeof(fm_attention)) {
-    return fail(FM_INVALID, "struct_size: expected at least %zu bytes, the first version's, received %zu",
-                sizeof(fm_attention), size);
-  }
-  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
-  for (size_t i = sizeof(fm_attention); i < size; ++i) {
-    if (bytes[i]) {
-      return fail(FM_UNSUPPORTED, "struct_size: byte %zu sets an option that this engine, which knows %zu bytes, lacks", i,
-                  sizeof(fm_attention));
-    }
-  }
-  std::memcpy(&call, given, sizeof(fm_attention));
-  return FM_OK;
-}
-
-int32_t check_tensor(const char* name, const fm_tensor& tensor, bool is_required, int32_t dtype) {
-  if (!tensor.data) {
-    if (is_required) return fail(FM_INVALID, "%s: expected a tensor, received NULL", name);
-    return FM_OK;
-  }
-  if (tensor.dtype != dtype) {
-    const bool is_known = tensor.dtype > FM_NONE && tensor.dtype <= FM_I64;
-    return fail(is_known ? FM_UNSUPPORTED : FM_INVALID, "%s: this engine computes with dtype %s, received %s (%d)", name,
-                name_of(dtype), name_of(tensor.dtype), tensor.dtype);
-  }
-  return FM_OK;
-}
-
-int32_t check_sizes(const fm_attention& call) {
-  const struct {
-    const char* name;
-    int64_t value;
-  } sizes[] = {{"batch", call.batch}, {"heads", call.heads}, {"kv_heads", call.kv_heads}, {"seq_q", call.seq_q},
-               {"seq_k", call.seq_k}, {"dim", call.dim},     {"dim_v", call.dim_v}};
-  for (const auto& size : sizes) {
-    if (size.value < 0) return fail(FM_INVALID, "%s: expected at least 0, received %" PRId64, size.name, size.value);
-  }
-  if (call.heads > 0 && (call.kv_heads == 0 || call.heads % call.kv_heads != 0)) {
-    return fail(FM_INVALID, "heads: expected a multiple of kv_heads = %" PRId64 ", received %" PRId64, call.kv_heads,
-                call.heads);
-  }
-  // Far above any memory, and low enough that products and sums of sizes stay within 64 bits.
-  const double rows = static_cast<double>(call.batch) * call.heads * call.seq_q;
-  if (rows > FARTHEST || call.seq_k > FARTHEST || call.dim > (1 << 24) || call.dim_v > (1 << 24)) {
-    return fail(FM_INVALID, "sizes: expected batch * heads * seq_q and seq_k up to 2^60, dim and dim_v up to 2^24");
-  }
-  return FM_OK;
-}
-
-int32_t check_options(const fm_attention& call) {
-  const struct {
-    const char* name;
-    int64_t value;
-  } origins[] = {{"origin_q", call.origin_q},
-                 {"origin_k", call.origin_k},
-                 {"origin_head", call.origin_head},
-                 {"origin_batch", call.origin_batch}};
-  for (const auto& origin : origins) {
-    if (origin.value > FARTHEST || origin.value < -FARTHEST) {
-      return fail(FM_INVALID, "%s: expected a position within +-2^60, received %" PRId64, origin.name, origin.value);
-    }
-  }
-  if (call.window_left < -1 || call.window_right < -1) {
-    return fail(FM_INVALID, "window: expected sides of at least 0, or -1 for open, received (%" PRId64 ", %" PRId64 ")",
-                call.window_left, call.window_right);
-  }
-  if (call.align != FM_ORIGIN && call.align != FM_BOTTOM_RIGHT) {
-    return fail(FM_INVALID, "align: expected 0 (origin) or 1 (bottom right), received %d", call.align);
-  }
-  if (call.threads < 0) return fail(FM_INVALID, "threads: expected at least 0, received %d", call.threads);
-  if (call.flags || call.reserved) {
-    return fail(FM_UNSUPPORTED, "flags: this engine defines none, received %u", call.flags | call.reserved);
-  }
-  return FM_OK;
-}
-
-// The options of the contract that this engine does not compute.
-int32_t check_supported(const fm_attention& call) {
-  const char* name = call.alibi_slopes.data                                ? "alibi_slopes"
-                     : call.sinks.data                                     ? "sinks"
-                     : call.cu_seqlens_q.data || call.cu_seqlens_k.data    ? "cu_seqlens"
-                     : call.softcap != 0                                   ? "softcap"
-                     : call.dropout_p != 0                                 ? "dropout_p"
-                                                                           : nullptr;
-  if (name) return fail(FM_UNSUPPORTED, "%s: this engine does not compute it; leave it out or use another backend", name);
-  return FM_OK;
-}
-
-int32_t check(const fm_attention& call) {
-  if (int32_t status = check_sizes(call)) return status;
-  if (int32_t status = check_options(call)) return status;
-  if (int32_t status = check_supported(call)) return status;
-  const bool has_rows = call.batch > 0 && call.heads > 0 && call.seq_q > 0;
-  const bool has_keys = has_rows && call.seq_k > 0;
-  if (int32_t status = check_tensor("q", call.q, has_keys && call.dim > 0, FM_F32)) return status;
-  if (int32_t status = check_tensor("k", call.k, has_keys && call.dim > 0, FM_F32)) return status;
-  if (int32_t status = check_tensor("v", call.v, has_keys && call.dim_v > 0, FM_F32)) return status;
-  if (int32_t status = check_tensor("out", call.out, has_rows && call.dim_v > 0, FM_F32)) return status;
-  if (int32_t status = check_tensor("lse", call.lse, false, FM_F32)) return status;
-  if (int32_t status = check_tensor("mask", call.mask, false, FM_U8)) return status;
-  return check_tensor("bias", call.bias, false, FM_F32);
-}
-
-}  // namespace
-
-extern "C" {
-
-FM_API int32_t fm_attention_forward(const fm_attention* given) {
+template <typename Compute>
+int32_t guarded(Compute compute) {
   try {
-    fm_attention call;
-    if (int32_t status = read_call(given, call)) return status;
-    if (int32_t status = check(call)) return status;
-    if (call.align == FM_BOTTOM_RIGHT) call.origin_q += call.seq_k - call.seq_q;
-    fm::forward_scalar(call);
-    return FM_OK;
+    return compute();
   } catch (const std::bad_alloc&) {
-    return fail(FM_OUT_OF_MEMORY, "scratch memory for the threads could not be allocated");
+    return fail(FM_OUT_OF_MEMORY, "scratch memory could not be allocated");
   } catch (const std::exception& error) {
     return fail(FM_INTERNAL, "%s", error.what());
   } catch (...) {
@@ -184,12 +35,143 @@ FM_API int32_t fm_attention_forward(const fm_attention* given) {
   }
 }
 
-FM_API const char* fm_last_error(void) { return last_error; }
+int64_t element(const fm_tensor& t, int64_t index) {
+  const int64_t at = index * t.stride[0];
+  return t.dtype == FM_I32 ? static_cast<const int32_t*>(t.data)[at] : static_cast<const int64_t*>(t.data)[at];
+}
+
+// A problem and the memory of its sequences.
+struct Layout {
+  fm_attention call;
+  std::vector<Sequence> sequences;
+  Problem problem;
+
+  // Sequences one after the other, each with as many blocks and keys as it needs.
+  void add(Sequence s) {
+    s.key_rows = problem.key_rows;
+    s.blocks = problem.blocks;
+    problem.key_rows += s.keys + s.keys % 2;
+    problem.blocks += blocks_of(s.queries, problem.group);
+    sequences.push_back(s);
+  }
+
+  void start() {
+    problem = Problem{&call, nullptr, 0, 0, call.kv_heads > 0 ? call.heads / call.kv_heads : 1};
+    sequences.reserve(static_cast<size_t>(call.batch));
+    // No distance is larger; sums with it stay within 64 bits.
+    constexpr int64_t FAR = int64_t{1} << 61;
+    if (call.window_left > FAR) call.window_left = FAR;
+    if (call.window_right > FAR) call.window_right = FAR;
+  }
+
+  // Whole sequences, packed or not.
+  void lay_out() {
+    start();
+    for (int64_t b = 0; b < call.batch; ++b) {
+      Sequence s{};
+      s.queries = call.seq_q;
+      s.keys = call.seq_k;
+      if (call.cu_seqlens_q.data) {
+        s.first_q = element(call.cu_seqlens_q, b);
+        s.first_k = element(call.cu_seqlens_k, b);
+        s.queries = element(call.cu_seqlens_q, b + 1) - s.first_q;
+        s.keys = element(call.cu_seqlens_k, b + 1) - s.first_k;
+      }
+      s.ahead = call.origin_q - call.origin_k + (call.align == FM_BOTTOM_RIGHT ? s.keys - s.queries : 0);
+      add(s);
+    }
+    problem.sequences = sequences.data();
+  }
+
+  // Sequences of a cache, whose lengths count what is appended.
+  void lay_out(const fm_cache& cache) {
+    start();
+    for (int64_t b = 0; b < call.batch; ++b) {
+      Sequence s{};
+      s.queries = call.seq_q;
+      s.keys = element(cache.cache_lens, b) + (cache.k_new.data ? cache.added : 0);
+      if (s.keys > call.seq_k) s.keys = call.seq_k;
+      if (s.keys < 0) s.keys = 0;
+      s.hidden = cache.cache_starts.data ? element(cache.cache_starts, b) : 0;
+      if (s.hidden < 0) s.hidden = 0;
+      s.ahead = s.keys - s.queries;
+      add(s);
+    }
+    problem.sequences = sequences.data();
+  }
+};
+
+}  // namespace
+}  // namespace fm
+
+extern "C" {
+
+FM_API int32_t fm_attention_forward(const fm_attention* given) {
+  return fm::guarded([&] {
+    fm::Layout layout;
+    if (int32_t status = fm::read_call(given, layout.call)) return status;
+    if (int32_t status = fm::check(layout.call)) return status;
+    layout.lay_out();
+    fm::engine().forward(layout.problem);
+    return int32_t{FM_OK};
+  });
+}
+
+FM_API int32_t fm_attention_backward(const fm_attention* given, const fm_gradients* given_gradients) {
+  return fm::guarded([&] {
+    fm::Layout layout;
+    fm_gradients gradients;
+    if (int32_t status = fm::read_call(given, layout.call)) return status;
+    if (int32_t status = fm::read_gradients(given_gradients, gradients)) return status;
+    if (int32_t status = fm::check(layout.call, gradients)) return status;
+    layout.lay_out();
+    fm::engine().backward(layout.problem, gradients);
+    return int32_t{FM_OK};
+  });
+}
+
+FM_API int32_t fm_attention_decode(const fm_attention* given, const fm_cache* given_cache) {
+  return fm::guarded([&] {
+    fm::Layout layout;
+    fm_cache cache;
+    if (int32_t status = fm::read_call(given, layout.call)) return status;
+    if (int32_t status = fm::read_cache(given_cache, cache)) return status;
+    if (int32_t status = fm::check(layout.call, cache)) return status;
+    layout.lay_out(cache);
+    fm::engine().decode(layout.problem, cache);
+    return int32_t{FM_OK};
+  });
+}
+
+FM_API const char* fm_last_error(void) { return fm::last_error(); }
 
 FM_API int32_t fm_abi_version(void) { return FM_ABI_VERSION; }
 
+FM_API const char* fm_isas(void) {
+  thread_local char names[128];
+  names[0] = 0;
+  for (int index = 0; index < fm::ENGINES; ++index) {
+    if (const fm::Engine* found = fm::available(index)) {
+      if (names[0]) std::strcat(names, ", ");
+      std::strcat(names, found->name);
+    }
+  }
+  return names;
+}
+
+FM_API int32_t fm_set_isa(const char* name) {
+  if (name && fm::choose(name)) return FM_OK;
+  return fm::fail(FM_INVALID, "isa: expected one of %s, received %s", fm_isas(), name ? name : "NULL");
+}
+
 FM_API const char* fm_build_info(void) {
-  return "version=" FM_VERSION "; sources=" FM_SOURCES "; compiler=" __VERSION__ "; isa=scalar";
+  thread_local std::string info;
+  try {
+    info = std::string("version=" FM_VERSION "; sources=" FM_SOURCES "; compiler=" __VERSION__ "; isa=") + fm::engine().name;
+    return info.c_str();
+  } catch (...) {
+    return "version=" FM_VERSION;
+  }
 }
 
 FM_API const char* fm_thread_runtime(void) {

@@ -80,7 +80,7 @@ typedef struct fm_attention {
   fm_tensor q;   /* [batch, heads, seq_q, dim] */
   fm_tensor k;   /* [batch, kv_heads, seq_k, dim], dtype of q */
   fm_tensor v;   /* [batch, kv_heads, seq_k, dim_v], dtype of q */
-  fm_tensor out; /* [batch, heads, seq_q, dim_v], dtype of q; rows without a key are set to 0 */
+  fm_tensor out; /* [batch, heads, seq_q, dim_v], dtype of q or f32; rows without a key are set to 0 */
   fm_tensor lse; /* [batch, heads, seq_q, -] f32, optional: natural log of the sum of exp(s), sink excluded; -inf for
                   * rows without a key */
 
@@ -115,9 +115,55 @@ typedef struct fm_attention {
   uint32_t reserved;
 } fm_attention;
 
-/* Fills out, and lse if given. Extra memory: O(dim + dim_v) for each thread. The same call gives the same bits whatever
- * the number of threads. */
+/* What backward needs besides the call, whose out and lse are then inputs: those that forward filled. */
+typedef struct fm_gradients {
+  uint32_t struct_size; /* sizeof(fm_gradients) */
+  uint32_t reserved;
+
+  fm_tensor dout; /* [batch, heads, seq_q, dim_v], dtype of q: gradient of out */
+  fm_tensor dlse; /* [batch, heads, seq_q, -] f32, optional: gradient of lse */
+
+  fm_tensor dq; /* as q, k and v, dtype of q: filled */
+  fm_tensor dk;
+  fm_tensor dv;
+  fm_tensor dbias;      /* [batch, heads, seq_q, seq_k] f32, optional: added to; stride 0 where the bias is broadcast */
+  fm_tensor dsink_rows; /* [batch, heads, seq_q, -] f32, optional: each row's share of the gradient of its head's sink */
+} fm_gradients;
+
+/* What decode needs besides the call. The call's k and v are the cache, its seq_k how many keys a sequence's part of it
+ * can hold; query i stands at the sequence's length - seq_q + i, key j at j, both less cache_starts. No cu_seqlens,
+ * dropout, align or origins. */
+typedef struct fm_cache {
+  uint32_t struct_size; /* sizeof(fm_cache) */
+  uint32_t reserved;
+
+  int64_t page;  /* keys in a page; with block_table, where k and v are [pages, kv_heads, page, dim] */
+  int64_t pages; /* how many there are: no other is touched, whatever the table says */
+  int64_t added; /* keys of k_new and v_new */
+
+  fm_tensor cache_lens;   /* [batch, -, -, -] i32 or i64: keys of each sequence before those added */
+  fm_tensor cache_starts; /* [batch, -, -, -] i32 or i64, optional: keys before it are unseen */
+  fm_tensor block_table;  /* [batch, pages of a sequence, -, -] i32 or i64, optional */
+  fm_tensor k_new;        /* [batch, kv_heads, added, dim], dtype of q, optional: written behind the last key first */
+  fm_tensor v_new;        /* [batch, kv_heads, added, dim_v], likewise; absent where v is a part of k */
+} fm_cache;
+
+/* Fills out, and lse if given. Extra memory: O(dim + dim_v) for each thread, and copies of k and v in the layout that the
+ * processor wants. The same call gives the same bits whatever the number of threads; this holds for all three. */
 FM_API int32_t fm_attention_forward(const fm_attention* call);
+
+/* Fills dq, dk and dv, adds to dbias, fills dsink_rows. Extra memory: O(size of q, k and v). */
+FM_API int32_t fm_attention_backward(const fm_attention* call, const fm_gradients* gradients);
+
+/* Writes k_new and v_new to the cache, then fills out, and lse if given. */
+FM_API int32_t fm_attention_decode(const fm_attention* call, const fm_cache* cache);
+
+/* The instruction sets that were built and that this processor runs, best first, separated by ", ": avx512-bf16, avx512,
+ * avx2, scalar. Calls use the first, or the one that was set. */
+FM_API const char* fm_isas(void);
+
+/* Makes calls of all threads use one of fm_isas(); "" chooses the first again. */
+FM_API int32_t fm_set_isa(const char* name);
 
 /* What was wrong in this thread's last call that did not return FM_OK: what was expected, what was received. Valid until
  * this thread's next call. */
@@ -126,7 +172,8 @@ FM_API const char* fm_last_error(void);
 /* FM_ABI_VERSION of the engine. */
 FM_API int32_t fm_abi_version(void);
 
-/* "key=value" pairs, separated by "; ": version, sources (a digest of the sources it was built from), compiler, isa. */
+/* "key=value" pairs, separated by "; ": version, sources (a digest of the sources it was built from), compiler, isa
+ * (the one in use). */
 FM_API const char* fm_build_info(void);
 
 /* Which threads the next call will use: "std::thread", or the path of the OpenMP library that this process already

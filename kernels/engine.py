@@ -6,13 +6,16 @@ nothing of Python, so that the same file serves every version of Python and PyTo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import env
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 ABI_VERSION = 1
 DTYPES = {"float32": 1, "bfloat16": 2, "float16": 3, "bool": 4, "uint8": 4, "int32": 5, "int64": 6}
 OPEN = -1  # a side of the window that is open
+BOTTOM_RIGHT = 1  # FM_BOTTOM_RIGHT
 
 
 class Tensor(ctypes.Structure):
@@ -56,6 +60,33 @@ class Attention(ctypes.Structure):
         super().__init__(struct_size=ctypes.sizeof(Attention), abi_version=ABI_VERSION, **fields)
 
 
+class Gradients(ctypes.Structure):
+    """``fm_gradients``: what backward takes besides the call."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        *((name, Tensor) for name in ("dout", "dlse", "dq", "dk", "dv", "dbias", "dsink_rows")),
+    ]
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(struct_size=ctypes.sizeof(Gradients), **fields)
+
+
+class Cache(ctypes.Structure):
+    """``fm_cache``: what decode takes besides the call."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        *((name, ctypes.c_int64) for name in ("page", "pages", "added")),
+        *((name, Tensor) for name in ("cache_lens", "cache_starts", "block_table", "k_new", "v_new")),
+    ]
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(struct_size=ctypes.sizeof(Cache), **fields)
+
+
 def view(address: int, strides: Sequence[int], dtype: str) -> Tensor:
     """A tensor for the engine: ``address`` of element 0, up to four ``strides`` in elements, name of the dtype."""
     return Tensor(data=address, stride=(ctypes.c_int64 * 4)(*strides), dtype=DTYPES[dtype])
@@ -81,15 +112,21 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"the CPU engine does not load ({error}); install fusemesh again on this machine"
-    library.fm_attention_forward.argtypes = [ctypes.POINTER(Attention)]
-    for function in (library.fm_last_error, library.fm_build_info, library.fm_thread_runtime):
-        function.restype = ctypes.c_char_p
     version = library.fm_abi_version()
-    if version != ABI_VERSION:
+    if version != ABI_VERSION or not hasattr(library, "fm_set_isa"):
         return None, (
-            f"the CPU engine at {path} speaks version {version} of its ABI and this Python code {ABI_VERSION}; "
-            "install fusemesh again"
+            f"the CPU engine at {path} speaks version {version} of its ABI and this Python code {ABI_VERSION}, or it "
+            "is older; install fusemesh again"
         )
+    library.fm_attention_forward.argtypes = [ctypes.POINTER(Attention)]
+    library.fm_attention_backward.argtypes = [ctypes.POINTER(Attention), ctypes.POINTER(Gradients)]
+    library.fm_attention_decode.argtypes = [ctypes.POINTER(Attention), ctypes.POINTER(Cache)]
+    library.fm_set_isa.argtypes = [ctypes.c_char_p]
+    for function in (library.fm_last_error, library.fm_build_info, library.fm_thread_runtime, library.fm_isas):
+        function.restype = ctypes.c_char_p
+    if env.CPU_ISA and library.fm_set_isa(env.CPU_ISA.encode()):
+        expected = library.fm_isas().decode()
+        return None, f"FUSEMESH_CPU_ISA: expected one of {expected}, received {env.CPU_ISA!r}; correct or unset it"
     return library, None
 
 
@@ -124,6 +161,36 @@ def thread_runtime() -> str:
     return _library().fm_thread_runtime().decode()
 
 
+def isas() -> tuple[str, ...]:
+    """The instruction sets that the engine was built for and this processor runs, best first; the last is ``scalar``.
+
+    Raises:
+        ValueError: this installation has no engine.
+    """
+    return tuple(_library().fm_isas().decode().split(", "))
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Within the block, calls of all threads run on one of :func:`isas`: for tests and measurements.
+
+    Raises:
+        ValueError: this processor or this build has no such instruction set.
+    """
+    before = build_info()["isa"]
+    _raise_for(_library().fm_set_isa(name.encode()))
+    try:
+        yield
+    finally:
+        _raise_for(_library().fm_set_isa(before.encode()))
+
+
+def _raise_for(status: int) -> None:
+    if status:
+        message = _library().fm_last_error().decode()
+        raise {1: ValueError, 2: ValueError, 3: MemoryError}.get(status, RuntimeError)(f"CPU engine: {message}")
+
+
 def forward(call: Attention) -> None:
     """Run ``fm_attention_forward``. The memory behind the call's addresses must stay alive until this returns.
 
@@ -132,11 +199,17 @@ def forward(call: Attention) -> None:
         MemoryError: it could not allocate its scratch memory.
         RuntimeError: it failed otherwise.
     """
-    library = _library()
-    status = library.fm_attention_forward(ctypes.byref(call))
-    if status:
-        message = library.fm_last_error().decode()
-        raise {1: ValueError, 2: ValueError, 3: MemoryError}.get(status, RuntimeError)(f"CPU engine: {message}")
+    _raise_for(_library().fm_attention_forward(ctypes.byref(call)))
+
+
+def backward(call: Attention, gradients: Gradients) -> None:
+    """Run ``fm_attention_backward``; as :func:`forward`."""
+    _raise_for(_library().fm_attention_backward(ctypes.byref(call), ctypes.byref(gradients)))
+
+
+def decode(call: Attention, cache: Cache) -> None:
+    """Run ``fm_attention_decode``; as :func:`forward`."""
+    _raise_for(_library().fm_attention_decode(ctypes.byref(call), ctypes.byref(cache)))
 
 
 def attention(

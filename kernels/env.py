@@ -3,6 +3,8 @@
 =====================  ==========================================================================================
 FUSEMESH_BACKEND       backend for calls that leave ``backend="auto"``: reference, torch, cpu, triton. Inherited by
                        spawned ranks. Unset: each call chooses.
+FUSEMESH_CPU_ISA       instruction set that the CPU engine uses: avx512-bf16, avx512, avx2, scalar. Unset: the best
+                       that the processor has.
 FUSEMESH_CHECK         1: also check the contents of device tensors (costs a synchronisation).
 FUSEMESH_LOG           log level of the ``fusemesh`` logger: debug, info, warning, error. Default warning.
 =====================  ==========================================================================================
@@ -16,6 +18,7 @@ import logging
 import os
 
 BACKEND: str = os.environ.get("FUSEMESH_BACKEND", "auto")
+CPU_ISA: str = os.environ.get("FUSEMESH_CPU_ISA", "")
 CHECK: bool = os.environ.get("FUSEMESH_CHECK", "0") == "1"
 LOG: str = os.environ.get("FUSEMESH_LOG", "warning")
 INTERPRET: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"

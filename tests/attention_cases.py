@@ -170,7 +170,7 @@ TABLE_MOD = score_mods.register_score_mod(
 )
 
 
-class _Guard:
+class Guard:
     """Hands out outputs that lie inside larger buffers of NaN, and tells whether anything beyond them was written."""
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ class _Guard:
 @contextlib.contextmanager
 def guarded_outputs() -> Iterator[None]:
     """Within the block the launchers' outputs hold NaN and are surrounded by it, which must stay intact."""
-    guard = _Guard()
+    guard = Guard()
     namespace = types.SimpleNamespace(empty=guard.empty, empty_like=lambda x: guard.empty(x.shape, dtype=x.dtype))
     namespace.float32 = torch.float32
     with contextlib.ExitStack() as patches:
@@ -226,20 +226,23 @@ def surrounded(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return poison.surround(tensor).view
 
 
-def run(case: Case, **changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Forward and every gradient of the Triton backend by its launchers, inputs and outputs as ``case`` has them.
+def run(case: Case, kernels: Any = None, **changed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Forward and every gradient of a backend by its launchers, inputs and outputs as ``case`` has them.
+
+    ``kernels`` is a module with both of them, or None for Triton's.
 
     A bias that is the same for all keys has a gradient of zero by cancellation, so that its sum over keys shows only
     how the saved out was rounded. There backward gets out in fp32; flash_attention has a formula without that sum.
     """
     x: dict[str, Any] = {**case.inputs(), **changed}
     options = case.options(x)
-    out, lse = triton_forward.forward(x["q"], x["k"], x["v"], **options)
+    forward, backward = (triton_forward, triton_backward) if kernels is None else (kernels, kernels)
+    out, lse = forward.forward(x["q"], x["k"], x["v"], **options)
     saved = out
     if x["bias"] is not None and x["bias"].shape[3] == 1:
         wide = {**options, "bias": x["bias"].double()}
         saved = reference.forward(*(x[name].double() for name in "qkv"), **wide)[0].float()
-    dq, dk, dv, dbias, dsinks = triton_backward.backward(
+    dq, dk, dv, dbias, dsinks = backward.backward(
         x["do"], x["q"], x["k"], x["v"], saved, lse, x["dlse"], **options, bias_grad=x["bias"] is not None
     )
     result = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
@@ -263,6 +266,66 @@ def run_and_compare(case: Case) -> None:
         result = run(case, **{name: surrounded(tensor) for name, tensor in case.inputs().items()})
     compare(case, result)
 
+
+# One feature each, on sizes that no tile divides.
+FEATURES = {
+    "plain": Case(Sq=17, Sk=113),
+    "batches_and_heads": Case(B=2, H=3, Hkv=3, Sq=17, Sk=17),
+    "gqa": Case(H=4, Hkv=2, Sq=17, Sk=17),
+    "mqa": Case(H=3, Hkv=1, Sq=17, Sk=17),
+    "odd_head_dims": Case(D=20, Dv=40, Sq=17, Sk=17),
+    "large_head_dims": Case(H=1, Hkv=1, D=192, Dv=129, Sq=17, Sk=17),
+    "causal_top_left": Case(Sq=113, Sk=203, window_right=0),
+    "causal_bottom_right": Case(Sq=17, Sk=203, window_right=0, origin_q=186),
+    "window": Case(Sq=113, Sk=113, window_left=9, window_right=3),
+    "window_left": Case(Sq=113, Sk=113, window_left=70),
+    "device_origin": Case(Sq=17, Sk=113, window_right=0, window_left=30, origin_k=-20, origin=(2**40 + 21, 2**40)),
+    "mask": Case(Sq=17, Sk=113, mask="bhmn"),
+    "mask_over_keys": Case(B=2, Sq=17, Sk=113, mask="bn"),
+    "mask_over_queries": Case(Sq=113, Sk=17, mask="m"),
+    "mask_of_heads": Case(B=2, Sq=17, Sk=17, mask="bh"),
+    "bias": Case(B=2, Sq=17, Sk=113, bias="bhmn"),
+    "bias_summed_over_batches": Case(B=3, Sq=17, Sk=17, bias="hmn"),
+    "bias_summed_over_heads": Case(H=4, Hkv=2, Sq=17, Sk=17, bias="bmn"),
+    "bias_over_keys": Case(B=2, Sq=17, Sk=113, bias="bn"),
+    "bias_over_queries": Case(B=2, Sq=113, Sk=17, bias="hm"),
+    "bias_of_heads": Case(B=2, Sq=17, Sk=17, bias="h"),
+    "bias_in_fp32": Case(Sq=17, Sk=17, bias="mn", bias_dtype="fp32"),
+    "dlse": Case(Sq=17, Sk=113, dlse=True),
+    "negative_scale": Case(Sq=17, Sk=17, scale=-0.3),
+    "zero_scale": Case(Sq=17, Sk=17, scale=0.0),
+    "heads_inside_positions": Case(B=2, H=4, Hkv=2, Sq=17, Sk=17, layout="bshd"),
+    "softcap": Case(Sq=17, Sk=113, softcap=1.5),
+    "softcap_that_bites": Case(Sq=17, Sk=113, softcap=4.0, q_size=4.0, k_size=3.0),
+    "alibi": Case(H=3, Hkv=1, Sq=17, Sk=113, alibi="h", origin_q=96),
+    "alibi_of_batches": Case(B=2, Sq=17, Sk=17, alibi="bh", origin_head=3),
+    "score_mod": Case(B=2, Sq=17, Sk=113, mod=True, origin_q=96, origin_head=3, origin_batch=2),
+    "three_mods": Case(Sq=17, Sk=40, softcap=2.0, alibi="h", mod=True, window_right=0, origin=(1000, 977)),
+    "mods_and_bias": Case(Sq=17, Sk=40, softcap=2.0, alibi="h", mask="mn", bias="n", dlse=True),
+    "sinks": Case(B=2, H=4, Hkv=2, Sq=17, Sk=40, sinks=True),
+    "sinks_and_dlse": Case(B=2, Sq=17, Sk=40, sinks=True, dlse=True, window_right=0, origin_k=5, bias="hm"),
+    "dropout": Case(B=2, H=4, Hkv=2, Sq=17, Sk=113, dropout=0.2),
+    "dropout_of_half": Case(Sq=40, Sk=17, dropout=0.5, dlse=True, bias="mn", origin=(7, 2)),
+    "everything": Case(
+        B=2,
+        H=4,
+        Hkv=2,
+        Sq=33,
+        Sk=40,
+        window_left=25,
+        window_right=0,
+        origin_q=7,
+        mask="mn",
+        bias="hmn",
+        dlse=True,
+        softcap=3.0,
+        alibi="h",
+        mod=True,
+        sinks=True,
+        dropout=0.15,
+    ),
+    "huge_logits": Case(Sq=17, Sk=113, q_size=5.0, k_size=3.0, window_right=0, origin_q=90),
+}
 
 # Every option of a call with the values that tests give it; the first is the plain one.
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -332,3 +395,35 @@ def case_of(options: dict[str, Any]) -> Case:
         origin_q=Sk - Sq if options["align"] == "bottom_right" else 0,
         origin=(2**33 + 5, 2**33 + 2) if options["align"] == "device" else None,
     )
+
+
+def combinations(count: int, seed: int) -> list[Case]:
+    """Calls that draw every feature at random, the same ones at every run."""
+    draw = random.Random(seed)
+    dims = ["mn", "n", "m", "", "bhmn", "hmn", "bn", "hm", "bm", "b", "h"]
+    cases = []
+    for _ in range(count):
+        Hkv = draw.choice([1, 1, 2])
+        Sq, Sk = draw.choice([1, 17, 17, 113]), draw.choice([1, 17, 17, 113, 203])
+        left, right = draw.choice([(None, None), (None, 0), (None, 0), (20, 0), (5, 11), (70, None)])
+        cases.append(
+            Case(
+                dtype=draw.choice(list(DTYPES)),
+                B=draw.choice([1, 2]),
+                H=Hkv * draw.choice([1, 2]),
+                Hkv=Hkv,
+                Sq=Sq,
+                Sk=Sk,
+                D=draw.choice([16, 33, 64, 80]),
+                Dv=draw.choice([16, 48, 64]),
+                window_left=left,
+                window_right=right,
+                origin_q=draw.choice([0, Sk - Sq, 40]),
+                origin=draw.choice([None, None, (1000, 997)]),
+                mask=draw.choice([None, None, *dims]),
+                bias=draw.choice([None, None, *dims]),
+                dlse=draw.choice([False, True]),
+                layout=draw.choice(["bhsd", "bshd"]),
+            )
+        )
+    return cases

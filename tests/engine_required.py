@@ -8,6 +8,9 @@ import pytest
 
 from fusemesh.kernels import engine
 
+# What `auto` takes on a CPU for calls that the engine and PyTorch's kernel both compute.
+AUTO = "torch" if engine.why_unavailable() else "cpu"
+
 
 def require_engine() -> None:
     """Call at the head of a module that needs the engine."""

@@ -61,8 +61,8 @@ IN_HALF_PRECISION = ("causal_bottom_right", "bias_summed_over_batches", "bias_ov
 class Inputs:
     """Tensors of one call; q, k, v, do and dlse hold NaN in the padding, and a bias where no sequence reaches."""
 
-    def __init__(self, feature: str, dtype: torch.dtype) -> None:
-        self.options = dict(FEATURES[feature])
+    def __init__(self, feature: str, dtype: torch.dtype, *, mod: bool = True) -> None:
+        self.options = dict({**FEATURES[feature], **({} if mod else {"mod": False})})
         generator = torch.Generator().manual_seed(1234)
 
         def new(*shape: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import entry, ops, reference, torch_backend
-from .choice import HEAD_DIMS, choose, why_not_fused
+from .choice import HEAD_DIMS, choose, why_not_engine, why_not_triton
 from .features import check_seed
 from .spec import Origin
 from .validation import Call, check_flag, check_qkv, check_saved, normalise, wrong
@@ -76,9 +76,9 @@ def flash_attention(
             computes what the whole would: query i stands at origin.q + i, key j at origin.k + j. Not with ``align``.
         return_lse: also return the log-sum-exp, through which gradients flow, too.
         backend: ``reference`` (plain PyTorch, memory Sq * Sk), ``torch`` (F.scaled_dot_product_attention; no window, no
-            return_lse), ``triton`` (GPUs; the CPU only in Triton's interpreter) or ``cpu``; one asked for by name runs
-            or raises. ``auto`` takes triton on a GPU where that is proven, else torch where it can do the call,
-            else reference, and says at INFO which.
+            return_lse), ``triton`` (GPUs; the CPU only in Triton's interpreter) or ``cpu`` (the C++ engine; no
+            score_mod); one asked for by name runs or raises. ``auto`` takes triton on a GPU where that is proven and
+            cpu on CPUs, else torch where it can do the call, else reference, and says at INFO which.
         alibi_slopes: [H] or [B, H], ALiBi's; no gradient. Like score_mod it counts positions, and so asks for ``align``
             or ``origin`` where Sq != Sk.
         softcap: scores are limited to (-softcap, softcap) by tanh.
@@ -94,8 +94,8 @@ def flash_attention(
 
     Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). fp8
     (torch.float8_e4m3fn, on GPUs from sm_89) for the forward alone: out is bf16, bias and sinks are bf16 or fp32. Under
-    autocast q, k and v are cast as F.scaled_dot_product_attention's are. Fused backends take D and Dv from 16 to 256,
-    reference and torch any. Same inputs give the same bits. A second backward (create_graph=True) works in eager mode;
+    autocast q, k and v are cast as F.scaled_dot_product_attention's are. Triton takes D and Dv from 16 to 256, the
+    others any. Same inputs give the same bits. A second backward (create_graph=True) works in eager mode;
     it costs the memory of the reference.
 
     Returns:
@@ -138,9 +138,7 @@ def _attend(
     backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, return_lse: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`flash_attention` of arguments that are right, on PyTorch's tape."""
-    inputs = (q, k, v, call.bias, call.sinks, *call.aux)
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    chosen = _choose(backend, q, v, call, needs_lse=return_lse, gradients=gradients)
+    chosen = _choose(backend, q, v, call, needs_lse=return_lse)
     if chosen == "torch":
         entry.count("attention_forward", "torch")
         return torch_backend.forward(q, k, v, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec)
@@ -200,7 +198,7 @@ def attention_forward(
             descale=descale,
             deterministic=deterministic,
         )
-        return _forward(_choose(backend, q, v, call, needs_lse=True, gradients=False), q, k, v, call)
+        return _forward(_choose(backend, q, v, call, needs_lse=True), q, k, v, call)
 
 
 def attention_backward(
@@ -241,7 +239,7 @@ def attention_backward(
         out, lse: as the forward returned them.
         dlse: gradient of lse, [B, H, Sq], lse's dtype; None means zero.
         bias_grad: also compute the gradient of bias.
-        backend: as in :func:`flash_attention`; ``torch`` and ``cpu`` are refused.
+        backend: as in :func:`flash_attention`; ``torch`` is refused.
 
     Returns:
         dq, dk, dv in the shapes and dtypes of q, k, v; dbias in bias's, None without bias_grad; dsinks in sinks', None
@@ -274,7 +272,7 @@ def attention_backward(
             descale=descale,
             deterministic=deterministic,
         )
-        chosen = _choose(backend, q, v, call, needs_lse=True, gradients=True)
+        chosen = _choose(backend, q, v, call, needs_lse=True)
         gradients = _backward(chosen, (do, q, k, v, out, lse, dlse), call, bias_grad)
     dbias = gradients.dbias
     if dbias is not None:
@@ -308,7 +306,7 @@ def _backward(chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool
     return AttentionGradients(dq, dk, dv, dbias if bias_grad else None, None if call.sinks is None else dsinks)
 
 
-def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_lse: bool, gradients: bool) -> str:
+def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_lse: bool) -> str:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
     refused = {}
     otherwise = ("torch", f"PyTorch's kernel on {q.device.type}")
@@ -320,13 +318,10 @@ def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs
             f"'torch', whose F.scaled_dot_product_attention does not express {no_torch}",
             "use backend='auto' or 'reference'",
         )
-    if gradients:
-        refused["cpu"] = (
-            "one that computes gradients (reference, torch, triton)",
-            "'cpu', which computes the forward only",
-            "choose another, or call under torch.no_grad()",
-        )
-    unfit = why_not_fused(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS)))
+    unfit = {
+        "triton": why_not_triton(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS))),
+        "cpu": why_not_engine(q.dtype, call.spec.mods),
+    }
     return choose(
         backend, q.device, operation="attention", kernels="attention", refused=refused, unfit=unfit, otherwise=otherwise
     )

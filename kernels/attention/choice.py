@@ -14,8 +14,9 @@ import torch
 from .. import backends
 from .errors import wrong
 
-FUSED = ("triton", "cpu")
-HEAD_DIMS = (16, 256)  # smallest and largest of a fused backend, decode's apart
+HEAD_DIMS = (16, 256)  # smallest and largest of the Triton kernels, decode's apart
+ENGINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ENGINE_MODS = ("softcap", "alibi")  # in the order in which the engine applies them
 
 
 class Refusal(NamedTuple):
@@ -26,10 +27,10 @@ class Refusal(NamedTuple):
     received: object
 
 
-def why_not_fused(
+def why_not_triton(
     dtype: torch.dtype, sizes: Iterable[tuple[str, int | torch.SymInt, tuple[int, int]]]
 ) -> Refusal | None:
-    """What keeps fused backends from tensors of ``dtype`` whose head dims are ``sizes``, or None.
+    """What keeps the Triton kernels from tensors of ``dtype`` whose head dims are ``sizes``, or None.
 
     Args:
         sizes: for each head dim, the argument that has it, its size, and the smallest and largest that will do.
@@ -42,6 +43,16 @@ def why_not_fused(
     return None
 
 
+def why_not_engine(dtype: torch.dtype, mods: tuple[str, ...]) -> Refusal | None:
+    """What keeps the C++ engine from tensors of ``dtype`` and from the score mods of a call, or None."""
+    if dtype not in ENGINE_DTYPES:
+        return Refusal("q", "float32, bfloat16 or float16", dtype)
+    others = [name for name in mods if name not in ENGINE_MODS]
+    if others:
+        return Refusal("score_mod", "softcap and alibi_slopes alone", repr(others[0]))
+    return None
+
+
 def choose(
     backend: str,
     device: torch.device,
@@ -49,7 +60,7 @@ def choose(
     operation: str,
     kernels: str,
     refused: Mapping[str, tuple[str, str, str]],
-    unfit: Refusal | None,
+    unfit: Mapping[str, Refusal | None],
     otherwise: tuple[str, str],
 ) -> str:
     """The backend that runs; one given by name runs or raises, ``auto`` chooses and says at INFO what and why.
@@ -60,8 +71,9 @@ def choose(
         operation: what the message at INFO calls the op.
         kernels: by which name ``backends.PROVEN_ON_GPU`` knows its Triton kernels.
         refused: the names that cannot do this call: (expected, received, remedy) of the error about ``backend``.
-        unfit: what keeps fused backends from this call (:func:`why_not_fused`).
-        otherwise: (backend, why) that ``auto`` takes where Triton is not proven or unfit.
+        unfit: what keeps ``triton`` and ``cpu`` from this call, None where nothing does.
+        otherwise: (backend, why) that ``auto`` takes where neither of them is fit: Triton only on GPUs where it is
+            proven, the engine on CPUs.
 
     Raises:
         ValueError: no such backend, or the one given by name cannot do this call or not run here.
@@ -70,15 +82,18 @@ def choose(
     if name in refused:
         expected, received, remedy = refused[name]
         raise wrong("backend", expected, received, remedy)
-    if name in FUSED and unfit is not None:
+    refusal = unfit.get(name)
+    if refusal is not None:
         others = " or ".join(repr(other) for other in ("auto", "reference", "torch") if other not in refused)
-        expected = f"{unfit.expected} for backend={name!r}"
-        raise wrong(unfit.argument, expected, unfit.received, f"use backend={others}")
+        expected = f"{refusal.expected} for backend={name!r}"
+        raise wrong(refusal.argument, expected, refusal.received, f"use backend={others}")
     if name != "auto":
         backends.require(name, device)
         return name
-    if unfit is None and backends.proven(kernels, device):
+    if unfit["triton"] is None and backends.proven(kernels, device):
         otherwise = ("triton", "proven on this GPU")
+    elif unfit["cpu"] is None and backends.why_unavailable("cpu", device) is None:
+        otherwise = ("cpu", "the C++ engine")
     name, why = otherwise
     if not torch.compiler.is_compiling():
         backends.announce(operation, name, why)

@@ -1,10 +1,13 @@
-"""Packed: where the sequences of a packed call lie (leaf, torch only)."""
+"""Packed: where the sequences of a packed call lie (torch only)."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
+
+from .errors import wrong
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,27 @@ def as_batch(x: torch.Tensor) -> torch.Tensor:
 def as_packed(x: torch.Tensor) -> torch.Tensor:
     """[1, H, total, D] as [total, H, D]: the inverse of :func:`as_batch`."""
     return x.squeeze(0).transpose(0, 1)
+
+
+def check_contents(packed: Packed, total_q: int, total_k: int) -> tuple[list[int], list[int]]:
+    """cu_seqlens_q and cu_seqlens_k as lists; waits for the device.
+
+    Raises:
+        ValueError: they do not lie within the tensors, or a length is above max_seqlen.
+    """
+    found = []
+    for side, cu, most, total in (
+        ("q", packed.cu_q, packed.max_q, total_q),
+        ("k", packed.cu_k, packed.max_k, total_k),
+    ):
+        numbers: list[int] = cu.tolist()
+        name = f"cu_seqlens_{side}"
+        if numbers[0] < 0 or numbers[-1] > total or any(b < a for a, b in itertools.pairwise(numbers)):
+            expected = f"numbers that never fall, from 0 to {total}, the rows of {side}"
+            raise wrong(name, expected, numbers, "sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]")
+        longest = max((b - a for a, b in itertools.pairwise(numbers)), default=0)
+        if longest > most:
+            remedy = "pass the longest length or any larger number"
+            raise wrong(f"max_seqlen_{side}", f"at least {longest}, the longest of {name}", most, remedy)
+        found.append(numbers)
+    return found[0], found[1]

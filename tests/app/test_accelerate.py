@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_required import AUTO
 from torch import nn
 
 import fusemesh
@@ -57,7 +58,7 @@ def test_blocks_nest_and_end_in_exceptions() -> None:
         assert not set(functions()) & set(ORIGINALS)
         outer = functions()
         with pytest.raises(KeyError), fusemesh.accelerate():
-            assert attend().backend == "torch"
+            assert attend().backend == AUTO
             raise KeyError
         assert functions() == outer and attend().backend == "reference"
         with fusemesh.use_backend("torch"):
@@ -70,7 +71,7 @@ def test_installed_until_uninstalled() -> None:
         fusemesh.install(backend="reference")
         assert attend().backend == "reference"
         fusemesh.install()
-        assert attend().backend == "torch"
+        assert attend().backend == AUTO
         with fusemesh.use_backend("reference"):
             assert attend().backend == "reference"
         with fusemesh.accelerate(backend="reference"):
@@ -95,10 +96,10 @@ def test_the_flag_of_the_fused_paths_is_left_alone() -> None:
         model, x = encoder().eval(), torch.randn(2, 5, 32)
         with fusemesh.accelerate(), torch.no_grad():
             model(x)
-            assert routes() == {Route(SDPA, "torch", ""): 2}
+            assert routes() == {Route(SDPA, AUTO, ""): 2}
             torch.backends.mha.set_fastpath_enabled(True)
             model(x)
-        assert routes() == {Route(SDPA, "torch", ""): 2, Route(LAYER, "torch", ""): 2}
+        assert routes() == {Route(SDPA, AUTO, ""): 2, Route(LAYER, AUTO, ""): 2}
         assert torch.backends.mha.get_fastpath_enabled()
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
@@ -114,11 +115,11 @@ def test_a_function_that_others_put_over_ours_is_left_to_them() -> None:
             return ours(*args, **options)
 
         F.scaled_dot_product_attention = theirs
-        assert attend().backend == "torch"
+        assert attend().backend == AUTO
     try:
         assert F.scaled_dot_product_attention is theirs and attend().reason == "original" and len(calls) == 2
         with fusemesh.accelerate():
-            assert attend().backend == "torch"
+            assert attend().backend == AUTO
         assert F.scaled_dot_product_attention is theirs
     finally:
         F.scaled_dot_product_attention = ORIGINALS[0]
@@ -148,8 +149,8 @@ def test_each_thread_has_the_backend_of_its_own_block_and_others_the_last_ones()
             threads[-1].join(30)
             leave.set()
             threads[0].join(30)
-        assert attend().backend == "torch"
-    assert found == {"first": "reference", "left": True, "other": ["torch", "torch"]}
+        assert attend().backend == AUTO
+    assert found == {"first": "reference", "left": True, "other": [AUTO, AUTO]}
 
 
 def test_many_threads_at_once() -> None:
@@ -235,7 +236,7 @@ def test_nested_tensors() -> None:
             assert a.is_nested
             for part, expected in zip(a.unbind(), b.unbind(), strict=True):
                 torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-6)
-        assert routes() == {Route(LAYER, "torch", ""): 2, Route(NATIVE, "torch", ""): 1}
+        assert routes() == {Route(LAYER, AUTO, ""): 2, Route(NATIVE, AUTO, ""): 1}
         # Strided ones reach F.scaled_dot_product_attention, too; the op has only jagged ones.
         q = torch.nested.nested_tensor([torch.randn(2, n, 16) for n in (4, 3)])
         want = F.scaled_dot_product_attention(q, q, q)
@@ -290,7 +291,7 @@ def test_hooks_are_called_and_subclasses_work() -> None:
             with fusemesh.accelerate():
                 torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
             assert seen == ["before", "after"]
-    assert sum(routes().values()) == 4 and {route.backend for route in routes()} == {"torch"}
+    assert sum(routes().values()) == 4 and {route.backend for route in routes()} == {AUTO}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -346,7 +347,7 @@ def test_a_checkpointed_layer_is_computed_again_by_the_same_backend() -> None:
         out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
         (actual,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(actual, want, rtol=1e-5, atol=1e-6)
-    assert routes() == {Route(SDPA, "torch", ""): 4}
+    assert routes() == {Route(SDPA, AUTO, ""): 4}
 
 
 def test_second_derivatives_which_pytorchs_kernels_do_not_have() -> None:

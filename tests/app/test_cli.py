@@ -5,8 +5,11 @@ import json
 import fresh_process
 import pytest
 import tiny_run
+from engine_required import AUTO
 
 from fusemesh import __version__, cli, config
+
+DECODE = "cpu" if AUTO == "cpu" else "reference"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def test_text_for_people(run, capfd):
     for arguments, expected in (
         (["eval", run], "step 6, layout single: held-out loss "),
         (["merge", run, "-o", run / "other.safetensors"], "parameters of "),
-        (["doctor"], "auto on cpu     attention: torch, linear: torch, decode: reference"),
+        (["doctor"], f"auto on cpu     attention: {AUTO}, linear: torch, decode: {DECODE}"),
     ):
         capfd.readouterr()
         assert cli.main(list(map(str, arguments))) == 0
@@ -101,7 +104,7 @@ def test_doctor(capfd):
     assert set(findings["backends"]["cpu"]) == {"reference", "torch", "cpu", "triton"}
     assert findings["backends"]["cpu"]["torch"] is None
     assert "TRITON_INTERPRET=1" in findings["backends"]["cpu"]["triton"]
-    assert findings["auto"]["cpu"] == {"attention": "torch", "linear": "torch", "decode": "reference"}
+    assert findings["auto"]["cpu"] == {"attention": AUTO, "linear": "torch", "decode": DECODE}
     assert findings["process_groups"]["gloo"] is True
     assert findings["engine"]["available"] is (findings["backends"]["cpu"]["cpu"] is None)
 

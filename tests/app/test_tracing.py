@@ -58,13 +58,11 @@ def test_for_people(script: Path, capfd: Any) -> None:
     assert lines[:3] == ["arguments ['--steps', '3', '-v']", "from below Python", f"{script}  exit status 0"] or set(
         lines[:2]
     ) == {"arguments ['--steps', '3', '-v']", "from below Python"}
-    assert "FuseMesh's ops  attention_forward torch 8" in lines
-    assert "       8 x F.scaled_dot_product_attention  ->  fusemesh, torch" in lines
+    assert "FuseMesh's ops  attention_forward cpu 9" in lines
+    assert "       9 x F.scaled_dot_product_attention  ->  fusemesh, cpu" in lines
     shape = "[2, 4, 5, 16] float32"
-    assert f"{4:>12} x query {shape}, key {shape}, value {shape}" in lines
+    assert f"{5:>12} x query {shape}, key {shape}, value {shape}" in lines
     assert f"{'':>12}   and 2 other shapes" in lines
-    dropout = "PyTorch: only the eager reference has dropout by seed (dropout_p) here"
-    assert f"       1 x F.scaled_dot_product_attention  ->  {dropout}" in lines
     weights = "PyTorch: only the eager reference has attention weights (need_weights) here"
     assert f"       1 x F.multi_head_attention_forward  ->  {weights}" in lines
 
@@ -75,14 +73,13 @@ def test_one_json_object(script: Path, capfd: Any, words: tuple[str, ...]) -> No
     assert status == 0 and out.count("\n") == 1
     found = json.loads(out)
     assert found["script"] == str(script) and found["exit_status"] == 0 and "error" not in found
-    assert found["fusemesh"] == [{"op": "attention_forward", "backend": "torch", "calls": 8}]
+    assert found["fusemesh"] == [{"op": "attention_forward", "backend": "cpu", "calls": 9}]
     assert [(x["function"], x["backend"], x["calls"]) for x in found["calls"]] == [
-        ("F.scaled_dot_product_attention", "torch", 8),
-        ("F.scaled_dot_product_attention", None, 1),
+        ("F.scaled_dot_product_attention", "cpu", 9),
         ("F.multi_head_attention_forward", None, 1),
     ]
-    assert found["calls"][0]["shapes"][0]["calls"] == 4 and len(found["calls"][0]["shapes"]) == 5
-    assert sum(x["calls"] for x in found["calls"][0]["shapes"]) == 8
+    assert found["calls"][0]["shapes"][0]["calls"] == 5 and len(found["calls"][0]["shapes"]) == 5
+    assert sum(x["calls"] for x in found["calls"][0]["shapes"]) == 9
     assert "arguments ['7']" in err and "from below Python" in err
 
 
@@ -105,7 +102,7 @@ def test_the_exit_status_is_the_scripts(script: Path, capfd: Any, end: str, stat
     got, out, err = trace(capfd, "--json", "--trace", str(script))
     found = json.loads(out)
     assert got == found["exit_status"] == status and found.get("error") == error
-    assert found["calls"][0]["calls"] == 8
+    assert found["calls"][0]["calls"] == 9
     assert ("a message" in err) == ("a message" in end) and ("Traceback" in err) == (error is not None)
 
 
@@ -128,4 +125,4 @@ def test_as_a_command(script: Path) -> None:
             print("ended with", end.code)
         """
     )
-    assert out.endswith("ended with 3\n") and "arguments ['x']" in out and "8 x F.scaled_dot_product_attention" in out
+    assert out.endswith("ended with 3\n") and "arguments ['x']" in out and "9 x F.scaled_dot_product_attention" in out

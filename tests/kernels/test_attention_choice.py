@@ -8,16 +8,23 @@ import pytest
 import torch
 
 from fusemesh.kernels import backends
-from fusemesh.kernels.attention.choice import Refusal, choose, why_not_fused
+from fusemesh.kernels.attention.choice import Refusal, choose, why_not_engine, why_not_triton
 
 CPU = torch.device("cpu")
 NO_CPU = {"cpu": ("one that does X", "'cpu'", "use another")}
 TOO_LARGE = Refusal("v", "a head dim from 16 to 256", 300)
 
 
-def chosen(backend: str = "auto", *, refused: dict | None = None, unfit: Refusal | None = None) -> str:
+def chosen(
+    backend: str = "auto",
+    *,
+    refused: dict | None = None,
+    unfit: Refusal | None = None,
+    engine: Refusal | None = TOO_LARGE,
+) -> str:
+    """The choice on a CPU; ``unfit`` keeps Triton out, ``engine`` the C++ engine."""
     options = {"operation": "an_op", "kernels": "its_kernels", "otherwise": ("reference", "the plain formula")}
-    return choose(backend, CPU, refused=refused or {}, unfit=unfit, **options)
+    return choose(backend, CPU, refused=refused or {}, unfit={"triton": unfit, "cpu": engine}, **options)
 
 
 @pytest.fixture
@@ -33,6 +40,14 @@ def test_auto_takes_what_the_op_says_until_its_kernels_are_proven() -> None:
 def test_auto_takes_proven_kernels_that_can_do_the_call() -> None:
     assert chosen() == "triton"
     assert chosen(unfit=TOO_LARGE) == "reference"
+
+
+def test_auto_takes_the_engine_where_it_is_there_and_can_do_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "why_unavailable", lambda backend, device: None)
+    assert chosen(engine=None) == "cpu"
+    assert chosen() == "reference"
+    monkeypatch.setattr(backends, "why_unavailable", lambda backend, device: f"no {backend} on {device}")
+    assert chosen(engine=None) == "reference"
 
 
 @pytest.mark.usefixtures("proven")
@@ -65,7 +80,7 @@ def test_a_refused_name_raises_before_anything_else_is_looked_at() -> None:
 def test_fused_backends_name_the_argument_that_keeps_them_out(name: str) -> None:
     expected = f"v: expected a head dim from 16 to 256 for backend='{name}', received 300; use backend="
     with pytest.raises(ValueError) as error:
-        chosen(name, unfit=TOO_LARGE)
+        chosen(name, unfit=TOO_LARGE, engine=TOO_LARGE)
     assert str(error.value) == expected + "'auto' or 'reference' or 'torch'"
     with pytest.raises(ValueError) as error:
         chosen(name, unfit=TOO_LARGE, refused={"torch": ("another", "'torch'", "use another")})
@@ -84,13 +99,21 @@ def test_a_name_that_cannot_run_here_raises(monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen() == "reference"
 
 
-def test_why_not_fused_looks_at_the_dtype_and_at_each_head_dim() -> None:
+def test_why_not_triton_looks_at_the_dtype_and_at_each_head_dim() -> None:
     sizes = (("q", 16, (16, 256)), ("v_dim", 512, (16, 512)))
-    assert why_not_fused(torch.bfloat16, sizes) is None
-    assert why_not_fused(torch.float64, sizes) == ("q", "float32, bfloat16 or float16", torch.float64)
-    assert why_not_fused(torch.bfloat16, (*sizes, ("k", 15, (16, 256)))) == ("k", "a head dim from 16 to 256", 15)
-    assert why_not_fused(torch.bfloat16, (*sizes, ("v_dim", 513, (16, 512)))) == (
+    assert why_not_triton(torch.bfloat16, sizes) is None
+    assert why_not_triton(torch.float64, sizes) == ("q", "float32, bfloat16 or float16", torch.float64)
+    assert why_not_triton(torch.bfloat16, (*sizes, ("k", 15, (16, 256)))) == ("k", "a head dim from 16 to 256", 15)
+    assert why_not_triton(torch.bfloat16, (*sizes, ("v_dim", 513, (16, 512)))) == (
         "v_dim",
         "a head dim from 16 to 512",
         513,
     )
+
+
+def test_why_not_engine_looks_at_the_dtype_and_the_mods() -> None:
+    for mods in ((), ("softcap",), ("alibi",), ("softcap", "alibi")):
+        assert why_not_engine(torch.float16, mods) is None
+    assert why_not_engine(torch.float64, ()) == ("q", "float32, bfloat16 or float16", torch.float64)
+    refusal = why_not_engine(torch.float32, ("softcap", "mine"))
+    assert refusal == ("score_mod", "softcap and alibi_slopes alone", "'mine'")

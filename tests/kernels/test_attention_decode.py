@@ -234,13 +234,13 @@ OPCHECK = {
 
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck(name: str) -> None:
-    torch.library.opcheck(decode.attention_decode, op_arguments(OPCHECK[name], "reference"))
+    torch.library.opcheck(torch.ops.fusemesh.attention_decode.default, op_arguments(OPCHECK[name], "reference"))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["append", "latent"])
 def test_opcheck_of_triton(name: str) -> None:
-    torch.library.opcheck(decode.attention_decode, op_arguments(OPCHECK[name], "triton"))
+    torch.library.opcheck(torch.ops.fusemesh.attention_decode.default, op_arguments(OPCHECK[name], "triton"))
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.interpreter)])

@@ -86,8 +86,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "q_gradient": ("q", {"q": t(B, H, SQ, D).requires_grad_()}, "requires no gradient", "requires_grad=True"),
     "sinks_gradient": ("sinks", {"sinks": t(H).requires_grad_()}, "requires no gradient", "requires_grad=True"),
     "new_gradient": ("v_new", {**NEW, "v_new": t(B, HKV, 1, DV).requires_grad_()}, "no gradient", "requires_grad=True"),
-    "torch_backend": ("backend", {"backend": "torch"}, "reference or triton", "'torch'"),
-    "cpu_backend": ("backend", {"backend": "cpu"}, "reference or triton", "'cpu'"),
+    "torch_backend": ("backend", {"backend": "torch"}, "reference, cpu or triton", "'torch'"),
     "triton_v_dim": ("v_dim", {"backend": "triton"}, "a head dim from 16 to 512 for backend='triton'", "8"),
     "triton_head_dim": (
         "q",
@@ -116,10 +115,10 @@ def test_wrong_calls(case: str) -> None:
     assert not backends.call_counts(), "something ran before the call was refused"
 
 
-def test_auto_takes_the_reference_on_the_cpu() -> None:
+def test_auto_takes_the_engine_on_the_cpu() -> None:
     backends.reset_call_counts()
     flash_attention_decode(**RIGHT)
-    assert backends.call_counts() == {("attention_decode", "reference"): 1}
+    assert backends.call_counts() == {("attention_decode", "cpu"): 1}
 
 
 def test_parameters_pass_without_a_tape() -> None:

@@ -134,12 +134,6 @@ ATTENTION: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "for backend='cpu'",
         "torch.float64",
     ),
-    "cpu_has_no_gradient": (
-        "backend",
-        {"backend": "cpu", "q": t(B, H, SQ, D).requires_grad_()},
-        "one that computes gradients (reference, torch, triton)",
-        "'cpu', which computes the forward only",
-    ),
     "triton_head_dim_small": (
         "q",
         {"backend": "triton", "q": t(B, H, SQ, 8), "k": t(B, HKV, SK, 8)},
@@ -178,7 +172,7 @@ def test_flash_attention_refuses(case: str) -> None:
     assert not backends.call_counts(), "something ran before the call was refused"
 
 
-ONLY_TAPED = ("return_lse_a_string", "torch_has_no_lse", "cpu_has_no_gradient", "backend_unknown")
+ONLY_TAPED = ("return_lse_a_string", "torch_has_no_lse", "backend_unknown")
 SHARED = [case for case in ATTENTION if case not in ONLY_TAPED]
 
 

@@ -50,7 +50,8 @@ class HostOnly(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fusemesh":
             with self:
-                return OPS[func._schema.name.split("::")[1]]._init_fn(*args, **kwargs)
+                op = OPS[func._schema.name.split("::")[1]]
+                return getattr(op, "_init_fn", op)(*args, **kwargs)
         # What torch.tensor and torch.as_tensor end in; on a GPU it is followed by a copy that waits.
         assert func is not torch.ops.aten.lift_fresh.default, "data of the host was made a tensor"
         return func(*args, **kwargs)

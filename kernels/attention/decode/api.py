@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from ... import backends, env
-from ..choice import choose
+from ..choice import choose, why_not_engine
 from ..spec import AttentionSpec, empty_laid_out_like
 from ..validation import Call, check_flag, normalise
 from . import validation
 from .spec import DecodeCall
 
-_MODULES = {"reference": ".reference", "triton": ".triton_decode"}
+_MODULES = {"reference": ".reference", "triton": ".triton_decode", "cpu": ".cpu_decode"}
 _OPEN = -1  # an open side of the window, in the op's plain integers
 SCHEMA = (
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor cache_lens, Tensor? block_table, Tensor? cache_starts,"
@@ -83,9 +83,9 @@ def flash_attention_decode(
         sinks: [H], one logit for each head that joins the denominator, fp32 or q's dtype; the lse leaves it out.
         scale: factor of q k^T; None means 1 / sqrt(D).
         return_lse: also return the log-sum-exp.
-        backend: ``reference`` (plain PyTorch, memory Sq * S) or ``triton`` (GPUs; the CPU only in Triton's
-            interpreter); one asked for by name runs or raises. ``auto`` takes triton on a GPU where that is proven,
-            else reference.
+        backend: ``reference`` (plain PyTorch, memory Sq * S), ``cpu`` (the C++ engine) or ``triton`` (GPUs; the CPU
+            only in Triton's interpreter); one asked for by name runs or raises. ``auto`` takes triton on a GPU where
+            that is proven, cpu on CPUs, else reference.
 
     Dtypes: fp32, bf16, fp16, and fp64 on reference, the caches' that of q; sums run in fp32 (fp64 for fp64). Triton
     takes D from 16 to 576 and Dv from 16 to 512. Same inputs give the same bits. Caches are mutated arguments of a
@@ -126,7 +126,7 @@ def flash_attention_decode(
         sinks=sinks,
     )
     where = (cache_lens, block_table, cache_starts)
-    out, lse = _run(_choose(backend, q, v_dim), (q, k_cache, v_cache, *where, k_new, v_new), call, v_dim)
+    out, lse = _run(_choose(backend, q, v_dim, call), (q, k_cache, v_cache, *where, k_new, v_new), call, v_dim)
     return (out, lse) if return_lse else out
 
 
@@ -140,7 +140,6 @@ def _run(chosen: str, tensors: tuple[Any, ...], call: Call, v_dim: int) -> tuple
     return out, lse
 
 
-@torch.library.custom_op("fusemesh::attention_decode", mutates_args=("k_cache", "v_cache"), schema=SCHEMA)
 def attention_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -162,7 +161,7 @@ def attention_decode(
     v_dim: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append and attend; see :class:`DecodeCall`."""
+    """The op: append and attend; see :class:`DecodeCall`."""
     if backend not in _MODULES:
         raise ValueError(f"backend: the decode op expected one of {tuple(_MODULES)}, received {backend!r}")
     spec = AttentionSpec(
@@ -177,12 +176,21 @@ def attention_decode(
     if env.CHECK:
         validation.check_contents(call)
     backends.count("attention_decode", backend)
+    if k_new is not None:
+        torch.autograd.graph.increment_version([k_cache] if v_cache is None else [k_cache, v_cache])
     out, lse = importlib.import_module(_MODULES[backend], __package__).decode(call)
     promised = empty_laid_out_like(q, v_dim)
     return out if out.stride() == promised.stride() else promised.copy_(out), lse.contiguous()
 
 
-@attention_decode.register_fake
+# torch.library.custom_op reads a schema with mutated arguments anew at every call, 80 us of 150; of what it does
+# with it this op needs the caches' versions alone.
+_LIBRARY = torch.library.Library("fusemesh", "FRAGMENT")
+_LIBRARY.define(f"attention_decode{SCHEMA}", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.impl("attention_decode", attention_decode, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fusemesh::attention_decode", lib=_LIBRARY)
 def _(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -208,7 +216,7 @@ def _(
     return empty_laid_out_like(q, v_dim), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _choose(backend: str, q: torch.Tensor, v_dim: int) -> str:
+def _choose(backend: str, q: torch.Tensor, v_dim: int, call: Call) -> str:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
     remedy = "use backend='auto' to let FuseMesh choose"
     return choose(
@@ -216,7 +224,7 @@ def _choose(backend: str, q: torch.Tensor, v_dim: int) -> str:
         q.device,
         operation="attention_decode",
         kernels="attention_decode",
-        refused={name: ("reference or triton in decode", repr(name), remedy) for name in ("torch", "cpu")},
-        unfit=validation.why_not_fused(q, v_dim),
+        refused={"torch": ("reference, cpu or triton in decode", "'torch'", remedy)},
+        unfit={"triton": validation.why_not_triton(q, v_dim), "cpu": why_not_engine(q.dtype, call.spec.mods)},
         otherwise=("reference", f"the plain formula on {q.device.type}"),
     )

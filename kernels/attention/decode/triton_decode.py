@@ -13,7 +13,7 @@ from ..validation import wrong
 from . import tiles
 from .spec import DecodeCall
 from .triton_kernels import Layout, decode_append_kernel, decode_combine_kernel, decode_split_kernel
-from .validation import why_not_fused
+from .validation import why_not_triton
 
 
 def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +25,7 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have, or not on this GPU.
     """
-    unfit = why_not_fused(call.q, call.v_dim)
+    unfit = why_not_triton(call.q, call.v_dim)
     if unfit is not None:
         name, expected, received = unfit
         raise wrong(name, f"{expected} for backend='triton'", received, "use backend='reference'")

@@ -125,9 +125,9 @@ def check_no_gradient(**tensors: Any) -> None:
             raise wrong(name, "a tensor that requires no gradient", "requires_grad=True", remedy)
 
 
-def why_not_fused(q: torch.Tensor, v_dim: int) -> Refusal | None:
+def why_not_triton(q: torch.Tensor, v_dim: int) -> Refusal | None:
     """What keeps the Triton kernels from this call, or None."""
-    return choice.why_not_fused(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v_dim", v_dim, V_DIMS)))
+    return choice.why_not_triton(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v_dim", v_dim, V_DIMS)))
 
 
 def check_contents(call: DecodeCall) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from ... import env
 from .. import entry
-from ..choice import HEAD_DIMS, choose, why_not_fused
-from ..packed import Packed
+from ..choice import HEAD_DIMS, choose, why_not_engine, why_not_triton
+from ..packed import Packed, check_contents
 from ..spec import Origin
 from ..validation import ALIGN, DTYPES, Call, check_flag, check_qkv, normalise, wrong
 from . import ops
@@ -66,9 +66,9 @@ def flash_attention_varlen(
         dropout_p, seed: as in flash_attention of a batch: an element's counter is the index of its sequence, its head
             and its positions within the sequence (under bottom_right the query's is moved as align says).
         return_lse: also return the log-sum-exp, through which gradients flow, too.
-        backend: ``reference`` (plain PyTorch, one sequence after the other; reads the lengths on the host) or
-            ``triton``; ``torch`` and ``cpu`` take no packed sequences. ``auto`` takes triton on a GPU where that is
-            proven, else reference.
+        backend: ``reference`` (plain PyTorch, one sequence after the other; reads the lengths on the host), ``cpu`` or
+            ``triton``; ``torch`` takes no packed sequences. ``auto`` takes triton on a GPU where that is proven, cpu on
+            CPUs unless score_mod or fp64 keeps it from it, else reference.
         causal, window, softcap, sinks, scale, descale, deterministic: as in flash_attention.
 
     Returns:
@@ -108,10 +108,8 @@ def flash_attention_varlen(
         descale=descale,
         deterministic=deterministic,
     )
-    chosen = _choose(backend, like_q, like_v)
+    chosen = _choose(backend, like_q, like_v, call)
     if env.CHECK and not torch.compiler.is_compiling():
-        from .reference import check_contents
-
         check_contents(packed, q.shape[0], k.shape[0])
     out, lse = _forward(chosen, q, k, v, packed, call)
     return (out, lse) if return_lse else out
@@ -147,19 +145,23 @@ def _forward(
     return out, lse
 
 
-def _choose(backend: str, q: torch.Tensor, v: torch.Tensor) -> str:
+def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call) -> str:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
     expected, remedy = (
-        "one that takes packed sequences (reference, triton)",
-        "use backend='auto', 'reference' or 'triton'",
+        "one that takes packed sequences (reference, cpu, triton)",
+        "use backend='auto', 'reference', 'cpu' or 'triton'",
     )
+    unfit = {
+        "triton": why_not_triton(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS))),
+        "cpu": why_not_engine(q.dtype, call.spec.mods),
+    }
     return choose(
         backend,
         q.device,
         operation="attention_varlen",
         kernels="attention",
-        refused={name: (expected, repr(name), remedy) for name in ("torch", "cpu")},
-        unfit=why_not_fused(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS))),
+        refused={"torch": (expected, "'torch'", remedy)},
+        unfit=unfit,
         otherwise=("reference", "PyTorch's kernel takes no packed sequences"),
     )
 

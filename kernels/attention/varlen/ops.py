@@ -41,7 +41,7 @@ def _call(values: Sequence[Any]) -> tuple[Packed, dict[str, Any]]:
 
 def _module(backend: str, *, is_backward: bool) -> Any:
     """The module whose ``forward`` or ``backward`` runs on packed tensors."""
-    names = {"reference": ".reference", "triton": ".triton_varlen"}
+    names = {"reference": ".reference", "triton": ".triton_varlen", "cpu": ".cpu_varlen"}
     if backend not in names:
         raise ValueError(f"backend: the packed ops expected one of {tuple(names)}, received {backend!r}")
     return importlib.import_module(names[backend], __package__)

@@ -6,7 +6,6 @@ Lengths are read on the host, which waits for the device; and so they are always
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,33 +13,8 @@ from typing import Any
 import torch
 
 from .. import reference
-from ..packed import Packed, as_batch, as_packed
+from ..packed import Packed, as_batch, as_packed, check_contents
 from ..spec import AttentionSpec
-from ..validation import wrong
-
-
-def check_contents(packed: Packed, total_q: int, total_k: int) -> tuple[list[int], list[int]]:
-    """cu_seqlens_q and cu_seqlens_k as lists; waits for the device.
-
-    Raises:
-        ValueError: they do not lie within the tensors, or a length is above max_seqlen.
-    """
-    found = []
-    for side, cu, most, total in (
-        ("q", packed.cu_q, packed.max_q, total_q),
-        ("k", packed.cu_k, packed.max_k, total_k),
-    ):
-        numbers: list[int] = cu.tolist()
-        name = f"cu_seqlens_{side}"
-        if numbers[0] < 0 or numbers[-1] > total or any(b < a for a, b in itertools.pairwise(numbers)):
-            expected = f"numbers that never fall, from 0 to {total}, the rows of {side}"
-            raise wrong(name, expected, numbers, "sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]")
-        longest = max((b - a for a, b in itertools.pairwise(numbers)), default=0)
-        if longest > most:
-            remedy = "pass the longest length or any larger number"
-            raise wrong(f"max_seqlen_{side}", f"at least {longest}, the longest of {name}", most, remedy)
-        found.append(numbers)
-    return found[0], found[1]
 
 
 @dataclasses.dataclass(frozen=True)

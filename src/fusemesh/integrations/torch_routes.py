@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention import torch_backend
-from fusemesh.kernels.attention.choice import HEAD_DIMS, why_not_fused
+from fusemesh.kernels.attention.choice import HEAD_DIMS, why_not_engine, why_not_triton
 from fusemesh.kernels.attention.spec import AttentionSpec
 from fusemesh.kernels.attention.validation import wrong
 
@@ -128,8 +128,14 @@ def automatic_backend(
     if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     sizes = (("q", head_dims[0], HEAD_DIMS), ("v", head_dims[1], HEAD_DIMS))
-    if backends.proven("attention", query.device) and why_not_fused(dtype, sizes) is None:
+    if backends.proven("attention", query.device) and why_not_triton(dtype, sizes) is None:
         return "triton", ""
+    if (
+        only_fused is None
+        and why_not_engine(dtype, ()) is None
+        and backends.why_unavailable("cpu", query.device) is None
+    ):
+        return "cpu", ""
     if only_fused is None:
         bias = mask if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool else None
         # Where everything is dropped, there is nothing to draw.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention.api import flash_attention
-from fusemesh.kernels.attention.choice import FUSED, HEAD_DIMS
+from fusemesh.kernels.attention.choice import HEAD_DIMS
 from fusemesh.kernels.attention.validation import check_flag, wrong
 
 
@@ -55,8 +55,8 @@ def scaled_dot_product_attention(
     PyTorch's: the same seed of torch's generator gives another mask.
 
     No copy is made of inputs with up to four dimensions. Beyond four, the leading ones are flattened, which copies
-    tensors that broadcast in some of them; so does enable_gqa where key and value differ in heads. Fused backends asked
-    for by name compute head dims below 16 on tensors padded to 16.
+    tensors that broadcast in some of them; so does enable_gqa where key and value differ in heads. Triton asked for by
+    name computes head dims below 16 on tensors padded to 16.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, attn_mask and is_causal are both given (PyTorch's docstring
@@ -118,7 +118,7 @@ def widened(
 
     Zeros up to the least head dim of flash_attention, or of the fused backend asked for, change no score.
     """
-    least = HEAD_DIMS[0] if backends.requested(backend) in FUSED else 1
+    least = HEAD_DIMS[0] if backends.requested(backend) == "triton" else 1
     if min(q.shape[-1], v.shape[-1]) < least:
         scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
         q, k, v = (F.pad(x, (0, max(least - x.shape[-1], 0))) for x in (q, k, v))

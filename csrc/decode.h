@@ -1,0 +1,235 @@
+// Attention of a few new queries over a cache. Included within a namespace, after softmax.h.
+//
+// A task is a block of query rows of one kv head, all query heads on it together, against one of the splits of the keys:
+// how many there are depends on the sizes alone. Each keeps its own maximum, sum and output; they are merged in order.
+
+template <class Dot>
+struct Decode {
+  using Unit = typename Dot::Unit;
+  const Problem& p;
+  const fm_attention& call;
+  const fm_cache& cache;
+  int64_t padded_dim, splits, split_keys;
+  bool values_in_place;
+  Parts shape;
+  float* partial;  // [task][top, sum, out]
+  char* memory;
+
+  struct Memory {
+    Unit *rows;      // [row][unit]
+    Unit *keys;      // [unit][TILE_N]
+    Unit *values;    // [TILE_N / STEP][padded_dim]
+    float *products; // [row][TILE_N]
+    float *s, *pairs, *extra;
+    Running running;
+  };
+
+  Decode(const Problem& problem, const fm_cache& c)
+      : p(problem), call(*problem.call), cache(c), padded_dim(padded(call.dim_v)), partial(nullptr), memory(nullptr) {
+    values_in_place = stacked_in_place<Dot>(call.v, call.dim_v) && !cache.block_table.data;
+    const int64_t tasks = larger(1, p.blocks * call.kv_heads), tiles = larger(1, (call.seq_k + TILE_N - 1) / TILE_N);
+    splits = larger(1, smaller(64 / tasks, tiles / 4));
+    split_keys = (tiles + splits - 1) / splits * TILE_N;
+    worker_memory(shape);
+  }
+
+  Memory worker_memory(Parts& parts) const {
+    Memory m;
+    m.rows = parts.take<Unit>(units<Dot>(call.dim) * BLOCK_M);
+    m.keys = parts.take<Unit>(units<Dot>(call.dim) * TILE_N);
+    m.products = parts.take<float>(BLOCK_M * TILE_N);
+    m.values = parts.take<Unit>(TILE_N / Dot::STEP * padded_dim);
+    m.s = parts.take<float>(TILE_N * BLOCK_M);
+    m.pairs = parts.take<float>(Dot::STEP == 2 ? TILE_N / 2 * BLOCK_M : 0);
+    m.extra = parts.take<float>(TILE_N * BLOCK_M);
+    m.running = Running::take(parts, BLOCK_M, padded_dim);
+    return m;
+  }
+
+  int64_t partial_size() const { return BLOCK_M * (2 + padded_dim); }
+
+  static int64_t whole_number(const fm_tensor& t, int64_t i0, int64_t i1) {
+    const char* at = row_of(t, i0, i1, 0);
+    return t.dtype == FM_I32 ? *reinterpret_cast<const int32_t*>(at) : *reinterpret_cast<const int64_t*>(at);
+  }
+
+  // Where key `slot` of a sequence lies, and how many follow it at the tensor's stride, at most `count`.
+  const char* find(const fm_tensor& t, int64_t batch, int64_t kv_head, int64_t slot, int64_t& count) const {
+    if (!cache.block_table.data) return row_of(t, batch, kv_head, slot);
+    const int64_t page = whole_number(cache.block_table, batch, slot / cache.page);
+    count = smaller(count, cache.page - slot % cache.page);
+    return row_of(t, page < 0 ? 0 : page < cache.pages ? page : cache.pages - 1, kv_head, slot % cache.page);
+  }
+
+  void append(int64_t batch) const {
+    const int64_t length = whole_number(cache.cache_lens, batch, 0);
+    for (int64_t i = 0; i < cache.added; ++i) {
+      const int64_t slot = length + i;
+      if (slot < 0 || slot >= call.seq_k) continue;
+      for (int64_t h = 0; h < call.kv_heads; ++h) {
+        copy(call.k, cache.k_new, batch, h, i, slot, call.dim);
+        if (cache.v_new.data) copy(call.v, cache.v_new, batch, h, i, slot, call.dim_v);
+      }
+    }
+  }
+
+  void copy(const fm_tensor& to, const fm_tensor& from, int64_t batch, int64_t head, int64_t i, int64_t slot, int64_t dim) const {
+    int64_t one = 1;
+    char* target = const_cast<char*>(find(to, batch, head, slot, one));
+    const char* source = row_of(from, batch, head, i);
+    const int64_t size = size_of(to.dtype);
+    for (int64_t d = 0; d < dim; ++d) {
+      __builtin_memcpy(target + d * to.stride[3] * size, source + d * from.stride[3] * size, static_cast<size_t>(size));
+    }
+  }
+
+  // A tile of the cache: its rows, null beyond the last one.
+  struct Tile {
+    const char* rows[TILE_N + 1];
+    int64_t bytes;
+  };
+
+  void look_up(const fm_tensor& t, int64_t dim, const Block& block, int64_t first, int64_t count, Tile& tile) const {
+    const int64_t size = size_of(t.dtype);
+    for (int64_t n = 0, run; n < count; n += run) {
+      run = count - n;
+      const char* at = find(t, block.batch, block.kv_head, first + n, run);
+      for (int64_t i = 0; i < run; ++i) tile.rows[n + i] = at + i * t.stride[2] * size;
+    }
+    for (int64_t n = larger(count, 0); n <= TILE_N; ++n) tile.rows[n] = nullptr;
+    tile.bytes = t.stride[3] == 1 ? dim * size : 0;
+  }
+
+  // Scores of `count` keys with the block's rows. The keys are transposed and the rows are broadcast, not the other way
+  // round as in forward.h: a few rows would leave most of a vector empty.
+  void score(const Memory& m, const Block& block, const Tile& keys, int64_t count, const Tile& upcoming) const {
+    const int64_t whole = padded(count), depth = units<Dot>(call.dim);
+    pack_transposed<Dot>(keys.rows, whole, {call.k.dtype, call.k.stride[3], call.dim}, m.keys, TILE_N,
+                         {upcoming.rows, upcoming.bytes});
+    multiply<Dot, SET>({m.rows, depth, 1, m.keys, TILE_N, m.products, TILE_N, nullptr, depth}, block.count, whole);
+    for (int64_t c = 0; c < block.columns; c += W) {
+      for (int64_t n = 0; n < whole; n += W) {
+        F x[W];
+        for (int64_t i = 0; i < W; ++i) x[i] = c + i < block.count ? load(m.products + (c + i) * TILE_N + n) : splat(0.0f);
+        transpose(x);
+        for (int64_t i = 0; i < W; ++i) store(m.s + (n + i) * block.columns + c, x[i]);
+      }
+    }
+  }
+
+  // running.out = fade * running.out + probabilities * values of `count` keys
+  void weigh(const Memory& m, const Block& block, const Tile& tile, int64_t count, bool is_first, const Tile& upcoming) const {
+    const Unit* values = m.values;
+    int64_t stride = padded_dim;
+    const Upcoming next{upcoming.rows, upcoming.bytes};
+    if (values_in_place) {
+      values = reinterpret_cast<const Unit*>(tile.rows[0]);
+      stride = call.v.stride[2];
+      for (int64_t n = 0; n < count; ++n) next.ask_for(n);
+    } else {
+      pack_stacked<Dot>(tile.rows, count, {call.v.dtype, call.v.stride[3], call.dim_v}, m.values, stride, next);
+    }
+    const auto* weights = reinterpret_cast<const Unit*>(Dot::STEP == 2 ? m.pairs : m.s);
+    const Product<Dot> weighted{weights,       1,          block.columns,  values,           stride,
+                                m.running.out, padded_dim, m.running.fade, units<Dot>(count)};
+    if (is_first) {
+      multiply<Dot, SET>(weighted, block.count, padded_dim);
+    } else {
+      multiply<Dot, FADE>(weighted, block.count, padded_dim);
+    }
+  }
+
+  void attend(const Memory& m, const Place& at, int64_t split, int64_t task) const {
+    Block block;
+    make_block(p, at.batch, at.kv_head, at.part, block);
+    const char* rows[BLOCK_M];
+    rows_of(block, call.q, 0, rows);
+    pack_rows<Dot>(rows, block.count, {call.q.dtype, call.q.stride[3], call.dim}, m.rows, units<Dot>(call.dim));
+    const Scores scores(p, block, m.extra);
+    Running running = m.running;
+    if (splits > 1) {
+      running.top = partial + task * partial_size();
+      running.sum = running.top + BLOCK_M;
+      running.out = running.sum + BLOCK_M;
+    }
+    running.start(block.columns);
+    Memory own = m;
+    own.running = running;
+    const int64_t begin = larger(block.first_key, split * split_keys), end = smaller(block.end_key, (split + 1) * split_keys);
+    Tile keys, values;
+    look_up(call.k, call.dim, block, begin, smaller(TILE_N, end - begin), keys);
+    for (int64_t first = begin; first < end; first += TILE_N) {
+      const int64_t count = smaller(TILE_N, end - first), next = first + TILE_N;
+      look_up(call.v, call.dim_v, block, first, count, values);
+      score(own, block, keys, count, values);
+      scores.apply(first, count, m.s, nullptr);
+      soften<Dot>(m.s, count, block.columns, scores.to_log2, running, m.pairs);
+      look_up(call.k, call.dim, block, next, smaller(TILE_N, end - next), keys);
+      weigh(own, block, values, count, first == begin, keys);
+    }
+    if (splits == 1) finish(call, block, running, padded_dim, scores.from_log2);
+  }
+
+  void merge(const Memory& m, const Place& at, int64_t task) const {
+    Block block;
+    make_block(p, at.batch, at.kv_head, at.part, block);
+    const Running& all = m.running;
+    all.start(block.columns);
+    for (int64_t i = 0; i < block.columns * padded_dim; i += W) store(all.out + i, splat(0.0f));
+    for (int64_t split = 0; split < splits; ++split) {
+      const float* top = partial + (task * splits + split) * partial_size();
+      const float *sum = top + BLOCK_M, *out = sum + BLOCK_M;
+      for (int64_t c = 0; c < block.count; ++c) {
+        if (sum[c] == 0) continue;
+        const float now = top[c] > all.top[c] ? top[c] : all.top[c];
+        const float fade = __builtin_exp2f(all.top[c] - now), share = __builtin_exp2f(top[c] - now);
+        all.sum[c] = all.sum[c] * fade + sum[c] * share;
+        all.top[c] = now;
+        float* to = all.out + c * padded_dim;
+        const float* from = out + c * padded_dim;
+        for (int64_t d = 0; d < padded_dim; d += W) {
+          store(to + d, fma(load(to + d), splat(fade), load(from + d) * splat(share)));
+        }
+      }
+    }
+    finish(call, block, all, padded_dim, Scores(p, block, m.extra).from_log2);
+  }
+
+  Memory memory_of(int worker) const {
+    Parts parts{memory + worker * shape.used};
+    return worker_memory(parts);
+  }
+
+  Place place_of(int64_t task) const {
+    return place(p, task, [this](const Sequence& s) { return blocks_of(s.queries, p.group); });
+  }
+
+  static const Decode& self(const void* context) { return *static_cast<const Decode*>(context); }
+  static void append_task(const void* context, int, int64_t task) noexcept { self(context).append(task); }
+  static void attend_task(const void* context, int worker, int64_t task) noexcept {
+    const Decode& d = self(context);
+    d.attend(d.memory_of(worker), d.place_of(task / d.splits), task % d.splits, task);
+  }
+  static void merge_task(const void* context, int worker, int64_t task) noexcept {
+    const Decode& d = self(context);
+    d.merge(d.memory_of(worker), d.place_of(task), task);
+  }
+
+  void run() {
+    const int64_t blocks = p.blocks * call.kv_heads, tasks = blocks * splits;
+    const int workers = worker_count(call.threads, larger(tasks, call.batch));
+    Parts whole;
+    const auto lay_out = [&] {
+      whole.used = 0;
+      partial = whole.take<float>(splits > 1 ? tasks * partial_size() : 0);
+      memory = whole.take<char>(workers * shape.used);
+    };
+    lay_out();
+    const Scratch scratch(whole.used);
+    whole.data = scratch.data();
+    lay_out();
+    if (cache.k_new.data) parallel_for(call.batch < 8 ? 1 : workers, call.batch, append_task, this);
+    parallel_for(workers, tasks, attend_task, this);
+    if (splits > 1) parallel_for(workers, blocks, merge_task, this);
+  }
+};
