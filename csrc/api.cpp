@@ -56,7 +56,7 @@ struct Layout {
   }
 
   void start() {
-    problem = Problem{&call, nullptr, 0, 0, call.kv_heads > 0 ? call.heads / call.kv_heads : 1};
+    problem = Problem{&call, nullptr, 0, 0, call.kv_heads > 0 ? call.heads / call.kv_heads : 1, dtype_of(call)};
     sequences.reserve(static_cast<size_t>(call.batch));
     // No distance is larger; sums with it stay within 64 bits.
     constexpr int64_t FAR = int64_t{1} << 61;

@@ -7,6 +7,13 @@
 
 #include "fusemesh.h"
 
+// What the instruction sets' files share is inlined in each, so that no copy of one's is linked to another.
+#if defined(__GNUC__)
+#define FM_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define FM_ALWAYS_INLINE inline
+#endif
+
 namespace fm {
 
 constexpr int64_t BLOCK_M = 64;  // query rows that are computed together
@@ -28,10 +35,11 @@ struct Problem {
   int64_t key_rows;  // of all sequences
   int64_t blocks;    // of all sequences, for each kv head
   int64_t group;     // query heads on one kv head
+  int32_t dtype;     // that of q, k and v
 };
 
 // Blocks that the rows of all query heads on one kv head make. Short sequences share blocks between heads.
-inline int64_t blocks_of(int64_t queries, int64_t group) {
+FM_ALWAYS_INLINE int64_t blocks_of(int64_t queries, int64_t group) {
   if (queries >= BLOCK_M) return group * ((queries + BLOCK_M - 1) / BLOCK_M);
   return (group * queries + BLOCK_M - 1) / BLOCK_M;
 }
@@ -55,7 +63,7 @@ struct Parts {
   char* data = nullptr;
   int64_t used = 0;
   template <typename T>
-  T* take(int64_t count) {
+  FM_ALWAYS_INLINE T* take(int64_t count) {
     const int64_t at = used;
     used += (count * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
     return data ? reinterpret_cast<T*>(data + at) : nullptr;

@@ -1,7 +1,7 @@
 // Attention backward. Included within a namespace, after forward.h.
 //
-//   p = 2^(x - lse);  dv = p^T do;  dp = do v^T;  ds = p (dp - delta);  dq = scale ds k;  dk = scale ds^T q
-//   delta = sum(do out) - dlse exp(lse' - lse), lse' the one whose denominator the sink joined
+//   p = exp(s - lse);  dv = share p^T do;  dp = do v^T;  ds = p (share dp - delta);  dq = scale ds k;  dk = scale ds^T q
+//   delta = share sum(do out) - dlse;  share = exp(lse - lse'), lse' the one whose denominator the sink joined; else 1
 //
 // A task is a kv head of a sequence, or a part of its query blocks. It walks over tiles of keys; the gradients of a tile
 // stay in the cache while all query blocks pass, and those of the queries are summed in fp32. Where heads are few, the
@@ -19,9 +19,9 @@ struct Backward {
   int64_t parts_of_head;
   bool writes_bias;  // dbias holds each score's own gradient, and is written on the way
 
-  // For each block: q and do transposed and stacked, log-sum-exp in exponents of 2, delta; dq.
+  // For each block: q and do transposed and stacked; lse, share and delta of its rows; dq.
   Unit *q_columns, *do_columns, *q_stacked, *do_stacked;
-  float *log_sums, *log_sums_rest, *deltas, *dq;  // a log-sum-exp and what its rounding left
+  float *log_sums, *shares, *deltas, *dq;
   float *dk_parts, *dv_parts;
   Parts shape;
   char* memory;
@@ -73,7 +73,7 @@ struct Backward {
     q_stacked = whole.take<Unit>(blocks * BLOCK_M / Dot::STEP * dim_p);
     do_stacked = whole.take<Unit>(blocks * BLOCK_M / Dot::STEP * dim_vp);
     log_sums = whole.take<float>(blocks * BLOCK_M);
-    log_sums_rest = whole.take<float>(blocks * BLOCK_M);
+    shares = whole.take<float>(blocks * BLOCK_M);
     deltas = whole.take<float>(blocks * BLOCK_M);
     dq = whole.take<float>(blocks * BLOCK_M * dim_p);
     const int64_t rows = parts_of_head > 1 ? parts_of_head * call.kv_heads * p.key_rows : 0;
@@ -97,45 +97,37 @@ struct Backward {
     const Elements q{call.q.dtype, call.q.stride[3], call.dim}, dout{g.dout.dtype, g.dout.stride[3], call.dim_v};
     const Elements out{call.out.dtype, call.out.stride[3], call.dim_v};
     for (int64_t c = 0; c < columns; ++c) {
-      float log_sum = -INFINITE, delta = 0;
+      // A row without a key has +inf, so that exp(s - inf) is 0.
+      float log_sum = INFINITE, share = 1, delta = 0;
       if (c < block.count) {
         const int64_t row = sequence.first_q + block.row[c];
         const float lse = *reinterpret_cast<const float*>(row_of(call.lse, block.batch, block.head[c], row));
-        log_sum = lse;
+        float dsink = 0;
         if (lse != -INFINITE) {
           F sum = splat(0.0f);
           for (int64_t d = 0; d < call.dim_v; d += W) sum = fma(read(do_rows[c], dout, d), read(out_rows[c], out, d), sum);
-          float lanes[W];
-          store(lanes, sum);
-          for (int l = 0; l < W; ++l) delta += lanes[l];
-          float share = 1;  // of the softmax without the sink in the one with it, inverted
+          delta = total(sum);
+          log_sum = lse;
           if (call.sinks.data) {
             const float sink = *reinterpret_cast<const float*>(row_of(call.sinks, 0, block.head[c], 0));
             const float high = sink > lse ? sink : lse;
-            log_sum = high + __builtin_logf(__builtin_expf(sink - high) + __builtin_expf(lse - high));
-            share = __builtin_expf(log_sum - lse);
-            if (g.dsink_rows.data) {
-              const char* to = row_of(g.dsink_rows, block.batch, block.head[c], row);
-              *reinterpret_cast<float*>(const_cast<char*>(to)) = -delta * __builtin_expf(sink - log_sum);
-            }
+            const float whole = high + __builtin_logf(__builtin_expf(sink - high) + __builtin_expf(lse - high));
+            dsink = -delta * __builtin_expf(sink - whole);
+            share = __builtin_expf(lse - whole);
+            delta *= share;
           }
           if (g.dlse.data) {
-            const float dlse = *reinterpret_cast<const float*>(row_of(g.dlse, block.batch, block.head[c], row));
-            if (dlse != 0) delta -= dlse * share;
+            delta -= *reinterpret_cast<const float*>(row_of(g.dlse, block.batch, block.head[c], row));
           }
         } else {
-          // What comes in for a row without a key is dropped, whatever it is.
-          do_rows[c] = nullptr;
-          if (g.dsink_rows.data) {
-            *reinterpret_cast<float*>(const_cast<char*>(row_of(g.dsink_rows, block.batch, block.head[c], row))) = 0;
-          }
+          do_rows[c] = nullptr;  // what comes in for such a row is dropped, whatever it is
+        }
+        if (g.dsink_rows.data) {
+          *reinterpret_cast<float*>(const_cast<char*>(row_of(g.dsink_rows, block.batch, block.head[c], row))) = dsink;
         }
       }
-      // In exponents of 2. A row without a key has +inf, so that 2^(x - inf) is 0.
-      const double exponent = log_sum == -INFINITE ? INFINITE : log_sum * LOG2_E_EXACT;
-      log_sums[number * BLOCK_M + c] = static_cast<float>(exponent);
-      log_sums_rest[number * BLOCK_M + c] =
-          log_sum == -INFINITE ? 0.0f : static_cast<float>(exponent - static_cast<float>(exponent));
+      log_sums[number * BLOCK_M + c] = log_sum;
+      shares[number * BLOCK_M + c] = share;
       deltas[number * BLOCK_M + c] = delta;
     }
     pack_transposed<Dot>(q_rows, columns, q, q_columns + number * units<Dot>(call.dim) * BLOCK_M, columns);
@@ -159,25 +151,20 @@ struct Backward {
     const Scores scores(p, block, m.extra);
     scores.apply(first, count, m.s, call.softcap > 0 ? m.chain : nullptr);
     if (call.dropout_p > 0) scores.draw(first, count);
-    const F factor = splat(scores.to_log2), factor_rest = splat(scores.to_log2_rest);
-    const bool drops = call.dropout_p > 0, has_chain = call.softcap > 0;
+    const F factor = splat(scores.factor), log2_e = splat(LOG2_E);
+    const bool drops = call.dropout_p > 0, has_chain = call.softcap > 0, has_sinks = call.sinks.data != nullptr;
     for (int64_t c = 0; c < columns; c += W) {
       const F minus = splat(0.0f) - load(log_sums + number * BLOCK_M + c), delta = load(deltas + number * BLOCK_M + c);
-      const F minus_rest = splat(0.0f) - load(log_sums_rest + number * BLOCK_M + c);
+      const F share = load(shares + number * BLOCK_M + c);
       for (int64_t n = 0; n < count; ++n) {
         const int64_t at = n * columns + c;
-        const F product = load(m.s + at);
-        F exponent = fma(product, factor, minus);
-        // In fp32 what the roundings of factor and log-sum-exp left counts: it is the same for a whole row, and gradients
-        // are differences within rows. A hidden score of -inf times 0 would be NaN.
-        if constexpr (Dot::STEP == 1) {
-          exponent = exponent + select(less(splat(-INFINITE), product), fma(product, factor_rest, minus_rest), splat(0.0f));
-        }
-        F weight = exp2<Dot::EXP_DEGREE>(exponent);
+        F weight = exp2<Dot::EXP_DEGREE>(fma(load(m.s + at), factor, minus) * log2_e);
         F ds = load(m.dp + at);
+        if (has_sinks) ds = ds * share;
         const F kept = drops ? load(m.extra + at) : splat(1.0f);
         if (drops) ds = ds * kept;
         ds = weight * (ds - delta);
+        if (has_sinks) weight = weight * share;
         if (drops) weight = weight * kept;
         store(m.s + at, weight);
         store(m.dp + at, ds);
@@ -376,7 +363,7 @@ struct Backward {
   }
 
   void run() {
-    const int64_t blocks = p.blocks * call.kv_heads, tiles = count_tasks(p, tiles_of);
+    const int64_t blocks = p.blocks * call.kv_heads, tiles = call.heads > 0 ? count_tasks(p, tiles_of) : 0;
     const int64_t tasks = call.batch * call.kv_heads * parts_of_head;
     const int workers = worker_count(call.threads, larger(tasks, larger(blocks, tiles)));
     Parts whole;
@@ -384,7 +371,7 @@ struct Backward {
     const Scratch scratch(whole.used);
     whole = Parts{scratch.data()};
     lay_out(whole, workers);
-    parallel_for(workers, tiles, pack_task, this);
+    if (blocks > 0) parallel_for(workers, tiles, pack_task, this);
     parallel_for(workers, blocks, prepare_task, this);
     parallel_for(workers, tasks, walk_task, this);
     if (parts_of_head > 1) parallel_for(workers, tiles, add_task, this);

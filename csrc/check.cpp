@@ -72,9 +72,11 @@ int32_t check_sizes(const fm_attention& call) {
                 call.heads);
   }
   // Far above any memory, and low enough that products and sums of sizes stay within 64 bits.
-  const double rows = static_cast<double>(call.batch) * call.heads * call.seq_q;
-  if (rows > FARTHEST || call.seq_k > FARTHEST || call.dim > (1 << 24) || call.dim_v > (1 << 24)) {
-    return fail(FM_INVALID, "sizes: expected batch * heads * seq_q and seq_k up to 2^60, dim and dim_v up to 2^24");
+  const double batch = static_cast<double>(call.batch > 0 ? call.batch : 1), dims = static_cast<double>(call.dim) + call.dim_v + 64;
+  const double rows = batch * (call.heads > 0 ? call.heads : 1) * (call.seq_q + 64.0);
+  const double keys = batch * (call.kv_heads > 0 ? call.kv_heads : 1) * (call.seq_k + 96.0);
+  if (call.dim > (1 << 24) || call.dim_v > (1 << 24) || rows * dims > FARTHEST / 64.0 || keys * dims > FARTHEST / 64.0 || call.batch > (int64_t{1} << 40)) {
+    return fail(FM_INVALID, "sizes: expected dims up to 2^24, batch up to 2^40, and tensors of up to 2^54 elements");
   }
   return FM_OK;
 }
@@ -102,7 +104,9 @@ int32_t check_options(const fm_attention& call) {
   if (!(call.dropout_p >= 0 && call.dropout_p < 1)) {
     return fail(FM_INVALID, "dropout_p: expected at least 0 and below 1, received %g", call.dropout_p);
   }
-  if (!(call.softcap >= 0)) return fail(FM_INVALID, "softcap: expected at least 0, received %g", call.softcap);
+  if (call.softcap != 0 && !(call.softcap > 1e-37 && call.softcap < 1e38)) {
+    return fail(FM_INVALID, "softcap: expected 0, or a number that fp32 holds above 0, received %g", call.softcap);
+  }
   if (!call.cu_seqlens_q.data != !call.cu_seqlens_k.data) {
     return fail(FM_INVALID, "cu_seqlens: expected both of them or none, received cu_seqlens_%s alone",
                 call.cu_seqlens_q.data ? "q" : "k");
@@ -113,9 +117,6 @@ int32_t check_options(const fm_attention& call) {
   }
   return FM_OK;
 }
-
-// What q, k and v share, of whichever has elements.
-int32_t dtype_of(const fm_attention& call) { return call.q.data ? call.q.dtype : call.k.data ? call.k.dtype : call.v.dtype; }
 
 int64_t number(const fm_tensor& cu, int64_t index) {
   const int64_t at = index * cu.stride[0];
@@ -158,6 +159,8 @@ int32_t fail(fm_status status, const char* format, ...) {
 
 const char* last_error() { return message; }
 
+int32_t dtype_of(const fm_attention& call) { return call.q.data ? call.q.dtype : call.k.data ? call.k.dtype : call.v.dtype; }
+
 int32_t read_call(const fm_attention* given, fm_attention& call) {
   if (!given) return fail(FM_INVALID, "call: expected a pointer to fm_attention, received NULL");
   if (given->abi_version != FM_ABI_VERSION) {
@@ -186,7 +189,7 @@ int32_t check(const fm_attention& call) {
   const bool has_keys = has_rows(call, call.cu_seqlens_k, call.seq_k);
   const bool has_both = has_queries && has_keys;
   const int32_t dtype = dtype_of(call);
-  if (call.q.data && dtype != FM_F32 && dtype != FM_BF16 && dtype != FM_F16) {
+  if (dtype != FM_NONE && dtype != FM_F32 && dtype != FM_BF16 && dtype != FM_F16) {
     const bool is_known = dtype > FM_NONE && dtype <= FM_I64;
     return fail(is_known ? FM_UNSUPPORTED : FM_INVALID, "q: this engine expected dtype f32, bf16 or f16, received %s (%d)",
                 name_of(dtype), dtype);
@@ -215,6 +218,7 @@ int32_t check(const fm_attention& call) {
 
 int32_t check(const fm_attention& call, const fm_gradients& g) {
   if (int32_t status = check(call)) return status;
+  if (g.reserved) return fail(FM_UNSUPPORTED, "reserved: this engine defines none, received %u", g.reserved);
   const bool has_queries = has_rows(call, call.cu_seqlens_q, call.seq_q);
   const bool has_keys = has_rows(call, call.cu_seqlens_k, call.seq_k);
   const struct {
@@ -243,12 +247,17 @@ int32_t check(const fm_attention& call, const fm_cache& cache) {
   const char* name = call.cu_seqlens_q.data           ? "cu_seqlens"
                      : call.dropout_p != 0            ? "dropout_p"
                      : call.align != FM_ORIGIN        ? "align"
-                     : call.origin_q || call.origin_k ? "origin"
+                     : call.origin_q || call.origin_k || call.origin_head || call.origin_batch ? "origin"
                                                       : nullptr;
   if (name) return fail(FM_INVALID, "%s: decode takes none; leave it out", name);
   if (cache.block_table.data && (cache.page <= 0 || cache.pages <= 0) && call.seq_k > 0) {
     return fail(FM_INVALID, "page, pages: expected numbers above 0 with a block_table, received %" PRId64 " and %" PRId64,
                 cache.page, cache.pages);
+  }
+  if (cache.reserved) return fail(FM_UNSUPPORTED, "reserved: this engine defines none, received %u", cache.reserved);
+  if (cache.v_new.data && !cache.k_new.data) return fail(FM_INVALID, "v_new: expected NULL without k_new, received a tensor");
+  if (cache.k_new.data && (!call.k.data || (cache.v_new.data && !call.v.data))) {
+    return fail(FM_INVALID, "k_new: expected a cache to write it to, received NULL");
   }
   if (cache.added < 0) return fail(FM_INVALID, "added: expected at least 0, received %" PRId64, cache.added);
   const bool is_needed = call.batch > 0;

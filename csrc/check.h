@@ -18,6 +18,9 @@ int32_t read_call(const fm_attention* given, fm_attention& call);
 int32_t read_gradients(const fm_gradients* given, fm_gradients& gradients);
 int32_t read_cache(const fm_cache* given, fm_cache& cache);
 
+// The dtype that q, k and v share: of whichever has elements.
+int32_t dtype_of(const fm_attention& call);
+
 // FM_OK, or a status whose message names the field, what was expected and what was received.
 int32_t check(const fm_attention& call);
 int32_t check(const fm_attention& call, const fm_gradients& gradients);

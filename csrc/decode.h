@@ -107,8 +107,12 @@ struct Decode {
     pack_transposed<Dot>(keys.rows, whole, {call.k.dtype, call.k.stride[3], call.dim}, m.keys, TILE_N,
                          {upcoming.rows, upcoming.bytes});
     multiply<Dot, SET>({m.rows, depth, 1, m.keys, TILE_N, m.products, TILE_N, nullptr, depth}, block.count, whole);
+  }
+
+  // The scores as [key][row], as scores.h has them.
+  void turn(const Memory& m, const Block& block, int64_t count) const {
     for (int64_t c = 0; c < block.columns; c += W) {
-      for (int64_t n = 0; n < whole; n += W) {
+      for (int64_t n = 0; n < count; n += W) {
         F x[W];
         for (int64_t i = 0; i < W; ++i) x[i] = c + i < block.count ? load(m.products + (c + i) * TILE_N + n) : splat(0.0f);
         transpose(x);
@@ -118,7 +122,8 @@ struct Decode {
   }
 
   // running.out = fade * running.out + probabilities * values of `count` keys
-  void weigh(const Memory& m, const Block& block, const Tile& tile, int64_t count, bool is_first, const Tile& upcoming) const {
+  void weigh(const Memory& m, const Block& block, const Tile& tile, int64_t count, bool is_first, bool is_turned,
+             const Tile& upcoming) const {
     const Unit* values = m.values;
     int64_t stride = padded_dim;
     const Upcoming next{upcoming.rows, upcoming.bytes};
@@ -129,9 +134,11 @@ struct Decode {
     } else {
       pack_stacked<Dot>(tile.rows, count, {call.v.dtype, call.v.stride[3], call.dim_v}, m.values, stride, next);
     }
-    const auto* weights = reinterpret_cast<const Unit*>(Dot::STEP == 2 ? m.pairs : m.s);
-    const Product<Dot> weighted{weights,       1,          block.columns,  values,           stride,
-                                m.running.out, padded_dim, m.running.fade, units<Dot>(count)};
+    // [key][row] if turned, else [row][key]; bf16 in pairs of keys either way.
+    const float* found = Dot::STEP == 2 ? m.pairs : is_turned ? m.s : m.products;
+    const int64_t row = is_turned ? 1 : TILE_N / Dot::STEP, depth = is_turned ? block.columns : 1;
+    const Product<Dot> weighted{reinterpret_cast<const Unit*>(found), row, depth, values, stride, m.running.out, padded_dim,
+                                m.running.fade, units<Dot>(count)};
     if (is_first) {
       multiply<Dot, SET>(weighted, block.count, padded_dim);
     } else {
@@ -162,18 +169,25 @@ struct Decode {
       const int64_t count = smaller(TILE_N, end - first), next = first + TILE_N;
       look_up(call.v, call.dim_v, block, first, count, values);
       score(own, block, keys, count, values);
-      scores.apply(first, count, m.s, nullptr);
-      soften<Dot>(m.s, count, block.columns, scores.to_log2, running, m.pairs);
+      const bool is_turned = scores.is_general || first < block.first_full || first + count > block.end_full;
+      if (is_turned) {
+        turn(m, block, count);
+        scores.apply(first, count, m.s, nullptr);
+        soften<Dot>(m.s, count, block.columns, scores.factor, running, m.pairs);
+      } else {
+        soften_rows<Dot>(m.products, block.count, count, TILE_N, scores.factor, running, reinterpret_cast<uint16_t*>(m.pairs));
+      }
       look_up(call.k, call.dim, block, next, smaller(TILE_N, end - next), keys);
-      weigh(own, block, values, count, first == begin, keys);
+      weigh(own, block, values, count, first == begin, is_turned, keys);
     }
-    if (splits == 1) finish(call, block, running, padded_dim, scores.from_log2);
+    if (splits == 1) finish(call, block, running, padded_dim, scores.factor);
   }
 
   void merge(const Memory& m, const Place& at, int64_t task) const {
     Block block;
     make_block(p, at.batch, at.kv_head, at.part, block);
     const Running& all = m.running;
+    const float factor = Scores(p, block, m.extra).factor * LOG2_E;
     all.start(block.columns);
     for (int64_t i = 0; i < block.columns * padded_dim; i += W) store(all.out + i, splat(0.0f));
     for (int64_t split = 0; split < splits; ++split) {
@@ -182,7 +196,7 @@ struct Decode {
       for (int64_t c = 0; c < block.count; ++c) {
         if (sum[c] == 0) continue;
         const float now = top[c] > all.top[c] ? top[c] : all.top[c];
-        const float fade = __builtin_exp2f(all.top[c] - now), share = __builtin_exp2f(top[c] - now);
+        const float fade = __builtin_exp2f((all.top[c] - now) * factor), share = __builtin_exp2f((top[c] - now) * factor);
         all.sum[c] = all.sum[c] * fade + sum[c] * share;
         all.top[c] = now;
         float* to = all.out + c * padded_dim;
@@ -192,7 +206,7 @@ struct Decode {
         }
       }
     }
-    finish(call, block, all, padded_dim, Scores(p, block, m.extra).from_log2);
+    finish(call, block, all, padded_dim, Scores(p, block, m.extra).factor);
   }
 
   Memory memory_of(int worker) const {

@@ -56,7 +56,7 @@ struct Forward {
                           units<Dot>(call.dim)},
                          count, columns);
       scores.apply(first, count, m.s, nullptr);
-      soften<Dot>(m.s, count, columns, scores.to_log2, m.running, m.pairs);
+      soften<Dot>(m.s, count, columns, scores.factor, m.running, m.pairs);
       if (call.dropout_p > 0) {
         scores.draw(first, count);
         drop<Dot>(m.s, m.pairs, count, columns, m.extra);
@@ -70,7 +70,7 @@ struct Forward {
         multiply<Dot, FADE>(weighted, block.count, padded_dim);
       }
     }
-    finish(call, block, m.running, padded_dim, scores.from_log2);
+    finish(call, block, m.running, padded_dim, scores.factor);
   }
 
   static void pack_task(const void* context, int, int64_t task) noexcept {

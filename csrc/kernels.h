@@ -16,7 +16,7 @@
 
 #ifdef FM_DOT_BF16
 #define FM_RUN(Kind, ...)                    \
-  if (problem.call->q.dtype == FM_BF16) {    \
+  if (problem.dtype == FM_BF16) {            \
     Kind<DotBf16>(__VA_ARGS__).run();        \
   } else {                                   \
     Kind<DotF32>(__VA_ARGS__).run();         \

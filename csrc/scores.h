@@ -3,7 +3,7 @@
 
 constexpr float INFINITE = __builtin_inff();
 constexpr float LOG2_E = 1.44269504088896340736f;
-constexpr double LOG2_E_EXACT = 1.44269504088896340736;
+constexpr float LEAST_NORMAL = 1.17549435e-38f;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -76,7 +76,8 @@ inline F tanh(F x) {
   p = fma(z, p, splat(1.33314422036e-1f));
   p = fma(z, p, splat(-3.33332819422e-1f));
   const F near = fma(p * z, x, x);
-  const F far = splat(1.0f) - splat(2.0f) / (exp2<6>(a * splat(2 * LOG2_E)) + splat(1.0f));
+  const F large = select(less(splat(20.0f), a), splat(20.0f), a);  // where tanh is 1
+  const F far = splat(1.0f) - splat(2.0f) / (exp2<6>(large * splat(2 * LOG2_E)) + splat(1.0f));
   const F signed_far = select(less(x, splat(0.0f)), splat(0.0f) - far, far);
   return select(less(a, splat(0.625f)), near, signed_far);
 }
@@ -85,20 +86,17 @@ inline F tanh(F x) {
 struct Scores {
   const fm_attention& call;
   const Block& block;
-  bool is_general;  // more than scale and window
-  float to_log2;    // factor that makes what the softmax sees an exponent of 2
-  float to_log2_rest;  // what its rounding left
-  double from_log2;  // and the way back to natural units, exactly
+  bool is_general;  // more than scale and window: apply then multiplies by the scale, too
+  float factor;     // of scores as apply leaves them, to what the softmax sees: the scale, or 1
   float slope[BLOCK_M];
   int64_t stride;
   float* extra;  // [TILE_N][stride]
 
   Scores(const Problem& p, const Block& b, float* memory) : call(*p.call), block(b), stride(b.columns), extra(memory) {
-    is_general = call.softcap > 0 || call.alibi_slopes.data || call.bias.data || call.mask.data || !(call.scale > 0);
-    const double exact = (is_general ? 1.0 : call.scale) * LOG2_E_EXACT;
-    to_log2 = static_cast<float>(exact);
-    to_log2_rest = static_cast<float>(exact - to_log2);
-    from_log2 = (is_general ? 1.0 : call.scale) / to_log2;
+    const float scale = static_cast<float>(call.scale);
+    // A scale that makes 0 of everything would make NaN of hidden scores.
+    is_general = call.softcap > 0 || call.alibi_slopes.data || call.bias.data || call.mask.data || !(scale >= LEAST_NORMAL);
+    factor = is_general ? 1.0f : scale;
     for (int64_t c = 0; c < stride; ++c) {
       slope[c] = c < block.count && call.alibi_slopes.data
                      ? *reinterpret_cast<const float*>(row_of(call.alibi_slopes, block.batch, block.head[c], 0))

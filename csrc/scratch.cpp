@@ -19,7 +19,13 @@ constexpr int64_t MOST_KEPT = int64_t{64} << 20;
 struct Kept {
   char* data = nullptr;
   int64_t bytes = 0;
-  ~Kept() { std::free(data); }
+  bool is_over = false;  // the thread ends: nothing is kept any more
+  ~Kept() {
+    std::free(data);
+    data = nullptr;
+    bytes = 0;
+    is_over = true;
+  }
 };
 
 thread_local Kept kept;
@@ -28,7 +34,7 @@ thread_local Kept kept;
 
 Scratch::Scratch(int64_t bytes) : data_(nullptr), bytes_(bytes) {
   if (bytes == 0) return;
-  if (bytes <= kept.bytes) {
+  if (kept.data && bytes <= kept.bytes) {
     // Taken, so that a call within a call could not have it, too.
     data_ = kept.data;
     bytes_ = kept.bytes;
@@ -46,7 +52,7 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), bytes_(bytes) {
 }
 
 Scratch::~Scratch() {
-  if (bytes_ > kept.bytes && bytes_ <= MOST_KEPT) {
+  if (!kept.is_over && bytes_ > kept.bytes && bytes_ <= MOST_KEPT) {
     std::free(kept.data);
     kept.data = data_;
     kept.bytes = bytes_;

@@ -51,7 +51,6 @@ inline F operator/(F a, F b) {
   FM_EACH a.lane[l] /= b.lane[l];
   return a;
 }
-inline F multiply_down(F a, F b) { return a * b; }  // exp2 is exact on both sides of 0
 inline F fma(F a, F b, F c) {
   FM_EACH c.lane[l] += a.lane[l] * b.lane[l];
   return c;
@@ -88,6 +87,13 @@ inline F scale_by_power(F a, F n) {
   }
   return a;
 }
+
+inline float largest(F a) {
+  float most = a.lane[0];
+  FM_EACH most = a.lane[l] > most ? a.lane[l] : most;
+  return most;
+}
+inline float total(F a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;

@@ -20,14 +20,15 @@ inline F splat(float value) { return {_mm512_set1_ps(value)}; }
 inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
-// Rounded down: what is then subtracted leaves the greatest exponent at 0 or just above, where exp2 is exact.
-inline F multiply_down(F a, F b) { return {_mm512_mul_round_ps(a.v, b.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 inline M less(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 inline F select(M m, F a, F b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
+
+inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
+inline float total(F a) { return _mm512_reduce_add_ps(a.v); }
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;

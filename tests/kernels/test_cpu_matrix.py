@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import decode_cases
@@ -28,12 +29,12 @@ from attention_cases import (
 )
 from engine_required import require_engine
 
+import fusemesh
 from fusemesh.kernels import backends, engine
-from fusemesh.kernels.attention import cpu
+from fusemesh.kernels.attention import cpu, reference
 from fusemesh.kernels.attention.api import flash_attention
 from fusemesh.kernels.attention.spec import Origin
-from fusemesh.kernels.testing import attention as expectations
-from fusemesh.kernels.testing import budget, poison
+from fusemesh.kernels.testing import poison
 
 require_engine()
 
@@ -101,33 +102,31 @@ def drawn(seed: int) -> Iterator[Case]:
         )
 
 
+# Of results of about 1: what rounding of inputs, probabilities and sums can do, and no wrong element hides behind it.
+FUZZ = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 0.3}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_fuzz(seed: int, isa: str) -> None:
-    """20 seeds, 250 calls each, on every instruction set.
-
-    A budget is made of the largest error of one draw of eager's. Where a tensor has few numbers, or one key makes a
-    plain dot product of eager's matmul, that is at times much less than is usual: so of each 1,000 results five may be
-    outside, none by more than three times.
-    """
-    outside, count = [], 0
-    for case in drawn(seed):
-        x = case.inputs()
-        want = expectations.expected(**{n: x[n] for n in ("q", "k", "v", "do", "dlse")}, **case.options(x))
+    """20 seeds of 250 calls on every instruction set, others on each: 20,000 where there are four. Against fp64."""
+    for case in drawn(seed + 20 * ISAS.index(isa)):
+        x: dict[str, Any] = case.inputs()
+        wide = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in x.items()}
+        options = case.options(wide)
+        options["aux"] = tuple(t.double() for t in options["aux"])
+        out, lse = reference.forward(wide["q"], wide["k"], wide["v"], **options)
+        bias_grad = x["bias"] is not None
+        gradients = reference.backward(
+            wide["do"], wide["q"], wide["k"], wide["v"], out, lse, wide["dlse"], **options, bias_grad=bias_grad
+        )
+        want = dict(zip(("out", "lse", "dq", "dk", "dv", "dbias", "dsinks"), (out, lse, *gradients), strict=True))
         for name, value in run(case, cpu).items():
-            found = budget.measure(
-                name,
-                value,
-                want.exact[name],
-                want.eager[name],
-                dtype=want.eager[name].dtype,
-                absolute=want.absolute.get(name),
-            )
-            count += 1
-            if not found.passed:
-                outside.append((case, found))
-            assert found.actual_max <= 3 * (found.ratio_max * found.eager_max + found.floor), (case, found)
-    assert len(outside) <= max(0.005 * count, 2), outside
+            assert torch.equal(value.isinf(), want[name].isinf()), (name, case)
+            finite = ~want[name].isinf()
+            error = (value.double() - want[name])[finite].abs().max() if finite.any() else torch.zeros(())
+            most = want[name][finite].abs().max() if finite.any() else torch.zeros(())
+            assert error <= FUZZ[case.dtype] * (1 + most), (name, float(error), float(most), case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,6 +180,41 @@ def test_rows_without_a_key(why: str, dtype: str, isa: str) -> None:
     dlse[:, :, empty] = math.nan
     again = run(case, cpu, mask=mask, bias=bias, dlse=dlse)
     assert all(torch.equal(result[name], again[name]) for name in result)
+
+
+@pytest.mark.parametrize("low", [-1e10, -1e30, torch.finfo(torch.float32).min])
+def test_rows_hidden_by_a_large_negative_bias(low: float, isa: str) -> None:
+    """Where all keys of a row have it they are alike again: the mean of the values, not NaN, and not zero.
+
+    (The reference gives their sum there: its lse has no room for the logarithm of their number.)
+    """
+    q, k, v = (torch.randn(1, 2, 70, 16) for _ in range(3))
+    bias = torch.zeros(1, 1, 70, 70)
+    bias[:, :, 3:7], bias[:, :, 20:, 60:] = low, low
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, want = (fusemesh.flash_attention(*leaves, bias=bias, backend=name) for name in ("cpu", "reference"))
+    usual = [i for i in range(70) if not 3 <= i < 7]
+    torch.testing.assert_close(out[:, :, usual], want[:, :, usual])
+    torch.testing.assert_close(out[:, :, 3:7], v.mean(2, keepdim=True).expand(-1, -1, 4, -1))
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+def test_softcap_where_tanh_is_flat(isa: str) -> None:
+    q, k, v = (torch.randn(1, 1, 20, 16) * size for size in (30, 30, 1))
+    out, want = (fusemesh.flash_attention(q, k, v, softcap=1.0, backend=name) for name in ("cpu", "reference"))
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("sink", [100.0, -100.0])
+def test_gradient_of_the_lse_beside_a_sink_far_from_it(sink: float, isa: str) -> None:
+    q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
+    found = []
+    for name in ("cpu", "reference"):
+        sinks = torch.full((2,), sink, requires_grad=True)
+        out, lse = fusemesh.flash_attention(q, k, v, sinks=sinks, return_lse=True, backend=name)
+        found.append(torch.autograd.grad(lse.sum() + out.sum(), (q, k, v, sinks)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("B", "Sq", "Sk"), [(1, 0, 17), (1, 17, 0), (1, 0, 0), (0, 17, 17)])

@@ -113,7 +113,7 @@ def some_tensor(dtype: str = "float32") -> engine.Tensor:
             some_tensor("int32"),
             "cu_seqlens: expected both of them or none, received cu_seqlens_q alone",
         ),
-        ("softcap", -1.0, "softcap: expected at least 0, received -1"),
+        ("softcap", -1.0, "softcap: expected 0, or a number that fp32 holds above 0, received -1"),
         ("dropout_p", 1.0, "dropout_p: expected at least 0 and below 1, received 1"),
         ("q", some_tensor("int64"), "q: this engine expected dtype f32, bf16 or f16, received i64"),
     ],

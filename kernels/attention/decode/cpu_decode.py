@@ -24,6 +24,8 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, seq_q, dim = q.shape
     out = empty_laid_out_like(q, call.v_dim)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if call.k_cache.numel() == 0:  # no page, or no key that a page could hold
+        return out.zero_(), lse.fill_(-torch.inf)
     v_cache = call.k_cache[..., : call.v_dim] if call.v_cache is None else call.v_cache
     whole = engine.Attention(
         batch=batch,
