@@ -69,7 +69,10 @@ def main() -> None:
         folder = Path(options.keep or temporary)
         found = [task_rows(task.strip(), layouts, folder) for task in options.tasks.split(",")]
     record = benchmark.machine()
+    # Runs that stand in the file of an earlier call stay, unless they were made again.
     path = Path(__file__).parent / "results" / benchmark.machine_name(record) / "tasks.json"
+    earlier = json.loads(path.read_text())["tasks"] if path.is_file() else []
+    found += [task for task in earlier if task["task"] not in {made["task"] for made in found}]
     print(f"written to {benchmark.write_results(path, {'machine': record, 'tasks': found})}")
 
 

@@ -41,7 +41,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 DEFAULTS: Mapping[str, Any] = {
     "data.sequence_length": 64,
     "model.num_layers": 2,
-    "training.steps": 300,
+    "training.steps": 450,
     "training.global_batch_size": 64,
     "training.learning_rate": 2e-3,
     "training.min_learning_rate": 1e-4,
