@@ -103,7 +103,8 @@ def drawn(seed: int) -> Iterator[Case]:
 
 
 # Of results of about 1: what rounding of inputs, probabilities and sums can do, and no wrong element hides behind it.
-FUZZ = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 0.3}
+# A bias that is one number for all scores sums 20,000 gradients that cancel: 1.6e-4 was seen of it in fp32.
+FUZZ = {"fp32": 5e-4, "fp16": 3e-2, "bf16": 0.3}
 
 
 @pytest.mark.slow
