@@ -35,11 +35,6 @@ int32_t guarded(Compute compute) {
   }
 }
 
-int64_t element(const fm_tensor& t, int64_t index) {
-  const int64_t at = index * t.stride[0];
-  return t.dtype == FM_I32 ? static_cast<const int32_t*>(t.data)[at] : static_cast<const int64_t*>(t.data)[at];
-}
-
 // A problem and the memory of its sequences.
 struct Layout {
   fm_attention call;
@@ -72,10 +67,10 @@ struct Layout {
       s.queries = call.seq_q;
       s.keys = call.seq_k;
       if (call.cu_seqlens_q.data) {
-        s.first_q = element(call.cu_seqlens_q, b);
-        s.first_k = element(call.cu_seqlens_k, b);
-        s.queries = element(call.cu_seqlens_q, b + 1) - s.first_q;
-        s.keys = element(call.cu_seqlens_k, b + 1) - s.first_k;
+        s.first_q = number(call.cu_seqlens_q, b);
+        s.first_k = number(call.cu_seqlens_k, b);
+        s.queries = number(call.cu_seqlens_q, b + 1) - s.first_q;
+        s.keys = number(call.cu_seqlens_k, b + 1) - s.first_k;
       }
       s.ahead = call.origin_q - call.origin_k + (call.align == FM_BOTTOM_RIGHT ? s.keys - s.queries : 0);
       add(s);
@@ -89,10 +84,10 @@ struct Layout {
     for (int64_t b = 0; b < call.batch; ++b) {
       Sequence s{};
       s.queries = call.seq_q;
-      s.keys = element(cache.cache_lens, b) + (cache.k_new.data ? cache.added : 0);
+      s.keys = number(cache.cache_lens, b) + (cache.k_new.data ? cache.added : 0);
       if (s.keys > call.seq_k) s.keys = call.seq_k;
       if (s.keys < 0) s.keys = 0;
-      s.hidden = cache.cache_starts.data ? element(cache.cache_starts, b) : 0;
+      s.hidden = cache.cache_starts.data ? number(cache.cache_starts, b) : 0;
       if (s.hidden < 0) s.hidden = 0;
       s.ahead = s.keys - s.queries;
       add(s);

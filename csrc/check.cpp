@@ -118,11 +118,6 @@ int32_t check_options(const fm_attention& call) {
   return FM_OK;
 }
 
-int64_t number(const fm_tensor& cu, int64_t index) {
-  const int64_t at = index * cu.stride[0];
-  return cu.dtype == FM_I32 ? static_cast<const int32_t*>(cu.data)[at] : static_cast<const int64_t*>(cu.data)[at];
-}
-
 // Whether any sequence has a row: of queries by cu_seqlens_q, of keys by cu_seqlens_k.
 bool has_rows(const fm_attention& call, const fm_tensor& cu, int64_t longest) {
   if (call.batch == 0 || call.heads == 0) return false;
@@ -158,6 +153,11 @@ int32_t fail(fm_status status, const char* format, ...) {
 }
 
 const char* last_error() { return message; }
+
+int64_t number(const fm_tensor& cu, int64_t index) {
+  const int64_t at = index * cu.stride[0];
+  return cu.dtype == FM_I32 ? static_cast<const int32_t*>(cu.data)[at] : static_cast<const int64_t*>(cu.data)[at];
+}
 
 int32_t dtype_of(const fm_attention& call) { return call.q.data ? call.q.dtype : call.k.data ? call.k.dtype : call.v.dtype; }
 

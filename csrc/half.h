@@ -1,4 +1,15 @@
-// Half precision, one number at a time. Included within a namespace, after bits_of and float_of.
+// Half precision, one number at a time. Included within a namespace.
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
 
 inline float bf16_to_float(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 

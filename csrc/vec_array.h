@@ -95,16 +95,6 @@ inline float largest(F a) {
 }
 inline float total(F a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
 #include "half.h"
 
 inline F load_bf16(const uint16_t* p) {

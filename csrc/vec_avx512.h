@@ -30,16 +30,6 @@ inline F select(M m, F a, F b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
 inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
 inline float total(F a) { return _mm512_reduce_add_ps(a.v); }
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
 #include "half.h"
 
 inline F load_bf16(const uint16_t* p) {
