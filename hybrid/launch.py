@@ -220,6 +220,7 @@ def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: flo
     try:
         if place is not None and place.world_size > 1 and lost_after is not None:
             watchdog = Watchdog(lambda: _client(place, wait), place.rank, place.world_size, limit=lost_after)
+        _meet()
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, where)
     except BaseException as error:
         # Leaving the group makes the others fail too, perhaps before this error is told: say when it came.
@@ -265,7 +266,18 @@ def build_mesh(layout: Layout, world: World) -> DeviceMesh:
         ValueError: the layout does not have as many ranks as the world, or has an axis that is not there yet.
     """
     layout.validate(world_size=world.world_size)
-    return init_device_mesh(world.device.type, layout.shape, mesh_dim_names=AXES)
+    mesh = init_device_mesh(world.device.type, layout.shape, mesh_dim_names=AXES)
+    _meet()
+    return mesh
+
+
+def _meet() -> None:
+    """Wait until every rank is connected to every other.
+
+    A rank's group exists when its own connections stand. Left at once, before a collective (an argument refused, say),
+    it breaks those that slower ranks still make, and what they then report is a crash of this one.
+    """
+    dist.all_reduce(torch.zeros(()))
 
 
 def launch_local(nproc: int, fn: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None) -> list[Any]:

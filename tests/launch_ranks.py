@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fusemesh.hybrid.local_ranks import LocalRanks
 
@@ -81,6 +82,37 @@ def fail_before_a_collective(rank: int) -> None:
         if world.rank == rank:
             raise ZeroDivisionError
         dist.barrier()
+
+
+def joined(slow: int) -> tuple[list[float], list[float]]:
+    """When this rank was connected, in the default group and a mesh, and when it went on; one rank takes longer."""
+    from fusemesh.hybrid import launch
+    from fusemesh.hybrid.layout import Layout
+
+    connected, went_on = [], []
+
+    def late(connect: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            group = connect(*args, **kwargs)
+            if own_rank() == slow:
+                time.sleep(0.5)
+            connected.append(time.time())
+            return group
+
+        return wrapper
+
+    with (
+        mock.patch.multiple(
+            launch,
+            init_device_mesh=late(launch.init_device_mesh),
+            dist=mock.Mock(wraps=launch.dist, init_process_group=late(launch.dist.init_process_group)),
+        ),
+        launch.distributed("cpu") as world,
+    ):
+        went_on.append(time.time())
+        launch.build_mesh(Layout.parse("dp2"), world)
+        went_on.append(time.time())
+    return connected, went_on
 
 
 def parent(folder: str) -> None:

@@ -184,6 +184,15 @@ def test_a_failure_frees_the_others_from_a_collective() -> None:
 
 
 @pytest.mark.distributed
+def test_nobody_goes_on_before_all_are_connected() -> None:
+    # A rank that left at once broke the connections that slower ones still made: "Connection closed by peer".
+    (_, went_on), (connected, _) = launch_local(2, launch_ranks.joined, 1)
+    assert len(went_on) == 2
+    for late, quick in zip(connected, went_on, strict=True):
+        assert quick >= late
+
+
+@pytest.mark.distributed
 def test_no_rank_outlives_its_parent(tmp_path: object) -> None:
     """The parent is killed, so that it can end nobody; the ranks follow by themselves."""
     code = f"import launch_ranks; launch_ranks.parent({str(tmp_path)!r})"
