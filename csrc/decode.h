@@ -1,4 +1,4 @@
-// Attention of a few new queries over a cache. Included within a namespace, after softmax.h.
+// Attention of a few new queries over a cache. Included within a namespace, after softmax.h and few_rows.h.and few_rows.h.
 //
 // A task is a block of query rows of one kv head, all query heads on it together, against one of the splits of the keys:
 // how many there are depends on the sizes alone. Each keeps its own maximum, sum and output; they are merged in order.
@@ -9,36 +9,45 @@ struct Decode {
   const Problem& p;
   const fm_attention& call;
   const fm_cache& cache;
-  int64_t padded_dim, splits, split_keys;
-  bool values_in_place;
+  int64_t tile;        // keys at once
+  int64_t padded_dim;  // dim_v in whole vectors
+  int64_t splits, split_keys;
+  bool keys_in_place, values_in_place;
   Parts shape;
   float* partial;  // [task][top, sum, out]
   char* memory;
 
   struct Memory {
     Unit *rows;      // [row][unit]
-    Unit *keys;      // [unit][TILE_N]
-    Unit *values;    // [TILE_N / STEP][padded_dim]
+    Unit *spread;    // those as few_rows.h takes them
+    char *keys;      // [tile][unit], copies of what cannot be read where it is
+    char *values;    // [tile][element]
+    char *zeros;     // a row of values
     float *products; // [row][TILE_N]
     float *s, *pairs, *extra;
     Running running;
   };
 
   Decode(const Problem& problem, const fm_cache& c)
-      : p(problem), call(*problem.call), cache(c), padded_dim(padded(call.dim_v)), partial(nullptr), memory(nullptr) {
-    values_in_place = stacked_in_place<Dot>(call.v, call.dim_v) && !cache.block_table.data;
-    const int64_t tasks = larger(1, p.blocks * call.kv_heads), tiles = larger(1, (call.seq_k + TILE_N - 1) / TILE_N);
-    splits = larger(1, smaller(64 / tasks, tiles / 4));
-    split_keys = (tiles + splits - 1) / splits * TILE_N;
+      : p(problem), call(*problem.call), cache(c), partial(nullptr), memory(nullptr) {
+    padded_dim = (call.dim_v + Dot::STEP * W - 1) / (Dot::STEP * W) * Dot::STEP * W;
+    keys_in_place = rows_in_place<Dot>(call.k, call.dim);
+    values_in_place = rows_in_place<Dot>(call.v, call.dim_v) && call.dim_v == padded_dim;
+    tile = keys_in_place && values_in_place ? TILE_N : 32;  // small copies stay in the nearest cache
+    const int64_t tasks = larger(1, p.blocks * call.kv_heads), tiles = larger(1, (call.seq_k + tile - 1) / tile);
+    splits = larger(1, smaller(64 / tasks, tiles * tile / 384));
+    split_keys = (tiles + splits - 1) / splits * tile;
     worker_memory(shape);
   }
 
   Memory worker_memory(Parts& parts) const {
     Memory m;
     m.rows = parts.take<Unit>(units<Dot>(call.dim) * BLOCK_M);
-    m.keys = parts.take<Unit>(units<Dot>(call.dim) * TILE_N);
+    m.spread = parts.take<Unit>(units<Dot>(call.dim) * (BLOCK_M + W));
+    m.keys = parts.take<char>(keys_in_place ? 0 : tile * key_bytes());
+    m.values = parts.take<char>(values_in_place ? 0 : tile * value_bytes());
+    m.zeros = parts.take<char>(value_bytes());
     m.products = parts.take<float>(BLOCK_M * TILE_N);
-    m.values = parts.take<Unit>(TILE_N / Dot::STEP * padded_dim);
     m.s = parts.take<float>(TILE_N * BLOCK_M);
     m.pairs = parts.take<float>(Dot::STEP == 2 ? TILE_N / 2 * BLOCK_M : 0);
     m.extra = parts.take<float>(TILE_N * BLOCK_M);
@@ -46,6 +55,8 @@ struct Decode {
     return m;
   }
 
+  int64_t key_bytes() const { return units<Dot>(call.dim) * static_cast<int64_t>(sizeof(Unit)); }
+  int64_t value_bytes() const { return padded_dim / Dot::STEP * static_cast<int64_t>(sizeof(Unit)); }
   int64_t partial_size() const { return BLOCK_M * (2 + padded_dim); }
 
   static int64_t whole_number(const fm_tensor& t, int64_t i0, int64_t i1) {
@@ -85,9 +96,16 @@ struct Decode {
 
   // A tile of the cache: its rows, null beyond the last one.
   struct Tile {
-    const char* rows[TILE_N + 1];
+    const char* rows[TILE_N];
     int64_t bytes;
   };
+
+  // Makes a tile's rows readable as units: they stay where they are, or are copied.
+  static void fetch(Tile& tile, int64_t count, const Elements& e, bool is_in_place, char* copies, int64_t bytes) {
+    if (is_in_place) return;
+    pack_rows<Dot>(tile.rows, count, e, copies, bytes / static_cast<int64_t>(sizeof(Unit)));
+    for (int64_t n = 0; n < count; ++n) tile.rows[n] = copies + n * bytes;
+  }
 
   void look_up(const fm_tensor& t, int64_t dim, const Block& block, int64_t first, int64_t count, Tile& tile) const {
     const int64_t size = size_of(t.dtype);
@@ -96,17 +114,16 @@ struct Decode {
       const char* at = find(t, block.batch, block.kv_head, first + n, run);
       for (int64_t i = 0; i < run; ++i) tile.rows[n + i] = at + i * t.stride[2] * size;
     }
-    for (int64_t n = larger(count, 0); n <= TILE_N; ++n) tile.rows[n] = nullptr;
+    for (int64_t n = larger(count, 0); n < TILE_N; ++n) tile.rows[n] = nullptr;
     tile.bytes = t.stride[3] == 1 ? dim * size : 0;
   }
 
-  // Scores of `count` keys with the block's rows. The keys are transposed and the rows are broadcast, not the other way
-  // round as in forward.h: a few rows would leave most of a vector empty.
-  void score(const Memory& m, const Block& block, const Tile& keys, int64_t count, const Tile& upcoming) const {
-    const int64_t whole = padded(count), depth = units<Dot>(call.dim);
-    pack_transposed<Dot>(keys.rows, whole, {call.k.dtype, call.k.stride[3], call.dim}, m.keys, TILE_N,
-                         {upcoming.rows, upcoming.bytes});
-    multiply<Dot, SET>({m.rows, depth, 1, m.keys, TILE_N, m.products, TILE_N, nullptr, depth}, block.count, whole);
+  // Scores of `count` keys with the block's rows, and something in place of keys to the next vector.
+  void score(const Memory& m, const Block& block, Tile& keys, int64_t count, int span, const Tile& upcoming) const {
+    fetch(keys, count, {call.k.dtype, call.k.stride[3], call.dim}, keys_in_place, m.keys, key_bytes());
+    for (int64_t n = count; n < padded(count); ++n) keys.rows[n] = keys.rows[count - 1];
+    multiply_few<Dot>(span, m.spread, block.count, keys.rows, padded(count), units<Dot>(call.dim), m.products, TILE_N,
+                      {upcoming.rows, upcoming.bytes});
   }
 
   // The scores as [key][row], as scores.h has them.
@@ -122,27 +139,19 @@ struct Decode {
   }
 
   // running.out = fade * running.out + probabilities * values of `count` keys
-  void weigh(const Memory& m, const Block& block, const Tile& tile, int64_t count, bool is_first, bool is_turned,
+  void weigh(const Memory& m, const Block& block, Tile& values, int64_t count, bool is_first, bool is_turned,
              const Tile& upcoming) const {
-    const Unit* values = m.values;
-    int64_t stride = padded_dim;
-    const Upcoming next{upcoming.rows, upcoming.bytes};
-    if (values_in_place) {
-      values = reinterpret_cast<const Unit*>(tile.rows[0]);
-      stride = call.v.stride[2];
-      for (int64_t n = 0; n < count; ++n) next.ask_for(n);
-    } else {
-      pack_stacked<Dot>(tile.rows, count, {call.v.dtype, call.v.stride[3], call.dim_v}, m.values, stride, next);
-    }
+    fetch(values, count, {call.v.dtype, call.v.stride[3], call.dim_v}, values_in_place, m.values, value_bytes());
+    if (count % Dot::STEP != 0) values.rows[count] = m.zeros;  // a pair's second key
     // [key][row] if turned, else [row][key]; bf16 in pairs of keys either way.
     const float* found = Dot::STEP == 2 ? m.pairs : is_turned ? m.s : m.products;
     const int64_t row = is_turned ? 1 : TILE_N / Dot::STEP, depth = is_turned ? block.columns : 1;
-    const Product<Dot> weighted{reinterpret_cast<const Unit*>(found), row, depth, values, stride, m.running.out, padded_dim,
-                                m.running.fade, units<Dot>(count)};
+    const Weighted<Dot> weighted{reinterpret_cast<const Unit*>(found), row, depth, values.rows, units<Dot>(count),
+                                 m.running.out, padded_dim, m.running.fade, {upcoming.rows, upcoming.bytes}};
     if (is_first) {
-      multiply<Dot, SET>(weighted, block.count, padded_dim);
+      weigh_few<Dot, SET>(weighted, block.count, padded_dim);
     } else {
-      multiply<Dot, FADE>(weighted, block.count, padded_dim);
+      weigh_few<Dot, FADE>(weighted, block.count, padded_dim);
     }
   }
 
@@ -152,6 +161,8 @@ struct Decode {
     const char* rows[BLOCK_M];
     rows_of(block, call.q, 0, rows);
     pack_rows<Dot>(rows, block.count, {call.q.dtype, call.q.stride[3], call.dim}, m.rows, units<Dot>(call.dim));
+    const int span = span_of(block.count, units<Dot>(call.dim));
+    spread<Dot>(m.rows, block.count, units<Dot>(call.dim), span, m.spread);
     const Scores scores(p, block, m.extra);
     Running running = m.running;
     if (splits > 1) {
@@ -160,15 +171,17 @@ struct Decode {
       running.out = running.sum + BLOCK_M;
     }
     running.start(block.columns);
+    __builtin_memset(m.zeros, 0, static_cast<size_t>(value_bytes()));
+    if (!values_in_place) __builtin_memset(m.values, 0, static_cast<size_t>(tile * value_bytes()));
     Memory own = m;
     own.running = running;
     const int64_t begin = larger(block.first_key, split * split_keys), end = smaller(block.end_key, (split + 1) * split_keys);
     Tile keys, values;
-    look_up(call.k, call.dim, block, begin, smaller(TILE_N, end - begin), keys);
-    for (int64_t first = begin; first < end; first += TILE_N) {
-      const int64_t count = smaller(TILE_N, end - first), next = first + TILE_N;
+    look_up(call.k, call.dim, block, begin, smaller(tile, end - begin), keys);
+    for (int64_t first = begin; first < end; first += tile) {
+      const int64_t count = smaller(tile, end - first), next = first + tile;
       look_up(call.v, call.dim_v, block, first, count, values);
-      score(own, block, keys, count, values);
+      score(own, block, keys, count, span, values);
       const bool is_turned = scores.is_general || first < block.first_full || first + count > block.end_full;
       if (is_turned) {
         turn(m, block, count);
@@ -177,7 +190,7 @@ struct Decode {
       } else {
         soften_rows<Dot>(m.products, block.count, count, TILE_N, scores.factor, running, reinterpret_cast<uint16_t*>(m.pairs));
       }
-      look_up(call.k, call.dim, block, next, smaller(TILE_N, end - next), keys);
+      look_up(call.k, call.dim, block, next, smaller(tile, end - next), keys);
       weigh(own, block, values, count, first == begin, is_turned, keys);
     }
     if (splits == 1) finish(call, block, running, padded_dim, scores.factor);

@@ -10,6 +10,7 @@
 #include "scores.h"
 #include "softmax.h"
 #include "keys.h"
+#include "few_rows.h"
 #include "forward.h"
 #include "backward.h"
 #include "decode.h"

@@ -99,21 +99,9 @@ inline F read_units(const char* row, const Elements& e, int64_t first) {
   }
 }
 
-// Rows of which one after the other is asked for while others are read, so that memory never waits. Null rows, or none.
-struct Upcoming {
-  const char* const* rows = nullptr;
-  int64_t bytes = 0;  // of each
-
-  void ask_for(int64_t row) const {
-    if (!rows || !rows[row]) return;
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(rows[row] + byte, 0, 3);
-  }
-};
-
 // rows[0] to rows[columns] into to[unit][column]; columns is a multiple of W, and so is `stride`.
 template <class Dot>
-inline void pack_transposed(const char* const* rows, int64_t columns, const Elements& e, void* to, int64_t stride,
-                            const Upcoming& upcoming = {}) {
+inline void pack_transposed(const char* const* rows, int64_t columns, const Elements& e, void* to, int64_t stride) {
   float* out = static_cast<float*>(to);
   const int64_t depth = units<Dot>(e.count);
   const bool is_plain = e.stride == 1 && (Dot::STEP == 2 || e.dtype == FM_F32);
@@ -121,7 +109,6 @@ inline void pack_transposed(const char* const* rows, int64_t columns, const Elem
   for (int64_t c = 0; c < columns; c += W) {
     bool is_full = true;
     for (int64_t i = 0; i < W; ++i) is_full &= rows[c + i] != nullptr;
-    for (int64_t i = 0; i < W; ++i) upcoming.ask_for(c + i);
     int64_t u = 0;
     for (; is_full && u < whole; u += W) {
       F x[W];
@@ -141,13 +128,26 @@ inline void pack_transposed(const char* const* rows, int64_t columns, const Elem
   }
 }
 
+// The whole vectors at a row's beginning as floats, where they lie side by side; returns how many elements that were.
+inline int64_t convert(const char* row, const Elements& e, float* to) {
+  if (!row || e.stride != 1) return 0;
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
+  int64_t d = 0;
+  if (e.dtype == FM_F16) {
+    for (; d + W <= e.count; d += W) store(to + d, load_f16(halves + d));
+  } else if (e.dtype == FM_BF16) {
+    for (; d + W <= e.count; d += W) store(to + d, load_bf16(halves + d));
+  }
+  return d;
+}
+
 // to[row][unit], rows `stride` units apart.
 template <class Dot>
 inline void pack_rows(const char* const* rows, int64_t count, const Elements& e, void* to, int64_t stride) {
   const int64_t depth = units<Dot>(e.count);
   for (int64_t r = 0; r < count; ++r) {
     float* out = static_cast<float*>(to) + r * stride;
-    for (int64_t u = 0; u < depth; u += W) {
+    for (int64_t u = Dot::STEP == 1 ? convert(rows[r], e, out) : 0; u < depth; u += W) {
       const F x = read_units<Dot>(rows[r], e, u);
       if (depth - u >= W) {
         store(out + u, x);
@@ -160,14 +160,16 @@ inline void pack_rows(const char* const* rows, int64_t count, const Elements& e,
 
 // to[row / STEP][element], `stride` units apart, elements up to padded(count). rows[] has units<Dot>(count) * STEP entries.
 template <class Dot>
-inline void pack_stacked(const char* const* rows, int64_t count, const Elements& e, void* to, int64_t stride,
-                         const Upcoming& upcoming = {}) {
+inline void pack_stacked(const char* const* rows, int64_t count, const Elements& e, void* to, int64_t stride) {
   for (int64_t r = 0; r < count; r += Dot::STEP) {
     float* out = static_cast<float*>(to) + r / Dot::STEP * stride;
     const char* second = r + 1 < count ? rows[r + 1] : nullptr;
-    for (int i = 0; i < Dot::STEP; ++i) upcoming.ask_for(r + i);
     int64_t d = 0;
-    if constexpr (Dot::STEP == 2) d = Dot::pair_rows(rows[r], second, e, out);
+    if constexpr (Dot::STEP == 2) {
+      d = Dot::pair_rows(rows[r], second, e, out);
+    } else {
+      d = convert(rows[r], e, out);
+    }
     for (; d < e.count; d += W) {
       if constexpr (Dot::STEP == 1) {
         store(out + d, read(rows[r], e, d));

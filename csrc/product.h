@@ -12,6 +12,13 @@ struct DotF32 {
   static B vector(const Unit* p) { return load(p); }
   static B scalar(const Unit* p) { return splat(*p); }
   static F step(F c, B a, B b) { return fma(a, b, c); }
+  static B of_bits(F x) { return x; }
+  // C vectors over the elements of STEP rows, from `column` on.
+  template <int C>
+  static void stack(const char* const* rows, int64_t column, B* b) {
+#pragma GCC unroll 16
+    for (int v = 0; v < C; ++v) b[v] = load(reinterpret_cast<const float*>(rows[0]) + column + v * W);
+  }
 };
 
 // What happens to what c held: it is replaced, added to, or first multiplied by fade[r].

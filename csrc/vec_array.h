@@ -35,6 +35,13 @@ inline F splat(float value) {
   FM_EACH x.lane[l] = value;
   return x;
 }
+// N floats as often as they fit.
+template <int N>
+inline F repeat(const float* p) {
+  F x;
+  FM_EACH x.lane[l] = p[l % N];
+  return x;
+}
 inline F operator+(F a, F b) {
   FM_EACH a.lane[l] += b.lane[l];
   return a;

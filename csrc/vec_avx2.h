@@ -19,6 +19,17 @@ inline __m256i first(int count) {
 inline F load_tail(const float* p, int count) { return {_mm256_maskload_ps(p, first(count))}; }
 inline void store_tail(float* p, F x, int count) { _mm256_maskstore_ps(p, first(count), x.v); }
 inline F splat(float value) { return {_mm256_set1_ps(value)}; }
+// N floats as often as they fit.
+template <int N>
+inline F repeat(const float* p) {
+  if constexpr (N == 8) return load(p);
+  if constexpr (N == 4) return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+  if constexpr (N <= 2) {  // perhaps not aligned
+    long long bits = 0;
+    __builtin_memcpy(&bits, p, 4 * N);
+    return {_mm256_castsi256_ps(N == 2 ? _mm256_set1_epi64x(bits) : _mm256_set1_epi32(static_cast<int>(bits)))};
+  }
+}
 inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }

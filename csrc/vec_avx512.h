@@ -17,6 +17,18 @@ inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) 
 inline F load_tail(const float* p, int count) { return {_mm512_maskz_loadu_ps(first(count), p)}; }
 inline void store_tail(float* p, F x, int count) { _mm512_mask_storeu_ps(p, first(count), x.v); }
 inline F splat(float value) { return {_mm512_set1_ps(value)}; }
+// N floats as often as they fit.
+template <int N>
+inline F repeat(const float* p) {
+  if constexpr (N == 16) return load(p);
+  if constexpr (N == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
+  if constexpr (N == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))};
+  if constexpr (N <= 2) {  // perhaps not aligned
+    long long bits = 0;
+    __builtin_memcpy(&bits, p, 4 * N);
+    return {_mm512_castsi512_ps(N == 2 ? _mm512_set1_epi64(bits) : _mm512_set1_epi32(static_cast<int>(bits)))};
+  }
+}
 inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }

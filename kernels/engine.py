@@ -24,6 +24,7 @@ ABI_VERSION = 1
 DTYPES = {"float32": 1, "bfloat16": 2, "float16": 3, "bool": 4, "uint8": 4, "int32": 5, "int64": 6}
 OPEN = -1  # a side of the window that is open
 BOTTOM_RIGHT = 1  # FM_BOTTOM_RIGHT
+_Strides = ctypes.c_int64 * 4
 
 
 class Tensor(ctypes.Structure):
@@ -31,7 +32,7 @@ class Tensor(ctypes.Structure):
 
     _fields_ = [
         ("data", ctypes.c_void_p),
-        ("stride", ctypes.c_int64 * 4),
+        ("stride", _Strides),
         ("dtype", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     ]
@@ -89,7 +90,7 @@ class Cache(ctypes.Structure):
 
 def view(address: int, strides: Sequence[int], dtype: str) -> Tensor:
     """A tensor for the engine: ``address`` of element 0, up to four ``strides`` in elements, name of the dtype."""
-    return Tensor(data=address, stride=(ctypes.c_int64 * 4)(*strides), dtype=DTYPES[dtype])
+    return Tensor(address, _Strides(*strides), DTYPES[dtype])
 
 
 def library_path() -> Path:

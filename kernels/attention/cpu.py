@@ -27,12 +27,13 @@ _NAMES = {
 
 def view(name: str, tensor: torch.Tensor) -> engine.Tensor:
     """A tensor of up to four dimensions for the engine; one without elements is absent."""
-    if tensor.device.type != "cpu" or tensor.dtype not in _NAMES:
+    dtype = _NAMES.get(tensor.dtype)
+    if dtype is None or not tensor.is_cpu:
         received = f"{tensor.dtype} on {tensor.device}"
         raise wrong(name, "a CPU tensor of a dtype that backend 'cpu' has", received, "convert it or choose another")
     if tensor.numel() == 0:
         return engine.Tensor()
-    return engine.view(tensor.data_ptr(), tensor.stride(), _NAMES[tensor.dtype])
+    return engine.view(tensor.data_ptr(), tensor.stride(), dtype)
 
 
 def options(

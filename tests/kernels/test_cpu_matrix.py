@@ -288,6 +288,24 @@ def test_decode_in_many_combinations(isa: str) -> None:
         decode_cases.run_and_compare(case, "cpu")
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (80, 96), (8, 40), (33, 17), (6, 128), (128, 224)], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_decode_of_any_number_of_rows(dtype: str, dims: tuple[int, int], isa: str) -> None:
+    """Rows share vectors, and tiles of registers, by how many there are; 129 keys are a tile or four and then some."""
+    for group, queries in ((1, 1), (2, 1), (3, 1), (5, 1), (8, 1), (3, 3), (15, 1), (17, 1), (12, 3), (21, 4)):
+        case = decode_cases.Case(
+            dtype=dtype,
+            H=2 * group,
+            Sq=queries,
+            D=dims[0],
+            Dv=dims[1],
+            capacity=131,
+            lens=(129, 7),
+            causal=queries == 3,
+        )
+        decode_cases.run_and_compare(case, "cpu")
+
+
 @pytest.mark.parametrize("page", [None, 16, 1])
 def test_decode_splits_long_caches(page: int | None, isa: str) -> None:
     """Thousands of keys are shared out among threads, and the parts merged; the same bits whatever the threads."""
