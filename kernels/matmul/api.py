@@ -45,7 +45,8 @@ def fused_linear(
         w_up: [N, K] or None. Needs an activation: without one the two factors are alike, so that there is no gate, and
             the call is far more often a forgotten ``activation=`` than a wish for a bilinear product.
         backend: ``"reference"`` (elementary PyTorch operations), ``"torch"`` (F.linear and PyTorch's activations),
-            ``"triton"`` (one kernel forward, two backward), or ``"auto"``.
+            ``"triton"`` (one kernel forward, two backward), or ``"auto"``. The attention engine's ``cpu``, asked for
+            by use_backend or FUSEMESH_BACKEND, leaves this to ``auto``.
 
     Returns:
         [..., N] in the dtype of ``x``, contiguous on the Triton backend.
@@ -97,7 +98,8 @@ def _torch_linear(
 
 def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     name = backends.requested(backend)
-    if name == "auto":
+    if name == "auto" or (name == "cpu" and backend == "auto"):
+        # The engine is of attention alone: who asks for it by use_backend or FUSEMESH_BACKEND means no error here.
         if dtype != torch.float64 and backends.proven("linear", device):
             name, why = "triton", "its kernels are proven on this GPU"
         elif device.type == "cpu":

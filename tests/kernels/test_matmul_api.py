@@ -145,6 +145,14 @@ def test_auto_takes_triton_only_where_proven(monkeypatch: pytest.MonkeyPatch) ->
     assert api._choose("auto", device, torch.float64) == "torch"
 
 
+def test_the_attention_engine_as_everyones_backend_is_no_error() -> None:
+    before = backends.call_counts()
+    with backends.use_backend("cpu"):
+        y = fused_linear(X, W)
+    assert torch.equal(y, torch.nn.functional.linear(X, W))
+    assert backends.call_counts()["linear_forward", "torch"] == before.get(("linear_forward", "torch"), 0) + 1
+
+
 def test_use_backend_reaches_calls_that_leave_it_open() -> None:
     backends.reset_call_counts()
     with backends.use_backend("reference"):
