@@ -81,10 +81,11 @@ struct Engine {
 // Null where the compiler could not build it.
 const Engine* engine_scalar();
 const Engine* engine_avx2();
+const Engine* engine_neon();
 const Engine* engine_avx512();
 const Engine* engine_avx512_bf16();
 
-constexpr int ENGINES = 4;
+constexpr int ENGINES = 5;
 
 // The engines, best first; null where this processor does not run it. The last one runs everywhere.
 const Engine* available(int index);

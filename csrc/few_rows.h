@@ -73,7 +73,7 @@ inline void meet(const typename Dot::Unit* a, const char* const* rows, int64_t d
 template <class Dot, int SPAN, int GROUPS>
 inline void one_square(const typename Dot::Unit* a, int64_t a_rows, const char* const* rows, int64_t depth, float* c,
                        int64_t columns) {
-  constexpr int FIT = (W < 16 ? 8 : 16) / GROUPS, COUNT = FIT < W ? FIT : W, EACH = W / SPAN;
+  constexpr int FIT = (ROWS * COLUMNS < 16 ? 8 : 16) / GROUPS, COUNT = FIT < W ? FIT : W, EACH = W / SPAN;
   F sum[GROUPS][W];
   for (int n = 0; n < W; n += COUNT) meet<Dot, SPAN, GROUPS, COUNT>(a, rows, depth, sum, n);
   for (int g = 0; g < GROUPS; ++g) {
@@ -182,7 +182,7 @@ inline void weighted_panels(Weighted<Dot> p, int64_t column, int64_t columns) {
 }
 
 // `rows` rows of `columns` elements, a multiple of W * STEP.
-template <class Dot, Mode MODE, int R = W < 16 ? 4 : 8>
+template <class Dot, Mode MODE, int R = ROWS * COLUMNS < 16 ? 4 : 8>
 inline void weigh_few(Weighted<Dot> p, int64_t rows, int64_t columns) {
   for (; rows >= R; rows -= R) {
     weighted_panels<Dot, MODE, R>(p, 0, columns);

@@ -159,7 +159,7 @@ FM_API int32_t fm_attention_backward(const fm_attention* call, const fm_gradient
 FM_API int32_t fm_attention_decode(const fm_attention* call, const fm_cache* cache);
 
 /* The instruction sets that were built and that this processor runs, best first, separated by ", ": avx512-bf16, avx512,
- * avx2, scalar. Calls use the first, or the one that was set. */
+ * avx2, neon, scalar. Calls use the first, or the one that was set. */
 FM_API const char* fm_isas(void);
 
 /* Makes calls of all threads use one of fm_isas(); "" chooses the first again. */

@@ -29,6 +29,7 @@ const Engine* available(int index) {
   if (index == 0) return has_avx512_bf16() ? engine_avx512_bf16() : nullptr;
   if (index == 1) return has_avx512() ? engine_avx512() : nullptr;
   if (index == 2) return has_avx2() ? engine_avx2() : nullptr;
+  if (index == 3) return engine_neon();
   return engine_scalar();
 }
 

@@ -3,8 +3,8 @@
 =====================  ==========================================================================================
 FUSEMESH_BACKEND       backend for calls that leave ``backend="auto"``: reference, torch, cpu, triton. Inherited by
                        spawned ranks. Unset: each call chooses.
-FUSEMESH_CPU_ISA       instruction set that the CPU engine uses: avx512-bf16, avx512, avx2, scalar. Unset: the best
-                       that the processor has.
+FUSEMESH_CPU_ISA       instruction set that the CPU engine uses: avx512-bf16, avx512, avx2, neon, scalar. Unset: the
+                       best that the processor has.
 FUSEMESH_CHECK         1: also check the contents of device tensors (costs a synchronisation).
 FUSEMESH_LOG           log level of the ``fusemesh`` logger: debug, info, warning, error. Default warning.
 =====================  ==========================================================================================
