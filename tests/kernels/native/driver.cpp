@@ -116,7 +116,10 @@ void must(int32_t status, const char* what) {
   }
 }
 
-void compare(const char* name, const std::vector<float>& want, const std::vector<float>& got, int32_t dtype, const char* isa) {
+// `terms`: about how large the terms are of which a result is the sum. It may be far smaller where they cancel, and is off by
+// a part of them: the gradient of the scores of rows that see one key is nothing but rounding.
+void compare(const char* name, const std::vector<float>& want, const std::vector<float>& got, int32_t dtype, double terms,
+             const char* isa) {
   double most = 0, worst = 0;
   for (float x : want) {
     if (std::isfinite(x)) most = std::fmax(most, std::fabs(x));
@@ -125,8 +128,7 @@ void compare(const char* name, const std::vector<float>& want, const std::vector
     const double error = want[i] == got[i] ? 0 : std::fabs(static_cast<double>(want[i]) - got[i]);
     worst = std::isnan(error) ? INFINITY : std::fmax(worst, error);
   }
-  // The bounds of test_cpu_matrix.py's fuzz: gradients that cancel are off by as much as their terms, which are about 1.
-  const double allowed = (1 + most) * (dtype == FM_F32 ? 1e-4 : dtype == FM_BF16 ? 0.3 : 3e-2);
+  const double allowed = (terms + most) * (dtype == FM_F32 ? 1e-4 : dtype == FM_BF16 ? 0.1 : 1e-2);
   if (!(worst <= allowed)) {
     std::printf("%s on %s: off by %g, allowed %g\n", name, isa, worst, allowed);
     ++failures;
@@ -253,7 +255,10 @@ void attention(int threads) {
       found.push_back(sorted);
     }
     if (first.empty()) first = found;
-    for (size_t i = 0; i < found.size(); ++i) compare(names[i], first[i], found[i], i == 1 ? FM_F32 : dtype, isa.c_str());
+    for (size_t i = 0; i < found.size(); ++i) {
+      const bool is_of_scores = i == 2 || i == 3 || i == 5;  // made of products of dout and v
+      compare(names[i], first[i], found[i], i == 1 ? FM_F32 : dtype, is_of_scores ? std::sqrt(call.dim_v) : 1, isa.c_str());
+    }
   }
 }
 
@@ -295,7 +300,7 @@ void decode(int threads) {
     call.out = out.t;
     must(fm_attention_decode(&call, &cache), "decode");
     if (first.empty()) first = out.values();
-    compare("decode", first, out.values(), dtype, isa.c_str());
+    compare("decode", first, out.values(), dtype, 1, isa.c_str());
   }
 }
 
