@@ -253,6 +253,25 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The README's table: the range over each group of GFLOP/s, of the ceiling's share, and of the ratio to PyTorch."""
+
+    def between(values: list[float], digits: int) -> str:
+        low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        short = f"short {row['case'].split()[0]}" if row["group"] == "short" else row["group"]
+        groups.setdefault(short, []).append(row)
+    lines = []
+    for name, part in groups.items():
+        share = "percent_of_read" if FLOORS[part[0]["group"]].ceiling == "read" else "percent_of_compute"
+        cells = ([row["gflops"] for row in part], [row[share] for row in part], [row["ratio"] for row in part])
+        lines.append(f"| {name} | {between(cells[0], 0)} | {between(cells[1], 0)} % | {between(cells[2], 1)} |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict[str, Any]], ceilings: dict[str, float], machine: str, path: Path) -> None:
     """Every case under its roof."""
     import matplotlib
@@ -310,6 +329,7 @@ def main() -> None:
             earlier = json.loads((folder / "cpu_engine.json").read_text())["rows"]
             rows = [measured.get(row["case"], row) for row in earlier]
         payload = {"machine": record, "engine": engine.build_info(), "ceilings": ceilings, "rows": rows}
+        print(summary(rows))
         print(f"written to {benchmark.write_results(folder / 'cpu_engine.json', payload)}")
         plot(rows, ceilings, f"{record['cpu']}, {options.threads} threads", folder / "cpu_engine.png")
 

@@ -1,5 +1,5 @@
-"""Layer: kernels, without Python: the C++ engine by a driver that draws calls of every kind on every instruction set and
-compares them with the scalar code (native/driver.cpp): under sanitizers, and on an emulated ARM processor. The thread
+"""Layer: kernels, without Python: the C++ engine by a driver that draws calls of every kind on every instruction set,
+and compares them with the scalar code (native/driver.cpp): under sanitizers, and on an emulated ARM processor. The thread
 sanitizer sees the engine's own threads, because the driver has no OpenMP library to lend its."""
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ def test_the_driver_runs_clean(sanitizers: str, calls: int, threads: int, tmp_pa
 def test_the_driver_on_an_emulated_arm_processor(tmp_path: Path) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
-        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64-static (Debian: g++-aarch64-linux-gnu, qemu-user-static)")
+        pytest.skip("no aarch64-linux-gnu-g++ or no qemu-aarch64-static (Debian: qemu-user-static) on this machine")
     program = build(tmp_path, compiler, "-O2", link=("-static",), x86=False)
     run([emulator, program], 1500, 2, ("neon", "scalar"))
