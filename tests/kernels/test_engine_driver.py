@@ -1,6 +1,6 @@
 """Layer: kernels, without Python: the C++ engine by a driver that draws calls of every kind on every instruction set,
-and compares them with the scalar code (native/driver.cpp): under sanitizers, and on an emulated ARM processor. The thread
-sanitizer sees the engine's own threads, because the driver has no OpenMP library to lend its."""
+and compares them with the scalar code (native/driver.cpp): under sanitizers, and on an emulated ARM processor. The
+thread sanitizer sees the engine's own threads, because the driver has no OpenMP library to lend its."""
 
 from __future__ import annotations
 
