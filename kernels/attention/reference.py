@@ -95,7 +95,10 @@ def forward(
     empty = (s == -math.inf).all(-1, keepdim=True)
     s = s.masked_fill(empty, 0.0)
     lse = torch.logsumexp(s, -1, keepdim=True)
-    p = torch.exp(s - _with_sinks(lse, sinks)).masked_fill(empty, 0.0)
+    # Not exp(s - lse): the lse of scores around -1e9 has no room for the logarithm of the number of keys.
+    p = torch.softmax(s, -1).masked_fill(empty, 0.0)
+    if sinks is not None:
+        p = p * torch.exp(lse - _with_sinks(lse, sinks))
     kept = _kept(s, origin, spec, seed)
     if kept is not None:
         p = p.masked_fill(~kept, 0.0) / (1 - spec.dropout_p)

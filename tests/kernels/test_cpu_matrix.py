@@ -185,17 +185,13 @@ def test_rows_without_a_key(why: str, dtype: str, isa: str) -> None:
 
 @pytest.mark.parametrize("low", [-1e10, -1e30, torch.finfo(torch.float32).min])
 def test_rows_hidden_by_a_large_negative_bias(low: float, isa: str) -> None:
-    """Where all keys of a row have it they are alike again: the mean of the values, not NaN, and not zero.
-
-    (The reference gives their sum there: its lse has no room for the logarithm of their number.)
-    """
+    """Where all keys of a row have it they are alike again: the mean of the values, not NaN, and not zero."""
     q, k, v = (torch.randn(1, 2, 70, 16) for _ in range(3))
     bias = torch.zeros(1, 1, 70, 70)
     bias[:, :, 3:7], bias[:, :, 20:, 60:] = low, low
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, want = (fusemesh.flash_attention(*leaves, bias=bias, backend=name) for name in ("cpu", "reference"))
-    usual = [i for i in range(70) if not 3 <= i < 7]
-    torch.testing.assert_close(out[:, :, usual], want[:, :, usual])
+    torch.testing.assert_close(out, want)
     torch.testing.assert_close(out[:, :, 3:7], v.mean(2, keepdim=True).expand(-1, -1, 4, -1))
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
 

@@ -90,10 +90,10 @@ def _attend(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     empty = (s == -math.inf).all(-1, keepdim=True)
     s = s.masked_fill(empty, 0.0)
     lse = torch.logsumexp(s, -1, keepdim=True)
-    total = lse
+    p = torch.softmax(s, -1).masked_fill(empty, 0.0)
     if call.sinks is not None:
-        total = torch.logaddexp(lse, call.sinks.to(dtype)[:, None, None])
-    out = torch.exp(s - total).masked_fill(empty, 0.0) @ v
+        p = p * torch.exp(lse - torch.logaddexp(lse, call.sinks.to(dtype)[:, None, None]))
+    out = p @ v
     return out.to(q.dtype), lse.masked_fill(empty, -math.inf).squeeze(-1)
 
 
