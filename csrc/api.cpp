@@ -79,16 +79,18 @@ struct Layout {
   }
 
   // Sequences of a cache, whose lengths count what is appended.
+  static int64_t within(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
   void lay_out(const fm_cache& cache) {
     start();
     for (int64_t b = 0; b < call.batch; ++b) {
       Sequence s{};
       s.queries = call.seq_q;
-      s.keys = number(cache.cache_lens, b) + (cache.k_new.data ? cache.added : 0);
+      // Each is brought near the cache before sums are made of it: what a tensor holds may be anything.
+      const int64_t added = cache.k_new.data ? cache.added : 0;
+      s.keys = within(number(cache.cache_lens, b), -added, call.seq_k) + added;
       if (s.keys > call.seq_k) s.keys = call.seq_k;
-      if (s.keys < 0) s.keys = 0;
-      s.hidden = cache.cache_starts.data ? number(cache.cache_starts, b) : 0;
-      if (s.hidden < 0) s.hidden = 0;
+      s.hidden = cache.cache_starts.data ? within(number(cache.cache_starts, b), 0, s.keys) : 0;
       s.ahead = s.keys - s.queries;
       add(s);
     }

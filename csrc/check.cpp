@@ -259,7 +259,9 @@ int32_t check(const fm_attention& call, const fm_cache& cache) {
   if (cache.k_new.data && (!call.k.data || (cache.v_new.data && !call.v.data))) {
     return fail(FM_INVALID, "k_new: expected a cache to write it to, received NULL");
   }
-  if (cache.added < 0) return fail(FM_INVALID, "added: expected at least 0, received %" PRId64, cache.added);
+  if (cache.added < 0 || cache.added > call.seq_k) {
+    return fail(FM_INVALID, "added: expected from 0 to seq_k = %" PRId64 ", received %" PRId64, call.seq_k, cache.added);
+  }
   const bool is_needed = call.batch > 0;
   if (int32_t status = check_tensor("cache_lens", cache.cache_lens, is_needed, FM_I32, FM_I64)) return status;
   if (int32_t status = check_tensor("cache_starts", cache.cache_starts, false, FM_I32, FM_I64)) return status;

@@ -1,7 +1,7 @@
-// Attention of a few new queries over a cache. Included within a namespace, after softmax.h and few_rows.h.and few_rows.h.
+// Attention of a few new queries over a cache. Included within a namespace, after softmax.h and few_rows.h.
 //
-// A task is a block of query rows of one kv head, all query heads on it together, against one of the splits of the keys:
-// how many there are depends on the sizes alone. Each keeps its own maximum, sum and output; they are merged in order.
+// A task is a block of query rows of one kv head, of all query heads on it where queries are few, against one of the splits
+// of the keys: how many there are depends on the sizes alone. Each keeps its own maximum, sum and output; they are merged in order.
 
 template <class Dot>
 struct Decode {
@@ -74,6 +74,7 @@ struct Decode {
 
   void append(int64_t batch) const {
     const int64_t length = whole_number(cache.cache_lens, batch, 0);
+    if (length < -cache.added || length >= call.seq_k) return;
     for (int64_t i = 0; i < cache.added; ++i) {
       const int64_t slot = length + i;
       if (slot < 0 || slot >= call.seq_k) continue;

@@ -1,4 +1,4 @@
-// Products of a few rows with many that are read once, where they lie. Included within a namespace, after operands.h.
+// Products of a few rows with many that are read once, where they lie. Included within a namespace, after scores.h.
 //
 // Packing is worth its time for rows that meet many others (product.h). Here a vector holds several of the few rows, SPAN
 // units of each, and meets SPAN units of one of the many, repeated: only sums are transposed.

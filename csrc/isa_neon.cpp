@@ -2,7 +2,7 @@
 
 #include "attention.h"
 
-#if defined(__aarch64__) && defined(__ARM_NEON)
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 
 #include <arm_neon.h>
 

@@ -24,7 +24,7 @@ template <int N>
 inline F repeat(const float* p) {
   if constexpr (N == 8) return load(p);
   if constexpr (N == 4) return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
-  if constexpr (N <= 2) {  // perhaps not aligned
+  if constexpr (N <= 2) {  // of any alignment
     long long bits = 0;
     __builtin_memcpy(&bits, p, 4 * N);
     return {_mm256_castsi256_ps(N == 2 ? _mm256_set1_epi64x(bits) : _mm256_set1_epi32(static_cast<int>(bits)))};

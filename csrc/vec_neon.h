@@ -12,7 +12,7 @@ struct M {
 };
 
 inline F load(const float* p) {
-  F x;  // vld1q_f32 asks for whole floats' alignment, which pairs of bf16 need not have
+  F x;  // of any alignment
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }

@@ -302,6 +302,30 @@ def test_decode_of_any_number_of_rows(dtype: str, dims: tuple[int, int], isa: st
         decode_cases.run_and_compare(case, "cpu")
 
 
+@pytest.mark.parametrize("page", [None, 16])
+def test_decode_of_lengths_and_starts_beyond_reason(page: int | None, isa: str) -> None:
+    """Lengths beyond the cache count as its end, and no sum of what a tensor holds goes astray."""
+    most = 2**63 - 1
+    shape = (1, 2, 64, 16) if page is None else (4, 2, page, 16)
+    k, v = torch.randn(shape), torch.randn(shape)
+    table = None if page is None else torch.arange(4, dtype=torch.int32)[None]
+    q, new = torch.randn(1, 2, 66, 16), torch.randn(1, 2, 1, 16)
+
+    def decode(length: int, start: int, new: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        lens, starts = torch.tensor([length]), torch.tensor([start])
+        return fusemesh.flash_attention_decode(
+            q, k.clone(), v.clone(), cache_lens=lens, cache_starts=starts, block_table=table, k_new=new, v_new=new,
+            causal=True, align="bottom_right", return_lse=True, backend="cpu",
+        )  # fmt: skip
+
+    for extra in (None, new):
+        for length in (most, 2**62):
+            assert all(torch.equal(a, b) for a, b in zip(decode(length, 0, extra), decode(64, 0, extra), strict=True))
+        for length, start in ((-most, 0), (0 if extra is None else -1, 0), (64, most), (0, most), (-most, -most)):
+            out, lse = decode(length, start, extra)
+            assert not out.any() and (lse == -torch.inf).all(), (length, start)
+
+
 @pytest.mark.parametrize("page", [None, 16, 1])
 def test_decode_splits_long_caches(page: int | None, isa: str) -> None:
     """Thousands of keys are shared out among threads, and the parts merged; the same bits whatever the threads."""

@@ -1,0 +1,194 @@
+"""A rank of :mod:`local_ranks` as a process: its life, and how it comes into being.
+
+On Linux one process, the nursery, imports what the ranks are to run and forks them, so that they start within the time
+of one's imports (5 s of a core for torch and its distributed parts). It runs no thread and touches no GPU. Elsewhere,
+where a fork is not safe, each rank is a new process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+class ForkedRank:
+    """What multiprocessing's Process offers, of a rank that the nursery forked and waits for."""
+
+    def __init__(self, nursery: _Nursery, pid: int) -> None:
+        self._nursery, self.pid = nursery, pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; below 0 the signal that ended it."""
+        self._nursery.hear(0)
+        return self._nursery.exits.get(self.pid)
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def join(self, timeout: float | None = None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.exitcode is None:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            self._nursery.hear(left)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        self._nursery.close(self.pid)
+
+
+class _Nursery:
+    """The process that forks the ranks, as the parent sees it: it tells how each of them ended."""
+
+    def __init__(self, process: Any, connection: Any, pids: list[int]) -> None:
+        self.process, self.connection = process, connection
+        self.exits: dict[int, int] = {}
+        self._open = set(pids)
+
+    def hear(self, timeout: float | None) -> None:
+        """Take in what has been told, for the first of which it waits."""
+        while self.connection is not None and self.connection.poll(timeout):
+            try:
+                pid, code = self.connection.recv()
+            except (EOFError, OSError):
+                # Its ranks end with it.
+                self.exits.update(dict.fromkeys(self._open - self.exits.keys(), -signal.SIGKILL))
+                return
+            self.exits[pid] = code
+            timeout = 0
+
+    def close(self, pid: int) -> None:
+        """No more is asked of a rank; after the last the process is gone."""
+        self._open.discard(pid)
+        if not self._open:
+            self.process.join()
+            self.process.close()
+            self.connection.close()
+            self.connection = None
+
+
+def fork_ranks(context: Any, ends: list[Any], files: list[str], module: str) -> Iterator[ForkedRank]:
+    """Start the nursery, and with it the ranks."""
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_nurse, args=(theirs, ends, files, module), name="nursery")
+    process.start()
+    theirs.close()
+    try:
+        pids = ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"ranks: the process that was to start them exited with code {process.exitcode}; see what it printed"
+        ) from None
+    nursery = _Nursery(process, ours, pids)
+    for pid in pids:
+        yield ForkedRank(nursery, pid)
+
+
+def _nurse(control: Any, ends: list[Any], files: list[str], module: str) -> None:
+    """Import ``module``, fork a rank for each of ``ends``, and tell of each how it ended."""
+    parent = multiprocessing.parent_process()
+    _die_with(None if parent is None else parent.pid)
+    # Ctrl-C reaches every process; the ranks are ended by their parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What cannot be imported is reported by the ranks, which try again.
+    with contextlib.suppress(BaseException):
+        importlib.import_module(module)
+    # What is imported stays for good: collections need not look at it, nor write into its pages, which ranks share.
+    gc.freeze()
+    own, pids = os.getpid(), []
+    for rank, (end, file) in enumerate(zip(ends, files, strict=True)):
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            control.close()
+            for other in ends[rank + 1 :]:
+                other.close()
+            serve(end, file, own)
+        pids.append(pid)
+        # A rank's end is seen by its connection's, so nobody else holds that.
+        end.close()
+    control.send(pids)
+    for _ in pids:
+        pid, status = os.waitpid(-1, 0)
+        with contextlib.suppress(OSError):
+            control.send((pid, os.waitstatus_to_exitcode(status)))
+    os._exit(0)
+
+
+def serve(connection: Any, stack_file: str, forked_by: int | None = None) -> None:
+    """A rank's life: run what the parent sends until it sends nothing, or is gone."""
+    try:
+        _run_calls(connection, stack_file, forked_by)
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Taking torch down module by module costs a second of every rank and frees nothing that the system does not.
+        os._exit(0)
+
+
+def _die_with(parent: int | None) -> None:
+    """Ask Linux to kill this process when its parent is gone, also while it is stopped and no thread of it runs."""
+    if sys.platform == "linux" and parent is not None:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+
+def _run_calls(connection: Any, stack_file: str, forked_by: int | None) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _die_with(parent.pid if forked_by is None else forked_by)
+    with open(stack_file, "w") as stacks:
+        if hasattr(signal, "SIGUSR1"):
+            faulthandler.register(signal.SIGUSR1, file=stacks)
+        while True:
+            try:
+                place = connection.recv_bytes()
+            except (EOFError, KeyboardInterrupt):
+                return
+            if not place:
+                return
+            os.environ.update(pickle.loads(place))
+            try:
+                fn, args = pickle.loads(connection.recv_bytes())
+                connection.send_bytes(pickle.dumps(("started", time.time(), None)))
+                answer = pickle.dumps(("returned", time.time(), fn(*args)))
+            except BaseException as error:
+                at = getattr(error, "failed_at", time.time())
+                answer = pickle.dumps(("raised", at, traceback.format_exc()))
+            connection.send_bytes(answer)
+            # Models, meshes and process groups refer to each other in cycles, and a group that lives on has threads.
+            del answer
+            fn = args = None
+            gc.collect()
