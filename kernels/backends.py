@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import env
+from . import engine, env
 
 NAMES = ("reference", "torch", "cpu", "triton")
 
@@ -50,9 +50,7 @@ def why_unavailable(backend: str, device: torch.device | str) -> str | None:
     if backend == "cpu":
         if kind != "cpu":
             return f"the cpu engine takes CPU tensors, these are on {kind}"
-        from .attention import cpu
-
-        return cpu.why_unavailable()
+        return engine.why_unavailable()
     if backend == "triton":
         if not _triton_importable():
             return "triton is not installed (pip install triton; Linux only)"

@@ -177,8 +177,7 @@ def reachable(module: str, top_level_only: bool) -> set[str]:
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if family(name)))
 def test_implementations_do_not_know_each_other(module: str) -> None:
     """Not even through a third module: a reference that shares code with what it judges judges nothing."""
-    # Functions are passed over here: backends.why_unavailable asks, inside one, whether the engine's binding can load.
-    others = {name for name in reachable(module, top_level_only=True) if family(name) not in (None, family(module))}
+    others = {name for name in reachable(module, top_level_only=False) if family(name) not in (None, family(module))}
     assert others == set()
     path = MODULES[module]
     direct = {target for target, _, _ in imports(module, path.read_text(), False)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from .. import engine
-from ..engine import why_unavailable as why_unavailable
 from .choice import ENGINE_DTYPES, why_not_engine
 from .errors import wrong
 from .packed import Packed
