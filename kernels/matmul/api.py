@@ -11,7 +11,6 @@ from .. import backends
 from . import ops, reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-BACKENDS = ("reference", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -45,8 +44,8 @@ def fused_linear(
         w_up: [N, K] or None. Needs an activation: without one the two factors are alike, so that there is no gate, and
             the call is far more often a forgotten ``activation=`` than a wish for a bilinear product.
         backend: ``"reference"`` (elementary PyTorch operations), ``"torch"`` (F.linear and PyTorch's activations),
-            ``"triton"`` (one kernel forward, two backward), or ``"auto"``. The attention engine's ``cpu``, asked for
-            by use_backend or FUSEMESH_BACKEND, leaves this to ``auto``.
+            ``"triton"`` (one kernel forward, two backward), or ``"auto"``. ``"cpu"``, so that one name serves a whole
+            model on CPU tensors, is ``"torch"``: the C++ engine is of attention alone.
 
     Returns:
         [..., N] in the dtype of ``x``, contiguous on the Triton backend.
@@ -98,8 +97,7 @@ def _torch_linear(
 
 def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     name = backends.requested(backend)
-    if name == "auto" or (name == "cpu" and backend == "auto"):
-        # The engine is of attention alone: who asks for it by use_backend or FUSEMESH_BACKEND means no error here.
+    if name == "auto":
         if dtype != torch.float64 and backends.proven("linear", device):
             name, why = "triton", "its kernels are proven on this GPU"
         elif device.type == "cpu":
@@ -109,18 +107,13 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if not torch.compiler.is_compiling():
             backends.announce("linear", name, why)
         return name
-    if name not in BACKENDS:
-        raise ValueError(
-            f"backend: fused_linear expected one of {('auto', *BACKENDS)}, received {name!r}. Pass backend='torch', "
-            "which runs everywhere (the argument goes before use_backend and FUSEMESH_BACKEND)"
-        )
     backends.require(name, device)
     if name == "triton" and dtype == torch.float64:
         raise ValueError(
             "x: backend='triton' expected dtype float32, float16 or bfloat16, received torch.float64. Use "
             "backend='reference' or 'torch' for float64"
         )
-    return name
+    return "torch" if name == "cpu" else name
 
 
 def _check_tensors(x: object, w: object, bias: object, w_up: object) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fusemesh.kernels import backends, env
+from fusemesh.kernels import backends, engine, env
 from fusemesh.kernels.matmul import api, reference
 from fusemesh.kernels.matmul.api import ACTIVATIONS, fused_linear
 from fusemesh.kernels.testing import budget
@@ -43,7 +43,7 @@ BAD_CALLS = {
     "w_up_has_another_dtype": ((X, W), {"w_up": W.half(), "activation": "silu"}, "w_up", "float32", "torch.float16"),
     "w_up_is_elsewhere": ((X, W), {"w_up": W.to("meta"), "activation": "silu"}, "w_up", "cpu", "meta"),
     "backend_is_unknown": ((X, W), {"backend": "cuda"}, "backend", "'triton'", "'cuda'"),
-    "backend_has_no_linear": ((X, W), {"backend": "cpu"}, "backend", "'torch'", "'cpu'"),
+    "backend_of_another_device": ((X.to("meta"), W.to("meta")), {"backend": "cpu"}, "backend", "CPU tensors", "meta"),
     "backend_cannot_run_here": ((X, W), {"backend": "triton"}, "backend", "GPU", "TRITON_INTERPRET=1"),
 }
 
@@ -145,12 +145,13 @@ def test_auto_takes_triton_only_where_proven(monkeypatch: pytest.MonkeyPatch) ->
     assert api._choose("auto", device, torch.float64) == "torch"
 
 
-def test_the_attention_engine_as_everyones_backend_is_no_error() -> None:
-    before = backends.call_counts()
+@pytest.mark.skipif(engine.why_unavailable() is not None, reason="no CPU engine in this installation")
+def test_one_name_serves_a_whole_model_on_a_cpu() -> None:
+    backends.reset_call_counts()
     with backends.use_backend("cpu"):
-        y = fused_linear(X, W)
-    assert torch.equal(y, torch.nn.functional.linear(X, W))
-    assert backends.call_counts()["linear_forward", "torch"] == before.get(("linear_forward", "torch"), 0) + 1
+        ys = fused_linear(X, W), fused_linear(X, W, backend="cpu")
+    assert all(torch.equal(y, torch.nn.functional.linear(X, W)) for y in ys)
+    assert backends.call_counts() == {("linear_forward", "torch"): 2}
 
 
 def test_use_backend_reaches_calls_that_leave_it_open() -> None:
