@@ -1,7 +1,8 @@
 // Attention of a few new queries over a cache. Included within a namespace, after softmax.h and few_rows.h.
 //
 // A task is a block of query rows of one kv head, of all query heads on it where queries are few, against one of the splits
-// of the keys: how many there are depends on the sizes alone. Each keeps its own maximum, sum and output; they are merged in order.
+// of the keys: how many there are depends on the sizes alone. Each keeps its own maximum, sum and output; they are merged in
+// order.
 
 template <class Dot>
 struct Decode {
