@@ -232,7 +232,7 @@ LINEAR: dict[str, tuple[str, Callable[[], object], str]] = {
     "w_up_shape": ("w_up", lambda: fusemesh.fused_linear(X, W, activation="silu", w_up=t(6, 8)), "(6, 8)"),
     "w_up_without_activation": ("w_up", lambda: fusemesh.fused_linear(X, W, w_up=W), "activation=None"),
     "activation_unknown": ("activation", lambda: fusemesh.fused_linear(X, W, activation="swish"), "'swish'"),
-    "backend_cpu": ("backend", lambda: fusemesh.fused_linear(X, W, backend="cpu"), "'cpu'"),
+    "backend_unknown": ("backend", lambda: fusemesh.fused_linear(X, W, backend="cuda"), "'cuda'"),
 }
 
 
