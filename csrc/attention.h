@@ -19,6 +19,12 @@ namespace fm {
 constexpr int64_t BLOCK_M = 64;  // query rows that are computed together
 constexpr int64_t TILE_N = 96;   // keys that they meet at once; even, for pairs of bf16
 
+// Element (i0, i1) of a tensor of whole numbers, i32 or i64.
+FM_ALWAYS_INLINE int64_t number(const fm_tensor& t, int64_t i0, int64_t i1 = 0) {
+  const int64_t at = i0 * t.stride[0] + i1 * t.stride[1];
+  return t.dtype == FM_I32 ? static_cast<const int32_t*>(t.data)[at] : static_cast<const int64_t*>(t.data)[at];
+}
+
 // Where a sequence lies in the tensors, and what came before it.
 struct Sequence {
   int64_t first_q, first_k;  // its rows

@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "attention.h"
+
 namespace fm {
 namespace {
 
@@ -153,11 +155,6 @@ int32_t fail(fm_status status, const char* format, ...) {
 }
 
 const char* last_error() { return message; }
-
-int64_t number(const fm_tensor& cu, int64_t index) {
-  const int64_t at = index * cu.stride[0];
-  return cu.dtype == FM_I32 ? static_cast<const int32_t*>(cu.data)[at] : static_cast<const int64_t*>(cu.data)[at];
-}
 
 int32_t dtype_of(const fm_attention& call) { return call.q.data ? call.q.dtype : call.k.data ? call.k.dtype : call.v.dtype; }
 

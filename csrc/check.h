@@ -12,9 +12,6 @@ __attribute__((format(printf, 2, 3)))
 int32_t fail(fm_status status, const char* format, ...);
 const char* last_error();
 
-// Element `index` of a tensor of whole numbers with one dimension, i32 or i64.
-int64_t number(const fm_tensor& cu, int64_t index);
-
 // Copy the caller's struct into this engine's: what the caller does not know is zero, what this engine does not know must
 // be.
 int32_t read_call(const fm_attention* given, fm_attention& call);

@@ -60,21 +60,16 @@ struct Decode {
   int64_t value_bytes() const { return padded_dim / Dot::STEP * static_cast<int64_t>(sizeof(Unit)); }
   int64_t partial_size() const { return BLOCK_M * (2 + padded_dim); }
 
-  static int64_t whole_number(const fm_tensor& t, int64_t i0, int64_t i1) {
-    const char* at = row_of(t, i0, i1, 0);
-    return t.dtype == FM_I32 ? *reinterpret_cast<const int32_t*>(at) : *reinterpret_cast<const int64_t*>(at);
-  }
-
   // Where key `slot` of a sequence lies, and how many follow it at the tensor's stride, at most `count`.
   const char* find(const fm_tensor& t, int64_t batch, int64_t kv_head, int64_t slot, int64_t& count) const {
     if (!cache.block_table.data) return row_of(t, batch, kv_head, slot);
-    const int64_t page = whole_number(cache.block_table, batch, slot / cache.page);
+    const int64_t page = number(cache.block_table, batch, slot / cache.page);
     count = smaller(count, cache.page - slot % cache.page);
     return row_of(t, page < 0 ? 0 : page < cache.pages ? page : cache.pages - 1, kv_head, slot % cache.page);
   }
 
   void append(int64_t batch) const {
-    const int64_t length = whole_number(cache.cache_lens, batch, 0);
+    const int64_t length = number(cache.cache_lens, batch);
     if (length < -cache.added || length >= call.seq_k) return;
     for (int64_t i = 0; i < cache.added; ++i) {
       const int64_t slot = length + i;
@@ -202,7 +197,7 @@ struct Decode {
     Block block;
     make_block(p, at.batch, at.kv_head, at.part, block);
     const Running& all = m.running;
-    const float factor = Scores(p, block, m.extra).factor * LOG2_E;
+    const float scale = Scores(p, block, m.extra).factor, factor = scale * LOG2_E;
     all.start(block.columns);
     for (int64_t i = 0; i < block.columns * padded_dim; i += W) store(all.out + i, splat(0.0f));
     for (int64_t split = 0; split < splits; ++split) {
@@ -221,7 +216,7 @@ struct Decode {
         }
       }
     }
-    finish(call, block, all, padded_dim, Scores(p, block, m.extra).factor);
+    finish(call, block, all, padded_dim, scale);
   }
 
   Memory memory_of(int worker) const {

@@ -1,6 +1,6 @@
-// Polynomials for 2^f, relative errors (minimax, p(0) = 1): degree 5 9e-8, degree 6 2e-9. Included within a namespace.
+// 2^x for vectors that have round and scale_by_power. Included within a namespace.
 
-// f in [-1/2, 1/2]
+// 2^f by polynomials (minimax, p(0) = 1), relative errors: degree 5 9e-8, degree 6 2e-9. f in [-1/2, 1/2].
 template <int DEGREE>
 inline F power_about_zero(F f) {
   if constexpr (DEGREE == 5) {
@@ -20,22 +20,9 @@ inline F power_about_zero(F f) {
   }
 }
 
-// f in [0, 1)
+// 2^x, 0 below 2^-126
 template <int DEGREE>
-inline F power_above_zero(F f) {
-  if constexpr (DEGREE == 5) {
-    F p = fma(f, splat(0.001867130515165627f), splat(0.009017029777169228f));
-    p = fma(f, p, splat(0.05579991266131401f));
-    p = fma(f, p, splat(0.24016444385051727f));
-    p = fma(f, p, splat(0.6931512951850891f));
-    return fma(f, p, splat(1.0f));
-  } else {
-    static_assert(DEGREE == 6, "known degrees");
-    F p = fma(f, splat(0.00021612919226754457f), splat(0.0012467845808714628f));
-    p = fma(f, p, splat(0.009675451554358006f));
-    p = fma(f, p, splat(0.055485282093286514f));
-    p = fma(f, p, splat(0.2402293086051941f));
-    p = fma(f, p, splat(0.6931470632553101f));
-    return fma(f, p, splat(1.0f));
-  }
+inline F exp2(F x) {
+  const F clamped = max(splat(-200.0f), x), whole = round(clamped);
+  return scale_by_power(power_about_zero<DEGREE>(clamped - whole), whole);
 }

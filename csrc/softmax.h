@@ -1,7 +1,7 @@
 // The running softmax of a block of query rows. Included within a namespace, after scores.h.
 //
-// Per row: the maximum score so far, the sum of exp(factor (s - maximum)), and the weighted values; all three are rescaled when a tile
-// of keys raises the maximum (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+// Per row: the maximum score so far, the sum of exp(factor (s - maximum)), and the weighted values; all three are rescaled
+// when a tile of keys raises the maximum (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 
 struct Running {
   float* top;   // [columns] maximum

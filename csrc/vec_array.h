@@ -130,10 +130,3 @@ inline void transpose(F* x) {
 #undef FM_EACH
 
 #include "exp2.h"
-
-// 2^x, 0 below 2^-126
-template <int DEGREE>
-inline F exp2(F x) {
-  const F clamped = max(splat(-200.0f), x), whole = round(clamped);
-  return scale_by_power(power_about_zero<DEGREE>(clamped - whole), whole);
-}

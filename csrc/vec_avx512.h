@@ -23,7 +23,7 @@ inline F repeat(const float* p) {
   if constexpr (N == 16) return load(p);
   if constexpr (N == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
   if constexpr (N == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))};
-  if constexpr (N <= 2) {  // perhaps not aligned
+  if constexpr (N <= 2) {  // of any alignment
     long long bits = 0;
     __builtin_memcpy(&bits, p, 4 * N);
     return {_mm512_castsi512_ps(N == 2 ? _mm512_set1_epi64(bits) : _mm512_set1_epi32(static_cast<int>(bits)))};
@@ -89,7 +89,25 @@ inline void transpose(F* x) {
   }
 }
 
-#include "exp2.h"
+// 2^f by polynomials as those of exp2.h, f in [0, 1).
+template <int DEGREE>
+inline F power_above_zero(F f) {
+  if constexpr (DEGREE == 5) {
+    F p = fma(f, splat(0.001867130515165627f), splat(0.009017029777169228f));
+    p = fma(f, p, splat(0.05579991266131401f));
+    p = fma(f, p, splat(0.24016444385051727f));
+    p = fma(f, p, splat(0.6931512951850891f));
+    return fma(f, p, splat(1.0f));
+  } else {
+    static_assert(DEGREE == 6, "known degrees");
+    F p = fma(f, splat(0.00021612919226754457f), splat(0.0012467845808714628f));
+    p = fma(f, p, splat(0.009675451554358006f));
+    p = fma(f, p, splat(0.055485282093286514f));
+    p = fma(f, p, splat(0.2402293086051941f));
+    p = fma(f, p, splat(0.6931470632553101f));
+    return fma(f, p, splat(1.0f));
+  }
+}
 
 // 2^x: scalef takes the floor of x, of which reduce leaves the fraction; of -inf they make 0 and 2^0.
 template <int DEGREE>
