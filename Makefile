@@ -11,7 +11,7 @@ TRITONS ?= 3.6.0 3.9.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/*/*.h)
 
 # Ranks and test processes share the cores already: one thread of arithmetic each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal

@@ -26,8 +26,8 @@ from setuptools.command.build import build
 
 FLOORS = {"fusemesh.kernels": "kernels", "fusemesh.hybrid": "hybrid"}
 ENGINE = "libfusemesh.so"
-SOURCES = sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in (".cpp", ".h"))
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"]
+SOURCES = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".cpp", ".h"))
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Icsrc"]
 # Each instruction set's code is a file of its own; a compiler that does not know the flags leaves it empty.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -78,7 +78,7 @@ def run(command: "list[str]") -> None:
 
 
 class BuildEngine(Command):
-    """Compiles csrc/*.cpp into one shared library: in the source tree for editable installs, else in build/."""
+    """Compiles csrc/*/*.cpp into one shared library: in the source tree for editable installs, else in build/."""
 
     description = "compile the CPU engine"
     user_options: ClassVar[list] = []
@@ -164,7 +164,7 @@ setup(
     package_dir={"fusemesh": "src/fusemesh", "fusemesh.csrc": "csrc", **FLOORS},
     package_data={
         "fusemesh": ["py.typed"],
-        "fusemesh.csrc": ["*.cpp", "*.h"],
+        "fusemesh.csrc": ["*/*.cpp", "*/*.h"],
         "fusemesh.hybrid.planner": ["*.json"],
     },
     distclass=EngineDistribution,

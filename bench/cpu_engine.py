@@ -4,7 +4,7 @@
 
 Every case is checked against the fp64 reference before it is timed; contenders take turns, and a ratio is the median of
 the ratios of the rounds. The ceilings (FMA and bf16 dot products in registers, reading of memory) are measured by
-bench/probe.cpp in the same run. Writes bench/results/<machine>/cpu_engine.json and a roofline plot beside it.
+bench/cpu/probe.cpp in the same run. Writes bench/results/<machine>/cpu_engine.json and a roofline plot beside it.
 
 onnxruntime, openvino and jax are compared where they are installed.
 """
@@ -18,6 +18,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,14 +26,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cpu_peers
+# Run as a script, Python looks beside this file; the imports start at the clone's root.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
 import torch
 from torch.nn import functional as F
 
 import fusemesh
+from bench.cpu import peers as cpu_peers
 from fusemesh import benchmark
 from fusemesh.kernels import engine
-from fusemesh.kernels.attention.spec import AttentionSpec
+from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.testing import attention as expectations
 
 HERE = Path(__file__).parent

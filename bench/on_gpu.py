@@ -26,14 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dry_run
-import gpu_cases
-import gpu_decode
-import gpu_fp8
-import gpu_varlen
-import memcheck
+# Run as a script, Python looks beside this file; the imports start at the clone's root.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
 import torch
 
+from bench.gpu import cases as gpu_cases
+from bench.gpu import decode as gpu_decode
+from bench.gpu import dry_run, memcheck
+from bench.gpu import fp8 as gpu_fp8
+from bench.gpu import varlen as gpu_varlen
 from fusemesh import benchmark, peers, tune
 from fusemesh.kernels import backends, env
 
@@ -151,7 +155,7 @@ def _tutorial(case: peers.Case) -> list[peers.Contender]:
     if not isinstance(case, peers.AttentionCase) or case.directions != peers.DIRECTIONS:
         return []
     # The kernel is defined on import, which needs Triton.
-    import tutorial_attention
+    from bench.gpu import tutorial_attention
 
     contender = tutorial_attention.contender(case)
     return [] if contender is None else [contender]

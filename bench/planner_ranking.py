@@ -28,10 +28,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusemesh import benchmark, config, planning
+from fusemesh import benchmark, config
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner import hardware as stated
 from fusemesh.hybrid.planner import measure, search
+from fusemesh.run import planning
 
 LAYOUTS = (
     "single, dp2, fsdp2, tp2, pp2, dp4, fsdp4, tp4, pp4, dp2 x fsdp2, dp2 x tp2, fsdp2 x tp2, dp2 x pp2, fsdp2 x pp2, "
@@ -64,8 +65,8 @@ def train(values: dict[str, Any]) -> tuple[list[float], list[float], int]:
     import torch
     import torch.distributed as dist
 
-    from fusemesh.hybrid.launch import distributed
-    from fusemesh.trainer import Trainer
+    from fusemesh.hybrid.ranks.join import distributed
+    from fusemesh.run.trainer import Trainer
 
     configured = config.load(base=values)
     torch.set_num_threads(configured.run.threads)
@@ -88,7 +89,7 @@ def train(values: dict[str, Any]) -> tuple[list[float], list[float], int]:
 
 def run(configured: config.Config, env: dict[str, str]) -> tuple[float, float, int]:
     """Seconds of the median step, at least those by the processors' time, and the largest growth in bytes."""
-    from fusemesh.hybrid.local_ranks import LocalRanks
+    from fusemesh.hybrid.ranks.local import LocalRanks
 
     ranks = Layout.parse(configured.layout).world_size
     with LocalRanks(ranks, {"OMP_NUM_THREADS": "1", **env}) as started:
@@ -112,7 +113,7 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 def legal(names: list[str], base: config.Config) -> list[str]:
     """The layouts that this version trains in."""
-    from fusemesh.evaluator import check_layout
+    from fusemesh.run.evaluator import check_layout
 
     found = []
     for name in (str(Layout.parse(name)) for name in names):

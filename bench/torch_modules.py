@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import fusemesh
-from fusemesh.integrations.torch_routes import reset_routes, routes
+from fusemesh.integrations.pytorch.routes import reset_routes, routes
 
 
 def cases(options: argparse.Namespace) -> dict[str, Callable[[], object]]:

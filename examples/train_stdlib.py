@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 from fusemesh import config
-from fusemesh.evaluator import checkpoint_of, evaluate_file
 from fusemesh.hybrid.checkpoint import merge
-from fusemesh.hybrid.launch import launch_local
 from fusemesh.hybrid.layout import Layout
-from fusemesh.metrics import draw_loss_curve
+from fusemesh.hybrid.ranks.join import launch_local
+from fusemesh.run.evaluator import checkpoint_of, evaluate_file
+from fusemesh.run.metrics import draw_loss_curve
+from fusemesh.run.trainer import prepare, train_rank
 from fusemesh.tasks.language_model import baselines, load_corpus
-from fusemesh.trainer import prepare, train_rank
 
 TOLERANCE = 1e-5  # relative, between the held-out loss of all ranks and of the merged model in one process
 

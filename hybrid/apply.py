@@ -14,8 +14,8 @@ from .data_parallel import shard_data_parallel
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
-from .tensor_parallel import TensorParallelModule
-from .tensor_plan import adopt, table_of
+from .tensor.modules import TensorParallelModule
+from .tensor.table import adopt, table_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +33,7 @@ def parallelize(
     """Place ``model`` on ``mesh``, in place, and return it.
 
     Every rank passes the same whole model, on any device: built from the modules of
-    :mod:`fusemesh.hybrid.tensor_parallel`, or of torch's own with a ``plan``, or Hugging Face's, which brings its plan
+    :mod:`fusemesh.hybrid.tensor.modules`, or of torch's own with a ``plan``, or Hugging Face's, which brings its plan
     along. Afterwards every parameter is a DTensor on (dp, fsdp, tp) (on (dp, fsdp) where a model without a plan is not
     split over tp); each replica runs forward and backward on its own samples with a loss divided by the global token
     count; gradients are sums over the replicas; torch's clipping and optimizers work unchanged.
@@ -47,10 +47,10 @@ def parallelize(
 
     Args:
         model: its layers, which are sharded one by one, are the members of its outermost ``nn.ModuleList``s.
-        mesh: from :func:`fusemesh.hybrid.launch.build_mesh`.
+        mesh: from :func:`fusemesh.hybrid.ranks.join.build_mesh`.
         layout: the degrees of the mesh's axes.
         plan: for tp, name patterns of plain torch modules and how each is split, such as ``{"layers.*.query":
-            "column"}``; see :mod:`fusemesh.hybrid.tensor_plan` for the styles. None takes a Hugging Face model's own.
+            "column"}``; see :mod:`fusemesh.hybrid.tensor.table` for the styles. None takes a Hugging Face model's own.
         sequence_parallel: whether activations between the matmuls are split along the sequence over tp. The sequence
             length must then be a multiple of tp. With a plan they are only where it has the style ``sequence``.
         dtype: of the computation; None computes in the parameters' own.
@@ -72,7 +72,7 @@ def parallelize(
     strangers = _strangers(model, parts)
     if strangers and layout.tp > 1:
         raise ValueError(
-            f"model: expected every parameter in a module of fusemesh.hybrid.tensor_parallel, received {strangers[:5]} "
+            f"model: expected every parameter in a module of fusemesh.hybrid.tensor.modules, received {strangers[:5]} "
             f"in other modules; say by plan= how tp splits them, or use tp1"
         )
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from . import env
-from .launch import TARGETS, Target, assume_target, intercept
+from .runtime.launch import TARGETS, Target, assume_target, intercept
 
 # Opcodes of matrix units. NVIDIA: mma.sync (HMMA, IMMA, QMMA, OMMA), wgmma (the same with G), tcgen05 (UTC...MMA).
 _TENSOR_CORE = re.compile(r"^(?:[HIQO]G?MMA|UTC[A-Z]*MMA|v_(?:s?mfmac?|wmma)\w*)")
@@ -136,7 +136,7 @@ def record_launches(fn: Callable[[], Any], target: Target) -> list[Launch]:
     """The launches that ``fn`` makes for ``target``; none is started.
 
     ``fn`` calls launchers on tensors of any device (CPU will do; the contents of outputs stay undefined). Launches over
-    an empty grid are left out, as :func:`~fusemesh.kernels.launch.launch` leaves them out.
+    an empty grid are left out, as :func:`~fusemesh.kernels.runtime.launch.launch` leaves them out.
     """
     records: list[Launch] = []
 
@@ -154,7 +154,7 @@ def compile_launches(fn: Callable[[], Any], target: Target | str) -> list[Report
 
     Args:
         fn: calls launchers, as in :func:`record_launches`.
-        target: a :class:`~fusemesh.kernels.launch.Target` or a name from ``launch.TARGETS``: ``"sm_90"``.
+        target: a :class:`~fusemesh.kernels.runtime.launch.Target` or a name from ``launch.TARGETS``: ``"sm_90"``.
 
     Raises:
         ValueError: the target is unknown, ``fn`` launches nothing, triton is missing, or this process has Triton's
@@ -167,7 +167,7 @@ def compile_launches(fn: Callable[[], Any], target: Target | str) -> list[Report
     launches = record_launches(fn, chosen)
     if not launches:
         raise ValueError(
-            "fn: expected a callable that launches at least one kernel through fusemesh.kernels.launch, "
+            "fn: expected a callable that launches at least one kernel through fusemesh.kernels.runtime.launch, "
             f"received {fn!r}, which launched none; call a Triton launcher on tensors with elements"
         )
     found: dict[str, tuple[Any, Launch, float]] = {}
@@ -363,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     options = parser.parse_args(arguments)
     _refuse_interpreter()
-    from .testing.launches import attention_launches, linear_launches
+    from .runtime.launches import attention_launches, linear_launches
 
     reports = []
     for target in options.target:

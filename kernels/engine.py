@@ -1,4 +1,4 @@
-"""The C++ engine through ctypes: its ABI (csrc/fusemesh.h) in Python, and attention on numpy arrays. Needs no torch.
+"""The C++ engine through ctypes: its ABI (csrc/abi/fusemesh.h) in Python, and attention on numpy. Needs no torch.
 
 The engine is one shared library in the folder of ``fusemesh.csrc``, built when the package is installed. It knows
 nothing of Python, so that the same file serves every version of Python and PyTorch.
@@ -39,7 +39,7 @@ class Tensor(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    """``fm_attention``: one call. Every field is described in csrc/fusemesh.h."""
+    """``fm_attention``: one call. Every field is described in csrc/abi/fusemesh.h."""
 
     _fields_ = [
         ("struct_size", ctypes.c_uint32),

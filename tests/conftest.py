@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from fusemesh.hybrid.testing import RankPool
+    from fusemesh.hybrid.ranks.testing import RankPool
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def rank_pool() -> Iterator[RankPool]:
     variables starts a pool of its own.
     """
     # Some of the tests run where torch is absent.
-    from fusemesh.hybrid.testing import RankPool
+    from fusemesh.hybrid.ranks.testing import RankPool
 
     with RankPool(4, env={"FUSEMESH_CHECK": "1"}) as ranks:
         yield ranks

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import fresh_process
 import pytest
+
+from tests.support import fresh_process
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"src/fusemesh": "fusemesh", "hybrid": "fusemesh.hybrid", "kernels": "fusemesh.kernels"}
@@ -19,7 +20,7 @@ THIRD_PARTY = {
     "fusemesh.hybrid": {"torch", "numpy", "safetensors", "mpi4py"},
     "fusemesh.kernels": {"torch", "triton", "numpy"},
 }
-LEAVES = ("fusemesh.kernels.env", "fusemesh.kernels.attention.spec")
+LEAVES = ("fusemesh.kernels.env", "fusemesh.kernels.attention.call.spec")
 
 
 def modules() -> dict[str, Path]:
@@ -110,25 +111,25 @@ def test_imports_point_down(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("fusemesh.kernels.attention.api", "import fusemesh.hybrid.layout"),
-        ("fusemesh.kernels.attention.api", "from fusemesh.hybrid import layout"),
-        ("fusemesh.kernels.attention.api", "from fusemesh import hybrid"),
-        ("fusemesh.kernels.attention.api", "import fusemesh"),
-        ("fusemesh.kernels.attention.api", "from ...hybrid import layout"),
-        ("fusemesh.kernels.attention.api", "from ... import transformer"),
+        ("fusemesh.kernels.attention.dense.api", "import fusemesh.hybrid.layout"),
+        ("fusemesh.kernels.attention.dense.api", "from fusemesh.hybrid import layout"),
+        ("fusemesh.kernels.attention.dense.api", "from fusemesh import hybrid"),
+        ("fusemesh.kernels.attention.dense.api", "import fusemesh"),
+        ("fusemesh.kernels.attention.dense.api", "from ....hybrid import layout"),
+        ("fusemesh.kernels.attention.dense.api", "from .... import transformer"),
         (
-            "fusemesh.kernels.attention.api",
-            "def f():\n    if True:\n        from fusemesh.trainer import fit",
+            "fusemesh.kernels.attention.dense.api",
+            "def f():\n    if True:\n        from fusemesh.run.trainer import fit",
         ),
-        ("fusemesh.kernels.attention.api", "import importlib\nimportlib.import_module('fusemesh.trainer')"),
-        ("fusemesh.kernels.attention.api", "from fusemesh.kernels import backends"),
-        ("fusemesh.kernels.attention.api", "import tqdm"),
+        ("fusemesh.kernels.attention.dense.api", "import importlib\nimportlib.import_module('fusemesh.run.trainer')"),
+        ("fusemesh.kernels.attention.dense.api", "from fusemesh.kernels import backends"),
+        ("fusemesh.kernels.attention.dense.api", "import tqdm"),
         ("fusemesh.hybrid.apply", "from fusemesh import Transformer"),
-        ("fusemesh.hybrid.apply", "from fusemesh.trainer import train"),
+        ("fusemesh.hybrid.apply", "from fusemesh.run.trainer import train"),
         ("fusemesh.hybrid.apply", "from ..kernels import backends"),
         ("fusemesh.hybrid.apply", "from .. import cli"),
         ("fusemesh.hybrid.apply", "def f():\n    import triton"),
-        ("fusemesh.trainer", "from .hybrid import layout"),
+        ("fusemesh.run.trainer", "from ..hybrid import layout"),
     ],
 )
 def test_the_check_finds_planted_arrows(module: str, source: str) -> None:
@@ -138,25 +139,28 @@ def test_the_check_finds_planted_arrows(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("fusemesh.kernels.attention.api", "from .. import backends\nfrom .spec import Origin\nimport torch, math"),
-        ("fusemesh.kernels.attention.cpu", "def f():\n    from ..engine import library"),
+        (
+            "fusemesh.kernels.attention.dense.api",
+            "from ... import backends\nfrom ..call.spec import Origin\nimport torch, math",
+        ),
+        ("fusemesh.kernels.attention.engine.dense", "def f():\n    from ..engine import library"),
         ("fusemesh.hybrid.apply", "from fusemesh.kernels import backends\nfrom .layout import Layout"),
-        ("fusemesh.trainer", "from fusemesh.hybrid.layout import Layout\nfrom . import metrics\nimport tqdm"),
+        ("fusemesh.run.trainer", "from fusemesh.hybrid.layout import Layout\nfrom . import metrics\nimport tqdm"),
     ],
 )
 def test_the_check_allows_what_is_right(module: str, source: str) -> None:
     assert arrows_up(module, source) == []
 
 
+IMPLEMENTATIONS = ("reference", "engine", "gpu", "hopper")
+
+
 def family(module: str) -> str | None:
-    """Which of the implementations that must not know each other a module belongs to."""
-    name = module.rpartition(".")[2]
-    if not module.startswith("fusemesh.kernels.") or module.count(".") < 3:
+    """Which of the implementations that must not know each other a module belongs to: a folder of floor 1."""
+    if not module.startswith("fusemesh.kernels."):
         return None
-    for prefix, kind in (("triton_", "triton"), ("hopper", "hopper"), ("cpu", "cpu"), ("reference", "reference")):
-        if name.startswith(prefix):
-            return kind
-    return None
+    parts = module.split(".")[2:]
+    return next((part for part in parts if part in IMPLEMENTATIONS and len(parts) > 1), None)
 
 
 def reachable(module: str, top_level_only: bool) -> set[str]:
@@ -194,7 +198,7 @@ TORCH_ONLY = sorted(
     name
     for name in MODULES
     if name.startswith("fusemesh.kernels.")
-    and name.rpartition(".")[2] in ("api", "ops", "reference", "parallel", "spec")
+    and (name.rpartition(".")[2] in ("api", "ops", "parallel", "spec") or ".reference" in name)
 )
 
 
@@ -226,7 +230,7 @@ def test_public_names_and_the_trainer_do_not_import_the_compiler() -> None:
         import fusemesh
         for name in fusemesh.__all__:
             getattr(fusemesh, name)
-        import fusemesh.trainer
+        import fusemesh.run.trainer
         assert "torch" in sys.modules and "torch._dynamo" not in sys.modules
         """
     )

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from fusemesh.kernels.attention.api import flash_attention
+from fusemesh.kernels.attention.dense.api import flash_attention
 from fusemesh.kernels.matmul.parallel import all_gather, all_reduce, reduce_scatter
 
 from ..apply import parallelize
-from ..launch import World, build_mesh, distributed
 from ..layout import Layout
-from ..local_ranks import LocalRanks
-from ..tensor_parallel import ColumnParallelLinear, RMSNorm, RowParallelLinear
+from ..ranks.join import World, build_mesh, distributed
+from ..ranks.local import LocalRanks
+from ..tensor.modules import ColumnParallelLinear, RMSNorm, RowParallelLinear
 from .hardware import Curve, Hardware, Link
 
 # [m, k] x [k, n]; bytes of a tensor of elementwise operations; [m, k, n] of the matmul before a collective, whose bytes

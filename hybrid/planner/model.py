@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..tensor_parallel import leaves_none, own_rows
+from ..tensor.modules import leaves_none, own_rows
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Weight:
         return math.prod(self.shape)
 
     def is_replicated(self, tp: int) -> bool:
-        """Whether every rank of tp stores all of it, by the rules of :mod:`fusemesh.hybrid.tensor_parallel`."""
+        """Whether every rank of tp stores all of it, by the rules of :mod:`fusemesh.hybrid.tensor.modules`."""
         if self.split == "heads":
             return self.heads < tp
         return self.split == "whole" or (self.split == "rows" and leaves_none(self.shape[0], tp))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..tensor_parallel import own_rows
+from ..tensor.modules import own_rows
 from .job import Job
 from .model import Model
 

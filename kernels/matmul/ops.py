@@ -61,7 +61,7 @@ def slope_dtype(dtype: torch.dtype, activation: str | None, is_gated: bool) -> t
 def _implementation(backend: str) -> Any:
     if backend != "triton":
         raise ValueError(f"backend: the linear ops expected 'triton', received {backend!r}. Call fused_linear instead")
-    from . import triton_matmul
+    from .gpu import linear as triton_matmul
 
     return triton_matmul
 

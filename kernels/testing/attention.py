@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..attention import reference
-from ..attention.spec import AttentionSpec
+from ..attention.call.spec import AttentionSpec
+from ..attention.reference import dense as reference
 from . import budget
 
 
@@ -50,7 +50,7 @@ def expected(
 
     Args:
         q, k, v, mask, bias, origin, aux, sinks, seed, spec: as
-            :func:`fusemesh.kernels.attention.reference.forward` takes them.
+            :func:`fusemesh.kernels.attention.reference.dense.forward` takes them.
         do: gradient of out; None asks for the forward only.
         dlse: gradient of lse, or None.
         bias_grad: whether dbias is computed (where there is a bias and a ``do``).

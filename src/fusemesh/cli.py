@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusemesh import __version__, command_options, config
+from fusemesh import __version__, config
+from fusemesh.commands import options as command_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,8 +129,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
 
 def _ranks(options: argparse.Namespace, layout: str) -> tuple[int, bool]:
     """How many ranks there will be, and whether this process starts them rather than being one of them."""
-    from fusemesh.hybrid.launch import find_place
     from fusemesh.hybrid.layout import Layout
+    from fusemesh.hybrid.ranks.join import find_place
 
     place = find_place()
     if place is not None:
@@ -149,8 +150,8 @@ def _choose_layout(configured: config.Config, options: argparse.Namespace) -> co
     """The configuration with a layout of "auto" decided, before any rank starts."""
     if configured.layout.strip().lower() != "auto":
         return configured
-    from fusemesh.hybrid.launch import find_place
-    from fusemesh.planning import resolve_auto
+    from fusemesh.hybrid.ranks.join import find_place
+    from fusemesh.run.planning import resolve_auto
 
     place = find_place()
     world = options.nproc if place is None else place.world_size
@@ -161,7 +162,7 @@ def _choose_layout(configured: config.Config, options: argparse.Namespace) -> co
 
 def _on_ranks(nproc: int, start: bool, function: Any, *arguments: Any) -> dict[str, Any] | None:
     """The result of rank 0; None in a process that is another rank."""
-    from fusemesh.hybrid.launch import find_place, launch_local
+    from fusemesh.hybrid.ranks.join import find_place, launch_local
 
     if start:
         return launch_local(nproc, function, *arguments)[0]
@@ -173,7 +174,7 @@ def _on_ranks(nproc: int, start: bool, function: Any, *arguments: Any) -> dict[s
 def _doctor(options: argparse.Namespace) -> tuple[Any, ...]:
     if options.trace is not None:
         return _trace(options)
-    from fusemesh import doctor
+    from fusemesh.commands import doctor
 
     findings = doctor.examine()
     return findings, doctor.describe(findings)
@@ -184,7 +185,7 @@ def _trace(options: argparse.Namespace) -> tuple[Any, str, int]:
     words = [word for word in options.trace if word != "--json"] + options.after_dashes
     if not words:
         raise ValueError("--trace: expected SCRIPT [ARGS], received nothing; name a Python script")
-    from fusemesh import tracing
+    from fusemesh.commands import tracing
 
     findings = tracing.run(words[0], words[1:], quiet=options.json)
     return findings, tracing.describe(findings), findings["exit_status"]
@@ -200,7 +201,7 @@ def _train(options: argparse.Namespace) -> tuple[Any, str | None]:
     resolved = _choose_layout(config.load(source, overrides), options)
     nproc, start = _ranks(options, resolved.layout)
 
-    from fusemesh.trainer import prepare, train_rank
+    from fusemesh.run.trainer import prepare, train_rank
 
     prepare(resolved, nproc, resume=options.resume)
     summary = _on_ranks(nproc, start, train_rank, config.as_dict(resolved), options.resume, options.quiet)
@@ -222,7 +223,7 @@ def _metrics(evaluation: dict[str, Any]) -> str:
 
 def _target(options: argparse.Namespace) -> tuple[config.Config, int, bool]:
     """The configuration of what was trained, its layout unless the command line says another, and how many ranks."""
-    from fusemesh.evaluator import check_layout, config_of
+    from fusemesh.run.evaluator import check_layout, config_of
 
     base, overrides = config_of(options.target), _overrides(options)
     # A merged file is no longer spread over ranks, unless the command line asks for it.
@@ -234,7 +235,7 @@ def _target(options: argparse.Namespace) -> tuple[config.Config, int, bool]:
 
 
 def _eval(options: argparse.Namespace) -> tuple[Any, str | None]:
-    from fusemesh.evaluator import evaluate_file, evaluate_rank
+    from fusemesh.run.evaluator import evaluate_file, evaluate_rank
 
     resolved, nproc, start = _target(options)
     if Path(options.target).is_file() and nproc == 1:
@@ -250,7 +251,7 @@ def _eval(options: argparse.Namespace) -> tuple[Any, str | None]:
 
 
 def _predict(options: argparse.Namespace) -> tuple[Any, str | None]:
-    from fusemesh.predictor import answer_rank, answer_stream
+    from fusemesh.run.predictor import answer_rank, answer_stream
 
     resolved, nproc, start = _target(options)
     values = config.as_dict(resolved)
@@ -282,8 +283,8 @@ def _generate(options: argparse.Namespace) -> tuple[Any, str | None]:
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
     if not prompt:
         raise ValueError("--prompt: expected some text to go on with, received nothing")
-    from fusemesh.generation import Sampling
-    from fusemesh.predictor import generate_rank
+    from fusemesh.run.predictor import generate_rank
+    from fusemesh.transformer.generation import Sampling
 
     asked = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -310,8 +311,8 @@ def _generate(options: argparse.Namespace) -> tuple[Any, str | None]:
 
 
 def _merge(options: argparse.Namespace) -> tuple[Any, str]:
-    from fusemesh.evaluator import checkpoint_of
     from fusemesh.hybrid.checkpoint import merge
+    from fusemesh.run.evaluator import checkpoint_of
 
     output = options.output or Path(options.target, "model.safetensors")
     result = merge(checkpoint_of(options.target), output)
@@ -319,9 +320,9 @@ def _merge(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _plan(options: argparse.Namespace) -> tuple[Any, str]:
-    from fusemesh import planning
     from fusemesh.hybrid.layout import Layout
     from fusemesh.hybrid.planner import search
+    from fusemesh.run import planning
 
     model, job, hardware, world = planning.request(options, _overrides(options))
     print(f"fusemesh plan: {planning.describe_request(model, job, hardware, world)}", file=sys.stderr)
@@ -339,7 +340,7 @@ def _plan(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _scaling(options: argparse.Namespace) -> tuple[Any, str]:
-    from fusemesh import scaling
+    from fusemesh.run import scaling
 
     try:
         numbers = [int(part) for part in options.nproc.split(",")]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import fusemesh
-from fusemesh.kernels.attention.spec import AttentionSpec
+from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.testing import attention as attention_testing
 from fusemesh.kernels.testing import budget
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fusemesh.kernels import launch
-from fusemesh.kernels.attention.spec import AttentionSpec
+from fusemesh.kernels.attention.call.spec import AttentionSpec
+from fusemesh.kernels.runtime import launch
 
 from . import benchmark, peers
 from .decode_bench import DecodeCase
@@ -116,16 +116,18 @@ class Bench:
     def _forward(self, tile: Any) -> Any:
         x, case = self.inputs, self.job.case
         if isinstance(case, peers.AttentionCase):
-            from fusemesh.kernels.attention import tiles, triton_forward
+            from fusemesh.kernels.attention.gpu import forward as triton_forward
+            from fusemesh.kernels.attention.gpu import tiles
 
             with contextlib.nullcontext() if tile is None else tiles.force(tile):
                 return triton_forward.forward(x["q"], x["k"], x["v"], **self._options())
         if isinstance(case, DecodeCase):
-            from fusemesh.kernels.attention.decode import tiles as decode_tiles
+            from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
 
             with decode_tiles.force(tile):
                 return (case.ours("triton").forward(x),)
-        from fusemesh.kernels.matmul import ops, triton_matmul
+        from fusemesh.kernels.matmul import ops
+        from fusemesh.kernels.matmul.gpu import linear as triton_matmul
 
         return triton_matmul.forward(
             x["x"],
@@ -142,7 +144,8 @@ class Bench:
     def _backward(self, tile: Any) -> Any:
         x, case = self.inputs, self.job.case
         if isinstance(case, peers.AttentionCase):
-            from fusemesh.kernels.attention import tiles, triton_backward
+            from fusemesh.kernels.attention.gpu import backward as triton_backward
+            from fusemesh.kernels.attention.gpu import tiles
 
             out, lse = self._saved
             with tiles.force(tile):
@@ -157,7 +160,7 @@ class Bench:
                     **self._options(),
                     bias_grad=self.job.kernel == "dbias",
                 )
-        from fusemesh.kernels.matmul import triton_matmul
+        from fusemesh.kernels.matmul.gpu import linear as triton_matmul
 
         assert isinstance(case, peers.LinearCase)
         _, slope, slope_up = self._saved

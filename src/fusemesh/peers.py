@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import fusemesh
 from fusemesh.kernels import backends
-from fusemesh.kernels.attention.spec import FP8, AttentionSpec, out_dtype
+from fusemesh.kernels.attention.call.spec import FP8, AttentionSpec, out_dtype
 from fusemesh.kernels.matmul import reference as linear_reference
 from fusemesh.kernels.testing import attention as attention_testing
 from fusemesh.kernels.testing import budget

@@ -1,7 +1,8 @@
 """Tile sizes tried on a GPU: for each kernel the shipped tile and its neighbours, checked against fp64, then timed.
 
 What `fusemesh bench --tune` and `bench/on_gpu.py --stage tune` run. The result is a table for people to read and to
-enter in kernels/attention/tiles.py and kernels/matmul/tiles.py; nothing reads it at run time, and no call is tuned.
+enter in kernels/attention/gpu/tiles.py and kernels/matmul/gpu/tiles.py; nothing reads it at run time, and no call is
+tuned.
 
 Neighbours differ from the shipped tile in one number, or in two that are exchanged for each other, as far as the
 predicate of the tiles' own module admits them.
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fusemesh.kernels import backends, env, launch
+from fusemesh.kernels import backends, env
+from fusemesh.kernels.runtime import launch
 
 from . import benchmark, peers
 from .decode_bench import DecodeCase
@@ -73,18 +75,18 @@ def shipped(job: Job, target: launch.Target) -> Any:
     """The tile that the kernel takes today."""
     case = job.case
     if isinstance(case, peers.AttentionCase):
-        from fusemesh.kernels.attention import tiles as attention_tiles
+        from fusemesh.kernels.attention.gpu import tiles as attention_tiles
 
         if job.kernel == "dbias":
             return attention_tiles.choose_dbias(target, case.dtype, *_blocks(case))
         choose = getattr(attention_tiles, f"choose_{job.kernel}")
         return choose(target, case.dtype, *_blocks(case), None, "mn" if case.bias else None)
     if isinstance(case, DecodeCase):
-        from fusemesh.kernels.attention.decode import tiles as decode_tiles
+        from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
 
         rows, sequences = case.heads // case.kv_heads, case.batch * case.kv_heads
         return decode_tiles.choose(target, *_decode_arguments(case), rows, sequences, case.length).tile
-    from fusemesh.kernels.matmul import tiles as linear_tiles
+    from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
 
     shape = (case.rows, case.out_features, case.in_features)
     return linear_tiles.choose(job.kernel, target, case.dtype, shape, job.form)
@@ -154,14 +156,14 @@ _NEIGHBOURS: dict[str, _Changes] = {
 def _is_valid(tile: Any, job: Job, target: launch.Target) -> bool:
     case = job.case
     if isinstance(case, peers.AttentionCase):
-        from fusemesh.kernels.attention import tiles as attention_tiles
+        from fusemesh.kernels.attention.gpu import tiles as attention_tiles
 
         return attention_tiles.is_valid(tile, job.kernel, target, case.dtype, *_blocks(case), has_tiles=case.bias)
     if isinstance(case, DecodeCase):
-        from fusemesh.kernels.attention.decode import tiles as decode_tiles
+        from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
 
         return decode_tiles.is_valid(tile, target, *_decode_arguments(case))
-    from fusemesh.kernels.matmul import tiles as linear_tiles
+    from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
 
     return linear_tiles.is_valid(tile, job.kernel, target, case.dtype, job.form)
 

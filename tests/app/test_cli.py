@@ -2,12 +2,11 @@
 
 import json
 
-import fresh_process
 import pytest
-import tiny_run
-from engine_required import AUTO
 
 from fusemesh import __version__, cli, config
+from tests.support import fresh_process, tiny_run
+from tests.support.engine_required import AUTO
 
 DECODE = "cpu" if AUTO == "cpu" else "reference"
 

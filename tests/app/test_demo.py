@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_run
-from engine_required import AUTO
 
-from fusemesh.metrics import read_metrics
+from fusemesh.run.metrics import read_metrics
+from tests.support import tiny_run
+from tests.support.engine_required import AUTO
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_stdlib.py"
 

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -24,6 +23,7 @@ from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.layout import Layout
 from fusemesh.tasks.language_model import Samples, load_corpus
+from tests.support import tiny_run
 
 pytestmark = [
     pytest.mark.distributed,

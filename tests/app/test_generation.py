@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
-import architecture_ranks as ranks
 import pytest
 import torch
 
 from fusemesh import Sampling, generate
 from fusemesh.kernels import backends
 from fusemesh.transformer import Transformer
+from tests.support.ranks import architecture as ranks
 
 KINDS = ("decoder", "translation")
 END = ranks.END

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_run
+
+from tests.support import tiny_run
 
 pytestmark = pytest.mark.distributed
 BIN = Path(sys.executable).parent

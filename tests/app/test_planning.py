@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_run
 
-from fusemesh import cli, config, planning
+from fusemesh import cli, config
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner import measure
 from fusemesh.hybrid.planner.hardware import Curve, Hardware, Link
+from fusemesh.run import planning
 from fusemesh.transformer import Transformer
+from tests.support import tiny_run
 
 LLAMA = ["plan", "--model", "llama3-8b", "--world", "64", "--gpu", "h100", "--memory", "80GB"]
 
@@ -137,7 +138,7 @@ def test_sizes(text: str, size: float) -> None:
 
 def test_our_own_run_is_what_is_planned(measured: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     configured = config.load(None, {**tiny_run.SETTINGS, "training.accumulation": "2"})
-    from fusemesh.evaluator import plain_model
+    from fusemesh.run.evaluator import plain_model
     from fusemesh.tasks import build_task
 
     model: Transformer = plain_model(configured, build_task(configured))

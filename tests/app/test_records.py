@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fusemesh import config
+from fusemesh.run.trainer import prepare
 from fusemesh.tasks import build_task
 from fusemesh.tasks.records import read_records
-from fusemesh.trainer import prepare
 
 FIELDS = ("text", "label")
 VALUES = [("a, b", "x"), ("zwölf", "y"), ('say "c"', "x")]

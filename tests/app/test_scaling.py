@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_run
 
-from fusemesh import cli, scaling
+from fusemesh import cli
+from fusemesh.run import scaling
+from tests.support import tiny_run
 
 
 def result(cores: int = 2) -> dict:

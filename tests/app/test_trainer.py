@@ -6,18 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
-from engine_required import AUTO
 
-from fusemesh import config, trainer
-from fusemesh.evaluator import evaluate_file
+from fusemesh import config
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.layout import Layout
-from fusemesh.hybrid.local_ranks import LocalRanks
-from fusemesh.metrics import MetricsWriter, read_metrics
+from fusemesh.hybrid.ranks.local import LocalRanks
+from fusemesh.run import trainer
+from fusemesh.run.evaluator import evaluate_file
+from fusemesh.run.metrics import MetricsWriter, read_metrics
 from fusemesh.tasks.language_model import Samples, load_corpus
+from tests.support import tiny_run
+from tests.support.engine_required import AUTO
 
 
 def test_learning_rate_rises_linearly_and_falls_by_a_cosine():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import collectives
 import pytest
 import torch
 
-from fusemesh.hybrid.launch import distributed
+from fusemesh.hybrid.ranks.join import distributed
+from tests.support.ranks import collectives
 
 pytestmark = pytest.mark.gpu
 

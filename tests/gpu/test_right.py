@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gpu_cases
-import gpu_decode
-import gpu_fp8
-import gpu_varlen
 import pytest
 import torch
+
+from bench.gpu import cases as gpu_cases
+from bench.gpu import decode as gpu_decode
+from bench.gpu import fp8 as gpu_fp8
+from bench.gpu import varlen as gpu_varlen
 
 pytestmark = pytest.mark.gpu
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import architecture_ranks as ranks
 import pytest
 import torch
 
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.testing import RankPool
+from tests.support.ranks import architecture as ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import checkpoint_ranks as ranks
 import pytest
 import torch
 from torch import nn
 
 from fusemesh.hybrid import checkpoint
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.testing import RankPool
+from tests.support.ranks import checkpoint as ranks
 
 
 @pytest.fixture(scope="module")

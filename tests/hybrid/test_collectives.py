@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import collectives
-
-from fusemesh.hybrid.launch import distributed
+from fusemesh.hybrid.ranks.join import distributed
+from tests.support.ranks import collectives
 
 
 def test_the_collectives_of_every_layer(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import fault_ranks
 import pytest
 import torch
 
 from fusemesh.hybrid.consistency import checksum
-from fusemesh.hybrid.local_ranks import LocalRanks
+from fusemesh.hybrid.ranks.local import LocalRanks
+from tests.support.ranks import fault as fault_ranks
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import launch_ranks
 import pytest
 
-from fusemesh.hybrid.launch import Place, distributed, first_node, launch_local, rank_from_environment
-from fusemesh.hybrid.local_ranks import LocalRanks, RankError
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.join import Place, distributed, first_node, launch_local, rank_from_environment
+from fusemesh.hybrid.ranks.local import LocalRanks, RankError
+from fusemesh.hybrid.ranks.testing import RankPool
+from tests.support.ranks import launch as launch_ranks
 
 TORCHRUN = {
     "RANK": "5",
@@ -195,8 +195,8 @@ def test_nobody_goes_on_before_all_are_connected() -> None:
 @pytest.mark.distributed
 def test_no_rank_outlives_its_parent(tmp_path: object) -> None:
     """The parent is killed, so that it can end nobody; the ranks follow by themselves."""
-    code = f"import launch_ranks; launch_ranks.parent({str(tmp_path)!r})"
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(launch_ranks.__file__)}
+    code = f"from tests.support.ranks import launch; launch.parent({str(tmp_path)!r})"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.Popen([sys.executable, "-c", code], env=env)
     files = [os.path.join(str(tmp_path), f"{rank}.pid") for rank in range(2)]
     try:
@@ -233,7 +233,7 @@ def test_a_process_finds_its_place_under_each_launcher(launcher: str, tmp_path: 
     script = tmp_path / "who.py"
     script.write_text(
         "import torch, torch.distributed as dist\n"
-        "from fusemesh.hybrid.launch import distributed, find_place\n"
+        "from fusemesh.hybrid.ranks.join import distributed, find_place\n"
         "with distributed('cpu') as world:\n"
         "    total = torch.tensor([world.rank + 1.0])\n"
         "    dist.all_reduce(total)\n"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import parity
-import parity_bugs
 import pytest
 import torch
-from parity import Case, Run, Variant
 
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.testing import RankPool
+from tests.support.ranks import parity, parity_bugs
+from tests.support.ranks.parity import Case, Run, Variant
 
 pytestmark = pytest.mark.distributed
 

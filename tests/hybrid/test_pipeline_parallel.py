@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-import pipeline_ranks
 import pytest
 import torch
 
 from fusemesh.hybrid.pipeline_options import SCHEDULES, PipelineOptions, deal_blocks
 from fusemesh.hybrid.pipeline_parallel import clip_gradients, cut
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.testing import RankPool
+from tests.support.ranks import pipeline as pipeline_ranks
 
 INTERLEAVED = PipelineOptions(2, "interleaved1f1b", 2)
 

@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-import planner_ranks
 import pytest
 
 from fusemesh.hybrid.layout import Layout
@@ -16,8 +15,9 @@ from fusemesh.hybrid.planner import cost, memory, search
 from fusemesh.hybrid.planner.hardware import Curve, Hardware, Link, find_hardware, from_dict, named_hardware
 from fusemesh.hybrid.planner.job import Cut, Job
 from fusemesh.hybrid.planner.model import Model, find_model, named_models
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.testing import RankPool
 from fusemesh.transformer import Transformer, TransformerConfig
+from tests.support.ranks import planner as planner_ranks
 
 H100, A100 = find_hardware("h100"), find_hardware("a100")
 LLAMA = find_model("llama3-8b")

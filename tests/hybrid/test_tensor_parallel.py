@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-import module_ranks
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fusemesh.hybrid.tensor_parallel import ColumnParallelLinear, RMSNorm, RowParallelLinear, leaves_none, own_rows
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.testing import RankPool
+from fusemesh.hybrid.tensor.modules import ColumnParallelLinear, RMSNorm, RowParallelLinear, leaves_none, own_rows
 from fusemesh.transformer import Transformer
+from tests.support.ranks import module as module_ranks
 
 distributed = pytest.mark.distributed
 

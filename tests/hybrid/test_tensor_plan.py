@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import parity
-import plan_ranks
 import pytest
 import torch
 
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.testing import RankPool
+from tests.support.ranks import parity
+from tests.support.ranks import plan as plan_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -6,10 +6,10 @@ import os
 import signal
 import time
 
-import fault_ranks
 import pytest
 
-from fusemesh.hybrid.local_ranks import LocalRanks, RankError
+from fusemesh.hybrid.ranks.local import LocalRanks, RankError
+from tests.support.ranks import fault as fault_ranks
 
 pytestmark = [
     pytest.mark.distributed,

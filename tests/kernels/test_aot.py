@@ -11,12 +11,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ptxas_log import ptxas_log
 
 from fusemesh.kernels import aot
-from fusemesh.kernels.attention import tiles
-from fusemesh.kernels.launch import TARGETS, Target, launch
-from fusemesh.kernels.testing.launches import attention_launches
+from fusemesh.kernels.attention.gpu import tiles
+from fusemesh.kernels.runtime.launch import TARGETS, Target, launch
+from fusemesh.kernels.runtime.launches import attention_launches
+from tests.support.ptxas_log import ptxas_log
 
 pytestmark = pytest.mark.aot
 

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from fusemesh.kernels.attention import reference
-from fusemesh.kernels.attention.spec import AttentionSpec
+from fusemesh.kernels.attention.call.spec import AttentionSpec
+from fusemesh.kernels.attention.reference import dense as reference
 from fusemesh.kernels.testing import attention as attention_budget
 from fusemesh.kernels.testing import budget, poison
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import parallel_ranks
 import pytest
 import torch
 
-from fusemesh.hybrid.testing import RankPool
+from fusemesh.hybrid.ranks.testing import RankPool
 from fusemesh.kernels.testing import budget
 from fusemesh.kernels.vocab_loss import reference
 from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
+from tests.support.ranks import parallel as parallel_ranks
 
 
 @pytest.mark.distributed

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-import fresh_process
-
 from fusemesh.kernels import engine
+from tests.support import fresh_process
 
 
 def without_triton(code: str) -> str:

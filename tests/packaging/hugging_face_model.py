@@ -1,4 +1,4 @@
-"""A tiny random Hugging Face model, run by tests/test_packaging.py from the root of the clone: there the folders
+"""A tiny random Hugging Face model, run by test_packaging.py from the root of the clone: there the folders
 kernels/ and hybrid/ stand in the way of packages of these names, and transformers probes for one called ``kernels``."""
 
 from __future__ import annotations

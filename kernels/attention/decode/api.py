@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from ... import backends, env
-from ..choice import choose, why_not_engine
-from ..spec import AttentionSpec, empty_laid_out_like
-from ..validation import Call, check_flag, normalise
+from ..call.choice import choose, why_not_engine
+from ..call.spec import AttentionSpec, empty_laid_out_like
+from ..call.validation import Call, check_flag, normalise
 from . import validation
 from .spec import DecodeCall
 
-_MODULES = {"reference": ".reference", "triton": ".triton_decode", "cpu": ".cpu_decode"}
+_MODULES = {"reference": "..reference.decode", "triton": "..gpu.decode", "cpu": "..engine.decode"}
 _OPEN = -1  # an open side of the window, in the op's plain integers
 SCHEMA = (
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor cache_lens, Tensor? block_table, Tensor? cache_starts,"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..spec import AttentionSpec
+from ..call.spec import AttentionSpec
 
 
 @dataclass(frozen=True)

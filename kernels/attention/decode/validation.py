@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .. import choice
-from ..choice import Refusal
-from ..validation import DTYPES, wrong
+from ..call import choice
+from ..call.choice import Refusal
+from ..call.validation import DTYPES, wrong
 from .spec import DecodeCall
 
 INDEX_DTYPES = (torch.int32, torch.int64)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ... import env
-from .. import entry
-from ..choice import HEAD_DIMS, choose, why_not_engine, why_not_triton
-from ..packed import Packed, check_contents
-from ..spec import Origin
-from ..validation import ALIGN, DTYPES, Call, check_flag, check_qkv, normalise, wrong
+from ..call import tensors as entry
+from ..call.choice import HEAD_DIMS, choose, why_not_engine, why_not_triton
+from ..call.packed import Packed, check_contents
+from ..call.spec import Origin
+from ..call.validation import ALIGN, DTYPES, Call, check_flag, check_qkv, normalise, wrong
 from . import ops
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -131,7 +131,7 @@ def _forward(
     chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if chosen == "reference" and not torch.compiler.is_compiling():
-        from . import reference
+        from ..reference import varlen as reference
 
         entry.count("attention_varlen_forward", "reference")
         # Positions are the sequences' own, and fp8 has been refused.

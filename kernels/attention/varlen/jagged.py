@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..validation import wrong
+from ..call.validation import wrong
 from .api import flash_attention_varlen
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ... import backends
-from ..ops import NUMBERS, no_gradients, second_gradients, spec_of
-from ..ops import numbers_of as numbers_of
-from ..packed import Packed, as_batch, as_packed
-from ..spec import empty_laid_out_like
+from ..call.packed import Packed, as_batch, as_packed
+from ..call.spec import empty_laid_out_like
+from ..dense.ops import NUMBERS, no_gradients, second_gradients, spec_of
+from ..dense.ops import numbers_of as numbers_of
 
 _CALL = (
     "Tensor cu_q, Tensor cu_k, Tensor? mask, Tensor? bias, Tensor[] aux, Tensor? sinks, Tensor? seed,"
@@ -41,7 +41,7 @@ def _call(values: Sequence[Any]) -> tuple[Packed, dict[str, Any]]:
 
 def _module(backend: str, *, is_backward: bool) -> Any:
     """The module whose ``forward`` or ``backward`` runs on packed tensors."""
-    names = {"reference": ".reference", "triton": ".triton_varlen", "cpu": ".cpu_varlen"}
+    names = {"reference": "..reference.varlen", "triton": "..gpu.varlen", "cpu": "..engine.varlen"}
     if backend not in names:
         raise ValueError(f"backend: the packed ops expected one of {tuple(names)}, received {backend!r}")
     return importlib.import_module(names[backend], __package__)
@@ -194,7 +194,7 @@ def _double_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
 
     out and lse are functions of q, k, v, bias and sinks here, so no gradient goes to those that were passed in.
     """
-    from . import reference
+    from ..reference import varlen as reference
 
     (do, q, k, v, dlse), values = _saved(ctx)
     packed, options = _call(values)

@@ -185,7 +185,7 @@ class LanguageModel(Task):
         """The bytes that come next, up to the end of the line, [B, S / 2], filled up with PAD."""
         import torch
 
-        from fusemesh.generation import generate
+        from fusemesh.transformer.generation import generate
 
         length = self.config.data.sequence_length // 2
         prompts = [

@@ -102,7 +102,7 @@ class TextClassification(Task):
 
     def draw(self, predictions: np.ndarray, folder: Path) -> None:
         """``confusion.png``: of each label's texts, how many were taken for which."""
-        from fusemesh.metrics import draw_matrix
+        from fusemesh.run.metrics import draw_matrix
 
         right = accuracy(predictions[:, 0], self._expected[: len(predictions)])
         title = f"{len(predictions)} held-out texts of {self.source}: {right:.1%} right"

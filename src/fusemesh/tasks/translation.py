@@ -71,7 +71,7 @@ class Translation(Task):
         """The bytes of the translations, [B, S], filled up with PAD."""
         import torch
 
-        from fusemesh.generation import generate
+        from fusemesh.transformer.generation import generate
 
         length = self.config.data.sequence_length
         # A sample that only fills the batch up may be empty.

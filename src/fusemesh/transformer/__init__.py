@@ -1,4 +1,4 @@
-"""One Transformer (decoder, encoder or encoder-decoder), built from the modules of fusemesh.hybrid.tensor_parallel."""
+"""One Transformer (decoder, encoder or encoder-decoder), built from the modules of fusemesh.hybrid.tensor.modules."""
 
 from .config import TransformerConfig
 from .model import Transformer

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Partial, Placement, Replicate
 
-from fusemesh.hybrid.tensor_parallel import ColumnParallelLinear, TensorParallelModule
+from fusemesh.hybrid.tensor.modules import ColumnParallelLinear, TensorParallelModule
 from fusemesh.kernels.matmul import parallel
 
 

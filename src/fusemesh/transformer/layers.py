@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fusemesh.hybrid.tensor_parallel import ColumnParallelLinear, RMSNorm, RowParallelLinear
-from fusemesh.kernels.attention.api import flash_attention
+from fusemesh.hybrid.tensor.modules import ColumnParallelLinear, RMSNorm, RowParallelLinear
 from fusemesh.kernels.attention.decode.api import flash_attention_decode
+from fusemesh.kernels.attention.dense.api import flash_attention
 
 from .config import TransformerConfig
 

@@ -11,12 +11,7 @@ import torch
 from torch import nn
 
 from fusemesh.hybrid.pipeline_parallel import Pipeline, PipelinedModel
-from fusemesh.hybrid.tensor_parallel import (
-    ColumnParallelLinear,
-    RMSNorm,
-    TensorParallelModule,
-    VocabParallelEmbedding,
-)
+from fusemesh.hybrid.tensor.modules import ColumnParallelLinear, RMSNorm, TensorParallelModule, VocabParallelEmbedding
 from fusemesh.kernels.matmul import parallel
 
 from .config import TransformerConfig

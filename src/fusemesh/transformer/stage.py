@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fusemesh.hybrid.pipeline_parallel import StageModule
-from fusemesh.hybrid.tensor_parallel import RMSNorm, VocabParallelEmbedding, VocabParallelLoss, own_rows
+from fusemesh.hybrid.tensor.modules import RMSNorm, VocabParallelEmbedding, VocabParallelLoss, own_rows
 from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
 
 from .config import TransformerConfig

@@ -1,0 +1,1 @@
+"""Benchmarks: pytest suites, and scripts for GPUs and CPUs."""

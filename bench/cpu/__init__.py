@@ -1,0 +1,1 @@
+"""What cpu_engine.py compares the engine with, and the ceilings of the machine."""

@@ -1,0 +1,1 @@
+"""What on_gpu.py runs: cases, stages, dry runs."""

@@ -1,0 +1,1 @@
+"""Ranks: how processes are started, find each other, and watch each other."""

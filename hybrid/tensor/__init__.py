@@ -1,0 +1,1 @@
+"""Tensor parallelism: modules, and tables that split a model of plain modules."""

@@ -1,0 +1,308 @@
+"""Checks of the arguments of attention, and their normal form: what every backend takes.
+
+All of it looks at shapes, dtypes, devices and Python numbers only, so it costs no synchronisation. Limits of a single
+backend are not here but with the choice among them (``api.py``) and in the backends themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from .errors import names, short
+from .errors import wrong as wrong
+from .option_checks import bound_score_mods, check_dropout, checked_sinks, descale_factors, seed_tensor
+from .score_mods import SOFTCAP
+from .spec import FP8, AttentionSpec, Origin, out_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ALIGN = ("top_left", "bottom_right")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors of one call besides q, k and v, in the form that backends take, and its numbers."""
+
+    mask: torch.Tensor | None  # 4-D view, each dim 1 or that of [B, H, Sq, Sk]
+    bias: torch.Tensor | None  # likewise
+    origin: torch.Tensor | None  # int64 [4]: q, k, head, batch
+    spec: AttentionSpec
+    aux: tuple[torch.Tensor, ...] = ()  # of the score mods
+    sinks: torch.Tensor | None = None  # [H]
+    seed: torch.Tensor | None = None  # int64 [1]
+    descale: torch.Tensor | None = None  # fp32 [B, Hkv, 3], of fp8's q, k, v
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that every backend's functions take."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def check_qkv(q: Any, k: Any, v: Any) -> None:
+    """Raise unless q [B, H, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv] belong together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise wrong(name, "a torch.Tensor", type(x).__name__, "convert it with torch.as_tensor")
+        if x.is_nested:
+            raise NotImplementedError(
+                f"{name}: jagged tensors need layout=torch.jagged; this one is nested and strided"
+            )
+        if x.layout != torch.strided:
+            raise wrong(name, "a dense tensor (torch.strided)", x.layout, "call .to_dense()")
+        if x.dim() != 4:
+            letters = "[B, H, Sq, D]" if name == "q" else "[B, Hkv, Sk, D]"
+            raise wrong(name, f"4 dimensions {letters}", f"shape {tuple(x.shape)}", "add the missing ones or reshape")
+        if x.dtype not in (*DTYPES, FP8):
+            raise wrong(name, f"a dtype out of {names((*DTYPES, FP8))}", x.dtype, "convert it with .to(dtype)")
+    batch, heads, _, dim = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise wrong(name, f"q's dtype {q.dtype}", x.dtype, "convert one of them with .to(dtype)")
+        if x.device != q.device:
+            raise wrong(name, f"q's device {q.device}", x.device, "move one of them with .to(device)")
+        if x.shape[0] != batch:
+            raise wrong(name, f"q's batch size {batch}", f"{x.shape[0]} (shape {tuple(x.shape)})", "expand it")
+    if k.shape[3] != dim:
+        raise wrong("k", f"q's head dim {dim}", f"{k.shape[3]} (shape {tuple(k.shape)})", "q and k need the same")
+    if v.shape[1] != k.shape[1]:
+        raise wrong("v", f"k's {k.shape[1]} heads", f"{v.shape[1]} (shape {tuple(v.shape)})", "k and v share heads")
+    if v.shape[2] != k.shape[2]:
+        raise wrong("v", f"k's length {k.shape[2]}", f"{v.shape[2]} (shape {tuple(v.shape)})", "one value for each key")
+    if heads != 0 and (k.shape[1] == 0 or heads % k.shape[1] != 0):
+        raise wrong(
+            "k",
+            f"a number of heads that divides q's {heads}",
+            f"{k.shape[1]} (shape {tuple(k.shape)})",
+            "query head h uses key head h // (H / Hkv); where heads stand third, pass x.transpose(1, 2)",
+        )
+    for name, size in (("q", dim), ("v", v.shape[3])):
+        if size == 0:
+            raise wrong(name, "a head dim of at least 1", 0, "pass tensors whose last dimension is not empty")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is a bool: a tensor or a string taken for true would be a silent mistake."""
+    if not isinstance(value, bool):
+        raise wrong(name, "True or False", repr(value), "pass a Python bool")
+
+
+def normalise(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    causal: bool,
+    align: str | None,
+    window: tuple[int | None, int | None] | None,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float | None,
+    origin: Origin | None,
+    alibi_slopes: Any = None,
+    softcap: Any = None,
+    score_mod: Any = None,
+    sinks: Any = None,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+    descale: Any = None,
+    deterministic: Any = True,
+) -> Call:
+    """Check everything besides q, k and v, and bring it into the form that backends take."""
+    check_flag("causal", causal)
+    check_flag("deterministic", deterministic)
+    check_dropout(dropout_p)
+    bound = bound_score_mods(q, alibi_slopes, softcap, score_mod)
+    left, right = _window(window)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3])
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise wrong("scale", "a finite number or None", short(scale), "None means 1 / sqrt(D)")
+    ahead = left is not None or right is not None
+    # Softcap looks at no position.
+    positional = ahead or any(part.mod is not SOFTCAP for part in bound)
+    needs = "causal or window" if ahead else "alibi_slopes or score_mod"
+    numbers, tensor = _origins(q, k, align, origin, needs if positional else None)
+    if not positional and dropout_p == 0:
+        numbers, tensor = (0, 0, 0, 0), None
+    return Call(
+        mask=_mask(mask, q, k),
+        bias=_bias(bias, q, k),
+        origin=tensor,
+        spec=AttentionSpec(
+            float(scale),
+            left,
+            right,
+            *numbers,
+            mods=tuple(part.mod.name for part in bound),
+            params=tuple(number for part in bound for number in part.params),
+            dropout_p=float(dropout_p),
+        ),
+        aux=tuple(tensor for part in bound for tensor in part.aux),
+        sinks=checked_sinks(sinks, q),
+        seed=seed_tensor(seed, q) if dropout_p > 0 else None,
+        descale=descale_factors(descale, q, k),
+    )
+
+
+def check_saved(q: torch.Tensor, v: torch.Tensor, do: Any, out: Any, lse: Any, dlse: Any) -> None:
+    """Raise unless do, out, lse and dlse are those of a forward of q, k, v."""
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if q.dtype == FP8:
+        raise wrong("q", "a dtype with gradients", q.dtype, "fp8 is for the forward; train in bfloat16")
+    rows = tuple(q.shape[:3])
+    for name, x, shape, dtype in (
+        ("do", do, (*rows, v.shape[3]), q.dtype),
+        ("out", out, (*rows, v.shape[3]), q.dtype),
+        ("lse", lse, rows, lse_dtype),
+        ("dlse", dlse, rows, lse_dtype),
+    ):
+        if name == "dlse" and x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise wrong(name, "a torch.Tensor", type(x).__name__, "pass what the forward returned or its gradient")
+        if tuple(x.shape) != shape:
+            letters = "[B, H, Sq, Dv]" if len(shape) == 4 else "[B, H, Sq]"
+            raise wrong(name, f"shape {letters} = {shape}", tuple(x.shape), "pass it as attention_forward shapes it")
+        if x.dtype != dtype:
+            raise wrong(name, f"dtype {dtype}", x.dtype, "convert it with .to(dtype)")
+        if x.device != q.device:
+            raise wrong(name, f"q's device {q.device}", x.device, "move it with .to(device)")
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    expected = "None or (left, right), each None or an int >= 0"
+    remedy = "left and right count keys besides the query's own position; None leaves a side open"
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise wrong("window", expected, short(window), remedy)
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+            raise wrong("window", expected, short(window), remedy)
+    return window[0], window[1]
+
+
+def _origins(
+    q: torch.Tensor, k: torch.Tensor, align: Any, origin: Any, needs: str | None
+) -> tuple[tuple[int, int, int, int], torch.Tensor | None]:
+    """Origins of q, k, head and batch as ints, and the part of them that lives on the device as int64 [4], or None.
+
+    ``needs`` names the arguments that depend on how queries and keys are aligned.
+    """
+    sq, sk = q.shape[2], k.shape[2]
+    if align is not None and align not in ALIGN:
+        raise wrong("align", f"one of {ALIGN} or None", short(align), "see the table of positions in the docstring")
+    if align is not None and origin is not None:
+        raise wrong("align, origin", "at most one of them", f"align={align!r} and {origin}", "drop one of the two")
+    if origin is None:
+        if align is None and needs is not None and sq != sk:
+            raise wrong(
+                "align, origin",
+                f"one of them, because {needs} is given and Sq differs from Sk",
+                f"neither, with Sq={sq} and Sk={sk}",
+                "pass align='top_left' (query 0 stands at key 0), align='bottom_right' (the last query stands at the "
+                "last key), or origin=Origin(q=..., k=...)",
+            )
+        return (sk - sq if align == "bottom_right" else 0, 0, 0, 0), None
+    if not isinstance(origin, Origin):
+        raise wrong("origin", "a fusemesh.Origin or None", short(origin), "pass origin=Origin(q=..., k=...)")
+    for name in ("q", "k", "head", "batch"):
+        _check_position(f"origin.{name}", getattr(origin, name), q.device)
+    parts = (origin.q, origin.k, origin.head, origin.batch)
+    at_q, at_k, at_head, at_batch = (0 if isinstance(x, torch.Tensor) else x for x in parts)
+    numbers = (at_q, at_k, at_head, at_batch)
+    if not any(isinstance(x, torch.Tensor) for x in parts):
+        return numbers, None
+    zero = torch.zeros((), dtype=torch.int64, device=q.device)
+    tensors = [x.reshape(()).to(torch.int64) if isinstance(x, torch.Tensor) else zero for x in parts]
+    return numbers, torch.stack(tensors)
+
+
+def _check_position(name: str, value: object, device: torch.device) -> None:
+    remedy = "an int costs nothing; a tensor is read on the device, without a synchronisation"
+    expected = f"an int, or an integer tensor with one element on {device}"
+    if isinstance(value, torch.Tensor):
+        integer = not value.dtype.is_floating_point and not value.dtype.is_complex and value.dtype != torch.bool
+        if value.numel() != 1 or not integer or value.device != device:
+            received = f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+            raise wrong(name, expected, received, remedy)
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise wrong(name, expected, short(value), remedy)
+
+
+def _mask(mask: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    remedy = "mask is boolean, True = attend; numbers to be added to the scores go to bias"
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        received = mask.dtype if isinstance(mask, torch.Tensor) else short(mask)
+        raise wrong("mask", "a torch.bool tensor or None", received, remedy)
+    view = _four_dims("mask", mask, q, k)
+    for dim in broadcast_dims(view):
+        view = view.narrow(dim, 0, 1)
+    return view
+
+
+def _bias(bias: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    remedy = "bias is added to the scores; a boolean mask goes to mask"
+    dtype = out_dtype(q.dtype)
+    if not isinstance(bias, torch.Tensor) or bias.dtype not in (dtype, torch.float32):
+        received = bias.dtype if isinstance(bias, torch.Tensor) else short(bias)
+        raise wrong("bias", f"a tensor of q's dtype {dtype} or torch.float32, or None", received, remedy)
+    view = _four_dims("bias", bias, q, k)
+    dims = broadcast_dims(view)
+    if not dims:
+        return view
+    result: torch.Tensor = _Unbroadcast.apply(view, dims)
+    return result
+
+
+def _four_dims(name: str, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """A 4-D view of ``x``; raises unless it broadcasts to [B, H, Sq, Sk]."""
+    scores = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if x.device != q.device:
+        raise wrong(name, f"q's device {q.device}", x.device, "move it with .to(device)")
+    view = x[(None,) * (4 - x.dim())] if x.dim() < 4 else x
+    if view.dim() != 4 or any(size not in (1, full) for size, full in zip(view.shape, scores, strict=True)):
+        raise wrong(
+            name,
+            f"a shape that broadcasts to [B, H, Sq, Sk] = {scores}",
+            tuple(x.shape),
+            "each dimension, counted from the last, is 1 or that of the scores; insert a dimension with unsqueeze",
+        )
+    return view
+
+
+def broadcast_dims(x: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions along which ``x`` repeats one element (stride 0), as ``expand`` makes them."""
+    return tuple(dim for dim in range(x.dim()) if x.shape[dim] > 1 and x.stride(dim) == 0)
+
+
+class _Unbroadcast(torch.autograd.Function):
+    """Narrow dimensions of stride 0 to size 1, so that their gradient, too, has one element and not the whole shape.
+
+    The gradient of one stored element goes back in equal parts to the n places that show it; the ``expand`` that made
+    them sums these parts.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+        for dim in dims:
+            x = x.narrow(dim, 0, 1)
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, tuple[int, ...]], output: torch.Tensor) -> None:
+        ctx.shape = inputs[0].shape
+        ctx.copies = 1
+        for dim in inputs[1]:
+            ctx.copies *= ctx.shape[dim]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return (gradient / ctx.copies).expand(ctx.shape), None

@@ -1,0 +1,1 @@
+"""Attention of batches: flash_attention, its ops, merging, and MultiheadAttention."""

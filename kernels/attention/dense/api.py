@@ -1,0 +1,330 @@
+"""The public functions of attention: contract, validation, choice of backend.
+
+One formula, computed in this order everywhere, for each batch b, query head h and its key head h // (H / Hkv):
+
+    s = scale * q k^T;   s = softcap * tanh(s / softcap);   s = s - slope * |i_q - i_k|;   s = score_mod(s)
+    s = s + bias;   s = -inf where mask is False, or causal or window hides the key
+    lse = log sum_k exp(s);   p = exp(s - log(exp(lse) + exp(sink)));   out = dropout(p) v
+
+It is the exact attention of Vaswani et al., arXiv:1706.03762, computed by fused backends as in FlashAttention
+(Dao et al., arXiv:2205.14135) and FlashAttention-2 (Dao, arXiv:2307.08691), without ever storing the Sq x Sk scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..call import tensors as entry
+from ..call.choice import HEAD_DIMS, choose, why_not_engine, why_not_triton
+from ..call.option_checks import check_seed
+from ..call.spec import Origin
+from ..call.validation import Call, check_flag, check_qkv, check_saved, normalise, wrong
+from ..reference import dense as reference
+from ..sdpa import dense as torch_backend
+from . import ops
+
+
+class AttentionGradients(NamedTuple):
+    """What :func:`attention_backward` returns; None where there is no such input or it was not asked for."""
+
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    dbias: torch.Tensor | None
+    dsinks: torch.Tensor | None
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    align: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: Any = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    origin: Origin | None = None,
+    descale: Any = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Scaled-dot-product attention, differentiable in q, k, v and bias; the formula is at the top of this module.
+
+    Args:
+        q: [B, H, Sq, D]. Any strides; only a last dimension that is not contiguous is copied, for fused backends.
+            Jagged tensors [B, H, j, D] go to :func:`fusemesh.flash_attention_varlen`, and the results are jagged.
+        k: [B, Hkv, Sk, D], H a multiple of Hkv (GQA, MQA).
+        v: [B, Hkv, Sk, Dv]; Dv may differ from D.
+        causal: hide the keys after the query's own position.
+        align: where the queries stand among the keys: ``"top_left"`` puts query 0 at key 0, ``"bottom_right"`` the last
+            query at the last key. With ``causal`` or ``window`` and Sq != Sk, this or ``origin`` must be given.
+        window: (left, right): how many keys before and after its own position a query sees, besides the one at it; None
+            leaves a side open. With ``causal`` the right side is 0.
+        mask: bool, True = attend, any shape that broadcasts to [B, H, Sq, Sk], any strides. No gradient.
+        bias: added to the scores, any shape that broadcasts to [B, H, Sq, Sk], any strides, q's dtype or fp32. Its
+            gradient has its own shape. Combines with mask.
+        scale: factor of q k^T; None means 1 / sqrt(D).
+        origin: where element 0 of what was passed stands in the whole (:class:`fusemesh.Origin`), so that a shard
+            computes what the whole would: query i stands at origin.q + i, key j at origin.k + j. Not with ``align``.
+        return_lse: also return the log-sum-exp, through which gradients flow, too.
+        backend: ``reference`` (plain PyTorch, memory Sq * Sk), ``torch`` (F.scaled_dot_product_attention; no window, no
+            return_lse), ``triton`` (GPUs; the CPU only in Triton's interpreter) or ``cpu`` (the C++ engine; no
+            score_mod); one asked for by name runs or raises. ``auto`` takes triton on a GPU where that is proven and
+            cpu on CPUs, else torch where it can do the call, else reference, and says at INFO which.
+        alibi_slopes: [H] or [B, H], ALiBi's; no gradient. Like score_mod it counts positions, and so asks for ``align``
+            or ``origin`` where Sq != Sk.
+        softcap: scores are limited to (-softcap, softcap) by tanh.
+        score_mod: ``mod(*aux, **params)`` with mod from :func:`fusemesh.register_score_mod`.
+        sinks: [H], q's dtype or fp32: a logit of each head that takes part in the softmax and has no value; has a
+            gradient. lse leaves it out.
+        dropout_p: share of the probabilities that are dropped, the others divided by 1 - dropout_p; not in lse.
+        seed: of dropout, an int or an int64 tensor on the device with one element: which elements are dropped depends
+            on the seed and on positions (``origin``) alone, the same on every backend. None draws one from torch's
+            generator.
+        descale: for fp8, (q's, k's, v's): numbers, or fp32 tensors of one element or [B, Hkv]; x = descale * fp8(x).
+        deterministic: False allows a faster backward; there is none so far.
+
+    Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). fp8
+    (torch.float8_e4m3fn, on GPUs from sm_89) for the forward alone: out is bf16, bias and sinks are bf16 or fp32. Under
+    autocast q, k and v are cast as F.scaled_dot_product_attention's are. Triton takes D and Dv from 16 to 256, the
+    others any. Same inputs give the same bits. A second backward (create_graph=True) works in eager mode;
+    it costs the memory of the reference.
+
+    Returns:
+        out [B, H, Sq, Dv] in q's dtype (bf16 for fp8); with return_lse also lse [B, H, Sq], natural log, fp32 (fp64 for
+        fp64). A query that sees no key has out 0 and lse -inf, and no gradient comes from it. Sq = 0 and Sk = 0 work.
+
+    Raises:
+        ValueError: an argument is wrong, or a backend given by name cannot do the call; before anything runs, with the
+            argument's name, what was expected, what was received and what to change.
+        NotImplementedError: an argument is right but not built yet; named in the message.
+    """
+    options: dict[str, Any] = {
+        "causal": causal,
+        "align": align,
+        "window": window,
+        "mask": mask,
+        "bias": bias,
+        "scale": scale,
+        "origin": origin,
+        "alibi_slopes": alibi_slopes,
+        "softcap": softcap,
+        "score_mod": score_mod,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "seed": seed,
+        "descale": descale,
+        "deterministic": deterministic,
+    }
+    if any(isinstance(x, torch.Tensor) and x.layout == torch.jagged for x in (q, k, v)):
+        from ..varlen import jagged
+
+        return jagged.attention(q, k, v, **options, return_lse=return_lse, backend=backend)
+    q, k, v = entry.autocast(q, k, v)
+    check_qkv(q, k, v)
+    check_flag("return_lse", return_lse)
+    return _attend(backend, q, k, v, normalise(q, k, **options), return_lse)
+
+
+def _attend(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, return_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`flash_attention` of arguments that are right, on PyTorch's tape."""
+    chosen = _choose(backend, q, v, call, needs_lse=return_lse)
+    if chosen == "torch":
+        entry.count("attention_forward", "torch")
+        return torch_backend.forward(q, k, v, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec)
+    out, lse = _forward(chosen, q, k, v, call)
+    return (out, lse) if return_lse else out
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    align: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: Any = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    origin: Origin | None = None,
+    descale: Any = None,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`flash_attention` without autograd, for those who keep their own tape (ring attention, checkpointing).
+
+    Arguments and errors are those of :func:`flash_attention`, except that backend ``torch`` is refused (it has no
+    log-sum-exp) and autocast is not applied.
+
+    Returns:
+        out [B, H, Sq, Dv] in q's dtype and lse [B, H, Sq]; neither requires a gradient.
+    """
+    check_qkv(q, k, v)
+    check_seed(dropout_p, seed)
+    with torch.no_grad():
+        call = normalise(
+            q,
+            k,
+            causal=causal,
+            align=align,
+            window=window,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            origin=origin,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            score_mod=score_mod,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            seed=seed,
+            descale=descale,
+            deterministic=deterministic,
+        )
+        return _forward(_choose(backend, q, v, call, needs_lse=True), q, k, v, call)
+
+
+def attention_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    bias_grad: bool = False,
+    causal: bool = False,
+    align: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    score_mod: Any = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    origin: Origin | None = None,
+    descale: Any = None,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> AttentionGradients:
+    """The gradients of :func:`attention_forward`, without autograd.
+
+    With the out and lse of a softmax over more keys than k holds (all shards of a ring), it gives the part of the
+    gradients that belongs to these keys; the parts of dq add up.
+
+    Args:
+        do: gradient of out, [B, H, Sq, Dv], q's dtype.
+        q, k, v, mask, bias and all options: as passed to the forward.
+        out, lse: as the forward returned them.
+        dlse: gradient of lse, [B, H, Sq], lse's dtype; None means zero.
+        bias_grad: also compute the gradient of bias.
+        backend: as in :func:`flash_attention`; ``torch`` is refused.
+
+    Returns:
+        dq, dk, dv in the shapes and dtypes of q, k, v; dbias in bias's, None without bias_grad; dsinks in sinks', None
+        without (in a ring each part computes the whole of it, which counts once). A dimension of bias with stride 0
+        (``expand``) counts as one of size 1, and so it has size 1 in dbias.
+    """
+    check_qkv(q, k, v)
+    check_flag("bias_grad", bias_grad)
+    check_saved(q, v, do, out, lse, dlse)
+    check_seed(dropout_p, seed)
+    if bias_grad and bias is None:
+        raise wrong("bias_grad", "False without bias", True, "pass the bias of the forward")
+    with torch.no_grad():
+        call = normalise(
+            q,
+            k,
+            causal=causal,
+            align=align,
+            window=window,
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            origin=origin,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            score_mod=score_mod,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            seed=seed,
+            descale=descale,
+            deterministic=deterministic,
+        )
+        chosen = _choose(backend, q, v, call, needs_lse=True)
+        gradients = _backward(chosen, (do, q, k, v, out, lse, dlse), call, bias_grad)
+    dbias = gradients.dbias
+    if dbias is not None:
+        assert bias is not None
+        gradients = gradients._replace(dbias=dbias.reshape(dbias.shape[dbias.dim() - bias.dim() :]))
+    return gradients
+
+
+def _forward(
+    chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if chosen == "reference":
+        entry.count("attention_forward", "reference")
+        return reference.forward(q, k, v, **call.arguments())
+    q, k, v = (entry.unit_last_stride(x) for x in (q, k, v))
+    tensors = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
+    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *tensors, *ops.numbers_of(call.spec), chosen, call.descale)
+    return out, lse
+
+
+def _backward(chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool) -> AttentionGradients:
+    if chosen == "reference":
+        entry.count("attention_backward", "reference")
+        return AttentionGradients(*reference.backward(*tensors, **call.arguments(), bias_grad=bias_grad))
+    do, q, k, v, out, lse, dlse = tensors
+    do, q, k, v, out = (entry.unit_last_stride(x) for x in (do, q, k, v, out))
+    others = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
+    dq, dk, dv, dbias, dsinks = torch.ops.fusemesh.attention_backward(
+        do, q, k, v, out, lse, dlse, *others, *ops.numbers_of(call.spec), bias_grad, chosen
+    )
+    return AttentionGradients(dq, dk, dv, dbias if bias_grad else None, None if call.sinks is None else dsinks)
+
+
+def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_lse: bool) -> str:
+    """The backend that runs; for one given by name, ValueError if it cannot do this call."""
+    refused = {}
+    otherwise = ("torch", f"PyTorch's kernel on {q.device.type}")
+    no_torch = torch_backend.why_not(q, call.bias, call.sinks, call.spec, needs_lse)
+    if no_torch is not None:
+        otherwise = ("reference", f"PyTorch's kernel does not express {no_torch}")
+        refused["torch"] = (
+            "a backend that can do this call",
+            f"'torch', whose F.scaled_dot_product_attention does not express {no_torch}",
+            "use backend='auto' or 'reference'",
+        )
+    unfit = {
+        "triton": why_not_triton(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS))),
+        "cpu": why_not_engine(q.dtype, call.spec.mods),
+    }
+    return choose(
+        backend, q.device, operation="attention", kernels="attention", refused=refused, unfit=unfit, otherwise=otherwise
+    )

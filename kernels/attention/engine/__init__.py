@@ -1,0 +1,1 @@
+"""Backend ``cpu``: the C++ engine (csrc/) on tensors."""

@@ -1,0 +1,1 @@
+"""Backend ``triton``: launchers and kernels of attention."""

@@ -1,0 +1,278 @@
+"""Attention backward in Triton: every sum in one program, so that equal inputs give equal bits.
+
+With the scores s, mask and p = exp(s - lse) recomputed tile by tile (Dao, "FlashAttention-2", arXiv:2307.08691,
+algorithm 2, split in two passes so that nothing is added atomically):
+
+    delta = rowsum(do * out) - dlse          ds = p * (do v^T - delta)
+    dv = p^T do      dk = scale * ds^T q     one program a block of keys, over the queries of every head of its group
+    dq = scale * ds k                        one program a block of queries, over the keys
+    dbias = ds                               summed to the bias's shape
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...runtime.launch import launch
+from ..call.packed import Packed
+from ..call.spec import AttentionSpec, empty_laid_out_like
+from . import tiles
+from .bias_gradient import bias_gradient
+from .device.loads import ROW_PADDING, at_head, load_rows, padded
+from .device.packed import row_values
+from .device.softmax import power, shift_of_lse, with_sink
+from .inputs import Call, prepare, unit_stride
+from .mask_tiles import with_tiles
+from .passes import attention_dkdv_kernel, attention_dq_kernel
+
+
+@triton.jit(do_not_specialize=["Sq", "total_q"])
+def attention_delta_kernel(
+    p_do,
+    p_out,
+    p_lse,
+    p_dlse,
+    p_sinks,
+    p_delta,
+    p_shift,
+    p_dsink,
+    p_cu_q,
+    strides_do,
+    strides_out,
+    strides_lse,
+    strides_dlse,
+    H,
+    Sq,
+    total_q,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    NATURAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program: delta and ``shift_of_lse`` of BLOCK_M queries of one head, and of the padding beyond the last query.
+
+    Grid: padded(Sq) / BLOCK_M * B * H. Packed (with p_cu_q): Sq is that of the longest sequence, and lse, dlse and
+    dsink are contiguous [H, total_q].
+    """
+    blocks = padded(Sq) // BLOCK_M
+    i_m = tl.program_id(0) % blocks * BLOCK_M
+    i_bh = tl.program_id(0) // blocks
+    i_b = i_bh // H
+    i_h = i_bh % H
+    p_do = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
+    p_out = at_head(p_out, strides_out[0], strides_out[1], i_b, i_h)
+    p_lse = at_head(p_lse, strides_lse[0], strides_lse[1], i_b, i_h)
+    if HAS_DLSE:
+        p_dlse = at_head(p_dlse, strides_dlse[0], strides_dlse[1], i_b, i_h)
+    i_dsink = i_bh.to(tl.int64) * Sq
+    i_values = i_bh.to(tl.int64) * padded(Sq)
+    if p_cu_q is not None:
+        first_q = tl.load(p_cu_q + i_b).to(tl.int64)
+        Sq = tl.minimum(tl.load(p_cu_q + i_b + 1).to(tl.int64) - first_q, Sq).to(tl.int32)
+        if i_m >= padded(Sq):
+            return
+        p_do += first_q * strides_do[2]
+        p_out += first_q * strides_out[2]
+        i_dsink = tl.cast(i_h, tl.int64) * total_q + first_q
+        p_lse += i_dsink
+        if HAS_DLSE:
+            p_dlse += i_dsink
+        i_values = row_values(i_b, i_h, H, Sq, first_q)
+    # [M, Dv]
+    b_do = load_rows(p_do, strides_do[2], i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
+    b_out = load_rows(p_out, strides_out[2], i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
+    # [M]
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    o_m64 = o_m.to(tl.int64)
+    b_lse = tl.load(p_lse + o_m64 * strides_lse[2], mask=o_m < Sq, other=float("-inf"))
+    b_is_empty = b_lse == float("-inf")
+    b_whole = b_lse
+    if p_sinks is not None:
+        # The probabilities are those of a softmax that the sink is part of.
+        sink = tl.load(p_sinks + i_h).to(tl.float32)
+        b_whole = tl.where(b_is_empty, b_lse, with_sink(b_lse, sink))
+        # [M]: what each row gives to the sink's gradient
+        b_dsink = -b_delta * power(tl.where(b_is_empty, float("-inf"), sink - b_whole), True)
+        tl.store(p_dsink + i_dsink + o_m, b_dsink, mask=o_m < Sq)
+    if HAS_DLSE:
+        b_dlse = tl.load(p_dlse + o_m64 * strides_dlse[2], mask=o_m < Sq, other=0.0)
+        if p_sinks is not None:
+            # The LSE leaves the sink out, and its softmax is this much larger. Where fp32 cannot hold the factor, the
+            # probabilities that it will multiply are 0.
+            b_dlse *= power(tl.where(b_is_empty, 0.0, tl.minimum(b_whole - b_lse, 87.0)), True)
+        b_delta -= b_dlse
+    # A row without key has probabilities 0; its delta must not turn them into NaN, whatever dlse holds there.
+    b_delta = tl.where(b_is_empty, 0.0, b_delta)
+    tl.store(p_delta + i_values + o_m, b_delta)
+    tl.store(p_shift + i_values + o_m, shift_of_lse(b_whole, NATURAL))
+
+
+def backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    *,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    spec: AttentionSpec,
+    bias_grad: bool,
+    aux: tuple[torch.Tensor, ...] = (),
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    packed: Packed | None = None,
+    descale: None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of :func:`triton_forward.forward`, the same bits on every run.
+
+    ``out`` and ``lse`` are taken as given: those of a softmax over more keys than ``k`` holds (a ring of shards) give
+    these keys' part of the gradients.
+
+    Args:
+        do: gradient of out, [B, H, Sq, Dv] in q's dtype; like q, k, v and out it is copied only where its last stride
+            is not 1, and may be expanded.
+        out, lse: what the forward returned.
+        dlse: gradient of lse, [B, H, Sq] fp32, any strides, or None.
+        bias_grad: whether dbias is wanted.
+        packed: as the forward takes it; lse and dlse are then contiguous.
+
+    Returns:
+        dq, dk, dv in the shapes, dtypes and memory order of q, k, v; dbias in shape and dtype of bias, or None where
+        not asked for; dsinks [H] in dtype of sinks, or None without. Beyond these: 8 bytes a query and head, with sinks
+        12, and for a bias that is constant over queries or keys its gradient before the sum over broadcast dimensions,
+        4 bytes a head and key or query.
+
+    Raises:
+        ValueError: a dtype or head dimension that these kernels do not have.
+    """
+    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed)
+    for name, function in zip(spec.mods, call.mode.mod_backwards, strict=True):
+        if function is None:
+            raise ValueError(
+                f"score_mod: {name!r} has no gradient in Triton; register it with backward=, or use backend='reference'"
+            )
+    do, out = unit_stride(do), unit_stride(out)
+    bias_grad = bias_grad and bias is not None
+    shift, delta, dsink_rows = _row_values(call, do, out, lse, dlse, sinks)
+    # Bias gradients that are constant over keys or queries need only sums that the other passes have at hand.
+    has_rows = bias_grad and bias is not None and bias.shape[3] == 1
+    has_columns = bias_grad and bias is not None and bias.shape[2] == 1 and not has_rows
+    dq, dk, dv = (empty_laid_out_like(x, x.shape[-1]) for x in (q, k, v))
+    rows = _sums(call, call.seq_q) if has_rows else None
+    columns = _sums(call, call.seq_k) if has_columns else None
+    if packed is not None:
+        # Rows that belong to no sequence are padding.
+        for x in (dq, dk, dv):
+            x.zero_()
+    inputs = (call.q, call.k, call.v, do, shift, delta, origin)
+    strides = tuple(call.strides(x) for x in (call.q, call.k, call.v, do))
+    sizes = (call.heads, call.group, call.seq_q, call.seq_k)
+    numbers = (call.aux, call.numbers, *call.origins, call.lo, call.hi, *sizes)
+    size: tuple[Any, ...] = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, *call.mode.tile_dims)
+    tile = tiles.choose_dkdv(*size)
+    launch(
+        attention_dkdv_kernel,
+        (triton.cdiv(call.seq_k, tile.block_n) * call.batch * k.shape[1],),
+        *inputs,
+        dk,
+        dv,
+        columns,
+        *strides,
+        call.strides(dk),
+        call.strides(dv),
+        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=False),
+        *numbers,
+        MODE=call.mode,
+        HAS_COLUMNS=has_columns,
+        **tile.launch_arguments(),
+    )
+    tile = tiles.choose_dq(*size)
+    launch(
+        attention_dq_kernel,
+        (triton.cdiv(call.seq_q, tile.block_m) * call.batch * call.heads,),
+        *inputs,
+        dq,
+        rows,
+        *strides,
+        call.strides(dq),
+        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=True),
+        *numbers,
+        MODE=call.mode,
+        HAS_ROWS=has_rows,
+        **tile.launch_arguments(),
+    )
+    dbias = None
+    if bias_grad and bias is not None:
+        if rows is not None:
+            dbias = rows.unsqueeze(3).sum_to_size(bias.shape).to(bias.dtype)
+        elif columns is not None:
+            dbias = columns.unsqueeze(2).sum_to_size(bias.shape).to(bias.dtype)
+        else:
+            dbias = bias_gradient(call, do, shift, delta, bias, mask)
+    dsinks = None if sinks is None or dsink_rows is None else dsink_rows.sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dbias, dsinks
+
+
+def _row_values(
+    call: Call,
+    do: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What ``attention_delta_kernel`` writes: shift, delta, and with sinks what each row gives to their gradient."""
+    B, H, Sq = do.shape[:3]
+    rows_padded = triton.cdiv(call.seq_q, ROW_PADDING.value) * ROW_PADDING.value
+    room = rows_padded
+    if call.packed is not None:
+        # Room for the rows of all sequences, see triton_packed.row_values.
+        room = (Sq // ROW_PADDING.value + call.batch) * ROW_PADDING.value
+    delta = torch.empty(B, H, room, dtype=torch.float32, device=do.device)
+    shift = torch.empty_like(delta)
+    dsink_rows = None if sinks is None else torch.empty(B, H, Sq, dtype=torch.float32, device=do.device)
+    if dsink_rows is not None and call.packed is not None:
+        dsink_rows.zero_()
+    block = tiles.choose_delta(call.target, call.mode.block_dv)
+    launch(
+        attention_delta_kernel,
+        (rows_padded // block.block_m * call.batch * call.heads,),
+        do,
+        out,
+        lse,
+        dlse,
+        sinks,
+        delta,
+        shift,
+        dsink_rows,
+        None if call.packed is None else call.packed.cu_q,
+        call.strides(do),
+        call.strides(out),
+        *((lse.stride(), (0, 0, 0) if dlse is None else dlse.stride()) if call.packed is None else ((0, 0, 1),) * 2),
+        call.heads,
+        call.seq_q,
+        Sq,
+        DV=call.mode.dv,
+        BLOCK_DV=call.mode.block_dv,
+        HAS_DLSE=dlse is not None,
+        NATURAL=call.mode.natural,
+        **block.launch_arguments(),
+    )
+    return shift, delta, dsink_rows
+
+
+def _sums(call: Call, length: int) -> torch.Tensor:
+    """Memory for the row or column sums of ds, [B, H, length]."""
+    sums = torch.empty(call.batch, call.heads, length, dtype=torch.float32, device=call.q.device)
+    # Beyond the end of a sequence nothing is written.
+    return sums if call.packed is None else sums.zero_()

@@ -1,0 +1,1 @@
+"""Functions that attention's Triton kernels are made of; nothing here launches."""

@@ -1,0 +1,158 @@
+"""The tiles in which a boolean mask shows anything, so that the kernels' loops visit only these.
+
+Before a pass over the scores a kernel of its own reads the mask once, and writes for each block of the pass (queries,
+or keys for dk and dv) the list of the tiles along the other axis that hold a True:
+
+    before  n + 1 numbers: how many of the tiles before each one are in the list, and of all
+    list    their indices, rising
+
+Two look-ups in ``before`` turn a range of tiles (masks.py) into a range of the list, whatever cuts the range. Memory:
+8 bytes a tile for the mask's own batches and heads, which is under a hundredth of the mask itself. A mask that is the
+same along the other axis needs no list: a block sees all tiles or none.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...runtime.launch import launch
+from .device.loads import at_head
+from .device.scores import Scores
+
+# A program reads this many bytes of the mask at a time.
+_STEP = 16384
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def attention_mask_tiles_kernel(
+    p_mask,
+    p_tiles,
+    stride_b,
+    stride_h,
+    stride_row,
+    stride_column,
+    stride_tiles,
+    H,
+    rows,
+    columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One program: ``before`` and ``list`` of BLOCK_ROWS rows. Grid: cdiv(rows, BLOCK_ROWS) * B * H of the mask.
+
+    TILES: how many tiles are read at a time.
+    """
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    i_bh = tl.program_id(0) // blocks
+    p_mask = at_head(p_mask, stride_b, stride_h, i_bh // H, i_bh % H)
+    p_before = p_tiles + tl.cast(tl.program_id(0), tl.int64) * stride_tiles
+    p_list = p_before + stride_tiles // 2
+    tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    # [R, 1]
+    o_r = (tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    count = tl.cast(0, tl.int32)
+    for i_tile in tl.range(0, tiles, TILES):
+        # [1, C]
+        o_c = (i_tile * BLOCK_COLUMNS + tl.arange(0, TILES * BLOCK_COLUMNS))[None, :]
+        p_tile = p_mask + o_r.to(tl.int64) * stride_row + o_c.to(tl.int64) * stride_column
+        # [R, C], [T, C / T], [T]
+        b_mask = tl.load(p_tile, mask=(o_r < rows) & (o_c < columns), other=0)
+        b_seen = tl.reshape(tl.max(b_mask.to(tl.int32), 0), [TILES, BLOCK_COLUMNS])
+        b_seen = (tl.max(b_seen, 1) != 0).to(tl.int32)
+        b_before = count + tl.cumsum(b_seen, 0) - b_seen
+        o_t = i_tile + tl.arange(0, TILES)
+        tl.store(p_before + o_t, b_before, mask=o_t < tiles)
+        tl.store(p_list + b_before, o_t, mask=b_seen != 0)
+        count += tl.sum(b_seen, 0)
+    tl.store(p_before + tiles, count)
+
+
+def with_tiles(scores: Scores, mask: torch.Tensor | None, block_m: int, block_n: int, *, along_keys: bool) -> Scores:
+    """``scores`` with the lists of ``mask`` for a pass with tiles of block_m queries by block_n keys.
+
+    Args:
+        mask: bool [B, H, Sq, Sk], any of them 1, any strides.
+        along_keys: the pass goes over keys for each block of queries; else the other way round.
+    """
+    if mask is None:
+        return scores
+    size = [1 if stride == 0 else n for n, stride in zip(mask.shape, scores.mask_strides, strict=True)]
+    row, column = (2, 3) if along_keys else (3, 2)
+    block_rows, block_columns = (block_m, block_n) if along_keys else (block_n, block_m)
+    # Where the mask is the same along an axis, one element stands for all.
+    block_rows, block_columns = (
+        1 if scores.mask_strides[row] == 0 else block_rows,
+        1 if scores.mask_strides[column] == 0 else block_columns,
+    )
+    blocks = triton.cdiv(size[row], block_rows)
+    # Multiples of 16, so that kernels are not compiled anew for other lengths.
+    stride = 2 * (triton.cdiv(triton.cdiv(size[column], block_columns) + 1, 8) * 8)
+    tiles = torch.empty(size[0] * size[1] * blocks, stride, dtype=torch.int32, device=mask.device)
+    launch(
+        attention_mask_tiles_kernel,
+        (len(tiles),),
+        scores.p_mask,
+        tiles,
+        *scores.mask_strides[:2],
+        scores.mask_strides[row],
+        scores.mask_strides[column],
+        stride,
+        size[1],
+        size[row],
+        size[column],
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        TILES=max(1, _STEP // (block_rows * block_columns)) if block_columns > 1 else 1,
+        num_warps=8,
+    )
+    return scores._replace(
+        p_tiles=tiles,
+        tiles_b=stride * blocks * size[1] if size[0] > 1 else 0,
+        tiles_h=stride * blocks if size[1] > 1 else 0,
+        tiles_row=stride if blocks > 1 else 0,
+        tiles_half=stride // 2,
+    )
+
+
+@triton.jit
+def tiles_of(scores, i_b, i_h, i_block, MODE: tl.constexpr):
+    """Pointer to what was written for block ``i_block`` of the pass; anything without a mask."""
+    p_before = scores.p_tiles
+    if MODE.mask_dims is not None:
+        p_before = at_head(p_before, scores.tiles_b, scores.tiles_h, i_b, i_h)
+        p_before += tl.cast(i_block, tl.int64) * scores.tiles_row
+    return p_before
+
+
+@triton.jit
+def shown_range(p_before, i_from, i_to, columns, MODE: tl.constexpr, AXIS: tl.constexpr, BLOCK: tl.constexpr):
+    """The loop that visits what the mask shows of the tiles that begin in [i_from, i_to): first value and end.
+
+    The loop's step is 1 where the mask varies along ``AXIS``, which the tiles lie on (1 for queries, 2 for keys), else
+    BLOCK, their size; :func:`shown_tile` turns its values into places. ``i_from`` begins a tile.
+    """
+    if MODE.mask_code & AXIS:
+        last = tl.cdiv(columns, BLOCK)
+        i_from = tl.load(p_before + tl.minimum(i_from // BLOCK, last))
+        i_to = tl.load(p_before + tl.minimum(tl.cdiv(i_to, BLOCK), last))
+    elif MODE.mask_dims is not None:
+        i_to = tl.where(tl.load(p_before + 1) > 0, i_to, i_from)
+    return i_from, i_to
+
+
+@triton.jit
+def shown_tile(p_before, i_loop, scores, MODE: tl.constexpr, AXIS: tl.constexpr, BLOCK: tl.constexpr):
+    """First query or key of the tile that the loop is at."""
+    if MODE.mask_code & AXIS:
+        i_loop = tl.load(p_before + scores.tiles_half + i_loop) * BLOCK
+    return i_loop
+
+
+@triton.jit
+def is_shown(p_before, i_n, columns, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the mask shows anything of the tile of keys that begins at ``i_n``."""
+    first, end = shown_range(p_before, i_n, tl.minimum(i_n + BLOCK, columns), columns, MODE, 2, BLOCK)
+    return first < end

@@ -1,0 +1,1 @@
+"""Backend ``reference``: attention in plain PyTorch, which defines what is right."""

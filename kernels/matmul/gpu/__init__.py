@@ -1,0 +1,1 @@
+"""Backend ``triton`` of linear layers: launchers, kernels and tiles."""

@@ -1,0 +1,180 @@
+"""Repairs to Triton's interpreter (``TRITON_INTERPRET=1``), without which 16-bit and 8-bit results are wrong.
+
+Three faults of triton 3.6 to 3.9, none of which raises an error:
+
+- ``tl.dot`` multiplies bfloat16 operands as the raw 16-bit integers that numpy stores them in (errors near 1e9);
+- casts that start from or end in bfloat16, other than from and to float32, copy or drop those raw integers;
+- casts to bfloat16 truncate, and casts to fp8 round half up without carrying into the exponent, where a GPU rounds to
+  nearest even.
+
+Of the same kind, though the numbers look right: numpy's BLAS adds up the products of an element in an order that
+depends on where the element stands in a tile. A matrix unit does not, and a backward that recomputes the scores of the
+forward relies on getting the same ones: where scores reach 60, the difference alone is several times fp32's error
+budget. Here dots are summed in one order, in steps of 8 products of fp32 or 16 of half precision, as the hardware's
+instructions do.
+
+The last repair is for speed: the interpreter prepares ``triton.language`` anew for every call of one jit function by
+another, which takes longer than most such functions run; a kernel made of small functions spends half its time there.
+
+:func:`install` replaces three methods of the interpreter's builder and that preparation.
+``fusemesh.kernels.runtime.launch.launch`` installs before every interpreted launch, so callers need nothing;
+:func:`disabled` takes the repairs away for the test that shows they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+_METHODS = ("create_dot", "cast_impl", "create_fp_to_fp")
+
+# (object, attribute) -> what Triton has there; empty while nothing is installed
+_originals: dict[tuple[Any, str], Callable[..., Any]] = {}
+_disabled = False
+
+
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """``values`` rounded to nearest even bfloat16, as uint16 bit patterns of the same shape. NaN stays a quiet NaN."""
+    bits = np.array(values, dtype=np.float32, order="C").view(np.uint32)
+    # Adding half of the last kept place, minus one when that place is even, carries exactly when rounding goes up.
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    quiet_nan = (bits >> 16) | 0x40
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(is_nan, quiet_nan, rounded).astype(np.uint16)
+
+
+def decode_bf16(bits: np.ndarray) -> np.ndarray:
+    """The float32 values that uint16 bfloat16 bit patterns stand for."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to_fp8(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """``values`` rounded to nearest even in fp8 ``dtype``, as uint8 bit patterns of the same shape.
+
+    Values beyond the largest finite one become it, as in the GPU's ``cvt.rn.satfinite``; NaN stays NaN.
+    """
+    largest = torch.finfo(dtype).max
+    clamped = torch.from_numpy(np.array(values, dtype=np.float32, order="C")).clamp(-largest, largest)
+    return clamped.to(dtype).view(torch.uint8).numpy()
+
+
+def dot_like_matrix_units(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray, *, chunk: int) -> np.ndarray:
+    """``a @ b + accumulator``, products exact, the sum rounded to fp32 after every ``chunk`` of them."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for k in range(0, a.shape[-1], chunk):
+        accumulator = (accumulator + a[..., k : k + chunk] @ b[..., k : k + chunk, :]).astype(np.float32)
+    return accumulator
+
+
+def _replacements(interpreter: Any) -> dict[str, Callable[..., Any]]:
+    import triton.language as tl
+
+    handle = interpreter.TensorHandle
+    original_cast = interpreter.InterpreterBuilder.cast_impl
+    original_dot = interpreter.InterpreterBuilder.create_dot
+    original_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+    # float8e4b15 has no torch counterpart and no GPU of today; Triton's own conversion stays.
+    fp8 = {
+        tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float8e4b8: torch.float8_e4m3fnuz,
+        tl.float8e5: torch.float8_e5m2,
+        tl.float8e5b16: torch.float8_e5m2fnuz,
+    }
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        if d.dtype.scalar == tl.float32 and all(x.dtype.scalar in (tl.bfloat16, tl.float16) for x in (a, b)):
+            x, y = (decode_bf16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
+            return handle(dot_like_matrix_units(x, y, d.data, chunk=16), tl.float32)
+        if d.dtype.scalar == a.dtype.scalar == b.dtype.scalar == tl.float32:
+            return handle(dot_like_matrix_units(a.data, b.data, d.data, chunk=8), tl.float32)
+        return original_dot(self, a, b, d, *precision)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target:
+            return original_cast(self, src, dst_type)
+        if source == tl.bfloat16:
+            src = handle(decode_bf16(src.data), tl.float32)
+            return src if target == tl.float32 else original_cast(self, src, dst_type)
+        if target == tl.bfloat16:
+            return handle(round_to_bf16(src.data), target)
+        return original_cast(self, src, dst_type)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if rounding_mode == interpreter._ir.ROUNDING_MODE.RTNE and source not in fp8:
+            values = decode_bf16(src.data) if source == tl.bfloat16 else src.data
+            if target in fp8:
+                return handle(round_to_fp8(values, fp8[target]), target)
+            if target == tl.bfloat16:
+                return handle(round_to_bf16(values), target)
+        return original_fp_to_fp(self, src, dst_type, rounding_mode)
+
+    return {"create_dot": create_dot, "cast_impl": cast_impl, "create_fp_to_fp": create_fp_to_fp}
+
+
+def _prepare_once(interpreter: Any) -> Callable[[Any], Any]:
+    """``interpreter._patch_lang`` that does nothing for a function called by one for which it was done already."""
+    import triton.language as tl
+
+    original = interpreter._patch_lang
+    is_builtin = tl.core.is_builtin
+
+    def patch_lang(fn: Any) -> Any:
+        # A launch restores what it replaced when it ends, so what is replaced now was replaced by the running launch.
+        running = not is_builtin(tl.tensor.__add__)
+        modules = [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
+        if running and modules and not any(is_builtin(module.load) for module in modules):
+            return interpreter._LangPatchScope()
+        return original(fn)
+
+    return patch_lang
+
+
+def install() -> None:
+    """Repair the interpreter of this process. Does nothing if it is repaired already, or within :func:`disabled`."""
+    if _originals or _disabled:
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    missing = [name for name in _METHODS if not hasattr(builder, name)]
+    if missing:
+        import triton
+
+        raise RuntimeError(
+            f"triton {triton.__version__}: InterpreterBuilder has no {', '.join(missing)}, so its bfloat16 and fp8 "
+            "arithmetic cannot be repaired; use triton 3.6 to 3.9"
+        )
+    replacements = {(builder, name): function for name, function in _replacements(interpreter).items()}
+    if hasattr(interpreter, "_patch_lang"):
+        replacements[interpreter, "_patch_lang"] = _prepare_once(interpreter)
+    for (owner, name), function in replacements.items():
+        _originals[owner, name] = getattr(owner, name)
+        setattr(owner, name, function)
+
+
+def uninstall() -> None:
+    """Give the interpreter its own functions back. Does nothing if the repairs are not installed."""
+    for (owner, name), original in _originals.items():
+        setattr(owner, name, original)
+    _originals.clear()
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Within the block the interpreter is as Triton ships it, and :func:`install` does nothing."""
+    global _disabled
+    was_installed, was_disabled = bool(_originals), _disabled
+    uninstall()
+    _disabled = True
+    try:
+        yield
+    finally:
+        _disabled = was_disabled
+        if was_installed:
+            install()

@@ -1,0 +1,143 @@
+"""``fusemesh doctor``: what this machine has, what each backend needs, and what ``auto`` chooses."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fusemesh import __version__
+from fusemesh.kernels import backends, engine
+
+_LIBRARIES = ("triton", "numpy", "safetensors", "tensorboard", "matplotlib", "tqdm")
+
+
+def _version(name: str) -> str | None:
+    """The version of an importable library; None if it is absent or broken."""
+    try:
+        return getattr(importlib.import_module(name), "__version__", "unknown")
+    except Exception:  # an installed library may fail with anything, and a doctor must outlive it
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [
+        {"device": "cpu", "name": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}" if torch.version.hip is None else properties.gcnArchName
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": capability,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return devices
+
+
+def _auto(kind: str) -> dict[str, str]:
+    """What ``auto`` chooses on a device, found by calling each operation, with gradients, and reading the counts."""
+    from fusemesh.kernels.attention.decode.api import flash_attention_decode
+    from fusemesh.kernels.attention.dense.api import flash_attention
+    from fusemesh.kernels.matmul.api import fused_linear
+
+    x = torch.zeros(1, 1, 16, 16, device=kind, requires_grad=True)
+    cache, lengths = torch.zeros_like(x), torch.ones(1, dtype=torch.int32, device=kind)
+    chosen = {}
+    for operation, counted, run in (
+        ("attention", "attention_forward", lambda: flash_attention(x, x, x, causal=True)),
+        ("linear", "linear_forward", lambda: fused_linear(x, x[0, 0])),
+        ("decode", "attention_decode", lambda: flash_attention_decode(x.detach(), cache, cache, cache_lens=lengths)),
+    ):
+        before = backends.call_counts()
+        run()
+        after = backends.call_counts()
+        ran = [name for (op, name), n in after.items() if op == counted and n > before.get((op, name), 0)]
+        chosen[operation] = ran[0]
+    return chosen
+
+
+def _engine() -> dict[str, Any]:
+    reason = engine.why_unavailable()
+    if reason is not None:
+        return {"available": False, "why_not": reason}
+    return {"available": True, **engine.build_info(), "threads": engine.thread_runtime()}
+
+
+def examine() -> dict[str, Any]:
+    """Everything that ``fusemesh doctor`` says, as plain values.
+
+    Keys: ``fusemesh``, ``python``, ``platform``, ``torch``, ``libraries`` (version or None), ``devices``, ``backends``
+    (device kind to backend to None or why not), ``auto`` (device kind to operation to backend), ``proven_on_gpu``
+    (where Triton kernels have been found right), ``engine``, ``process_groups`` (which of torch's are built in).
+    """
+    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "fusemesh": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "devices": _devices(),
+        "backends": {
+            kind: {name: backends.why_unavailable(name, kind) for name in backends.NAMES} for kind in ("cpu", "cuda")
+        },
+        "auto": {kind: _auto(kind) for kind in kinds},
+        "proven_on_gpu": [
+            {"operation": op, "capability": arch, "record": record}
+            for (op, arch), record in backends.PROVEN_ON_GPU.items()
+        ],
+        "engine": _engine(),
+        "process_groups": {
+            "gloo": dist.is_available() and dist.is_gloo_available(),
+            "nccl": dist.is_available() and dist.is_nccl_available(),
+            "mpi": dist.is_available() and dist.is_mpi_available(),
+        },
+    }
+
+
+def describe(findings: dict[str, Any]) -> str:
+    """The findings of :func:`examine` for people."""
+    libraries = ", ".join(f"{name} {version or 'absent'}" for name, version in findings["libraries"].items())
+    lines = [
+        f"fusemesh {findings['fusemesh']}  python {findings['python']}  torch {findings['torch']}  "
+        f"{findings['platform']}",
+        f"libraries       {libraries}",
+    ]
+    for device in findings["devices"]:
+        details = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
+        lines.append(f"{device['device']:<15} {device['name']}, {details}")
+    if len(findings["devices"]) == 1:
+        lines.append("cuda            no GPU that this torch can use")
+    engine_found = findings["engine"]
+    if engine_found["available"]:
+        built = ", ".join(f"{key} {value}" for key, value in engine_found.items() if key != "available")
+        lines.append(f"CPU engine      {built}")
+    else:
+        lines.append(f"CPU engine      absent: {engine_found['why_not']}")
+    groups = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in findings["process_groups"].items())
+    lines.append(f"process groups  {groups}")
+    lines.append("backends")
+    for kind, table in findings["backends"].items():
+        if kind == "cuda" and "cuda" not in findings["auto"]:
+            continue
+        for name, reason in table.items():
+            lines.append(f"  {kind:<5} {name:<10} {'yes' if reason is None else f'no: {reason}'}")
+    for kind, choice in findings["auto"].items():
+        lines.append(f"auto on {kind:<7} " + ", ".join(f"{operation}: {name}" for operation, name in choice.items()))
+    proven = findings["proven_on_gpu"]
+    if proven:
+        lines += [f"proven on GPU   {item['operation']} on {item['capability']} ({item['record']})" for item in proven]
+    else:
+        lines.append(
+            "proven on GPU   nothing yet: no GPU has run the Triton kernels. On a GPU auto chooses torch; "
+            "backend='triton' runs them all the same"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""PyTorch's own attention functions, computed by FuseMesh."""

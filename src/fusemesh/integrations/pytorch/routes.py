@@ -1,0 +1,167 @@
+"""Where calls of PyTorch's attention functions go inside ``fusemesh.accelerate()``: the rule, and the counts.
+
+A backend asked for by name computes the call or raises. Under ``auto`` FuseMesh computes what the op's own ``auto``
+would give to a kernel; what only its eager reference could do, and what it refuses, goes to PyTorch's original
+function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from fusemesh.kernels import backends
+from fusemesh.kernels.attention.call.choice import HEAD_DIMS, why_not_engine, why_not_triton
+from fusemesh.kernels.attention.call.spec import AttentionSpec
+from fusemesh.kernels.attention.call.validation import wrong
+from fusemesh.kernels.attention.sdpa import dense as torch_backend
+
+
+class Route(NamedTuple):
+    """Where calls of one of PyTorch's functions went."""
+
+    function: str  # PyTorch's name of it
+    backend: str | None  # FuseMesh's that computed it, or None for the original function
+    reason: str  # why not FuseMesh; empty where it was
+
+
+# The backend of this thread's innermost accelerate(), and that of calls from every other thread: replicas of
+# nn.DataParallel, and autograd, which computes a checkpointed layer again, run in threads that nobody told. The second
+# one is also what torch.compile reads, since it guards on a global and traces no context variable. None: not active.
+own_backend: ContextVar[str | None] = ContextVar("fusemesh_accelerate", default=None)
+shared_backend: str | None = None
+
+_routes: Counter[Route] = Counter()
+_observer: Callable[[Route, dict[str, Any]], None] | None = None
+
+
+def routes() -> dict[Route, int]:
+    """How often each function went where in this process. Compiled graphs run without being counted."""
+    return dict(_routes)
+
+
+def reset_routes() -> None:
+    """Set every count of :func:`routes` back to zero."""
+    _routes.clear()
+
+
+@contextlib.contextmanager
+def observe(observer: Callable[[Route, dict[str, Any]], None]) -> Iterator[None]:
+    """Within the block, every counted call is also shown to ``observer(route, arguments by name)``."""
+    global _observer
+    outer, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = outer
+
+
+def active_backend() -> str | None:
+    """The backend that this call is to have, or None outside accelerate() and install()."""
+    if torch.compiler.is_compiling():
+        return shared_backend
+    own = own_backend.get()
+    return shared_backend if own is None else own
+
+
+def route(
+    function: str,
+    backend: str,
+    arguments: dict[str, Any],
+    automatic: tuple[str | None, str],
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+) -> Any:
+    """``ours()`` or ``theirs()``, by the rule at the top, counted.
+
+    Args:
+        function: PyTorch's name of it.
+        backend: as accelerate() takes it.
+        arguments: its tensors by name.
+        automatic: what :func:`automatic_backend` says of the call.
+    """
+    requested = backends.requested(backend)
+    unfit = _why_not_ours(arguments.values())
+    if requested != "auto":
+        if unfit is not None:
+            remedy = "backend='auto' leaves such calls to PyTorch"
+            raise wrong("backend", "'auto'", f"{requested!r} for {function} with {unfit}", remedy)
+        result, taken = ours(), Route(function, requested, "")
+    else:
+        chosen, reason = (None, unfit) if unfit is not None else automatic
+        result = None
+        if chosen is not None:
+            try:
+                result = ours()
+            except (ValueError, NotImplementedError) as error:
+                # Both come before anything runs. What was received is cut off, or each size would be a reason.
+                chosen, reason = None, "refused: " + str(error).partition(", received")[0]
+        if chosen is None:
+            result = theirs()
+        taken = Route(function, chosen, reason)
+    if not torch.compiler.is_compiling():
+        _routes[taken] += 1
+        if _observer is not None:
+            _observer(taken, arguments)
+    return result
+
+
+def automatic_backend(
+    query: Any, head_dims: tuple[int, int], *, dropout_p: Any = 0.0, mask: Any = None, only_fused: str | None = None
+) -> tuple[str | None, str]:
+    """The backend that ``auto`` has for a call, the reference apart, or None and why there is none.
+
+    Args:
+        head_dims: of query and value.
+        mask: bool, or float and then added to the scores.
+        only_fused: what of this call PyTorch's kernel does not do, if the caller knows.
+    """
+    if not isinstance(query, torch.Tensor):
+        return None, f"an argument of type {type(query).__name__}"
+    dtype, kind = query.dtype, query.device.type
+    if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    sizes = (("q", head_dims[0], HEAD_DIMS), ("v", head_dims[1], HEAD_DIMS))
+    if backends.proven("attention", query.device) and why_not_triton(dtype, sizes) is None:
+        return "triton", ""
+    if (
+        only_fused is None
+        and why_not_engine(dtype, ()) is None
+        and backends.why_unavailable("cpu", query.device) is None
+    ):
+        return "cpu", ""
+    if only_fused is None:
+        bias = mask if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool else None
+        # Where everything is dropped, there is nothing to draw.
+        spec = AttentionSpec(1.0, dropout_p=0.0 if dropout_p == 1 else dropout_p)
+        only_fused = torch_backend.why_not(query, bias, None, spec, needs_lse=False)
+    return ("torch", "") if only_fused is None else (None, f"only the eager reference has {only_fused} here")
+
+
+def _why_not_ours(values: Iterable[Any]) -> str | None:
+    """What custom ops on plain tensors do not do, or would do wrongly, and PyTorch's own functions do."""
+    for x in values:
+        if x is None:
+            continue
+        kind = type(x)
+        if not isinstance(x, torch.Tensor):
+            return f"an argument of type {kind.__name__}"
+        if x.is_nested and x.layout == torch.jagged:
+            continue
+        plain = kind is torch.Tensor or kind is torch.nn.Parameter
+        # The last are what torch.compile and torch.export trace with.
+        if not plain and not kind.__module__.startswith("torch._subclasses."):
+            return f"a tensor subclass ({kind.__name__})"
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return "a transform of torch.func"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None

@@ -1,0 +1,1 @@
+"""A run: set-up, training, evaluation, prediction, metrics, scaling."""

@@ -1,0 +1,1 @@
+"""The tests; see the docstring of each file for its layer."""

@@ -1,0 +1,1 @@
+"""What tests share: inputs, cases, models, fresh processes. ``ranks`` holds what ranks run."""

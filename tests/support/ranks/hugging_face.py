@@ -1,0 +1,111 @@
+"""What the ranks do in test_parallel_transformers.py: Hugging Face models on a mesh. It holds no tests."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import fusemesh
+from fusemesh.hybrid.data_parallel import sum_over_replicas
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.ranks.join import World, build_mesh
+from fusemesh.integrations.transformers import interface as door
+from fusemesh.kernels import backends
+from tests.support.hugging_face import FAMILIES, VOCABULARY, Family, KeepDouble
+from tests.support.hugging_face_families import MODELS
+from tests.support.ranks.plan import learned, own
+
+BATCH, LENGTH = 4, 9
+# An odd vocabulary, so that tp cuts it unevenly.
+ODD = VOCABULARY - 1
+
+
+def family(name: str) -> Family:
+    return {**FAMILIES, **MODELS}[name]
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of all replicas; the padding id and the last id occur, and samples count differently."""
+    ids = torch.randint(1, ODD, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids[:, 1], ids[:, 2] = 0, ODD - 1
+    labels = ids.clone()
+    for sample, ignored in enumerate((0, 3, 1, 5)):
+        labels[sample, LENGTH - ignored :] = -100
+    return ids, labels
+
+
+def build(name: str, implementation: str, dtype: torch.dtype, changed: dict[str, Any]) -> Any:
+    door.register()
+    return family(name).build(implementation, **{"vocab_size": ODD, **changed}).to(dtype)
+
+
+def in_dtype(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    return KeepDouble() if dtype == torch.float64 else contextlib.nullcontext()
+
+
+def loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """transformers' own: the sum over a replica's tokens divided by the count of all replicas'."""
+    count = (batch()[1][:, 1:] != -100).sum()
+    return model(ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
+
+
+def on_one(
+    name: str, implementation: str, dtype: torch.dtype, backend: str, changed: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """One process, without a mesh: the loss and every gradient."""
+    with in_dtype(dtype), fusemesh.use_backend(backend):
+        model = build(name, implementation, dtype, changed)
+        return learned(model, lambda m: loss(m, *batch()), lambda x: x)
+
+
+def alone(world: World, name: str, dtype: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+    """:func:`on_one` on a rank, where the interpreter is on."""
+    return on_one(name, "fusemesh", dtype, backend, {})
+
+
+def on_layout(
+    world: World, text: str, name: str, dtype: torch.dtype, backend: str, changed: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[tuple[str, str], int], dict[str, str]]:
+    """The same on a mesh; how often each operation ran on each backend; and each parameter's placement on tp."""
+    layout = Layout.parse(text)
+    mesh = build_mesh(layout, world)
+    ids, labels = (own(x, layout, world.rank) for x in batch())
+    with in_dtype(dtype), fusemesh.use_backend(backend):
+        model = fusemesh.parallelize(build(name, "fusemesh", dtype, changed), mesh, layout)
+        placements = {}
+        for parameter_name, parameter in model.named_parameters():
+            # Without tp a plan stays unused.
+            axes = ("dp", "fsdp", "tp") if layout.tp > 1 else ("dp", "fsdp")
+            assert isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == axes
+            placements[parameter_name] = str(parameter.placements[-1])
+        backends.reset_call_counts()
+        found = learned(model, lambda m: loss(m, ids, labels), lambda x: sum_over_replicas(x, mesh))
+    return found, backends.call_counts(), placements
+
+
+def generated(world: World | None, name: str, changed: dict[str, Any]) -> torch.Tensor:
+    """Greedy tokens in fp64 on the reference backend; on a mesh of tp, or (world None) by eager attention alone."""
+    with in_dtype(torch.float64), fusemesh.use_backend("reference"), torch.no_grad():
+        model = build(name, "eager" if world is None else "fusemesh", torch.float64, changed)
+        if world is not None:
+            layout = Layout(tp=world.world_size)
+            fusemesh.parallelize(model, build_mesh(layout, world), layout)
+        mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
+        mask[0, :3] = 0
+        return model.generate(batch()[0], attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+
+def refused(world: World, text: str, name: str, changed: dict[str, Any], styles: dict[str, str]) -> str:
+    """The message with which parallelize refuses a model, some styles of whose plan are replaced."""
+    layout = Layout.parse(text)
+    model = build(name, "fusemesh", torch.float32, changed)
+    if styles:
+        model._tp_plan = {**model._tp_plan, **styles}
+    try:
+        fusemesh.parallelize(model, build_mesh(layout, world), layout)
+    except ValueError as error:
+        return str(error)
+    return ""

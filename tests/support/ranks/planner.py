@@ -1,0 +1,106 @@
+"""What the ranks do in tests/hybrid/test_planner.py: a real model on a mesh, and the bytes that it really holds."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fusemesh.config import TrainingConfig
+from fusemesh.hybrid.apply import parallelize
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.ranks.join import World, build_mesh
+from fusemesh.run.trainer import build_optimizer
+from fusemesh.transformer import Transformer, TransformerConfig
+
+
+def stored(world: World, text: str, config: TransformerConfig) -> dict[str, Any]:
+    """Bytes of this rank's parameters, gradients and optimizer states after a step, and where it stands."""
+    layout = Layout.parse(text)
+    model = parallelize(Transformer(config), build_mesh(layout, world), layout)
+    optimizer = build_optimizer(model, TrainingConfig())
+    tokens = torch.zeros(1, config.max_sequence_length, dtype=torch.long)
+    model.loss(tokens, tokens).backward()
+    optimizer.step()
+    found = {"at": layout.coordinates(world.rank), "parameters": 0, "gradients": 0, "optimizer": 0}
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        found["parameters"] += _bytes(parameter)
+        found["gradients"] += _bytes(parameter.grad)
+        found["optimizer"] += sum(_bytes(state) for state in optimizer.state[parameter].values())
+    return found
+
+
+def _bytes(x: torch.Tensor) -> int:
+    local = x.to_local() if isinstance(x, DTensor) else x
+    return local.numel() * local.element_size()
+
+
+def saved(world: World, text: str, config: TransformerConfig, samples: int, sequence_parallel: bool) -> int:
+    """Bytes of the tensors, parameters left out, that autograd keeps of one forward pass on this rank."""
+    layout = Layout.parse(text)
+    model: nn.Module = parallelize(
+        Transformer(config), build_mesh(layout, world), layout, sequence_parallel=sequence_parallel
+    )
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    tokens = torch.zeros(samples, config.max_sequence_length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(tokens, tokens)
+        # One shard keeps its layers' parameters copied out from forward to backward, and these are what is kept.
+        locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        parameters = {p.untyped_storage().data_ptr() for p in locals_}
+    del loss
+    return sum(size for place, size in kept.items() if place not in parameters)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that are alive, of those that were known before the block or made within it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known: Any = WeakIdKeyDictionary()
+        self.now = self.peak = 0
+        for parameter in model.parameters():
+            self.see(parameter)
+
+    def see(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        if x.is_meta or storage in self.known:
+            return
+        self.known[storage] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, storage.nbytes())
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and not isinstance(x, DTensor):
+                self.see(x)
+        return result
+
+
+def cutting(world: World, text: str, config: TransformerConfig) -> tuple[int, int]:
+    """The most bytes that are there while a model is cut, and those left of it afterwards."""
+    layout = Layout.parse(text)
+    mesh = build_mesh(layout, world)
+    made = [Transformer(config)]
+    with Live(made[0]) as live:
+        model = parallelize(made.pop(), mesh, layout)
+    return live.peak, sum(_bytes(parameter) for parameter in model.parameters())
