@@ -19,8 +19,7 @@ from fusemesh import peers
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention.call import score_mods
 from fusemesh.kernels.attention.call.spec import AttentionSpec
-from fusemesh.kernels.runtime.launch import TARGETS, assume_target, intercept
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import TARGETS, any_device, assume_target, intercept
 from fusemesh.kernels.testing import attention as attention_testing
 from fusemesh.kernels.testing import budget, poison
 

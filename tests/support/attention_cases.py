@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from fusemesh.kernels.attention.call import score_mods
-from fusemesh.kernels.attention.call.spec import AttentionSpec, empty_laid_out_like
+from fusemesh.kernels.attention.call.spec import AttentionSpec
+from fusemesh.kernels.attention.call.tensors import empty_laid_out_like
 from fusemesh.kernels.attention.gpu import backward as triton_backward
 from fusemesh.kernels.attention.gpu import bias_gradient as triton_bias_gradient
 from fusemesh.kernels.attention.gpu import forward as triton_forward

@@ -122,7 +122,7 @@ def test_only_fp8_is_descaled_and_only_forward() -> None:
 def test_compiled_ahead_of_time(target: str) -> None:
     """fp8 goes to the matrix units as it is."""
     from fusemesh.kernels import aot
-    from fusemesh.kernels.runtime.launches import any_device
+    from fusemesh.kernels.runtime.launch import any_device
 
     def run() -> None:
         q, k, v = (torch.empty(2, 4, 512, 64, dtype=FP8) for _ in range(3))

@@ -18,7 +18,7 @@ from fusemesh import MultiheadAttention, flash_attention
 from fusemesh.kernels.attention.gpu import backward as triton_backward
 from fusemesh.kernels.attention.gpu import forward as triton_forward
 from fusemesh.kernels.runtime import launch
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import any_device
 
 B, H, D = 2, 2, 16
 LENGTHS = (4096, 8192, 16384)

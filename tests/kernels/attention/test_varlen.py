@@ -17,7 +17,7 @@ from fusemesh import Origin, flash_attention, flash_attention_varlen
 from fusemesh.kernels import aot, backends, env
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.varlen import ops as varlen_ops
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import any_device
 from fusemesh.kernels.testing import poison
 from tests.support.varlen_cases import FEATURES, IN_HALF_PRECISION, Inputs, by_loop, check_packed
 
