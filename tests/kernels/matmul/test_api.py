@@ -9,8 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from fusemesh.kernels import backends, engine, env
-from fusemesh.kernels.matmul import api, reference
+from fusemesh.kernels.backend_record import Request
+from fusemesh.kernels.matmul import reference
 from fusemesh.kernels.matmul.api import ACTIVATIONS, fused_linear
+from fusemesh.kernels.runtime import proven
 from fusemesh.kernels.testing import budget
 
 X, W, B = torch.zeros(2, 3, 5), torch.zeros(4, 5), torch.zeros(4)
@@ -138,11 +140,15 @@ def test_auto_takes_torch_on_cpu_and_counts_it(monkeypatch: pytest.MonkeyPatch) 
 def test_auto_takes_triton_only_where_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "BACKEND", "auto")
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(backends, "proven", lambda operation, device: False)
-    assert api._choose("auto", device, torch.bfloat16) == "torch"
-    monkeypatch.setattr(backends, "proven", lambda operation, device: operation == "linear")
-    assert api._choose("auto", device, torch.bfloat16) == "triton"
-    assert api._choose("auto", device, torch.float64) == "torch"
+
+    def chosen(dtype: torch.dtype) -> str:
+        return backends.choose("auto", Request("linear", device, dtype)).name
+
+    monkeypatch.setattr(proven, "proven", lambda kernels, device: False)
+    assert chosen(torch.bfloat16) == "torch"
+    monkeypatch.setattr(proven, "proven", lambda kernels, device: kernels == "linear")
+    assert chosen(torch.bfloat16) == "triton"
+    assert chosen(torch.float64) == "torch"
 
 
 @pytest.mark.skipif(engine.why_unavailable() is not None, reason="no CPU engine in this installation")
