@@ -44,7 +44,7 @@ from fusemesh.kernels.testing import attention as expectations
 
 HERE = Path(__file__).parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Call = Callable[[], Any]
+Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
     return {n: torch.randn(case.batch, *s, case.dim, generator=generator).to(dtype) for n, s in shapes.items()}
 
 
-def contenders(case: Case, x: dict[str, torch.Tensor]) -> dict[str, Call]:
+def contenders(case: Case, x: dict[str, torch.Tensor]) -> dict[str, Run]:
     """What is timed, by name: the engine, PyTorch, and others that are installed."""
-    found: dict[str, Call] = {}
+    found: dict[str, Run] = {}
     align = "top_left" if case.causal else None
     if case.operation == "decode":
         lengths = torch.full((case.batch,), case.keys, dtype=torch.int32)
@@ -160,7 +160,7 @@ def contenders(case: Case, x: dict[str, torch.Tensor]) -> dict[str, Call]:
     return {**found, **others}
 
 
-def gradients(forward: Call, x: dict[str, torch.Tensor]) -> Call:
+def gradients(forward: Run, x: dict[str, torch.Tensor]) -> Run:
     """The backward of a forward that ran once."""
     leaves = [x[name].requires_grad_() for name in "qkv"]
     out = forward()

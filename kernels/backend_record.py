@@ -7,13 +7,14 @@ implementation itself ask the same :meth:`Backend.refuse`.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+
+from . import compat
 
 OPERATIONS = ("attention", "attention_varlen", "attention_decode", "linear")
 
@@ -121,11 +122,11 @@ def register(backend: Backend, *, before: str | None = None) -> Backend:
 def unregister(name: str) -> None:
     """Forget a backend."""
     del RECORDS[name]
+    for loaded in _LOADED.values():
+        loaded.pop(name, None)
 
 
-@functools.cache
-def _module(name: str) -> Any:
-    return importlib.import_module(name)
+_LOADED: dict[str, dict[str, Any]] = {}  # operation -> backend -> its module
 
 
 def implementation(backend: str, operation: str) -> Any:
@@ -134,6 +135,13 @@ def implementation(backend: str, operation: str) -> Any:
     Raises:
         ValueError: no such backend, or none that computes the operation itself.
     """
+    _load(backend, operation)
+    return _LOADED[operation][backend]
+
+
+def _load(backend: str, operation: str) -> bool:
+    """Import the module of an operation, if that has not been done."""
+    loaded = _LOADED.setdefault(operation, {})
     record = RECORDS.get(backend)
     found = None if record is None else record.implementations.get(operation)
     if found is None:
@@ -141,7 +149,12 @@ def implementation(backend: str, operation: str) -> Any:
         raise ValueError(
             f"backend: expected one of {names} for {operation}, received {backend!r}; call the public function"
         )
-    return _module(found) if isinstance(found, str) else found
+    if isinstance(found, str):
+        if backend not in loaded:
+            loaded[backend] = importlib.import_module(found)
+    else:
+        loaded[backend] = found
+    return True
 
 
 def why_unavailable(backend: str, device: torch.device | str) -> str | None:
@@ -155,6 +168,6 @@ def why_unavailable(backend: str, device: torch.device | str) -> str | None:
     return RECORDS[backend].unavailable(torch.device(device))
 
 
-# torch.compile takes the answer as a constant: it cannot trace an import, and a process does not change its mind. This
-# is the mark of torch.compiler.assume_constant_result, which itself imports torch._dynamo: 2 s before the first call.
-why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# torch.compile takes the answers as constants: it cannot trace an import, and a process does not change its mind.
+for _function in (_load, why_unavailable):
+    compat.assume_constant_result(_function)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# {(kernels, compute capability): where the record is}. On a GPU `auto` chooses Triton's kernels only if they stand here;
+# {(kernels, compute capability): where the record is}. On a GPU auto chooses Triton's kernels only if they stand here;
 # asked for by name, they run wherever Triton compiles. Kernels: attention (packed, too), attention_decode, linear.
 PROVEN_ON_GPU: dict[tuple[str, str], str] = {}
 

@@ -98,7 +98,7 @@ def test_a_refused_name_raises_with_the_argument_and_who_would_take_the_call() -
 def test_what_cannot_run_here_raises_with_the_reason() -> None:
     backend_record.register(willing("fast", "", unavailable=lambda device: f"no fast on {device}"))
     backend_record.register(willing("reference", "plain"))
-    with pytest.raises(ValueError, match="^backend='fast' cannot run here: no fast on cpu. Use backend='auto'"):
+    with pytest.raises(ValueError, match=r"^backend='fast' cannot run here: no fast on cpu. Use backend='auto'"):
         backends.choose("fast", request())
     assert backends.choose("auto", request()).name == "reference"
 

@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from ... import env
+from ... import compat, env
 from ...backend_record import Backend, Refusal, Request
 from ...runtime import launch, proven
 from ..call import score_mods
@@ -31,6 +31,13 @@ def has_fp8(target: launch.Target) -> bool:
     return target.vendor == "interpreter" or (target.vendor == "cuda" and int(target.arch) >= 89)
 
 
+def _takes_fp8(device: torch.device) -> bool:
+    return has_fp8(launch.target_of(device))
+
+
+compat.assume_constant_result(_takes_fp8)
+
+
 def _limits(request: Request) -> Refusal | None:
     if request.operation == "linear":
         if request.dtype == torch.float64:
@@ -44,10 +51,8 @@ def _limits(request: Request) -> Refusal | None:
     for name, size, (low, high) in zip(names, request.head_dims, limits, strict=True):
         if not low <= size <= high:
             return Refusal(name, f"a head dim from {low} to {high}", size)
-    if request.dtype == FP8:
-        target = launch.target_of(request.device)
-        if not has_fp8(target):
-            return Refusal("q", f"a dtype other than {FP8} on GPUs before sm_89", f"{FP8} on {target.name}")
+    if request.dtype == FP8 and not _takes_fp8(request.device):
+        return Refusal("q", f"a dtype other than {FP8}, which needs a GPU from sm_89", request.dtype)
     return _mod_limits(request) or (_decode_limits(request) if is_decode else None)
 
 
@@ -69,7 +74,8 @@ def _mod_limits(request: Request) -> Refusal | None:
 
 def _decode_limits(request: Request) -> Refusal | None:
     """The refusal of head dims for which no tile fits the GPU's shared memory."""
-    if request.device.type == "cpu" and launch.assumed_target() is None:
+    # While a graph is traced sizes may be symbols; the op will ask again.
+    if torch.compiler.is_compiling() or (request.device.type == "cpu" and launch.assumed_target() is None):
         return None
     from . import decode_tiles
 

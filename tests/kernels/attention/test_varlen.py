@@ -313,7 +313,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"dropout_p": 1.0}, r"dropout_p: expected a number in \[0, 1\), received 1.0"),
     (
         {"backend": "torch"},
-        r"backend: expected one that takes packed sequences \(reference, cpu, triton\), received 'torch'",
+        r"backend: expected one that computes attention_varlen \(reference, cpu, triton\), received 'torch'",
     ),
     # What the reference finds when it reads them, and every backend under FUSEMESH_CHECK=1.
     (

@@ -62,7 +62,9 @@ def test_bad_calls_name_argument_expected_and_received(case: str) -> None:
 
 def test_triton_refuses_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "INTERPRET", True)
-    with pytest.raises(ValueError, match=r"x: backend='triton' expected dtype .* received torch\.float64"):
+    with pytest.raises(
+        ValueError, match=r"x: expected float32, bfloat16 or float16 for backend='triton', received torch\.float64"
+    ):
         fused_linear(X.double(), W.double(), backend="triton")
 
 
