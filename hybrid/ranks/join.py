@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .. import compat
 from ..layout import AXES, Layout
 from . import mpi
 from .local import LocalRanks
@@ -236,7 +237,7 @@ def _store(place: Place | None, timeout: datetime.timedelta) -> dist.Store:
     if place is None:
         return dist.HashStore()
     # torchrun and launch_local serve the store themselves; otherwise rank 0 does.
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    served = compat.agent_serves_store()
     store = dist.TCPStore(
         place.master_addr,
         place.master_port,
@@ -245,18 +246,13 @@ def _store(place: Place | None, timeout: datetime.timedelta) -> dist.Store:
         timeout=timeout,
         multi_tenant=not served,
     )
-    return dist.PrefixStore(_run_id(), store)
+    return dist.PrefixStore(compat.run_id(), store)
 
 
 def _client(place: Place, timeout: datetime.timedelta) -> dist.Store:
     """One more connection to the store, whoever serves it."""
     store = dist.TCPStore(place.master_addr, place.master_port, None, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"{_run_id()}/watchdog", store)
-
-
-def _run_id() -> str:
-    """One store may outlive several groups: a restart, or the next function on the same local ranks."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(f"{compat.run_id()}/watchdog", store)
 
 
 def build_mesh(layout: Layout, world: World) -> DeviceMesh:

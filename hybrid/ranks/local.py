@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import compat
 from .process import fork_ranks, serve
 
 # Seconds that the ranks get to import what they are to run.
@@ -121,8 +122,7 @@ class LocalRanks:
                 "LOCAL_WORLD_SIZE": count,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": self._store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RUN_ID": f"call{self._calls}",
+                **compat.served_run(f"call{self._calls}"),
             }
             with contextlib.suppress(OSError):  # a rank that is gone already is reported below
                 self._connections[rank].send_bytes(pickle.dumps({key: str(value) for key, value in place.items()}))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
+from .. import compat
 from .modules import ColumnParallelLinear, RowParallelLinear, TensorParallelModule, VocabParallelEmbedding
 
 Made = TypeVar("Made", bound=TensorParallelModule)
@@ -84,13 +85,13 @@ class WholeModule(TensorParallelModule):
 
     @contextlib.contextmanager
     def _local_parameters(self) -> Iterator[None]:
-        held = {name: x for name, x in self._parameters.items() if isinstance(x, DTensor)}
-        local: dict[str, Any] = {name: self.local(name) for name in held}
-        self._parameters.update(local)
+        parameters = compat.parameters_of(self)
+        held = {name: x for name, x in parameters.items() if isinstance(x, DTensor)}
+        parameters.update({name: self.local(name) for name in held})
         try:
             yield
         finally:
-            self._parameters.update(held)
+            parameters.update(held)
 
 
 @functools.cache

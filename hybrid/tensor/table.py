@@ -33,6 +33,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from .. import compat
 from .converted import check_free, column, embedding, row, whole
 from .modules import TensorParallelModule
 
@@ -74,7 +75,7 @@ def table_of(model: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> Ta
                     "fusemesh.hybrid.tensor.table"
                 )
         return Table(dict(plan))
-    found = _hugging_face_plan(model) if ranks > 1 else None
+    found = compat.hugging_face_plan(model) if ranks > 1 else None
     if not found:
         return None
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
@@ -138,17 +139,6 @@ def adopt(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bool
     for module, is_partial in others.items():
         whole(module, is_partial)
     return splits_sequence
-
-
-def _hugging_face_plan(model: nn.Module) -> dict[str, str] | None:
-    plan = getattr(model, "_tp_plan", None)
-    if isinstance(plan, dict) and plan:
-        return plan
-    plan = getattr(getattr(model, "config", None), "base_model_tp_plan", None)
-    if not plan:
-        return None
-    base = getattr(model, "base_model_prefix", "")
-    return {f"{base}.{name}" if base and hasattr(model, base) else name: style for name, style in plan.items()}
 
 
 def _matches(pattern: str, name: str) -> bool:
