@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from . import compat
+from .layout import LOSS_AXES
 
 
 def shard_data_parallel(
@@ -57,9 +58,9 @@ def shard_data_parallel(
 
 
 def sum_over_replicas(value: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The sum of ``value`` over all replicas (dp and fsdp), in a new tensor: for token counts and losses."""
+    """Return the sum of ``value`` over all ranks that see other tokens, in a new tensor: of token counts and losses."""
     total = value.detach().clone()
-    for axis in ("dp", "fsdp"):
+    for axis in LOSS_AXES:
         if mesh[axis].size() > 1:
             dist.all_reduce(total, group=mesh.get_group(axis))
     return total
