@@ -18,7 +18,7 @@ Made = TypeVar("Made", bound=TensorParallelModule)
 
 
 def column(linear: nn.Linear, num_heads: int | None, *, gather_output: bool) -> ColumnParallelLinear:
-    """The layer with its output features split; see :class:`ColumnParallelLinear`."""
+    """Return the layer with its output features split; see :class:`ColumnParallelLinear`."""
     sizes = linear.in_features, linear.out_features
     with torch.device("meta"):
         made = ColumnParallelLinear(
@@ -28,7 +28,7 @@ def column(linear: nn.Linear, num_heads: int | None, *, gather_output: bool) -> 
 
 
 def row(linear: nn.Linear, *, split_input: bool) -> RowParallelLinear:
-    """The layer with its input features split; see :class:`RowParallelLinear`."""
+    """Return the layer with its input features split; see :class:`RowParallelLinear`."""
     sizes = linear.in_features, linear.out_features
     with torch.device("meta"):
         made = RowParallelLinear(*sizes, bias=linear.bias is not None, split_input=split_input)
@@ -36,7 +36,7 @@ def row(linear: nn.Linear, *, split_input: bool) -> RowParallelLinear:
 
 
 class SplitTable(VocabParallelEmbedding, nn.Embedding):  # type: ignore[misc]
-    """A torch.nn.Embedding whose rows are split; what a class derived from that does besides stays."""
+    """A torch.nn.Embedding whose rows are split; a class derived from that keeps its other methods."""
 
 
 def embedding(table: nn.Embedding) -> None:
@@ -96,7 +96,7 @@ class WholeModule(TensorParallelModule):
 
 @functools.cache
 def _derived(kind: Any, other: Any, *, behind: bool = False) -> Any:
-    """A class of both, by the name of ``kind``; ``other`` comes first, or behind ``kind``, where super() finds it."""
+    """Return a class of both, named as ``kind``; ``other`` comes first, or ``behind`` it, where super() finds it."""
     return type(kind.__name__, (kind, other) if behind else (other, kind), {"__module__": kind.__module__})
 
 
