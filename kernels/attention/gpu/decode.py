@@ -1,19 +1,28 @@
-"""Attention over a cache on Triton's kernels (triton_kernels.py): what a call compiles, and its launches."""
+"""Attention over a cache on Triton's kernels (decode_kernels.py): what a call compiles, and its launches."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 
 from ...runtime.launch import dot_precision, launch, target_of
 from ..call.spec import empty_laid_out_like
+from ..call.tensors import unit_last_stride
 from ..call.validation import wrong
 from ..decode.spec import DecodeCall
 from ..decode.validation import why_not_triton
 from . import decode_tiles as tiles
-from .decode_kernels import Layout, decode_append_kernel, decode_combine_kernel, decode_split_kernel
-from .device.scores import Mode, describe, dims, mods_of
-from .inputs import unit_stride
+from .decode_kernels import (
+    CacheLayout,
+    Results,
+    Slots,
+    decode_append_kernel,
+    decode_combine_kernel,
+    decode_split_kernel,
+)
+from .mode import Mode, dims, folds_scale, mods_of, scores_of, softmax_of
 
 
 def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,26 +56,23 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def _append(call: DecodeCall, layout: Layout) -> None:
+def _append(call: DecodeCall, layout: CacheLayout) -> None:
     """Write the new keys and values into the caches."""
+    slots = _slots(call)
     for cache, new in ((call.k_cache, call.k_new), (call.v_cache, call.v_new)):
         if cache is None or new is None:
             continue
-        new = unit_stride(new)
+        new = unit_last_stride(new)
         B, Hkv, added, d = new.shape
         launch(
             decode_append_kernel,
             (triton.cdiv(added, tiles.APPEND_ROWS) * B * Hkv,),
-            new,
-            cache,
-            call.cache_lens.contiguous(),
-            call.block_table,
-            new.stride()[:3],
-            cache.stride()[:3],
-            _table_strides(call),
+            (*_view(new), *_view(cache)),
+            slots,
             Hkv,
             added,
             call.capacity,
+            cache.shape[0],
             LAYOUT=layout,
             D=d,
             BLOCK_D=triton.next_power_of_2(d),
@@ -78,41 +84,36 @@ def _append(call: DecodeCall, layout: Layout) -> None:
 
 
 def _attend(
-    call: DecodeCall, plan: tiles.Plan, layout: Layout, mode: Mode, out: torch.Tensor, lse: torch.Tensor
+    call: DecodeCall, plan: tiles.SplitPlan, layout: CacheLayout, mode: Mode, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Fill out and lse: in one pass, or in splits and their combination."""
-    q, spec, splits = unit_stride(call.q), call.spec, plan.splits
+    q, spec, splits = unit_last_stride(call.q), call.spec, plan.splits
     B, H, Sq, _ = q.shape
     Hkv, capacity = call.k_cache.shape[1], call.capacity
     group, rows = H // max(Hkv, 1), B * H * Sq
-    scores, _ = describe(call.mask, call.bias, call.sinks, None, spec, natural=mode.natural)
+    # Keys of pages that do not exist are read from one that does.
+    k_cache, v_cache = (
+        cache.new_zeros((1, *cache.shape[1:]))
+        if cache is not None and call.block_table is not None and cache.shape[0] == 0
+        else cache
+        for cache in (call.k_cache, call.v_cache)
+    )
+    softmax = softmax_of(call.sinks, None, spec, fold_scale=mode.fold_scale, natural=mode.natural)
     part = stats = None
     if splits > 1:
         part = torch.empty((splits, rows, call.v_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((2, splits, rows), dtype=torch.float32, device=q.device)
+    results = Results(lse, part, stats)
     launch(
         decode_split_kernel,
         (splits * triton.cdiv(group * Sq, plan.tile.block_m) * B * Hkv,),
-        q,
-        call.k_cache,
-        call.v_cache,
-        call.cache_lens.contiguous(),
-        None if call.cache_starts is None else call.cache_starts.contiguous(),
-        call.block_table,
-        out,
-        lse,
-        part,
-        stats,
-        q.stride()[:3],
-        call.k_cache.stride()[:3],
-        (0, 0, 0) if call.v_cache is None else call.v_cache.stride()[:3],
-        _table_strides(call),
-        out.stride()[:3],
-        scores,
-        call.aux,
-        spec.params,
-        Hkv,
-        group,
+        (*_view(q), *_view(k_cache), *_view(v_cache), *_view(out)),
+        _slots(call),
+        results,
+        scores_of(call.mask, call.bias, spec),
+        softmax,
+        (*call.aux, *spec.params),
+        (Hkv, group),
         # Beyond what the cache and the queries span a window hides nothing, and so the sums stay in 32 bits.
         min(spec.window_left or 0, capacity + Sq),
         min(spec.window_right or 0, capacity + Sq),
@@ -120,6 +121,7 @@ def _attend(
         rows,
         Sq,
         capacity,
+        k_cache.shape[0],
         splits,
         MODE=mode,
         LAYOUT=layout,
@@ -130,12 +132,9 @@ def _attend(
     launch(
         decode_combine_kernel,
         (rows,),
-        part,
-        stats,
-        out,
-        lse,
-        out.stride()[:3],
-        scores,
+        results,
+        _view(out),
+        softmax,
         H,
         rows,
         Sq,
@@ -148,14 +147,22 @@ def _attend(
     )
 
 
-def _table_strides(call: DecodeCall) -> tuple[int, ...]:
-    return (0, 0) if call.block_table is None else call.block_table.stride()
+def _view(x: torch.Tensor | None) -> tuple[Any, ...]:
+    """A tensor and its strides of batches or pages, heads and rows."""
+    return (None, 0, 0, 0) if x is None else (x, *x.stride()[:3])
 
 
-def _layout(call: DecodeCall, splits: int) -> Layout:
+def _slots(call: DecodeCall) -> Slots:
+    """Where the kernels find a sequence's keys."""
+    table = call.block_table
+    starts = None if call.cache_starts is None else call.cache_starts.contiguous()
+    return Slots(call.cache_lens.contiguous(), starts, table, *((0, 0) if table is None else table.stride()))
+
+
+def _layout(call: DecodeCall, splits: int) -> CacheLayout:
     """How the call's keys lie in the cache and in a tile."""
     d_first, d_rest = tiles.blocks(call.q.shape[3], call.v_dim, call.v_cache is None)
-    return Layout(
+    return CacheLayout(
         page=None if call.block_table is None else call.page,
         has_starts=call.cache_starts is not None,
         is_latent=call.v_cache is None,
@@ -168,9 +175,8 @@ def _layout(call: DecodeCall, splits: int) -> Layout:
 
 
 def _mode(call: DecodeCall, precision: str) -> Mode:
-    """What the kernels are compiled for; the columns of a key are in :class:`Layout`."""
+    """What the kernels are compiled for; the columns of a key are in :class:`CacheLayout`."""
     natural = call.q.dtype == torch.float32
-    _, fold_scale = describe(call.mask, call.bias, call.sinks, None, call.spec, natural=natural)
     return Mode(
         d=call.q.shape[3],
         dv=call.v_dim,
@@ -181,7 +187,7 @@ def _mode(call: DecodeCall, precision: str) -> Mode:
         has_left=call.spec.window_left is not None,
         has_right=call.spec.window_right is not None,
         has_origin=False,
-        fold_scale=fold_scale,
+        fold_scale=folds_scale(call.bias, call.spec),
         natural=natural,
         precision=precision,
         has_sinks=call.sinks is not None,

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
 from ...runtime.launch import Target, dot_precision, target_of
+from ..call.choice import HEAD_DIMS
 from ..call.packed import Packed
 from ..call.spec import FP8, AttentionSpec
-from .device.scores import Mode, Scores, describe, dims, mods_of
+from ..call.tensors import unit_last_stride
+from .mask_tiles import shown_tiles
+from .mode import Mode, Positions, Scores, Softmax, dims, folds_scale, mods_of, scores_of, softmax_of
+from .tiles import Tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, FP8)
-HEAD_DIMS = (16, 256)
 
 
 @dataclass(frozen=True)
-class Call:
+class GpuCall:
     """One attention call as the kernels see it."""
 
     target: Target
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    origin: torch.Tensor | None
     scores: Scores
-    aux: tuple[torch.Tensor, ...]  # of the score mods
-    numbers: tuple[float, ...]
+    softmax: Softmax
+    positions: Positions
+    mod_inputs: tuple[Any, ...]  # the tensors of the score mods, then their numbers
     origins: tuple[int, int, int, int]  # of q, k, head and batch, without those on the device
     mode: Mode
     lo: int
@@ -39,13 +43,41 @@ class Call:
     seq_k: int
     packed: Packed | None
 
-    def strides(self, x: torch.Tensor) -> tuple[int, int, int]:
-        """Strides of batches, heads and rows; packed sequences are told apart by their rows alone."""
-        b, h, row = x.stride()[:3]
-        return b if self.packed is None else 0, h, row
+    def views(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """Of each tensor itself and its strides of batches, heads and rows, in one flat tuple.
+
+        Packed sequences are told apart by their rows alone.
+        """
+        views: list[Any] = []
+        for x in tensors:
+            b, h, row = x.stride()[:3]
+            views += (x, b if self.packed is None else 0, h, row)
+        return tuple(views)
+
+    def arguments(self, tile: Tile, *heads: int, along_keys: bool) -> tuple[Any, ...]:
+        """The arguments of every kernel that goes over the scores, from ``scores`` to ``Sk``.
+
+        Args:
+            tile: the kernel's.
+            heads: what the kernel takes in its tuple ``heads`` beyond H and GROUP.
+            along_keys: its loop goes over keys, else over queries.
+        """
+        return (
+            self.scores,
+            self.softmax,
+            shown_tiles(self.scores, tile.block_m, tile.block_n, along_keys=along_keys),
+            self.positions,
+            self.mod_inputs,
+            (self.heads, self.group, *heads),
+            *self.origins,
+            self.lo,
+            self.hi,
+            self.seq_q,
+            self.seq_k,
+        )
 
 
-def prepare(
+def describe_call(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -58,7 +90,7 @@ def prepare(
     seed: torch.Tensor | None = None,
     packed: Packed | None = None,
     descale: torch.Tensor | None = None,
-) -> Call:
+) -> GpuCall:
     """Check these kernels' own limits and gather the arguments of forward and backward.
 
     Raises:
@@ -83,9 +115,7 @@ def prepare(
         )
     natural = q.dtype == torch.float32
     seed = seed if spec.dropout_p > 0 else None
-    scores, fold_scale = describe(mask, bias, sinks, seed, spec, natural=natural, descale=descale)
-    if packed is not None:
-        scores = scores._replace(p_cu_q=packed.cu_q, p_cu_k=packed.cu_k)
+    fold_scale = folds_scale(bias, spec)
     d, dv = q.shape[-1], v.shape[-1]
     mode = Mode(
         d=d,
@@ -114,15 +144,15 @@ def prepare(
         sizes = packed.batch, q.shape[1], packed.max_q, packed.max_k
         # Each program adds what its sequence's lengths say, which is less than what int32 leaves.
         lo, hi = (min(max(x, -(2**31)), 2**31 - 1) for x in _window(0, 0, packed.cu_q, spec))
-    return Call(
+    return GpuCall(
         target=target,
-        q=unit_stride(q),
-        k=unit_stride(k),
-        v=unit_stride(v),
-        origin=origin,
-        scores=scores,
-        aux=aux,
-        numbers=spec.params,
+        q=unit_last_stride(q),
+        k=unit_last_stride(k),
+        v=unit_last_stride(v),
+        scores=scores_of(mask, bias, spec, descale),
+        softmax=softmax_of(sinks, seed, spec, fold_scale=fold_scale, natural=natural),
+        positions=Positions(origin, *((None, None) if packed is None else (packed.cu_q, packed.cu_k))),
+        mod_inputs=(*aux, *spec.params),
         origins=(
             _signed(spec.origin_q),
             _signed(spec.origin_k),
@@ -149,11 +179,6 @@ def _signed(position: int) -> int:
 def has_fp8(target: Target) -> bool:
     """Whether the target's matrix units take e4m3 as torch.float8_e4m3fn stores it (AMD's gfx942 has another one)."""
     return target.vendor == "interpreter" or (target.vendor == "cuda" and int(target.arch) >= 89)
-
-
-def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its last stride is 1, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _window(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec) -> tuple[int, int]:
