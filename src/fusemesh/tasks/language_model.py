@@ -7,11 +7,12 @@ every run. A sample is a fixed-length window of a stream, known by its global in
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,8 @@ class Samples:
 class LanguageModel(Task):
     """See the module. Without a metric of predictions: the loss says all."""
 
+    continues_texts = True
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         for key in ("columns", "held_out"):
@@ -197,6 +200,13 @@ class LanguageModel(Task):
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return decode(prediction)
+
+    def encode_prompt(self, text: str, most: int) -> list[int]:
+        return list(text.encode()[-most:])
+
+    def token_decoder(self) -> Callable[[Sequence[int], bool], str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda tokens, last: decoder.decode(bytes(tokens), last)
 
 
 def ngram_bits_per_byte(

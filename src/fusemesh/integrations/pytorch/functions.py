@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fusemesh import compat
 from fusemesh.kernels.attention.call import tensors as entry
 from fusemesh.kernels.attention.call.validation import normalise, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
@@ -281,7 +282,7 @@ def _self_attention(
     return F.linear(rows.rows(out.transpose(1, 2).flatten(2)), out_weight, out_bias), weights
 
 
-def _native_multi_head_attention(original: Any) -> Any:
+def _fused_attention(original: Any) -> Any:
     def native_multi_head_attention(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -321,12 +322,12 @@ def _native_multi_head_attention(original: Any) -> Any:
         only_fused = "attention weights (need_weights)" if need_weights else None
         automatic = automatic_backend(query, (head_dim, head_dim), mask=mask, only_fused=only_fused)
         tensors = {"query": query, "mask": mask, "qkv_weight": qkv_weight}
-        return route("torch._native_multi_head_attention", backend, tensors, automatic, ours, theirs)
+        return route(compat.FUSED_ATTENTION.shown, backend, tensors, automatic, ours, theirs)
 
     return native_multi_head_attention
 
 
-def _transformer_encoder_layer_fwd(original: Any) -> Any:
+def _fused_encoder_layer(original: Any) -> Any:
     def transformer_encoder_layer_fwd(
         src: torch.Tensor,
         embed_dim: int,
@@ -387,7 +388,7 @@ def _transformer_encoder_layer_fwd(original: Any) -> Any:
         head_dim = embed_dim // num_heads
         automatic = automatic_backend(src, (head_dim, head_dim), mask=mask)
         tensors = {"src": src, "mask": mask, "qkv_weight": qkv_weight}
-        return route("torch._transformer_encoder_layer_fwd", backend, tensors, automatic, ours, theirs)
+        return route(compat.FUSED_ENCODER_LAYER.shown, backend, tensors, automatic, ours, theirs)
 
     return transformer_encoder_layer_fwd
 
@@ -396,6 +397,6 @@ def _transformer_encoder_layer_fwd(original: Any) -> Any:
 REPLACEMENTS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (F, "scaled_dot_product_attention", _scaled_dot_product_attention),
     (F, "multi_head_attention_forward", _multi_head_attention_forward),
-    (torch, "_native_multi_head_attention", _native_multi_head_attention),
-    (torch, "_transformer_encoder_layer_fwd", _transformer_encoder_layer_fwd),
+    (torch, compat.FUSED_ATTENTION.name, _fused_attention),
+    (torch, compat.FUSED_ENCODER_LAYER.name, _fused_encoder_layer),
 )

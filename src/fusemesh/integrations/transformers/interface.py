@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from fusemesh import compat
 from fusemesh.kernels.attention.call.validation import wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
 
@@ -166,10 +167,8 @@ def attention_mask(
     Raises:
         ValueError: the model computes attention by itself, so it would take None for "hide nothing".
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
     transformers_models.refuse_by_config(config)
-    function: Callable[..., Any] = causal_mask_function if mask_function is None else mask_function
+    function: Callable[..., Any] = compat.causal_mask_function() if mask_function is None else mask_function
     positions: dict[str, Any] = {"kv_length": kv_length, "kv_offset": kv_offset}
     if cache_position is not None:
         positions["cache_position"] = cache_position
@@ -192,7 +191,7 @@ def attention_mask(
             return None
     if cache_position is None:
         positions["use_vmap"] = use_vmap
-    return sdpa_mask(
+    return compat.boolean_mask(
         batch_size=batch_size,
         mask_function=function,
         attention_mask=attention_mask,
@@ -244,15 +243,13 @@ def _is_causal(
     config: Any,
 ) -> bool:
     """Whether this mask is causal, or sliding with a window of local_size, unpadded and aligned to the last key."""
-    from transformers.masking_utils import causal_mask_function
-
     compiling = torch.compiler.is_compiling()
     if compiling and isinstance(q_offset, torch.Tensor):
         return False
     first_q, last_k = int(q_offset), span.kv_offset + span.kv_length - 1
     if first_q + span.q_length - 1 != last_k or span.has_padding():
         return False
-    if mask_function is causal_mask_function:
+    if mask_function is compat.causal_mask_function():
         return True
     if compiling:  # the values are out of reach: go by the layers that a config can have
         window = getattr(config, "sliding_window", None)
@@ -275,11 +272,9 @@ def _is_causal(
 
 def _hides_nothing(span: _Span, q_offset: int | torch.Tensor, mask_function: Callable[..., Any]) -> bool:
     """Whether every query sees every key: asked for the first and the last of both."""
-    from transformers import masking_utils
-
     if span.has_padding():
         return False
-    if mask_function is getattr(masking_utils, "bidirectional_mask_function", None):
+    if mask_function is compat.bidirectional_mask_function():
         return True
     if torch.compiler.is_compiling():
         return False
