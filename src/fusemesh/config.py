@@ -79,7 +79,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How a batch goes through the stages of pp; without pp nothing looks at it."""
+    """The pipeline's micro-batches, schedule and stages; ignored without pp."""
 
     microbatches: int = _doc(
         0, "parts of a rank's batch in training; 0: chosen, four for each rank of pp if legal", least=0
@@ -100,7 +100,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how it runs."""
+    """Folder, device, backend and intervals of the run."""
 
     directory: str = _doc("runs/latest", "everything that the run writes")
     device: str = _doc("auto", "auto: GPUs where there are any", choices=DEVICES)
@@ -116,7 +116,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run needs; ``layout`` says how it is spread over ranks.
+    """All keys of a run; ``layout`` says how it is spread over ranks.
 
     Raises:
         ValueError: a value that cannot work, named by its key, with what is legal.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many ranks there will be, and whether this process starts them rather than being one of them."""
+    """The number of ranks, and whether this process starts them rather than being one of them."""
 
     count: int
     start: bool

@@ -33,7 +33,7 @@ class Evaluation:
     predictions: np.ndarray | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For reports, without the predictions."""
+        """Return plain values for reports, without the predictions."""
         return {
             "loss": self.loss,
             **self.metrics,

@@ -45,7 +45,7 @@ def _loaded(target: str, values: dict[str, Any]) -> Iterator[_Loaded]:
 
 
 def answer_rank(target: str, values: dict[str, Any], lines: list[str]) -> list[str]:
-    """One rank's part of answering lines; the answers, the same on every rank.
+    """Do one rank's part of answering lines; return the answers, the same on every rank.
 
     Args:
         target: see :func:`fusemesh.run.setup.config_of`.
@@ -59,7 +59,7 @@ def answer_rank(target: str, values: dict[str, Any], lines: list[str]) -> list[s
 
 
 def answer_stream(target: str, values: dict[str, Any], lines: Iterable[str], write: Callable[[str], None]) -> list[str]:
-    """Each line answered as it comes, by this process alone; raises as :func:`answer_rank` does."""
+    """Answer each line as it comes, in this process alone; raise as :func:`answer_rank` does."""
     found = []
     with _loaded(target, values) as loaded:
         for line in lines:
@@ -70,7 +70,7 @@ def answer_stream(target: str, values: dict[str, Any], lines: Iterable[str], wri
 
 @dataclass(frozen=True)
 class Continuation:
-    """How a text is continued.
+    """A text to continue, and how.
 
     prompt: its beginning; if that is too long, the end of it counts. tokens: how many to add. sampling: None takes the
     most probable token. num_beams, seed: of :func:`generate`. stream: whether the first rank writes it to stdout.
@@ -85,7 +85,7 @@ class Continuation:
 
 
 def generate_rank(target: str, values: dict[str, Any], asked: Continuation) -> dict[str, Any]:
-    """One rank's part of continuing a text by a task that does so; the same on every rank.
+    """Do one rank's part of continuing a text; the result is the same on every rank.
 
     Args:
         target, values: see :func:`answer_rank`.

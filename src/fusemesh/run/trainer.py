@@ -45,7 +45,7 @@ def prepare(config: Config, world_size: int, *, resume: bool) -> None:
 
 
 def check_run(settings: Settings, world_size: int, *, resume: bool) -> None:
-    """Do the work of :func:`prepare`, on settings."""
+    """Check as :func:`prepare` does, given the settings."""
     settings.check(world_size)
     config = settings.config
     _order(settings, len(build_task(config).train))
@@ -126,7 +126,7 @@ class Trainer:
             self.first_step = state["step"]
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step, evaluate, save; the summary, the same on every rank."""
+        """Train to the last step, evaluate and save; return the summary, the same on every rank."""
         training, run = self.config.training, self.config.run
         began, tokens_before = time.perf_counter(), self.first_step
         evaluating, evaluation = 0.0, None
@@ -181,7 +181,7 @@ class Trainer:
         }
 
     def train_step(self, step: int) -> StepResult:
-        """One optimizer step on the samples of ``step``, which counts from 0; every rank calls it."""
+        """Do one optimizer step on the samples of ``step``, which counts from 0; every rank calls it."""
         training, device = self.config.training, self.world.device
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
@@ -272,7 +272,7 @@ class Trainer:
 
 
 def train_rank(values: dict[str, Any], resume: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """One rank's part of a run: joins the others, trains, and returns the summary, the same on every rank.
+    """Do one rank's part of a run: join the others and train; return the summary, the same on every rank.
 
     Args:
         values: the configuration, as ``config.as_dict`` gives it.

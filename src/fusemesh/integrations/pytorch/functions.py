@@ -1,12 +1,10 @@
-"""What PyTorch's attention functions are replaced by inside ``fusemesh.accelerate()``.
+"""The functions that replace PyTorch's attention functions inside ``fusemesh.accelerate()``.
 
 PyTorch's modules reach attention by four functions, and these four are replaced (:data:`REPLACEMENTS`):
 
 - F.scaled_dot_product_attention: called by users, and by nn.MultiheadAttention that returns no weights;
-- F.multi_head_attention_forward: nn.MultiheadAttention, which computes weights that are asked for by matmuls of its
-  own;
-- torch._native_multi_head_attention: its fused inference path;
-- torch._transformer_encoder_layer_fwd: that of nn.TransformerEncoderLayer, which goes past the modules in it.
+- F.multi_head_attention_forward: nn.MultiheadAttention, which computes weights by matmuls of its own;
+- two in :mod:`fusemesh.compat`: fused inference of nn.MultiheadAttention and nn.TransformerEncoderLayer.
 
 PyTorch goes on deciding which of them a module calls, and its flag for the fused paths (``torch.backends.mha``) is left
 as it is. So hooks that switch those paths off do so still, and what nn.TransformerEncoder does around them (padding
@@ -87,7 +85,7 @@ def _collecting() -> list[torch.Tensor] | None:
 
 
 def _collect_from(run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
-    """What ``run()`` returns, and the weights of the attention in it."""
+    """Return the result of ``run()``, and the weights of the attention in it."""
     global _traced_collecting
     found: list[torch.Tensor] = []
     if torch.compiler.is_compiling():
@@ -106,7 +104,7 @@ def _collect_from(run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
 def _with_weights(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, L, D], and what multiplies the values, [B, H, L, S], from the log-sum-exp of the same call."""
+    """Return out [B, H, L, D] and the weights [B, H, L, S], from the log-sum-exp of the same call."""
     q, k, v = entry.autocast(q, k, v)
     head_dim, seed = v.shape[-1], None
     if dropout_p > 0:

@@ -1,4 +1,4 @@
-"""Which Hugging Face models can be routed: those whose code, in the installed version, has the attention interface."""
+"""Refuse Hugging Face models whose code, in the installed version, does not have the attention interface."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _refuse_own_attention(config: Any, modules: list[str]) -> None:
 
 @torch.compiler.assume_constant_result
 def _own_attention_of(modules: tuple[str, ...]) -> str | None:
-    """The first attention class in these modules, if none of them knows the attention interface."""
+    """Return the first attention class in these modules, if none of them has the attention interface."""
     loaded = {name: vars(sys.modules[name]) for name in modules if ".modeling_" in name and name in sys.modules}
     if any(compat.ATTENTION_REGISTRY in names for names in loaded.values()):
         return None
