@@ -46,7 +46,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _auto(kind: str) -> dict[str, str]:
-    """Return the backend that ``auto`` chooses for each operation on a device: call it with gradients, read the counts."""
+    """Return the backend that ``auto`` chooses for each operation on a device, by calling it and reading the counts."""
     import torch
 
     from fusemesh.kernels import backends
