@@ -138,10 +138,10 @@ def test_sizes(text: str, size: float) -> None:
 
 def test_our_own_run_is_what_is_planned(measured: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     configured = config.load(None, {**tiny_run.SETTINGS, "training.accumulation": "2"})
-    from fusemesh.run.evaluator import plain_model
-    from fusemesh.tasks import build_task
+    from fusemesh.run.setup import plain_model
+    from fusemesh.tasks.registry import build_task
 
-    model: Transformer = plain_model(configured, build_task(configured))
+    model: Transformer = plain_model(build_task(configured))
     assert planning.model_of(configured).parameters == sum(p.numel() for p in model.parameters())
     config.save(configured, tmp_path / "run.toml")
     status, found, err = call(capfd, "plan", "--config", tmp_path / "run.toml", "--world", 4)

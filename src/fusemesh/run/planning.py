@@ -8,14 +8,13 @@ import os
 import re
 from typing import Any
 
-from fusemesh import config as configuration
 from fusemesh.config import Config
-from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.planner import search
 from fusemesh.hybrid.planner.hardware import Hardware, find_hardware, named_hardware
 from fusemesh.hybrid.planner.job import Job
 from fusemesh.hybrid.planner.model import Model, find_model
 from fusemesh.hybrid.planner.search import Choice, Plan, Rejected, gib
+from fusemesh.run.settings import load_config, pipeline_options
 
 # Tokens of a step where nobody says otherwise: Llama 3's first 4 million (Dubey et al., 2024, section 3.4.1).
 DEFAULT_TOKENS = 4 * 2**20
@@ -34,8 +33,8 @@ class NoLayoutError(RuntimeError):
 
 def model_of(config: Config) -> Model:
     """The model that a run trains. An encoder-decoder counts as a decoder of as many blocks, without their memory."""
-    from fusemesh.tasks import task_class
     from fusemesh.tasks.base import VOCAB_SIZE
+    from fusemesh.tasks.registry import task_class
 
     shape = config.model
     return Model(
@@ -59,18 +58,12 @@ def job_of(config: Config) -> Job:
         global_batch=training.global_batch_size,
         sequence_length=config.data.sequence_length,
         accumulation=training.accumulation,
-        pipeline=pipeline_of(config),
+        pipeline=pipeline_options(config),
         dtype=training.dtype,
         sequence_parallel=config.run.sequence_parallel,
         whole_at_start=True,
         clip=training.clip_norm > 0,
     )
-
-
-def pipeline_of(config: Config) -> PipelineOptions:
-    """How a run's batches go through a pipeline."""
-    section = config.pipeline
-    return PipelineOptions(section.microbatches, section.schedule, section.virtual_stages)
 
 
 def hardware_of(
@@ -134,7 +127,7 @@ def request(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Mod
         if gpu is None:
             raise ValueError(f"--gpu: expected {', '.join(named_hardware())} or {LOCAL} with --model, received none")
     else:
-        config = configuration.load(options.config, overrides)
+        config = load_config(options.config, overrides)
         model, job = model_of(config), job_of(config)
         world = options.world or default_world(config)
         gpu, threads = options.gpu or LOCAL, config.run.threads or 1

@@ -16,7 +16,7 @@ from fusemesh.config import TrainingConfig
 from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
-from fusemesh.run.trainer import build_optimizer
+from fusemesh.run.optimizer import build_optimizer
 from fusemesh.transformer import Transformer, TransformerConfig
 
 
