@@ -100,8 +100,9 @@ def saved_around(model: ModelDescription, share: Share, job: TrainingJob, tp: in
     at, hidden = Local.of(model, job, tp, samples), model.hidden_size
     norm, kept = at.own_tokens * hidden * _kept_by_norm(model, device), 0
     if share.is_last:
-        # A linear layer on each token needs the tokens whole; other heads read a rank's own.
-        kept += norm + hidden * (at.tokens if model.head.of == "tokens" else at.own_tokens) + at.outputs
+        # A linear layer on each token needs the tokens whole, and a product with each a rank's own; a mean needs none.
+        read = {"tokens": at.tokens, "positions": at.own_tokens, "texts": 0}[model.head.of]
+        kept += norm + read * hidden + at.outputs
     if share.encoder_ends:
         kept += norm
     if share.has_memory and not (job.sequence_parallel and tp > 1):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..layout import Layout
+from ..pipeline_options import check_holders, deal_blocks
 from . import cost, memory
 from .cost import Cost
 from .hardware import Hardware
@@ -131,6 +132,11 @@ def check(model: ModelDescription, job: TrainingJob, hardware: Hardware, layout:
         sequence_parallel=job.sequence_parallel,
         virtual_stages=job.pipeline.virtual_stages,
     )
+    if layout.pp > 1:
+        spans = deal_blocks(model.num_layers, layout.pp * job.pipeline.virtual_stages)
+        for outer in model.outer:
+            stages = [number for number, span in enumerate(spans) if set(span) & set(outer.layers)]
+            check_holders(outer.weight.name, stages, layout.pp, job.pipeline.virtual_stages)
 
 
 def gib(size: float) -> str:

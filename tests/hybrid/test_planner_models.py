@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions, deal_blocks
-from fusemesh.hybrid.planner import cost, memory, operations
+from fusemesh.hybrid.planner import cost, memory, operations, search
 from fusemesh.hybrid.planner.hardware import find_hardware
 from fusemesh.hybrid.planner.job import BatchSplit, TrainingJob
 from fusemesh.hybrid.planner.model import ModelDescription, weights_of
+from fusemesh.hybrid.ranks.local import RankError
 from fusemesh.hybrid.ranks.testing import RankPool
 from fusemesh.transformer import Transformer
 from fusemesh.transformer.description import describe
@@ -49,7 +51,7 @@ STORED = [
         for text in ("single", "tp4", "fsdp2 x tp2", "pp2 x fsdp2", "pp2 x tp2", "pp4")
     ),
     ("translation", "pp2", 2),
-    ("translation-tied", "pp2", 3),
+    ("translation-tied", "pp3", 2),
 ]
 
 
@@ -76,6 +78,17 @@ def test_parameters_are_exact_on_every_rank(rank_pool: RankPool, kind: str, text
         assert found["shapes"] == {
             name: weights[name].local_shape(layout.tp, layout.fsdp, at["tp"], at["fsdp"]) for name in names
         }
+
+
+@pytest.mark.distributed
+def test_stages_of_one_rank_that_share_a_parameter_are_refused(rank_pool: RankPool) -> None:
+    """The decoder begins in stage 3 and ends in stage 5: by the planner in the words of the runtime."""
+    config, message = ranks.CONFIGS["translation-tied"], r"pipeline\.virtual_stages: .*share target_embedding\.weight"
+    with pytest.raises(RankError, match=message):
+        rank_pool.run(ranks.stored, "pp2", config, 3, ranks=2)
+    job = TrainingJob(8, LENGTH, pipeline=PipelineOptions(0, "interleaved1f1b", 3))
+    found = search.consider(describe(config), job, H100, Layout(pp=2))
+    assert isinstance(found, search.Rejected) and re.search(message, found.why)
 
 
 @pytest.mark.distributed
