@@ -7,6 +7,9 @@ import pytest
 
 from fusemesh import config
 from fusemesh.config import Config
+from fusemesh.run.settings import load_config
+from fusemesh.tasks.registry import defaults_of
+from tests.support import fresh_process
 
 EXAMPLE = """
 layout = "dp2 x tp2"
@@ -130,3 +133,35 @@ def test_command_line_starts_without_torch():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fusemesh 0.") and "--model.hidden_size" in done.stdout
     assert "fusemesh train: error: --training.steps: expected a whole number, received 'x'" in done.stderr
+
+
+def test_a_configuration_loads_without_numpy_and_torch(tmp_path):
+    """Of every task: its defaults, for which its module is imported, are the run's."""
+    (tmp_path / "run.toml").write_text(EXAMPLE)
+    fresh_process.run(
+        f"""
+        import sys
+        from fusemesh import config
+        from fusemesh.tasks.names import TASKS
+        for name in TASKS:
+            config.load({str(tmp_path / "run.toml")!r}, {{"task": name}}, base=config.as_dict(config.Config()))
+        assert not {{"torch", "triton", "numpy"}} & sys.modules.keys()
+        """
+    )
+
+
+def test_a_tasks_defaults_stand_beneath_everything_else(tmp_path):
+    defaults = defaults_of("translation")
+    assert load_config(None, {"task": "translation"}).training.steps == defaults["training.steps"] != 7
+    (tmp_path / "run.toml").write_text('task = "translation"' + EXAMPLE)
+    found = load_config(tmp_path / "run.toml", {"evaluation.samples": "3"})
+    assert (found.training.steps, found.evaluation.samples) == (7, 3)
+    assert found.data.sequence_length == defaults["data.sequence_length"]
+    assert load_config(base=config.as_dict(Config(task="translation"))) == Config(task="translation")
+    assert load_config() == config.load() == Config()
+
+
+@pytest.mark.parametrize("load", [config.load, load_config])
+def test_an_unknown_task(load):
+    with pytest.raises(ValueError, match=r"task: expected one of .*translation.*, received 'poetry'"):
+        load(None, {"task": "poetry"})

@@ -138,10 +138,10 @@ def test_sizes(text: str, size: float) -> None:
 
 def test_our_own_run_is_what_is_planned(measured: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     configured = config.load(None, {**tiny_run.SETTINGS, "training.accumulation": "2"})
-    from fusemesh.run.evaluator import plain_model
-    from fusemesh.tasks import build_task
+    from fusemesh.run.setup import plain_model
+    from fusemesh.tasks.registry import build_task
 
-    model: Transformer = plain_model(configured, build_task(configured))
+    model: Transformer = plain_model(build_task(configured))
     assert planning.model_of(configured).parameters == sum(p.numel() for p in model.parameters())
     config.save(configured, tmp_path / "run.toml")
     status, found, err = call(capfd, "plan", "--config", tmp_path / "run.toml", "--world", 4)
@@ -187,10 +187,10 @@ def test_every_task_is_planned_as_what_it_is(
 ) -> None:
     path = records(tmp_path, *RECORDS[task])
     configured = config.load(None, {**tiny_run.SETTINGS, "task": task, "data.path": path, "layout": "auto"})
-    from fusemesh.run.evaluator import plain_model
-    from fusemesh.tasks import build_task
+    from fusemesh.run.setup import plain_model
+    from fusemesh.tasks.registry import build_task
 
-    model, real = planning.model_of(configured), plain_model(configured, build_task(configured))
+    model, real = planning.model_of(configured), plain_model(build_task(configured))
     assert (model.head.of, model.head.outputs, model.memory_at) == kind
     assert {w.name: w.shape for w in model.weights} == {n: tuple(p.shape) for n, p in real.named_parameters()}
     assert all(layer.causal == (task == "translation" and index >= 2) for index, layer in enumerate(model.layers))

@@ -8,15 +8,14 @@ import os
 import re
 from typing import Any
 
-from fusemesh import config as configuration
 from fusemesh.config import Config
-from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.planner import search
 from fusemesh.hybrid.planner.hardware import Hardware, find_hardware, named_hardware
 from fusemesh.hybrid.planner.job import TrainingJob
 from fusemesh.hybrid.planner.model import ModelDescription
 from fusemesh.hybrid.planner.published import find_model
 from fusemesh.hybrid.planner.search import Choice, RankedLayouts, Rejected, gib
+from fusemesh.run.settings import load_config, pipeline_options
 
 # Tokens of a step where nobody says otherwise: Llama 3's first 4 million (Dubey et al., 2024, section 3.4.1).
 DEFAULT_TOKENS = 4 * 2**20
@@ -37,9 +36,9 @@ def model_of(config: Config) -> ModelDescription:
     """Return the model that a run trains, as its task makes it of the configuration and the data.
 
     Raises:
-        ValueError: the data cannot be used; see :func:`fusemesh.tasks.build_task`.
+        ValueError: the data cannot be used; see :func:`fusemesh.tasks.registry.build_task`.
     """
-    from fusemesh.tasks import build_task
+    from fusemesh.tasks.registry import build_task
     from fusemesh.transformer.description import describe
 
     return describe(build_task(config).model_config())
@@ -52,18 +51,12 @@ def job_of(config: Config) -> TrainingJob:
         global_batch=training.global_batch_size,
         sequence_length=config.data.sequence_length,
         accumulation=training.accumulation,
-        pipeline=pipeline_of(config),
+        pipeline=pipeline_options(config),
         dtype=training.dtype,
         sequence_parallel=config.run.sequence_parallel,
         whole_at_start=True,
         clip=training.clip_norm > 0,
     )
-
-
-def pipeline_of(config: Config) -> PipelineOptions:
-    """Return how a run's batches go through a pipeline."""
-    section = config.pipeline
-    return PipelineOptions(section.microbatches, section.schedule, section.virtual_stages)
 
 
 def hardware_of(
@@ -129,7 +122,7 @@ def request(
         if gpu is None:
             raise ValueError(f"--gpu: expected {', '.join(named_hardware())} or {LOCAL} with --model, received none")
     else:
-        config = configuration.load(options.config, overrides)
+        config = load_config(options.config, overrides)
         model, job = model_of(config), job_of(config)
         world = options.world or default_world(config)
         gpu, threads = options.gpu or LOCAL, config.run.threads or 1

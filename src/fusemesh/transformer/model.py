@@ -194,7 +194,8 @@ class Transformer(TransformerStage, PipelinedModel):
             )
         decoder = range(self.config.memory_at or 0, self.config.num_blocks)
         # With pp the other stages' blocks are gone.
-        layers = {index: KeyValueCache(slots) for index in decoder if str(index) in self.blocks._modules}
+        own = dict(self.blocks.named_children())
+        layers = {index: KeyValueCache(slots) for index in decoder if str(index) in own}
         return Caches(layers, starts)
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.ranks.join import World, build_mesh
-from fusemesh.run.trainer import build_optimizer
+from fusemesh.run.optimizer import build_optimizer
 from fusemesh.transformer import Transformer, TransformerConfig
 
 # A vocabulary and a width that nothing divides evenly, and fewer kv heads than tp4 has ranks.

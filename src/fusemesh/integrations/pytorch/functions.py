@@ -1,12 +1,10 @@
-"""What PyTorch's attention functions are replaced by inside ``fusemesh.accelerate()``.
+"""The functions that replace PyTorch's attention functions inside ``fusemesh.accelerate()``.
 
 PyTorch's modules reach attention by four functions, and these four are replaced (:data:`REPLACEMENTS`):
 
 - F.scaled_dot_product_attention: called by users, and by nn.MultiheadAttention that returns no weights;
-- F.multi_head_attention_forward: nn.MultiheadAttention, which computes weights that are asked for by matmuls of its
-  own;
-- torch._native_multi_head_attention: its fused inference path;
-- torch._transformer_encoder_layer_fwd: that of nn.TransformerEncoderLayer, which goes past the modules in it.
+- F.multi_head_attention_forward: nn.MultiheadAttention, which computes weights by matmuls of its own;
+- two in :mod:`fusemesh.compat`: fused inference of nn.MultiheadAttention and nn.TransformerEncoderLayer.
 
 PyTorch goes on deciding which of them a module calls, and its flag for the fused paths (``torch.backends.mha``) is left
 as it is. So hooks that switch those paths off do so still, and what nn.TransformerEncoder does around them (padding
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fusemesh import compat
 from fusemesh.kernels.attention.call import tensors as entry
 from fusemesh.kernels.attention.call.validation import normalise, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
@@ -86,7 +85,7 @@ def _collecting() -> list[torch.Tensor] | None:
 
 
 def _collect_from(run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
-    """What ``run()`` returns, and the weights of the attention in it."""
+    """Return the result of ``run()``, and the weights of the attention in it."""
     global _traced_collecting
     found: list[torch.Tensor] = []
     if torch.compiler.is_compiling():
@@ -105,7 +104,7 @@ def _collect_from(run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
 def _with_weights(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, L, D], and what multiplies the values, [B, H, L, S], from the log-sum-exp of the same call."""
+    """Return out [B, H, L, D] and the weights [B, H, L, S], from the log-sum-exp of the same call."""
     q, k, v = entry.autocast(q, k, v)
     head_dim, seed = v.shape[-1], None
     if dropout_p > 0:
@@ -281,7 +280,7 @@ def _self_attention(
     return F.linear(rows.rows(out.transpose(1, 2).flatten(2)), out_weight, out_bias), weights
 
 
-def _native_multi_head_attention(original: Any) -> Any:
+def _fused_attention(original: Any) -> Any:
     def native_multi_head_attention(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -321,12 +320,12 @@ def _native_multi_head_attention(original: Any) -> Any:
         only_fused = "attention weights (need_weights)" if need_weights else None
         automatic = automatic_backend(query, (head_dim, head_dim), mask=mask, only_fused=only_fused)
         tensors = {"query": query, "mask": mask, "qkv_weight": qkv_weight}
-        return route("torch._native_multi_head_attention", backend, tensors, automatic, ours, theirs)
+        return route(compat.FUSED_ATTENTION.shown, backend, tensors, automatic, ours, theirs)
 
     return native_multi_head_attention
 
 
-def _transformer_encoder_layer_fwd(original: Any) -> Any:
+def _fused_encoder_layer(original: Any) -> Any:
     def transformer_encoder_layer_fwd(
         src: torch.Tensor,
         embed_dim: int,
@@ -387,7 +386,7 @@ def _transformer_encoder_layer_fwd(original: Any) -> Any:
         head_dim = embed_dim // num_heads
         automatic = automatic_backend(src, (head_dim, head_dim), mask=mask)
         tensors = {"src": src, "mask": mask, "qkv_weight": qkv_weight}
-        return route("torch._transformer_encoder_layer_fwd", backend, tensors, automatic, ours, theirs)
+        return route(compat.FUSED_ENCODER_LAYER.shown, backend, tensors, automatic, ours, theirs)
 
     return transformer_encoder_layer_fwd
 
@@ -396,6 +395,6 @@ def _transformer_encoder_layer_fwd(original: Any) -> Any:
 REPLACEMENTS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (F, "scaled_dot_product_attention", _scaled_dot_product_attention),
     (F, "multi_head_attention_forward", _multi_head_attention_forward),
-    (torch, "_native_multi_head_attention", _native_multi_head_attention),
-    (torch, "_transformer_encoder_layer_fwd", _transformer_encoder_layer_fwd),
+    (torch, compat.FUSED_ATTENTION.name, _fused_attention),
+    (torch, compat.FUSED_ENCODER_LAYER.name, _fused_encoder_layer),
 )

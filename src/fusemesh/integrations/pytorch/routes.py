@@ -14,8 +14,8 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
+from fusemesh import compat
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention.call.choice import HEAD_DIMS, why_not_engine, why_not_triton
 from fusemesh.kernels.attention.call.spec import AttentionSpec
@@ -156,12 +156,12 @@ def _why_not_ours(values: Iterable[Any]) -> str | None:
             continue
         plain = kind is torch.Tensor or kind is torch.nn.Parameter
         # The last are what torch.compile and torch.export trace with.
-        if not plain and not kind.__module__.startswith("torch._subclasses."):
+        if not plain and not compat.is_tracing_tensor(kind):
             return f"a tensor subclass ({kind.__name__})"
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if not torch.compiler.is_compiling() and compat.is_functorch_wrapped(x):
             return "a transform of torch.func"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if forward_ad._current_level >= 0:
+    if compat.in_forward_mode():
         return "forward-mode differentiation"
     return None
