@@ -38,7 +38,7 @@ class Weight:
         return math.prod(self.shape)
 
     def is_replicated(self, tp: int) -> bool:
-        """Whether every rank of tp stores all of it, by the rules of :mod:`fusemesh.hybrid.tensor.modules`."""
+        """Return whether every rank of tp stores all of it, by the rules of :mod:`fusemesh.hybrid.tensor.modules`."""
         if self.split == "heads":
             return self.heads < tp
         return self.split == "whole" or (self.split == "rows" and leaves_none(self.shape[0], tp))
@@ -124,7 +124,7 @@ class Outer:
 
 @dataclass(frozen=True)
 class Head:
-    """How the last hidden states become logits.
+    """The computation of logits from the last hidden states.
 
     outputs: logits in a row, which tp splits. of: the rows. ``tokens``: a row for each token, by a linear layer.
     ``texts``: a row for each text, by a linear layer on the mean of its tokens. ``positions``: ``outputs`` rows for

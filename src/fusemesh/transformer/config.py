@@ -111,11 +111,11 @@ class TransformerConfig:
         return self.hidden_size // self.num_heads
 
     def is_causal(self, block: int) -> bool:
-        """Whether a block's self-attention sees only the tokens up to its own."""
+        """Return whether a block's self-attention sees only the tokens up to its own."""
         return self.architecture != "encoder" and block >= (self.memory_at or 0)
 
     def window_of(self, block: int) -> tuple[int, int] | None:
-        """How far back and ahead a block's self-attention sees; None: all the way."""
+        """Return how many tokens back and ahead a block's self-attention sees; None: all."""
         if not self.local_window or block % 2:
             return None
         return self.local_window, 0 if self.is_causal(block) else self.local_window

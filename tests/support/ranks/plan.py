@@ -17,9 +17,8 @@ from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
-from fusemesh.hybrid.tensor import converted
+from fusemesh.hybrid.tensor import converted, table
 from fusemesh.hybrid.tensor import modules as tensor_parallel
-from fusemesh.hybrid.tensor import table
 from fusemesh.kernels.matmul import parallel
 
 VOCABULARY, LENGTH, BATCH = 23, 8, 4
