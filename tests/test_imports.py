@@ -68,7 +68,13 @@ def imports(module: str, source: str, is_package: bool, at: str = "") -> Iterato
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             first = node.args[0] if node.args else None
             if name in ("import_module", "__import__") and isinstance(first, ast.Constant):
-                yield str(first.value), False, node.lineno
+                # import_module(".name", __package__)
+                relative = str(first.value).startswith(".")
+                yield (
+                    ".".join([*package, str(first.value)[1:]]) if relative else str(first.value),
+                    relative,
+                    node.lineno,
+                )
 
 
 def _that_run(tree: ast.AST, in_functions: bool) -> Iterator[ast.AST]:
@@ -316,7 +322,10 @@ def test_a_planted_circle_is_found() -> None:
         "p.q": "from p.f import g",
         "p.q.h": "",
         "p.f": "def f():\n    import importlib\n    importlib.import_module('p.q.h')",
+        "p.r": "",
+        "p.r.a": "import importlib\nimportlib.import_module('.b', __package__)",
+        "p.r.b": "from .a import x",
     }
-    arrows = {name: arrows_of(name, text, name in ("p", "p.q"), sources) for name, text in sources.items()}
-    assert circles(arrows) == [["p.a", "p.b", "p.c"], ["p.f", "p.q"]]
+    arrows = {name: arrows_of(name, text, name in ("p", "p.q", "p.r"), sources) for name, text in sources.items()}
+    assert circles(arrows) == [["p.a", "p.b", "p.c"], ["p.f", "p.q"], ["p.r.a", "p.r.b"]]
     assert arrows["p.d"] == {"p.e"} and arrows["p.e"] == set()

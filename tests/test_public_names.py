@@ -65,7 +65,6 @@ DOTTED = {
     "fusemesh.integrations.transformers.register": None,
     "fusemesh.kernels": None,
     "fusemesh.kernels.aot.compile_launches": None,
-    "fusemesh.kernels.backends.PROVEN_ON_GPU": None,
     "fusemesh.kernels.backends.call_counts": None,
     "fusemesh.kernels.backends.reset_call_counts": None,
     "fusemesh.kernels.env.INTERPRET": None,

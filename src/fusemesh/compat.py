@@ -70,7 +70,7 @@ def causal_mask_function() -> Callable[..., Any]:
 
 
 def bidirectional_mask_function() -> Callable[..., Any] | None:
-    """Return transformers' mask function that hides nothing; None in 4.57, which has none."""
+    """Return transformers' mask function that hides nothing; None in versions without it."""
     from transformers import masking_utils
 
     return getattr(masking_utils, "bidirectional_mask_function", None)

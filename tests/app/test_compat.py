@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import inspect
 import sys
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
 from fusemesh import compat
+from fusemesh.integrations.pytorch import signatures
 from tests.support.private_names import ROOT, private_names
 
 
@@ -35,6 +38,28 @@ def test_torch_nn_calls_its_fused_path_by_this_name(path: compat.FusedPath, monk
         else:
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()(x)
     assert called == [path]
+
+
+def test_arguments_are_those_of_multi_head_attention_forward() -> None:
+    parameters = inspect.signature(F.multi_head_attention_forward).parameters
+    assert tuple(parameters) == signatures.MultiHeadAttention._fields
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    assert defaults == signatures.MultiHeadAttention._field_defaults
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments"),
+    [
+        (compat.FUSED_ATTENTION, signatures.FusedAttention),
+        (compat.FUSED_ENCODER_LAYER, signatures.FusedEncoderLayer),
+    ],
+    ids=lambda value: getattr(value, "shown", ""),
+)
+def test_arguments_are_those_of_the_fused_path(path: compat.FusedPath, arguments: Any) -> None:
+    schema = getattr(torch.ops.aten, path.name).default._schema.arguments
+    assert tuple(argument.name for argument in schema) == arguments._fields
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    assert defaults == arguments._field_defaults
 
 
 def test_is_functorch_wrapped_tensor() -> None:
@@ -100,10 +125,8 @@ def test_causal_mask_function() -> None:
 def test_bidirectional_mask_function() -> None:
     transformers = pytest.importorskip("transformers")
     found = compat.bidirectional_mask_function()
-    if int(transformers.__version__.partition(".")[0]) < 5:
-        assert found is None
-    else:
-        assert found is not None
+    assert found is not None or int(transformers.__version__.partition(".")[0]) < 5
+    if found is not None:
         assert torch.as_tensor(found(0, 0, torch.tensor(1), torch.tensor(2))).item() is True
 
 

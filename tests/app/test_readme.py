@@ -24,6 +24,7 @@ from fusemesh import cli, config
 from fusemesh.commands.options import overrides
 from fusemesh.hybrid.layout import Layout
 from fusemesh.kernels import aot, backends, env
+from fusemesh.kernels.runtime import proven
 from fusemesh.run.settings import load_config
 from fusemesh.tasks.names import TASKS
 from fusemesh.tasks.registry import task_class
@@ -244,7 +245,7 @@ def test_the_table_of_environment_variables_is_whole(readme: str) -> None:
 
 
 def test_what_is_said_of_gpus_is_what_the_record_holds() -> None:
-    assert ("**No GPU has run the Triton kernels yet.**" in PAGES[ENGLISH]) == (not backends.PROVEN_ON_GPU)
+    assert ("**No GPU has run the Triton kernels yet.**" in PAGES[ENGLISH]) == (not proven.PROVEN_ON_GPU)
 
 
 def test_defaults_and_fields_of_the_tasks() -> None:

@@ -18,7 +18,7 @@ _LIBRARIES = ("triton", "numpy", "safetensors", "tensorboard", "matplotlib", "tq
 
 
 def _version(name: str) -> str | None:
-    """The version of an importable library; None if it is absent or broken."""
+    """Return the version of an importable library; None if it is absent or broken."""
     try:
         return getattr(importlib.import_module(name), "__version__", "unknown")
     except Exception:  # an installed library may fail with anything, and a doctor must outlive it
@@ -46,7 +46,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _auto(kind: str) -> dict[str, str]:
-    """What ``auto`` chooses on a device, found by calling each operation, with gradients, and reading the counts."""
+    """Return the backend that ``auto`` chooses for each operation on a device, by calling it and reading the counts."""
     import torch
 
     from fusemesh.kernels import backends
@@ -80,7 +80,7 @@ def _engine() -> dict[str, Any]:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that ``fusemesh doctor`` says, as plain values.
+    """Return everything that ``fusemesh doctor`` reports, as plain values.
 
     Keys: ``fusemesh``, ``python``, ``platform``, ``torch``, ``libraries`` (version or None), ``devices``, ``backends``
     (device kind to backend to None or why not), ``auto`` (device kind to operation to backend), ``proven_on_gpu``
@@ -90,6 +90,7 @@ def examine() -> dict[str, Any]:
     import torch.distributed as dist
 
     from fusemesh.kernels import backends
+    from fusemesh.kernels.runtime import proven
 
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
@@ -100,12 +101,12 @@ def examine() -> dict[str, Any]:
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "devices": _devices(),
         "backends": {
-            kind: {name: backends.why_unavailable(name, kind) for name in backends.NAMES} for kind in ("cpu", "cuda")
+            kind: {name: backends.why_unavailable(name, kind) for name in backends.names()} for kind in ("cpu", "cuda")
         },
         "auto": {kind: _auto(kind) for kind in kinds},
         "proven_on_gpu": [
             {"operation": op, "capability": arch, "record": record}
-            for (op, arch), record in backends.PROVEN_ON_GPU.items()
+            for (op, arch), record in proven.PROVEN_ON_GPU.items()
         ],
         "engine": _engine(),
         "process_groups": {
@@ -117,7 +118,7 @@ def examine() -> dict[str, Any]:
 
 
 def describe(findings: dict[str, Any]) -> str:
-    """The findings of :func:`examine` for people."""
+    """Return the findings of :func:`examine` as text."""
     libraries = ", ".join(f"{name} {version or 'absent'}" for name, version in findings["libraries"].items())
     lines = [
         f"fusemesh {findings['fusemesh']}  python {findings['python']}  torch {findings['torch']}  "
