@@ -2,7 +2,8 @@
 
 A private name may change in any version. :data:`PRIVATE` says of each what it is for and what to do when it is gone;
 ``tests/hybrid/test_compat.py`` checks that each still behaves as it is relied upon, and that none stands elsewhere in
-this floor. :data:`TRIED` are the versions with which that test has passed.
+this floor. :data:`TRIED` are the versions with which that test has passed; torch 2.11 lacks one thing, see
+:func:`clear_dtensor_caches`.
 
 Nothing is imported here at import time: the parent of local ranks needs the names of variables without torch.
 """
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TRIED = {"torch": ("2.13.0",), "transformers": ("5.24.0",)}
+TRIED = {"torch": ("2.11.0", "2.13.0"), "transformers": ("5.24.0",)}
 
 
 class Private(NamedTuple):
@@ -87,7 +88,10 @@ def silence_redistribute_advice() -> None:
 
 
 def clear_dtensor_caches() -> None:
-    """Make DTensor forget how it planned operations, and with that the meshes and process groups of earlier calls."""
+    """Make DTensor forget how it planned operations, and with that the meshes and process groups of earlier calls.
+
+    With torch 2.11 they stay: something else keeps them there, and ranks that serve many calls have more threads.
+    """
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("torch.distributed.tensor")]
     for module in modules:
         for name, value in list(vars(module).items()):

@@ -39,8 +39,7 @@ def test_private_names_stand_in_compat_alone_and_in_its_table() -> None:
     assert used and used | {"functools._lru_cache_wrapper"} == set(compat.PRIVATE)
 
 
-def test_torch_is_of_a_version_that_was_tried_or_newer() -> None:
-    """The oldest version that pyproject.toml allows has been tried, too."""
+def test_the_oldest_torch_that_is_allowed_was_tried() -> None:
     text = (HYBRID.parent / "pyproject.toml").read_text()
     assert f'"torch>={compat.TRIED["torch"][0].rpartition(".")[0]}"' in text
 
@@ -105,6 +104,7 @@ def test_advice_on_flattening_axes(rank_pool: RankPool) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux tells them")
+@pytest.mark.xfail(torch.__version__.startswith("2.11."), reason="meshes are kept elsewhere, too", strict=True)
 def test_caches_that_keep_meshes(rank_pool: RankPool) -> None:
     name = "torch.distributed.tensor.debug._clear_sharding_prop_cache"
     for before, kept, after in rank_pool._ranks.call(ranks.free_meshes):

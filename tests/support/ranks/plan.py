@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of plans: plain torch models and Hugging Face's, on a mesh. It holds no tests."""
+"""Functions that ranks run for the tests of plans: plain torch models and Hugging Face's. It holds no tests."""
 
 from __future__ import annotations
 
