@@ -236,5 +236,22 @@ class Layout:
         return " x ".join(terms) if terms else "single"
 
 
+def check_heads(num_heads: int, num_kv_heads: int, prefix: str = "", of: str = "") -> None:
+    """Check that each key/value head serves equally many query heads.
+
+    Args:
+        num_heads, num_kv_heads: of the model.
+        prefix: stands before the two names in the error.
+        of: says whose they are.
+
+    Raises:
+        ValueError: ``num_kv_heads`` is no divisor of ``num_heads``.
+    """
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{prefix}num_kv_heads: expected a divisor of {prefix}num_heads = {num_heads}{of}, received {num_kv_heads}"
+        )
+
+
 def _divisors(number: int, axis: str) -> str:
     return f"use {axis} in {[d for d in range(1, number + 1) if number % d == 0]}"

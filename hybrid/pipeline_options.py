@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b")
@@ -82,6 +83,25 @@ class PipelineOptions:
                 "to have it chosen"
             )
         return self.microbatches
+
+
+def check_holders(name: str, stages: Sequence[int], pp: int, virtual_stages: int) -> None:
+    """Check that the stages that hold a copy of a parameter are on different ranks.
+
+    Args:
+        name: of the parameter.
+        stages: numbers of the stages that hold it.
+        pp, virtual_stages: ranks, and stages on each.
+
+    Raises:
+        ValueError: two are on one rank, where a parameter cannot be a part of both.
+    """
+    if len({stage % pp for stage in stages}) < len(stages):
+        raise ValueError(
+            f"pipeline.virtual_stages: expected a number with which the stages that share {name} are on different "
+            f"ranks, received {virtual_stages} on pp{pp}, whose stages {' and '.join(map(str, stages))} are on one; "
+            "use another, or do not tie the embeddings"
+        )
 
 
 def deal_blocks(blocks: int, stages: int) -> list[range]:

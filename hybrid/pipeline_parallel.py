@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .pipeline_options import PipelineOptions, deal_blocks
+from .pipeline_options import PipelineOptions, check_holders, deal_blocks
 
 # Names in torch.distributed.pipelining, which only a pipeline imports: it takes a second.
 _SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved1f1b": "ScheduleInterleaved1F1B"}
@@ -121,7 +121,7 @@ def cut(model: nn.Module, ranks: int, rank: int, virtual_stages: int) -> Cut:
     """Reduce ``model`` in place to the stages of ``rank`` (0 to ``ranks - 1``): number rank, rank + ranks, and so on.
 
     Raises:
-        ValueError: the model does not say how it is cut.
+        ValueError: the model does not say how it is cut, or two stages of one rank share a parameter.
     """
     if not isinstance(model, PipelinedModel):
         raise ValueError(
@@ -134,11 +134,13 @@ def cut(model: nn.Module, ranks: int, rank: int, virtual_stages: int) -> Cut:
     holders: dict[int, list[int]] = {}
     for index, stage in enumerate(stages):
         for parameter in stage.parameters():
-            holders.setdefault(id(parameter), []).append(index % ranks)
+            holders.setdefault(id(parameter), []).append(index)
     shared = {}
     for name, parameter in model.named_parameters():
-        at = holders.get(id(parameter), [])
-        assert 1 <= len(at) <= 2 and len(set(at)) == len(at), f"{name} is held by the ranks {at} of pp"
+        found = holders.get(id(parameter), [])
+        check_holders(name, found, ranks, virtual_stages)
+        at = [index % ranks for index in found]
+        assert 1 <= len(at) <= 2, f"{name} is held by the ranks {at} of pp"
         if len(at) == 2 and rank in at:
             shared[name] = (at[0], at[1])
     own = {index: stage for index, stage in enumerate(stages) if index % ranks == rank}

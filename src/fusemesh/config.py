@@ -13,10 +13,11 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusemesh.hybrid.pipeline_options import SCHEDULES
 from fusemesh.tasks.names import TASKS
+from fusemesh.transformer.config import TransformerConfig, check_sizes, user_fields
 
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
@@ -27,20 +28,25 @@ def _doc(default: Any, text: str, *, least: float | None = None, choices: tuple[
     return field(default=default, metadata={"doc": text, "least": least, "choices": choices})
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model's shape."""
+def _model_section() -> type:
+    """Return the section of the model's sizes: the fields of the Transformer's configuration that are the user's."""
+    made = [
+        (name, kind, _doc(default, meta["doc"], least=meta["least"])) for name, kind, default, meta in user_fields()
+    ]
+    section = dataclasses.make_dataclass("ModelConfig", made, frozen=True, namespace={"__doc__": "The model's shape."})
+    # So that it can be pickled.
+    section.__module__ = __name__
+    return section
 
-    hidden_size: int = _doc(128, "width of the residual stream", least=1)
-    num_layers: int = _doc(4, "blocks; an encoder-decoder has as many of each kind", least=1)
-    num_heads: int = _doc(4, "query heads", least=1)
-    num_kv_heads: int = _doc(2, "key and value heads; divides num_heads", least=1)
-    intermediate_size: int = _doc(384, "width inside the gated feed-forward", least=1)
-    rope_theta: float = _doc(10000.0, "base of the rotary embedding's wavelengths", least=1.0)
-    norm_eps: float = _doc(1e-5, "added under the root in RMSNorm", least=1e-12)
-    initializer_range: float = _doc(0.02, "standard deviation of the initial weights", least=1e-12)
-    local_window: int = _doc(0, "every other block sees only tokens at most so many away; 0: all see all", least=0)
-    tie_embeddings: bool = _doc(False, "the output layer's weight is the embedding's")
+
+if TYPE_CHECKING:
+
+    class ModelConfig(TransformerConfig):
+        """Some of the same fields, all with a default."""
+
+        def __init__(self, **sizes: Any) -> None: ...
+else:
+    ModelConfig = _model_section()
 
 
 @dataclass(frozen=True)
@@ -134,17 +140,8 @@ class Config:
     def __post_init__(self) -> None:
         for key, spec in fields_of(Config).items():
             _check(key, spec, get(self, key))
-        model, training = self.model, self.training
-        if model.num_heads % model.num_kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads: expected a divisor of model.num_heads = {model.num_heads}, "
-                f"received {model.num_kv_heads}"
-            )
-        if model.hidden_size % (2 * model.num_heads):
-            raise ValueError(
-                f"model.hidden_size: expected a multiple of 2 * model.num_heads = {2 * model.num_heads} (the rotary "
-                f"embedding turns pairs), received {model.hidden_size}"
-            )
+        training = self.training
+        check_sizes(self.model, "model.")
         if training.global_batch_size % training.accumulation:
             raise ValueError(
                 f"training.global_batch_size: expected a multiple of training.accumulation = {training.accumulation}, "

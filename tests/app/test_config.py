@@ -1,5 +1,7 @@
 """The run configuration: files, overrides, errors. Layer: pure Python, no torch."""
 
+import dataclasses
+import pickle
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ from fusemesh import config
 from fusemesh.config import Config
 from fusemesh.run.settings import load_config
 from fusemesh.tasks.registry import defaults_of
+from fusemesh.transformer.config import TransformerConfig
 from tests.support import fresh_process
 
 EXAMPLE = """
@@ -56,6 +59,17 @@ def test_every_key_says_what_it_means():
         assert field.doc, key
         assert config.get(Config(), key) == field.default
         assert type(field.default) is field.type, key
+
+
+def test_the_models_section_is_made_of_the_transformers_fields():
+    """A field and its default are stated once; what the data says is no key."""
+    sizes = dataclasses.fields(TransformerConfig)
+    section = {field.name: field for field in dataclasses.fields(config.ModelConfig)}
+    assert section.keys() < {field.name for field in sizes} and not section.keys() & {"vocab_size", "num_classes"}
+    for field in sizes:
+        if field.name in section and field.default is not dataclasses.MISSING:
+            assert section[field.name].default == field.default, field.name
+    assert pickle.loads(pickle.dumps(Config())) == Config()
 
 
 WRONG_OVERRIDES = [
