@@ -361,7 +361,8 @@ def _bench(options: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"--minutes: expected more than 0, received {options.minutes:g}")
     import torch
 
-    from fusemesh import benchmark, tune
+    from fusemesh.kernels import measure as benchmark
+    from fusemesh.kernels.measure import tune
 
     reason = tune.why_not_here()
     if reason is not None:
