@@ -182,7 +182,7 @@ REPEATED: frozenset[Case] = frozenset(
 def fp8_cases(device: torch.device, is_dry: bool) -> tuple[AttentionCase, ...]:
     """Return :data:`FP8`, or nothing on a GPU that has no fp8."""
     if not is_dry:
-        from fusemesh.kernels.attention.gpu.inputs import has_fp8
+        from fusemesh.kernels.attention.gpu.backend import has_fp8
 
         if not has_fp8(target_of(device)):
             return ()

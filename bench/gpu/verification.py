@@ -13,8 +13,7 @@ import torch
 
 from fusemesh.kernels import backends
 from fusemesh.kernels.measure.cases import Case
-from fusemesh.kernels.runtime.launch import TARGETS, assume_target, intercept
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import TARGETS, any_device, assume_target, intercept
 from fusemesh.kernels.testing import budget, poison
 
 

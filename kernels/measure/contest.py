@@ -36,7 +36,7 @@ Outputs = Callable[[TimedCase, Contender, Inputs, str], Tensors]
 def our_backend(case: TimedCase, backend: str) -> Contender:
     """Return FuseMesh's backend of this name as a contender, through the public function."""
     differentiable = "backward" in case.directions and not (backend == "cpu" and case.op == "attention")
-    return Contender(backend, True, lambda x: case.call(x, backend), differentiable)
+    return Contender(backend, True, lambda x: case.run(x, backend), differentiable)
 
 
 def our_backends(case: TimedCase, device: torch.device | str) -> list[Contender]:

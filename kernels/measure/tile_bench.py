@@ -119,12 +119,12 @@ class TileBench:
             from ..attention.gpu import tiles
 
             with contextlib.nullcontext() if tile is None else tiles.force(tile):
-                return triton_forward.forward(x["q"], x["k"], x["v"], **case.options(x))
+                return triton_forward.forward(x["q"], x["k"], x["v"], case.call(x))
         if isinstance(case, DecodeCase):
             from ..attention.gpu import decode_tiles
 
             with decode_tiles.force(tile):
-                return (case.call(x, "triton"),)
+                return (case.run(x, "triton"),)
         from ..matmul import ops
         from ..matmul.gpu import linear as triton_matmul
 
@@ -156,7 +156,7 @@ class TileBench:
                     out,
                     lse,
                     None,
-                    **case.options(x),
+                    case.call(x),
                     bias_grad=self.job.kernel == "dbias",
                 )
         from ..matmul.gpu import linear as triton_matmul

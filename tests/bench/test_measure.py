@@ -15,6 +15,7 @@ import torch
 
 from bench.peers import torch_ops
 from fusemesh.kernels import measure
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.measure import contest
 from fusemesh.kernels.measure.cases import AttentionCase, LinearCase, self_attention
@@ -127,7 +128,7 @@ def test_the_right_answer_head_by_head_is_that_of_the_whole() -> None:
     part, *others = ATTENTION.expected_at_ends(x, "backward")
     assert (part.batch, part.heads, part.kv_heads, others) == (slice(1, 2), slice(2, 4), slice(1, 2), [])
     spec = AttentionSpec(scale=0.25, window_right=0)
-    whole = attention_testing.expected(x["q"], x["k"], x["v"], do=x["do"], spec=spec)
+    whole = attention_testing.expected(x["q"], x["k"], x["v"], Call(spec), do=x["do"])
     for field in ("exact", "absolute"):
         for name, value in getattr(part.want, field).items():
             heads = slice(1, 2) if name in ("dk", "dv") else slice(2, 4)

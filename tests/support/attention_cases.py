@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from fusemesh.kernels.attention.call.spec import empty_laid_out_like
+from fusemesh.kernels.attention.call.tensors import empty_laid_out_like
 from fusemesh.kernels.attention.gpu import backward as triton_backward
 from fusemesh.kernels.attention.gpu import bias_gradient as triton_bias_gradient
 from fusemesh.kernels.attention.gpu import forward as triton_forward
@@ -88,15 +88,15 @@ def run(case: AttentionCase, kernels: Any = None, **changed: torch.Tensor | None
     how the saved out was rounded. There backward gets out in fp32; flash_attention has a formula without that sum.
     """
     x: dict[str, Any] = {**case.inputs(), **changed}
-    options = case.options(x)
+    call = case.call(x)
     forward, backward = (triton_forward, triton_backward) if kernels is None else (kernels, kernels)
-    out, lse = forward.forward(x["q"], x["k"], x["v"], **options)
+    out, lse = forward.forward(x["q"], x["k"], x["v"], call)
     saved = out
     if x["bias"] is not None and x["bias"].shape[3] == 1:
-        wide = {**options, "bias": x["bias"].double()}
-        saved = reference.forward(*(x[name].double() for name in "qkv"), **wide)[0].float()
+        wide = call.replace(bias=x["bias"].double())
+        saved = reference.forward(*(x[name].double() for name in "qkv"), wide)[0].float()
     dq, dk, dv, dbias, dsinks = backward.backward(
-        x["do"], x["q"], x["k"], x["v"], saved, lse, x["dlse"], **options, bias_grad=x["bias"] is not None
+        x["do"], x["q"], x["k"], x["v"], saved, lse, x["dlse"], call, bias_grad=x["bias"] is not None
     )
     result = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     if dbias is not None:

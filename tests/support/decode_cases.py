@@ -52,7 +52,7 @@ def run(case: DecodeCase, backend: str, **changed: Any) -> tuple[torch.Tensor, t
     for name in ("k_new", "v_new"):
         guarded[name] = None if guarded[name] is None else poison.surround(guarded[name]).view
     with poison.poisoned_empty():
-        out, lse = case.call(guarded, backend, return_lse=True)
+        out, lse = case.run(guarded, backend, return_lse=True)
     caches.check(x)
     return out, lse
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...attention.call import score_mods
+from ...attention.call.options import Call
 from ...attention.call.spec import AttentionSpec, Origin, out_dtype
 from ...attention.dense.api import flash_attention
 from ...testing import attention as expectations
@@ -190,16 +191,16 @@ class AttentionCase:
             **common.numbers_of(self.mods(self._mod_tensors("cpu"))),
         )
 
-    def options(self, x: Inputs) -> dict[str, Any]:
-        """Return the keyword arguments of a backend's functions besides those for gradients."""
+    def call(self, x: Inputs) -> Call:
+        """Return the call as a backend's functions take it."""
         tensors = {name: x[name] for name in ("mask", "bias", "origin", "sinks", "seed")}
-        return {**tensors, "aux": common.aux_of(self.mods(x)), "spec": self.spec}
+        return Call(self.spec, aux=common.aux_of(self.mods(x)), **tensors)
 
     def leaves(self, x: Inputs) -> tuple[str, ...]:
         """Return the names of the inputs that have a gradient."""
         return tuple(name for name in ("q", "k", "v", "bias", "sinks") if x.get(name) is not None)
 
-    def call(self, x: Inputs, backend: str, *, return_lse: bool = False) -> Any:
+    def run(self, x: Inputs, backend: str, *, return_lse: bool = False) -> Any:
         """Return what the public function returns."""
         descale = None if self.descale is None else tuple(x[f"descale_{name}"] for name in "qkv")
         return flash_attention(
@@ -233,7 +234,7 @@ class AttentionCase:
         """Return out, lse and every gradient, through the public function."""
         leaves = self.leaves(x) if "backward" in self.directions else ()
         tape = {**x, **{name: x[name].detach().requires_grad_() for name in leaves}}
-        out, lse = self.call(tape, backend, return_lse=True)
+        out, lse = self.run(tape, backend, return_lse=True)
         results = {"out": out.detach(), "lse": lse.detach()}
         if leaves:
             outputs, upstream = ([out, lse], [x["do"], x["dlse"]]) if self.dlse else ([out], [x["do"]])
@@ -247,7 +248,7 @@ class AttentionCase:
         tensors: dict[str, Any] = {name: self._wide(x, name) for name in "qkv"}
         if direction in self.directions and direction == "backward":
             tensors |= {"do": x["do"], "dlse": x["dlse"]}
-        return [Part(everything, everything, everything, expectations.expected(**tensors, **self.options(x)))]
+        return [Part(everything, everything, everything, expectations.expected(**tensors, call=self.call(x)))]
 
     def _wide(self, x: Inputs, name: str) -> torch.Tensor:
         """One of q, k and v as it is, or if it is of fp8 in bf16, which holds it exactly, multiplied by its factor."""
@@ -279,10 +280,10 @@ class AttentionCase:
             for i in heads:
                 one: dict[str, Any] = {name: self._wide(x, name)[batch, kv_head] for name in ("k", "v")}
                 one |= {"q": self._wide(x, "q")[batch, i : i + 1]}
-                one |= {name: x[name][batch, i : i + 1] for name in ("do", "bias") if x[name] is not None}
-                if direction == "forward":
-                    del one["do"]
-                wanted.append(expectations.expected(**one, spec=self.spec))
+                if direction == "backward":
+                    one["do"] = x["do"][batch, i : i + 1]
+                bias = None if x["bias"] is None else x["bias"][batch, i : i + 1]
+                wanted.append(expectations.expected(**one, call=Call(self.spec, bias=bias)))
             want = _join_heads(wanted, out_dtype(self.torch_dtype))
             parts.append(Part(batch, slice(heads.start, heads.stop), kv_head, want))
         return parts

@@ -177,7 +177,7 @@ class DecodeCase:
         """Return the names of the inputs that have a gradient: none."""
         return ()
 
-    def call(self, x: Inputs, backend: str, *, return_lse: bool = False) -> Any:
+    def run(self, x: Inputs, backend: str, *, return_lse: bool = False) -> Any:
         """Return what the public function returns; it appends to the caches of ``x``."""
         positional = self.causal or self.window is not None or self.alibi is not None
         names = ("cache_lens", "block_table", "cache_starts", "k_new", "v_new", "mask", "bias", "alibi_slopes", "sinks")
@@ -199,7 +199,7 @@ class DecodeCase:
     def compute(self, x: Inputs, backend: str) -> Tensors:
         """Return out, lse and the caches as the call leaves them; those of ``x`` stay as they are."""
         caches = {name: x[name].clone() for name in ("k_cache", "v_cache") if x[name] is not None}
-        out, lse = self.call({**x, **caches}, backend, return_lse=True)
+        out, lse = self.run({**x, **caches}, backend, return_lse=True)
         return {"out": out, "lse": lse, **caches}
 
     def exact(self, x: Inputs, dtype: torch.dtype, sequences: list[int] | None = None) -> Answer:

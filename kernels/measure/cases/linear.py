@@ -87,7 +87,7 @@ class LinearCase:
         """Return the names of the inputs that have a gradient."""
         return tuple(name for name in x if name != "dy")
 
-    def call(self, x: Inputs, backend: str) -> torch.Tensor:
+    def run(self, x: Inputs, backend: str) -> torch.Tensor:
         """Return what the public function returns."""
         return fused_linear(
             x["x"],
@@ -114,7 +114,7 @@ class LinearCase:
 
     def compute(self, x: Inputs, backend: str) -> Tensors:
         """Return y and every gradient, through the public function, on one tape."""
-        return self._on_one_tape(x, lambda tape: self.call(tape, backend), DIRECTIONS)
+        return self._on_one_tape(x, lambda tape: self.run(tape, backend), DIRECTIONS)
 
     def _on_one_tape(self, x: Inputs, call: Callable[[Inputs], torch.Tensor], directions: Any) -> Tensors:
         leaves = self.leaves(x) if "backward" in directions else ()

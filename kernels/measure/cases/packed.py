@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...attention.call import score_mods
+from ...attention.call.options import Call
 from ...attention.call.spec import AttentionSpec
 from ...attention.varlen.api import flash_attention_varlen
 from ...testing import attention as expectations
@@ -131,7 +132,7 @@ class PackedCase:
         """Return the names of the inputs that have a gradient."""
         return tuple(name for name in ("q", "k", "v", "bias", "sinks") if x[name] is not None)
 
-    def call(self, x: Inputs, backend: str, *, return_lse: bool = False) -> Any:
+    def run(self, x: Inputs, backend: str, *, return_lse: bool = False) -> Any:
         """Return what the public function returns."""
         return flash_attention_varlen(
             *(x[name] for name in ("q", "k", "v", "cu_q", "cu_k")),
@@ -155,7 +156,7 @@ class PackedCase:
         """Return out, lse and every gradient, through the public function."""
         leaves = self.leaves(x)
         tape = {**x, **{name: x[name].detach().requires_grad_() for name in leaves}}
-        out, lse = self.call(tape, backend, return_lse=True)
+        out, lse = self.run(tape, backend, return_lse=True)
         outputs, upstream = ([out, lse], [x["do"], x["dlse"]]) if self.dlse else ([out], [x["do"]])
         gradients = torch.autograd.grad(outputs, [tape[name] for name in leaves], upstream)
         named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
@@ -208,8 +209,9 @@ class PackedCase:
                 dropout_p=self.dropout,
                 **common.numbers_of(mods),
             )
-            aux = common.aux_of(mods)
-            wanted.append(expectations.expected(**part, spec=spec, aux=aux, sinks=x["sinks"], seed=x["seed"]))
+            tensors = {name: part.pop(name) for name in ("mask", "bias") if name in part}
+            call = Call(spec, aux=common.aux_of(mods), sinks=x["sinks"], seed=x["seed"], **tensors)
+            wanted.append(expectations.expected(**part, call=call))
         return wanted
 
     def packed(self, want: list[expectations.Expected]) -> expectations.Expected:
