@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -285,7 +286,10 @@ class Pipeline:
             parameter.grad = None
         yield
         for parameter, earlier in before:
-            parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
+            if parameter.grad is None:
+                parameter.grad = earlier
+            else:
+                _own_part(parameter.grad).add_(_own_part(earlier))
 
     def _microbatch_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = self.parts.stages[self.parts.num_stages - 1].summed_loss(output, targets)
@@ -369,18 +373,31 @@ def clip_gradients(model: nn.Module, max_norm: float, *, foreach: bool | None = 
     """Scale the gradients of a parallelized model down to ``max_norm``, in any layout; every rank calls it.
 
     Args:
-        foreach: see ``torch.nn.utils.clip_grad_norm_``.
+        foreach: see ``torch.nn.utils.clip_grad_norm_``. The default is False for a model on CPU: it would save nothing
+            there, and DTensor plans every call with a list of tensors anew, a second of each rank in every layout.
 
     Returns:
-        The norm before clipping, of every parameter of all stages once; perhaps a DTensor.
+        The norm before clipping, of every parameter of all stages once.
     """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if foreach is None and all(parameter.device.type == "cpu" for parameter in parameters):
+        foreach = False
     pipeline = model.pipeline if isinstance(model, PipelinedModel) else None
-    if pipeline is None:
-        return nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=foreach)
-    gradients = [parameter.grad for parameter in pipeline.counted() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=foreach)
+    counted = parameters if pipeline is None else pipeline.counted()
+    norm = nn.utils.get_total_norm([p.grad for p in counted if p.grad is not None], foreach=foreach)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    norm = pipeline.sum_over_stages(norm.square()).sqrt()
-    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm, foreach=foreach)
+    if pipeline is not None:
+        norm = pipeline.sum_over_stages(norm.square()).sqrt()
+    owners: Any = [SimpleNamespace(grad=_own_part(p.grad)) for p in parameters if p.grad is not None]
+    nn.utils.clip_grads_with_norm_(owners, max_norm, norm, foreach=foreach)
     return norm
+
+
+@torch.no_grad()
+def _own_part(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the part of a gradient that this rank holds, for arithmetic in place that is the same in every element.
+
+    On a DTensor the same takes a second of each rank, which plans it for every shape and layout.
+    """
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

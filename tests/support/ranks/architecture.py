@@ -96,7 +96,7 @@ def _step(model: Transformer, kind: str, mine: slice, total) -> Found:
         if p.grad is not None
     }
     gradients = {name: value.detach().clone() for name, value in plain.items()}
-    norm = clip_gradients(model, 1e9, foreach=False)
+    norm = clip_gradients(model, 1e9)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     half = slice(0, BATCH // 2)
     logits = model.logits(tokens[half], **{name: value[half] for name, value in inputs.items()})
