@@ -28,10 +28,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusemesh import benchmark, config
+from fusemesh import config
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner import hardware as stated
 from fusemesh.hybrid.planner import measure, search
+from fusemesh.kernels.measure import results
 from fusemesh.run import planning
 
 LAYOUTS = (
@@ -157,9 +158,9 @@ def main() -> int:
         row["predicted_s"], row["by_kind"] = choice.cost.seconds, choice.cost.by_kind()
         row["predicted_bytes"], row["phases"] = choice.memory.tensors, dict(choice.memory.phases)
     result = summarise(rows)
-    record = benchmark.machine()
-    path = Path(options.output or Path("bench", "results", benchmark.machine_name(record), "planner.json"))
-    written = benchmark.write_results(
+    record = results.machine()
+    path = Path(options.output or Path("bench", "results", results.machine_name(record), "planner.json"))
+    written = results.write_results(
         path, {"stage": "planner", "machine": record, "settings": SETTINGS, "hardware": machine.as_dict(), **result}
     )
     print(table(result), f"written to {written}", sep="\n")
