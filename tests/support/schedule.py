@@ -13,7 +13,7 @@ SECONDS = {
     "tests/app/test_planning.py": 0.3,
     "tests/app/test_tasks.py": 1.5,
     "tests/app/test_trainer.py": 1.0,
-    "tests/bench/test_gpu_cases.py": 0.3,
+    "tests/bench/test_verification.py": 0.3,
     "tests/bench/test_on_gpu.py": 0.2,
     "tests/hybrid/test_architectures.py": 2.0,
     "tests/hybrid/test_checkpoint.py": 2.0,
