@@ -1,4 +1,4 @@
-"""Packed attention in Triton: the kernels of triton_forward.py and triton_backward.py on views of packed tensors."""
+"""Packed attention in Triton: the kernels of forward.py and backward.py on views of packed tensors."""
 
 from __future__ import annotations
 

@@ -221,9 +221,7 @@ def _range_kernel(
     WHOLE_ROWS: tl.constexpr,
     WHOLE_COLUMNS: tl.constexpr,
 ):
-    ranges = masks.tile_range(
-        i_start, lo, hi, rows, columns, 16, 32, HAS_LEFT, HAS_RIGHT, WHOLE_ROWS, WHOLE_COLUMNS
-    )
+    ranges = masks.tile_range(i_start, lo, hi, rows, columns, 16, 32, HAS_LEFT, HAS_RIGHT, WHOLE_ROWS, WHOLE_COLUMNS)
     for PART in tl.static_range(3):
         i_from, i_to = masks.range_part(ranges, PART)
         tl.store(p_out + 2 * PART, i_from)
