@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.support import schedule
 
 if TYPE_CHECKING:
     from fusemesh.hybrid.ranks.testing import RankPool
@@ -26,9 +29,23 @@ def rank_pool() -> Iterator[RankPool]:
         yield ranks
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What a plain ``pytest`` cannot run in this process is skipped, with the command that runs it.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="i/n", help="run the i-th of n parts of the selected tests (make test-all)")
+
+
+def pytest_configure() -> None:
+    # Everything that collection makes stays: Python's collector need not look for garbage in it, now or later.
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
+    """Skip what this process cannot run, with the command that runs it; then choose the part, and the order.
 
     Triton's interpreter is on or off for a whole process, so the suite is two runs (``make test``).
     """
@@ -38,3 +55,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="run it by TRITON_INTERPRET=1 pytest -m interpreter"))
         if is_interpreting and item.get_closest_marker("aot"):
             item.add_marker(pytest.mark.skip(reason="run it without TRITON_INTERPRET"))
+    yield
+    if text := config.getoption("--part"):
+        try:
+            number, count = schedule.parse_part(text)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+        chosen = schedule.part(items, number, count)
+        kept = {item.nodeid for item in chosen}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = chosen
+    items[:] = schedule.in_order(items)

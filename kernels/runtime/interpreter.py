@@ -13,10 +13,9 @@ forward relies on getting the same ones: where scores reach 60, the difference a
 budget. Here dots are summed in one order, in steps of 8 products of fp32 or 16 of half precision, as the hardware's
 instructions do.
 
-The last repair is for speed: the interpreter prepares ``triton.language`` anew for every call of one jit function by
-another, which takes longer than most such functions run; a kernel made of small functions spends half its time there.
+Beside these repairs stand those that only save time (:mod:`.interpreter_speed`).
 
-:func:`install` replaces three methods of the interpreter's builder and that preparation.
+:func:`install` replaces three methods of the interpreter's builder, and what the others name.
 ``fusemesh.kernels.runtime.launch.launch`` installs before every interpreted launch, so callers need nothing;
 :func:`disabled` takes the repairs away for the test that shows they are needed.
 """
@@ -30,10 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import interpreter_speed
+
 _METHODS = ("create_dot", "cast_impl", "create_fp_to_fp")
 
 # (object, attribute) -> what Triton has there; empty while nothing is installed
-_originals: dict[tuple[Any, str], Callable[..., Any]] = {}
+_originals: dict[tuple[Any, str], Any] = {}
 _disabled = False
 
 
@@ -117,24 +118,6 @@ def _replacements(interpreter: Any) -> dict[str, Callable[..., Any]]:
     return {"create_dot": create_dot, "cast_impl": cast_impl, "create_fp_to_fp": create_fp_to_fp}
 
 
-def _prepare_once(interpreter: Any) -> Callable[[Any], Any]:
-    """``interpreter._patch_lang`` that does nothing for a function called by one for which it was done already."""
-    import triton.language as tl
-
-    original = interpreter._patch_lang
-    is_builtin = tl.core.is_builtin
-
-    def patch_lang(fn: Any) -> Any:
-        # A launch restores what it replaced when it ends, so what is replaced now was replaced by the running launch.
-        running = not is_builtin(tl.tensor.__add__)
-        modules = [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
-        if running and modules and not any(is_builtin(module.load) for module in modules):
-            return interpreter._LangPatchScope()
-        return original(fn)
-
-    return patch_lang
-
-
 def install() -> None:
     """Repair the interpreter of this process. Does nothing if it is repaired already, or within :func:`disabled`."""
     if _originals or _disabled:
@@ -150,12 +133,13 @@ def install() -> None:
             f"triton {triton.__version__}: InterpreterBuilder has no {', '.join(missing)}, so its bfloat16 and fp8 "
             "arithmetic cannot be repaired; use triton 3.6 to 3.9"
         )
-    replacements = {(builder, name): function for name, function in _replacements(interpreter).items()}
-    if hasattr(interpreter, "_patch_lang"):
-        replacements[interpreter, "_patch_lang"] = _prepare_once(interpreter)
-    for (owner, name), function in replacements.items():
+    replacements: dict[tuple[Any, str], Any] = {
+        (builder, name): function for name, function in _replacements(interpreter).items()
+    }
+    replacements.update(interpreter_speed.replacements(interpreter))
+    for (owner, name), replacement in replacements.items():
         _originals[owner, name] = getattr(owner, name)
-        setattr(owner, name, function)
+        setattr(owner, name, replacement)
 
 
 def uninstall() -> None:

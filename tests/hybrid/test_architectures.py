@@ -35,18 +35,35 @@ def check(found: list[ranks.Found], want: ranks.Found, tolerance: float) -> None
             assert difference <= tolerance * scale.masked_fill(scale.isinf(), 0).abs().max(), (name, difference.item())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+LAYOUTS = [
+    ("dp2 x tp2", True),
+    ("pp2 x tp2", False),
+    ("tp4", True),
+    ("tp4", False),
+    ("fsdp2 x tp2", True),
+    ("pp2 x tp2", True),
+    ("pp2 x fsdp2", True),
+    ("dp2 x pp2", True),
+]
+# Each kind in one layout with stages and one without, as far as it differs there; the others in the long sweep.
+NOW = [
+    ("class", "dp2 x tp2", True),
+    ("class", "pp2 x fsdp2", True),
+    ("span", "dp2 x tp2", True),
+    ("span", "pp2 x tp2", False),
+    ("translation", "pp2 x tp2", False),
+    ("translation", "pp2 x fsdp2", True),
+    ("translation-tied", "dp2 x tp2", True),
+    ("translation-tied", "pp2 x fsdp2", True),
+]
+
+
 @pytest.mark.parametrize(
-    ("layout", "sequence_parallel", "virtual"),
+    ("kind", "layout", "sequence_parallel"),
     [
-        ("dp2 x tp2", True, 1),
-        ("pp2 x tp2", False, 1),
-        pytest.param("tp4", True, 1, marks=pytest.mark.slow),
-        pytest.param("tp4", False, 1, marks=pytest.mark.slow),
-        pytest.param("fsdp2 x tp2", True, 1, marks=pytest.mark.slow),
-        pytest.param("pp2 x tp2", True, 1, marks=pytest.mark.slow),
-        ("pp2 x fsdp2", True, 1),
-        pytest.param("dp2 x pp2", True, 1, marks=pytest.mark.slow),
+        pytest.param(kind, *layout, marks=[] if (kind, *layout) in NOW else [pytest.mark.slow])
+        for layout in LAYOUTS
+        for kind in KINDS
     ],
 )
 def test_a_step_in_fp64(
@@ -55,14 +72,20 @@ def test_a_step_in_fp64(
     kind: str,
     layout: str,
     sequence_parallel: bool,
-    virtual: int,
 ) -> None:
-    found = rank_pool.run(ranks.on_layout, kind, layout, torch.float64, "reference", sequence_parallel, virtual)
+    found = rank_pool.run(ranks.on_layout, kind, layout, torch.float64, "reference", sequence_parallel)
     check(found, expected[kind], 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["translation", "translation-tied"])
-@pytest.mark.parametrize(("layout", "virtual"), [("pp4", 1), ("pp2 x tp2", 2)])
+@pytest.mark.parametrize(
+    ("kind", "layout", "virtual"),
+    [
+        ("translation-tied", "pp4", 1),
+        ("translation", "pp2 x tp2", 2),
+        pytest.param("translation", "pp4", 1, marks=pytest.mark.slow),
+        pytest.param("translation-tied", "pp2 x tp2", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_stages_within_encoder_and_decoder(
     rank_pool: RankPool, expected: dict[str, ranks.Found], kind: str, layout: str, virtual: int
 ) -> None:
@@ -85,17 +108,26 @@ def test_padding_and_what_no_target_counts_change_nothing(expected: dict[str, ra
         )
 
 
+GREEDY: dict = {}
+BEAMS = {"num_beams": 3}
+
+
+# Every layout searches in one of the two ways, each way with and without stages; the other in the long sweep.
 @pytest.mark.parametrize(
-    ("kind", "layout"),
+    ("kind", "layout", "options"),
     [
-        ("decoder", "dp2 x tp2"),
-        ("decoder", "pp2 x tp2"),
-        ("translation", "fsdp2 x tp2"),
-        ("translation", "pp2 x tp2"),
-        ("translation", "pp4"),
+        pytest.param(kind, layout, options, id=f"{kind}-{layout}-{name}", marks=marks)
+        for kind, layout, now in (
+            ("decoder", "dp2 x tp2", BEAMS),
+            ("decoder", "pp2 x tp2", GREEDY),
+            ("translation", "fsdp2 x tp2", GREEDY),
+            ("translation", "pp2 x tp2", BEAMS),
+            ("translation", "pp4", BEAMS),
+        )
+        for name, options in (("greedy", GREEDY), ("beams", BEAMS))
+        for marks in ([] if options is now else [pytest.mark.slow],)
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_generated_tokens(rank_pool: RankPool, kind: str, layout: str, options: dict) -> None:
     arguments = (torch.float64, "reference", options)
     (want,) = rank_pool.run(ranks.generated, kind, None, *arguments, ranks=1)

@@ -14,9 +14,14 @@ BUILD_FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENS
 FOLDERS = ("src", "kernels", "hybrid", "csrc")
 
 
+def compiler_found() -> str | None:
+    """Return the compiler that setup.py finds here, or None."""
+    return next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+
+
 def has_compiler() -> bool:
-    """Whether setup.py finds a compiler here."""
-    return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+    """Return whether setup.py finds a compiler here."""
+    return compiler_found() is not None
 
 
 def copy_tree(target: Path) -> Path:

@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 
 from ...runtime.launch import launch
-from ..call.packed import Packed
-from ..call.spec import AttentionSpec, empty_laid_out_like
-from ..call.tensors import unit_last_stride
+from ..call.options import Call
+from ..call.tensors import empty_laid_out_like, unit_last_stride
 from . import tiles
 from .bias_gradient import bias_gradient
 from .device.loads import ROW_PADDING, at_head, load_rows, padded
@@ -122,17 +121,9 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
+    call: Call,
     *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
     bias_grad: bool,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    packed: Packed | None = None,
-    descale: None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of :func:`forward.forward`, the same bits on every run.
 
@@ -144,8 +135,8 @@ def backward(
             is not 1, and may be expanded.
         out, lse: what the forward returned.
         dlse: gradient of lse, [B, H, Sq] fp32, any strides, or None.
+        call: as the forward takes it; lse and dlse of a packed call are contiguous.
         bias_grad: whether dbias is wanted.
-        packed: as the forward takes it; lse and dlse are then contiguous.
 
     Returns:
         dq, dk, dv in the shapes, dtypes and memory order of q, k, v; dbias in shape and dtype of bias, or None where
@@ -154,49 +145,45 @@ def backward(
         4 bytes a head and key or query.
 
     Raises:
-        ValueError: a dtype or head dimension that these kernels do not have.
+        ValueError: the call is beyond the limits of these kernels (backend.py).
     """
-    call = describe_call(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed)
-    for name, function in zip(spec.mods, call.mode.mod_backwards, strict=True):
-        if function is None:
-            raise ValueError(
-                f"score_mod: {name!r} has no gradient in Triton; register it with backward=, or use backend='reference'"
-            )
+    gpu = describe_call(q, k, v, call, needs_grad=True)
+    bias, sinks = call.bias, call.sinks
     do, out = unit_last_stride(do), unit_last_stride(out)
     bias_grad = bias_grad and bias is not None
-    values, dsink_rows = _row_values(call, do, out, lse, dlse)
+    values, dsink_rows = _row_values(gpu, do, out, lse, dlse)
     # Bias gradients that are constant over keys or queries need only sums that the other passes have at hand.
     has_rows = bias_grad and bias is not None and bias.shape[3] == 1
     has_columns = bias_grad and bias is not None and bias.shape[2] == 1 and not has_rows
     dq, dk, dv = (empty_laid_out_like(x, x.shape[-1]) for x in (q, k, v))
-    rows = _sums(call, call.seq_q) if has_rows else None
-    columns = _sums(call, call.seq_k) if has_columns else None
-    if packed is not None:
+    rows = _sums(gpu, gpu.seq_q) if has_rows else None
+    columns = _sums(gpu, gpu.seq_k) if has_columns else None
+    if call.packed is not None:
         # Rows that belong to no sequence are padding.
         for x in (dq, dk, dv):
             x.zero_()
-    inputs = (call.q, call.k, call.v, do)
-    size: tuple[Any, ...] = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, *call.mode.tile_dims)
+    inputs = (gpu.q, gpu.k, gpu.v, do)
+    size: tuple[Any, ...] = (gpu.target, q.dtype, gpu.mode.block_d, gpu.mode.block_dv, *gpu.mode.tile_dims)
     tile = tiles.choose_dkdv(*size)
     launch(
         attention_dkdv_kernel,
-        (triton.cdiv(call.seq_k, tile.block_n) * call.batch * k.shape[1],),
-        call.views(*inputs, dk, dv),
+        (triton.cdiv(gpu.seq_k, tile.block_n) * gpu.batch * k.shape[1],),
+        gpu.views(*inputs, dk, dv),
         values,
         columns,
-        *call.arguments(tile, along_keys=False),
-        MODE=call.mode,
+        *gpu.arguments(tile, along_keys=False),
+        MODE=gpu.mode,
         **tile.launch_arguments(),
     )
     tile = tiles.choose_dq(*size)
     launch(
         attention_dq_kernel,
-        (triton.cdiv(call.seq_q, tile.block_m) * call.batch * call.heads,),
-        call.views(*inputs, dq),
+        (triton.cdiv(gpu.seq_q, tile.block_m) * gpu.batch * gpu.heads,),
+        gpu.views(*inputs, dq),
         values,
         rows,
-        *call.arguments(tile, along_keys=True),
-        MODE=call.mode,
+        *gpu.arguments(tile, along_keys=True),
+        MODE=gpu.mode,
         **tile.launch_arguments(),
     )
     dbias = None
@@ -206,7 +193,7 @@ def backward(
         elif columns is not None:
             dbias = columns.unsqueeze(2).sum_to_size(bias.shape).to(bias.dtype)
         else:
-            dbias = bias_gradient(call, do, values, bias)
+            dbias = bias_gradient(gpu, do, values, bias)
     dsinks = None if sinks is None or dsink_rows is None else dsink_rows.sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
 

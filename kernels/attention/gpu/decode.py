@@ -8,12 +8,10 @@ import torch
 import triton
 
 from ...runtime.launch import dot_precision, launch, target_of
-from ..call.spec import empty_laid_out_like
-from ..call.tensors import unit_last_stride
-from ..call.validation import wrong
+from ..call.tensors import empty_laid_out_like, unit_last_stride
 from ..decode.spec import DecodeCall
-from ..decode.validation import why_not_triton
 from . import decode_tiles as tiles
+from .backend import TRITON
 from .decode_kernels import (
     CacheLayout,
     Results,
@@ -32,22 +30,15 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         out [B, H, Sq, Dv] in q's dtype and order of dimensions in memory, and lse [B, H, Sq], natural log, fp32.
 
     Raises:
-        ValueError: a dtype or head dimension that these kernels do not have, or not on this GPU.
+        ValueError: the call is beyond the limits of these kernels (backend.py).
     """
-    unfit = why_not_triton(call.q, call.v_dim)
-    if unfit is not None:
-        name, expected, received = unfit
-        raise wrong(name, f"{expected} for backend='triton'", received, "use backend='reference'")
+    TRITON.check(call.request())
     B, H, Sq, d = call.q.shape
     Hkv = call.k_cache.shape[1]
     target = target_of(call.q.device)
     rows = H // max(Hkv, 1) * Sq
     latent = call.v_cache is None
     plan = tiles.choose(target, call.q.dtype, d, call.v_dim, latent, rows, B * Hkv, call.capacity)
-    if not tiles.is_valid(plan.tile, target, call.q.dtype, d, call.v_dim, latent):
-        expected = f"head dims whose tiles fit the {target.shared_memory} bytes of shared memory of {target.name}"
-        received = f"D {d}, Dv {call.v_dim}, {call.q.dtype}"
-        raise wrong("q", expected, received, "use a 16-bit dtype or backend='reference'")
     layout = _layout(call, plan.splits)
     out = empty_laid_out_like(call.q, call.v_dim)
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=call.q.device)
@@ -87,7 +78,7 @@ def _attend(
     call: DecodeCall, plan: tiles.SplitPlan, layout: CacheLayout, mode: Mode, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Fill out and lse: in one pass, or in splits and their combination."""
-    q, spec, splits = unit_last_stride(call.q), call.spec, plan.splits
+    q, spec, splits = unit_last_stride(call.q), call.call.spec, plan.splits
     B, H, Sq, _ = q.shape
     Hkv, capacity = call.k_cache.shape[1], call.capacity
     group, rows = H // max(Hkv, 1), B * H * Sq
@@ -96,7 +87,7 @@ def _attend(
     if call.block_table is not None and k_cache.shape[0] == 0:
         k_cache = k_cache.new_zeros((1, *k_cache.shape[1:]))
         v_cache = None if v_cache is None else v_cache.new_zeros((1, *v_cache.shape[1:]))
-    softmax = softmax_of(call.sinks, None, spec, fold_scale=mode.fold_scale, natural=mode.natural)
+    softmax = softmax_of(call.call, fold_scale=mode.fold_scale, natural=mode.natural)
     part = stats = None
     if splits > 1:
         part = torch.empty((splits, rows, call.v_dim), dtype=torch.float32, device=q.device)
@@ -108,9 +99,9 @@ def _attend(
         (*_view(q), *_view(k_cache), *_view(v_cache), *_view(out)),
         _slots(call),
         results,
-        scores_of(call.mask, call.bias, spec),
+        scores_of(call.call),
         softmax,
-        (*call.aux, *spec.params),
+        (*call.call.aux, *spec.params),
         (Hkv, group),
         # Beyond what the cache and the queries span a window hides nothing, and so the sums stay in 32 bits.
         min(spec.window_left or 0, capacity + Sq),
@@ -175,19 +166,20 @@ def _layout(call: DecodeCall, splits: int) -> CacheLayout:
 def _mode(call: DecodeCall, precision: str) -> Mode:
     """What the kernels are compiled for; the columns of a key are in :class:`CacheLayout`."""
     natural = call.q.dtype == torch.float32
+    options = call.call
     return Mode(
         d=call.q.shape[3],
         dv=call.v_dim,
         block_d=0,
         block_dv=tiles.padded(call.v_dim),
-        mask_dims=dims(call.mask),
-        bias_dims=dims(call.bias),
-        has_left=call.spec.window_left is not None,
-        has_right=call.spec.window_right is not None,
+        mask_dims=dims(options.mask),
+        bias_dims=dims(options.bias),
+        has_left=options.spec.window_left is not None,
+        has_right=options.spec.window_right is not None,
         has_origin=False,
-        fold_scale=folds_scale(call.bias, call.spec),
+        fold_scale=folds_scale(options),
         natural=natural,
         precision=precision,
-        has_sinks=call.sinks is not None,
-        **mods_of(call.spec, call.aux),
+        has_sinks=options.sinks is not None,
+        **mods_of(options),
     )

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ...runtime.launch import launch
-from ..call.packed import Packed
-from ..call.spec import AttentionSpec, empty_laid_out_like
+from ..call.options import Call
+from ..call.tensors import empty_laid_out_like
 from . import tiles
 from .device.dropout import kept
 from .device.loads import load_rows, store_rows
@@ -171,36 +171,15 @@ def attention_forward_kernel(
     tl.store(p_lse + i_row + o_m, b_lse, mask=o_m < place.Sq)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    packed: Packed | None = None,
-    descale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp on the GPU that holds the tensors (or in Triton's interpreter).
 
     Args:
         q: [B, H, Sq, D], fp32, fp16, bf16 or fp8 e4m3; D and Dv from 16 to 256.
         k: [B, Hkv, Sk, D], H a multiple of Hkv.
         v: [B, Hkv, Sk, Dv].
-        mask: bool, True = attend, 4-D, each dim 1 or that of [B, H, Sq, Sk], any strides; or None.
-        bias: added to the scores, likewise; or None.
-        origin: int64 [4] on the device = origins of q, k, head and batch, added to those of ``spec``; or None.
-        spec: scale, window, origins, score mods and dropout.
-        aux: the tensors of the score mods, contiguous.
-        sinks: [H], a logit of each head that joins the denominator; or None.
-        seed: int64 [1] on the device, of dropout; or None.
-        packed: where the sequences of tensors with B = 1 lie; mask and bias are then for its batch and longest lengths.
-        descale: fp32 [B, Hkv, 3], of fp8's q, k and v; or None.
+        call: everything else. Packed tensors have B = 1; mask and bias are then for the batch of their sequences and
+            the longest lengths.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype (bf16 for fp8) and order of dimensions in memory, and lse [B, H, Sq], natural
@@ -209,25 +188,25 @@ def forward(
     q, k or v whose last stride is not 1 is copied; nothing else is.
 
     Raises:
-        ValueError: a dtype or head dimension that these kernels do not have.
+        ValueError: the call is beyond the limits of these kernels (backend.py).
     """
-    call = describe_call(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed, descale)
+    gpu = describe_call(q, k, v, call)
     out = empty_laid_out_like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if packed is not None:
+    if call.packed is not None:
         # Rows that belong to no sequence are padding.
         out.zero_()
         lse.fill_(float("-inf"))
-    mode = call.mode
-    tile = tiles.choose_forward(call.target, q.dtype, mode.block_d, mode.block_dv, *mode.tile_dims)
+    mode = gpu.mode
+    tile = tiles.choose_forward(gpu.target, q.dtype, mode.block_d, mode.block_dv, *mode.tile_dims)
     launch(
         attention_forward_kernel,
-        (triton.cdiv(call.seq_q, tile.block_m) * call.batch * call.heads,),
-        call.views(call.q, call.k, call.v, out),
+        (triton.cdiv(gpu.seq_q, tile.block_m) * gpu.batch * gpu.heads,),
+        gpu.views(gpu.q, gpu.k, gpu.v, out),
         lse,
-        *call.arguments(tile, along_keys=True),
+        *gpu.arguments(tile, along_keys=True),
         q.shape[2],
-        MODE=call.mode,
+        MODE=gpu.mode,
         **tile.launch_arguments(),
     )
     return out, lse

@@ -1,4 +1,4 @@
-"""What the Triton attention launchers share: their limits, and the arguments that every kernel takes."""
+"""One call of attention as the Triton kernels take it: checked, and as the arguments that every kernel has."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 import triton
 
+from ...backend_record import Request
 from ...runtime.launch import Target, dot_precision, target_of
-from ..call.choice import HEAD_DIMS
+from ..call.options import Call
 from ..call.packed import Packed
-from ..call.spec import FP8, AttentionSpec
+from ..call.spec import AttentionSpec
 from ..call.tensors import unit_last_stride
+from .backend import TRITON
 from .mask_tiles import shown_tiles
 from .mode import Mode, Positions, Scores, Softmax, dims, folds_scale, mods_of, scores_of, softmax_of
 from .tiles import Tile
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, FP8)
 
 
 @dataclass(frozen=True)
@@ -78,64 +78,38 @@ class GpuCall:
 
 
 def describe_call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    packed: Packed | None = None,
-    descale: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, *, needs_grad: bool = False
 ) -> GpuCall:
-    """Check these kernels' own limits and gather the arguments of forward and backward.
+    """Check the limits of backend ``triton`` and return what forward and backward take of the call.
 
     Raises:
-        ValueError: a dtype or head dimension that these kernels do not have.
+        ValueError: the call is beyond these limits.
     """
-    if q.dtype not in DTYPES:
-        raise ValueError(
-            f"q: backend 'triton' computes {', '.join(str(dtype) for dtype in DTYPES)}, received {q.dtype}; convert "
-            "the tensors or use backend='reference'"
-        )
-    for name, tensor in (("q", q), ("v", v)):
-        if not HEAD_DIMS[0] <= tensor.shape[-1] <= HEAD_DIMS[1]:
-            raise ValueError(
-                f"{name}: backend 'triton' takes head dimensions from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, received "
-                f"{tensor.shape[-1]}; use backend='reference'"
-            )
+    TRITON.check(Request("attention", q.device, q.dtype, (q.shape[-1], v.shape[-1]), call, needs_grad))
     target = target_of(q.device)
-    if q.dtype == FP8 and not has_fp8(target):
-        raise ValueError(
-            f"q: backend 'triton' computes {FP8} on GPUs from sm_89, this one is {target.name}; convert the tensors to "
-            "bfloat16, or use backend='reference'"
-        )
+    spec, packed, origin = call.spec, call.packed, call.origin
     natural = q.dtype == torch.float32
-    seed = seed if spec.dropout_p > 0 else None
-    fold_scale = folds_scale(bias, spec)
+    fold_scale = folds_scale(call)
     d, dv = q.shape[-1], v.shape[-1]
     mode = Mode(
         d=d,
         dv=dv,
         block_d=triton.next_power_of_2(d),
         block_dv=triton.next_power_of_2(dv),
-        mask_dims=dims(mask),
-        bias_dims=dims(bias),
+        mask_dims=dims(call.mask),
+        bias_dims=dims(call.bias),
         has_left=spec.window_left is not None,
         has_right=spec.window_right is not None,
         has_origin=origin is not None,
         fold_scale=fold_scale,
         natural=natural,
         precision=dot_precision(target, q.dtype),
-        has_sinks=sinks is not None,
+        has_sinks=call.sinks is not None,
         has_dropout=spec.dropout_p > 0,
         has_lengths=packed is not None,
         is_bottom_right=packed is not None and packed.is_bottom_right,
-        has_descale=descale is not None,
-        **mods_of(spec, aux),
+        has_descale=call.descale is not None,
+        **mods_of(call),
     )
     if packed is None:
         sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
@@ -149,10 +123,10 @@ def describe_call(
         q=unit_last_stride(q),
         k=unit_last_stride(k),
         v=unit_last_stride(v),
-        scores=scores_of(mask, bias, spec, descale),
-        softmax=softmax_of(sinks, seed, spec, fold_scale=fold_scale, natural=natural),
+        scores=scores_of(call),
+        softmax=softmax_of(call, fold_scale=fold_scale, natural=natural),
         positions=Positions(origin, *((None, None) if packed is None else (packed.cu_q, packed.cu_k))),
-        mod_inputs=(*aux, *spec.params),
+        mod_inputs=(*call.aux, *spec.params),
         origins=(
             _signed(spec.origin_q),
             _signed(spec.origin_k),
@@ -174,11 +148,6 @@ def describe_call(
 def _signed(position: int) -> int:
     """Modulo 2^32, as the kernels count positions, and of one integer type whatever it is."""
     return (position + 2**31) % 2**32 - 2**31
-
-
-def has_fp8(target: Target) -> bool:
-    """Whether the target's matrix units take e4m3 as torch.float8_e4m3fn stores it (AMD's gfx942 has another one)."""
-    return target.vendor == "interpreter" or (target.vendor == "cuda" and int(target.arch) >= 89)
 
 
 def _window(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec) -> tuple[int, int]:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..call.options import Call
 from ..call.score_mods import split
-from ..call.spec import AttentionSpec, dropout_threshold
+from ..call.spec import dropout_threshold
 from .device import mods as builtin_mods
-
-MOST_MODS = 3  # softcap, ALiBi and one of the user's
 
 
 class Scores(NamedTuple):
@@ -141,21 +140,10 @@ class Mode:
 _FUNCTIONS = ("mods", "mod_backwards")
 
 
-def mods_of(spec: AttentionSpec, aux: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    """The fields of :class:`Mode` that describe the call's mods.
-
-    Raises:
-        ValueError: a mod that has no Triton function, or too many mods.
-    """
-    if len(spec.mods) > MOST_MODS:
-        raise ValueError(f"score_mod: expected at most {MOST_MODS} in a chain, received {spec.mods}; join two in one")
-    parts = split(spec.mods, aux, spec.params)
-    for mod, _, _ in parts:
-        if mod.forward is None:
-            raise ValueError(
-                f"score_mod: {mod.name!r} has no Triton function; register it with forward=, or use backend='reference'"
-            )
-    ends = [(0, len(aux))]
+def mods_of(call: Call) -> dict[str, Any]:
+    """Return the fields of :class:`Mode` that describe the call's mods."""
+    parts = split(call.spec.mods, call.aux, call.spec.params)
+    ends = [(0, len(call.aux))]
     for mod, *_ in parts:
         ends.append((ends[-1][0] + mod.num_aux, ends[-1][1] + mod.num_params))
     return {
@@ -173,33 +161,30 @@ def _function(function: Any) -> Any:
     return getattr(builtin_mods, function) if isinstance(function, str) else function
 
 
-def folds_scale(bias: torch.Tensor | None, spec: AttentionSpec) -> bool:
-    """Whether the scale is left to the softmax."""
+def folds_scale(call: Call) -> bool:
+    """Return whether the scale is left to the softmax."""
     # The softmax takes a row's maximum before it multiplies by the factor, which needs a positive one.
-    return bias is None and spec.scale > 0 and not spec.mods
+    return call.bias is None and call.spec.scale > 0 and not call.spec.mods
 
 
-def scores_of(
-    mask: torch.Tensor | None, bias: torch.Tensor | None, spec: AttentionSpec, descale: torch.Tensor | None = None
-) -> Scores:
-    """The kernels' view of what makes a call's scores."""
+def scores_of(call: Call) -> Scores:
+    """Return the kernels' view of what makes a call's scores."""
     return Scores(
-        None if mask is None else mask.view(torch.uint8),
-        bias,
-        descale,
-        *_strides(mask),
-        *_strides(bias),
-        float(spec.scale),
+        None if call.mask is None else call.mask.view(torch.uint8),
+        call.bias,
+        call.descale,
+        *_strides(call.mask),
+        *_strides(call.bias),
+        float(call.spec.scale),
     )
 
 
-def softmax_of(
-    sinks: torch.Tensor | None, seed: torch.Tensor | None, spec: AttentionSpec, *, fold_scale: bool, natural: bool
-) -> Softmax:
-    """The kernels' view of a call's softmax."""
+def softmax_of(call: Call, *, fold_scale: bool, natural: bool) -> Softmax:
+    """Return the kernels' view of a call's softmax."""
+    spec = call.spec
     return Softmax(
-        sinks,
-        seed,
+        call.sinks,
+        call.seed if spec.dropout_p > 0 else None,
         (spec.scale if fold_scale else 1.0) * (1.0 if natural else 1 / math.log(2)),
         1.0 / (1.0 - spec.dropout_p),
         dropout_threshold(spec.dropout_p),

@@ -6,8 +6,10 @@ queries, no keys and one query are among them, and rows of no sequence, which ho
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,19 +17,22 @@ import torch
 
 from fusemesh import Origin, flash_attention, flash_attention_varlen
 from fusemesh.kernels import aot, backends, env
+from fusemesh.kernels.attention.call.options import Call
+from fusemesh.kernels.attention.call.packed import Packed
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.varlen import ops as varlen_ops
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import any_device
 from fusemesh.kernels.testing import poison
-from tests.support.varlen_cases import FEATURES, IN_HALF_PRECISION, Inputs, by_loop, check_packed
+from tests.support.varlen_cases import FEATURES, IN_HALF_PRECISION, by_loop, run_and_compare
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_reference_is_a_loop_of_fixed_length_calls(feature: str) -> None:
-    inputs = Inputs(feature, torch.float64)
-    want = by_loop(inputs)
+    case = replace(FEATURES[feature], dtype="fp64")
+    x = case.inputs(index_dtype=torch.int64 if feature == "plain" else torch.int32)
+    want = by_loop(case, x)
     backends.reset_call_counts()
-    found = inputs.run("reference", torch.int64 if feature == "plain" else torch.int32)
+    found = case.compute(x, "reference")
     for name, value in want.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     assert backends.call_counts()["attention_varlen_forward", "reference"] == 1
@@ -37,20 +42,18 @@ def test_reference_is_a_loop_of_fixed_length_calls(feature: str) -> None:
 class TestTriton:
     @pytest.mark.parametrize("feature", FEATURES)
     def test_each_feature(self, feature: str) -> None:
-        inputs = Inputs(feature, torch.float32)
         with poison.poisoned_empty():
-            check_packed(inputs, inputs.run("triton"))
+            run_and_compare(FEATURES[feature], "triton")
 
     @pytest.mark.parametrize("feature", IN_HALF_PRECISION)
     def test_half_precision(self, feature: str) -> None:
-        inputs = Inputs(feature, torch.bfloat16)
         with poison.poisoned_empty():
-            check_packed(inputs, inputs.run("triton", torch.int64))
+            run_and_compare(replace(FEATURES[feature], dtype="bf16"), "triton", torch.int64)
 
     def test_same_bits_and_the_backend_meant(self) -> None:
-        inputs = Inputs("everything", torch.float32)
+        case = FEATURES["everything"]
         backends.reset_call_counts()
-        first, second = inputs.run("triton"), inputs.run("triton", torch.int64)
+        first, second = (case.compute(case.inputs(index_dtype=t), "triton") for t in (torch.int32, torch.int64))
         for name, value in first.items():
             assert torch.equal(value, second[name]), name
         counts = backends.call_counts()
@@ -58,13 +61,14 @@ class TestTriton:
 
     def test_nothing_beyond_the_tensors_is_touched(self) -> None:
         """Inputs lie in seas of NaN, with heads outside rows in memory; outputs have that order, too."""
-        inputs = Inputs("causal_bottom_right", torch.float32)
-        want = inputs.run("triton")
+        case = FEATURES["causal_bottom_right"]
+        x = case.inputs()
+        want = case.compute(x, "triton")
         for name in ("q", "k", "v", "do"):
-            inside = poison.surround(inputs.tensors[name].transpose(0, 1).contiguous())
-            inputs.tensors[name] = inside.view.transpose(0, 1)
+            inside = poison.surround(x[name].transpose(0, 1).contiguous())
+            x[name] = inside.view.transpose(0, 1)
         with poison.poisoned_empty():
-            found = inputs.run("triton")
+            found = case.compute(x, "triton")
         for name, value in want.items():
             assert torch.equal(value, found[name]), name
 
@@ -92,9 +96,10 @@ class TestTriton:
     def test_opcheck(self) -> None:
         """That what it returns has the promised strides; its autograd is TestOp's matter."""
         arguments = op_arguments(torch.float32, "triton")
-        torch.library.opcheck(
-            varlen_ops.attention_varlen_forward, arguments, test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(VARLEN_FORWARD, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+VARLEN_FORWARD = torch.ops.fusemesh.attention_varlen_forward.default
 
 
 def op_arguments(dtype: torch.dtype, backend: str, dropout_p: float = 0.25) -> tuple[Any, ...]:
@@ -106,42 +111,45 @@ def op_arguments(dtype: torch.dtype, backend: str, dropout_p: float = 0.25) -> t
 
     cu = torch.tensor([0, 2, 2, 6])
     mask = torch.rand(1, 1, 4, 4, generator=generator) > 0.2
-    tensors = (leaf(6, 2, 16), leaf(6, 1, 16), leaf(6, 1, 16), cu, cu, mask, leaf(3, 1, 4, 4), [], leaf(2))
+    tensors = (leaf(6, 2, 16), leaf(6, 1, 16), leaf(6, 1, 16))
+    options = {"mask": mask, "bias": leaf(3, 1, 4, 4), "sinks": leaf(2), "seed": torch.tensor([9])}
     spec = AttentionSpec(0.3, None, 0, dropout_p=dropout_p)
-    return *tensors, torch.tensor([9]), 4, 4, True, *varlen_ops.numbers_of(spec), backend
+    return *tensors, *varlen_ops.FIELDS.pack(Call(spec, **options, packed=Packed(cu, cu, 4, 4, True))), backend
 
 
 class TestOp:
     """On the reference, whose formulas are in fp64 here: what fused backends go through."""
 
     def test_opcheck(self) -> None:
-        torch.library.opcheck(varlen_ops.attention_varlen_forward, op_arguments(torch.float64, "reference"))
+        torch.library.opcheck(VARLEN_FORWARD, op_arguments(torch.float64, "reference"))
         q, k, v, *rest, backend = op_arguments(torch.float64, "reference")
-        out, lse = varlen_ops.attention_varlen_forward(q, k, v, *rest, backend)
+        out, lse = VARLEN_FORWARD(q, k, v, *rest, backend)
         saved = (torch.randn_like(out).requires_grad_(), q, k, v, out.detach(), lse.detach(), torch.randn_like(lse))
         # Tracing it with autograd would need the second derivative, which torch.compile does not take.
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-        arguments = (*saved, *rest, True, backend)
-        torch.library.opcheck(varlen_ops.attention_varlen_backward, arguments, test_utils=utilities)
+        arguments = (*saved, *rest, True, False, backend)
+        torch.library.opcheck(torch.ops.fusemesh.attention_varlen_backward.default, arguments, test_utils=utilities)
 
     def test_gradients(self) -> None:
-        q, k, v, cu_q, cu_k, mask, bias, aux, sinks, *rest = op_arguments(torch.float64, "reference")
+        q, k, v, *values, backend = op_arguments(torch.float64, "reference")
+        whole = varlen_ops.FIELDS.unpack(values)
+        bias, sinks = whole.bias, whole.sinks
 
         def call(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
-            arguments = (q, k, v, cu_q, cu_k, mask, bias, aux, sinks, *rest)
-            return varlen_ops.attention_varlen_forward(*arguments)[0]
+            return VARLEN_FORWARD(q, k, v, *varlen_ops.FIELDS.pack(whole.replace(bias=bias, sinks=sinks)), backend)[0]
 
         assert torch.autograd.gradcheck(call, (q, k, v, bias, sinks), fast_mode=True)
         assert torch.autograd.gradgradcheck(call, (q, k, v, bias, sinks), fast_mode=True, atol=1e-4)
 
     def test_a_bias_over_queries_moves_lse_alone(self) -> None:
-        q, k, v, cu_q, cu_k, mask, *_ = op_arguments(torch.float64, "reference")
+        q, k, v, *values, _ = op_arguments(torch.float64, "reference")
+        given = varlen_ops.FIELDS.unpack(values)
+        packed = dataclasses.replace(given.packed, is_bottom_right=False)
         bias = torch.randn(3, 2, 4, 1, dtype=torch.float64, requires_grad=True)
-        numbers = varlen_ops.numbers_of(AttentionSpec(0.3))
 
         def call(bias: torch.Tensor) -> torch.Tensor:
-            tail = (cu_q, cu_k, mask, bias, [], None, None, 4, 4, False, *numbers, "reference")
-            out, lse = varlen_ops.attention_varlen_forward(q.detach(), k.detach(), v.detach(), *tail)
+            values = varlen_ops.FIELDS.pack(Call(AttentionSpec(0.3), mask=given.mask, bias=bias, packed=packed))
+            out, lse = VARLEN_FORWARD(q.detach(), k.detach(), v.detach(), *values, "reference")
             return out.sum() + lse.masked_fill(lse == -math.inf, 0.0).square().sum()
 
         assert torch.autograd.gradcheck(call, bias)
@@ -306,7 +314,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"dropout_p": 1.0}, r"dropout_p: expected a number in \[0, 1\), received 1.0"),
     (
         {"backend": "torch"},
-        r"backend: expected one that takes packed sequences \(reference, cpu, triton\), received 'torch'",
+        r"backend: expected one that computes attention_varlen \(reference, cpu, triton\), received 'torch'",
     ),
     # What the reference finds when it reads them, and every backend under FUSEMESH_CHECK=1.
     (

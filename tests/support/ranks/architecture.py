@@ -96,7 +96,7 @@ def _step(model: Transformer, kind: str, mine: slice, total) -> Found:
         if p.grad is not None
     }
     gradients = {name: value.detach().clone() for name, value in plain.items()}
-    norm = clip_gradients(model, 1e9, foreach=False)
+    norm = clip_gradients(model, 1e9)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     half = slice(0, BATCH // 2)
     logits = model.logits(tokens[half], **{name: value[half] for name, value in inputs.items()})
@@ -135,7 +135,7 @@ def prompts(kind: str) -> list[torch.Tensor]:
 
 
 def generated(world: World, kind: str, name: str | None, dtype: torch.dtype, backend: str, options: dict) -> list:
-    """What a model adds to the prompts; sequence parallel is as it was afterwards."""
+    """Return the tokens that a model adds to the prompts; sequence parallel is as it was afterwards."""
     if name is None:
         model = build(kind, dtype, backend)
     else:

@@ -1,4 +1,4 @@
-"""What the ranks of tests/hybrid/test_checkpoint.py run: a small model, some steps, save and load."""
+"""Functions that ranks run for tests/hybrid/test_checkpoint.py: a small model, some steps, save and load."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def placed(world: World, text: str, seed: int, tied: bool) -> tuple[Transformer,
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return model, torch.optim.AdamW(groups, lr=1e-2)
+    # Fused: DTensor plans one operation in place of the dozen that the other way takes.
+    return model, torch.optim.AdamW(groups, lr=1e-2, fused=True)
 
 
 def train(model: Transformer, optimizer: torch.optim.Optimizer, layout: Layout, rank: int, steps: range) -> None:

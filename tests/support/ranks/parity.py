@@ -33,7 +33,7 @@ CONFIG = TransformerConfig(
     max_sequence_length=12,
     use_bias=True,
 )
-BATCH, LENGTH, STEPS = 4, 12, 3
+BATCH, LENGTH, STEPS = 4, 12, 2
 DEFAULTS = PipelineOptions()
 # Below the gradients' norm at every step, so that clipping scales them.
 MAX_NORM = 0.05
@@ -41,7 +41,7 @@ MAX_NORM = 0.05
 
 @dataclass(frozen=True)
 class Variant:
-    """What may differ from :data:`CONFIG` in a model: its runs are compared with one process's run of the same."""
+    """The options of a model that differ from :data:`CONFIG`: it is compared with one process's run of the same."""
 
     layers: int = CONFIG.num_layers
     tied: bool = False
@@ -67,7 +67,7 @@ class Case:
 
 @dataclass
 class Step:
-    """What one training step left behind on a rank: whole tensors, with pp those of its own stages."""
+    """The results of one training step on a rank: whole tensors, with pp those of its own stages."""
 
     loss: torch.Tensor
     norm: torch.Tensor
@@ -137,11 +137,10 @@ def train(
         else:
             loss = model.loss_and_gradients(tokens, targets, count)
         gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
-        # foreach=False: for a list of tensors DTensor plans a call anew, a second of each rank in every layout.
         if plain:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=False)
         else:
-            norm = clip_gradients(model, MAX_NORM, foreach=False)
+            norm = clip_gradients(model, MAX_NORM)
         optimizer.step()
         parameters = {name: whole(parameter) for name, parameter in model.named_parameters()}
         done.append(Step(total(loss.detach()) / count, whole(norm), gradients, parameters))
