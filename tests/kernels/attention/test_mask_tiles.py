@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from fusemesh import flash_attention_varlen
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.gpu import mask_tiles
-from fusemesh.kernels.attention.gpu.device.scores import describe
+from fusemesh.kernels.attention.gpu.mode import scores_of
 from fusemesh.kernels.measure.cases import AttentionCase
 from tests.support.attention_cases import DTYPES, compare, guarded_outputs, run
 
@@ -58,21 +59,21 @@ def test_lists(
     monkeypatch.setattr(mask_tiles, "_STEP", step)
     generator = torch.Generator().manual_seed(sum(shape))
     mask = torch.stack([blocks(*shape[2:], 0.4, generator) for _ in range(shape[0] * shape[1])]).reshape(shape)
-    scores, _ = describe(mask, None, None, None, AttentionSpec(1.0), natural=True)
-    found = mask_tiles.with_tiles(scores, mask, block_m, block_n, along_keys=along_keys)
+    scores = scores_of(Call(AttentionSpec(1.0), mask=mask))
+    found = mask_tiles.shown_tiles(scores, block_m, block_n, along_keys=along_keys)
     table = found.p_tiles
-    assert table is not None and found.tiles_row % 16 == 0
+    assert table is not None and found.stride_block % 16 == 0
     row_block, column_block = (block_m, block_n) if along_keys else (block_n, block_m)
     turned = mask if along_keys else mask.transpose(2, 3)
     for b in range(shape[0]):
         for h in range(shape[1]):
             for i in range(-(-turned.shape[2] // row_block)):
-                at = b * found.tiles_b + h * found.tiles_h + i * found.tiles_row
+                at = b * found.stride_b + h * found.stride_h + i * found.stride_block
                 part = turned[b, h, i * row_block : (i + 1) * row_block]
                 seen = [bool(tile.any()) for tile in part.split(column_block, 1)]
-                line = table.flatten()[at : at + 2 * found.tiles_half].tolist()
+                line = table.flatten()[at : at + 2 * found.half].tolist()
                 assert line[: len(seen) + 1] == [sum(seen[:j]) for j in range(len(seen) + 1)]
-                listed = line[found.tiles_half :][: sum(seen)]
+                listed = line[found.half :][: sum(seen)]
                 assert listed == [j for j, any_seen in enumerate(seen) if any_seen]
 
 

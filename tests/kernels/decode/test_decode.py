@@ -161,7 +161,8 @@ def recorded(case: DecodeCase, lens: tuple[int, ...]) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
 
     def hook(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        numbers = tuple(x for x in args if isinstance(x, (int, tuple)))
+        flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+        numbers = tuple(x for x in flat if not isinstance(x, torch.Tensor))
         found.append((kernel.__name__, grid, numbers, tuple(sorted((k, repr(v)) for k, v in kwargs.items()))))
 
     case = replace(case, lens=lens)
