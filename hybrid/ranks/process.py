@@ -116,6 +116,9 @@ def _nurse(control: Any, ends: list[Any], files: list[str], module: str) -> None
     # What cannot be imported is reported by the ranks, which try again.
     with contextlib.suppress(BaseException):
         importlib.import_module(module)
+        if "torch.distributed.tensor" in sys.modules:
+            # The first call of a custom operation, or of an optimizer, imports it: a second of every rank.
+            importlib.import_module("torch._dynamo")
     # What is imported stays for good: collections need not look at it, nor write into its pages, which ranks share.
     gc.freeze()
     own, pids = os.getpid(), []
