@@ -38,12 +38,13 @@ import fusemesh
 from bench.cpu import peers as cpu_peers
 from fusemesh import benchmark
 from fusemesh.kernels import engine
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.testing import attention as expectations
 
 HERE = Path(__file__).parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Call = Callable[[], Any]
+Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,9 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
     return {n: torch.randn(case.batch, *s, case.dim, generator=generator).to(dtype) for n, s in shapes.items()}
 
 
-def contenders(case: Case, x: dict[str, torch.Tensor]) -> dict[str, Call]:
+def contenders(case: Case, x: dict[str, torch.Tensor]) -> dict[str, Run]:
     """What is timed, by name: the engine, PyTorch, and others that are installed."""
-    found: dict[str, Call] = {}
+    found: dict[str, Run] = {}
     align = "top_left" if case.causal else None
     if case.operation == "decode":
         lengths = torch.full((case.batch,), case.keys, dtype=torch.int32)
@@ -159,7 +160,7 @@ def contenders(case: Case, x: dict[str, torch.Tensor]) -> dict[str, Call]:
     return {**found, **others}
 
 
-def gradients(forward: Call, x: dict[str, torch.Tensor]) -> Call:
+def gradients(forward: Run, x: dict[str, torch.Tensor]) -> Run:
     """The backward of a forward that ran once."""
     leaves = [x[name].requires_grad_() for name in "qkv"]
     out = forward()
@@ -173,7 +174,7 @@ def check(case: Case, x: dict[str, torch.Tensor], result: Any) -> None:
     do = plain["do"] if case.operation == "backward" else None
     if case.keys * case.queries > 2**24 and do is not None:
         return  # the reference's matrices would not fit the time; the same code was checked at smaller sizes
-    want = expectations.expected(plain["q"], plain["k"], plain["v"], do=do, spec=spec)
+    want = expectations.expected(plain["q"], plain["k"], plain["v"], Call(spec), do=do)
     names = ("dq", "dk", "dv") if do is not None else ("out",)
     results = result if isinstance(result, tuple) else (result,)
     expectations.check({n: cpu_peers.tensor_of(r)[:1, :1] for n, r in zip(names, results, strict=True)}, want)

@@ -240,7 +240,7 @@ def verdict(stage: str, payload: dict[str, Any], path: Path) -> tuple[int, str]:
     lines = [f'    ("{op}", "sm_{major}{minor}"): "{path.as_posix()}",' for op in OPERATIONS]
     return (
         0,
-        "right. To let backend='auto' choose Triton here, enter in PROVEN_ON_GPU (kernels/backends.py):\n"
+        "right. To let backend='auto' choose Triton here, enter in PROVEN_ON_GPU (kernels/runtime/proven.py):\n"
         + "\n".join(lines),
     )
 

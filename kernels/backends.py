@@ -1,28 +1,30 @@
-"""What this machine can run, which backend a call gets, and how often each one ran.
+"""The registered backends, the choice among them, and how often each one ran.
 
-A backend asked for by name runs or raises; it never falls back. ``backend="auto"`` chooses, and says so once at INFO.
-The choice within one operation is that operation's (``attention/api.py``, ``matmul/api.py``); this module holds what
-all of them share: the names, availability, the override for fixed signatures, and the call counts.
+A backend asked for by name runs or raises; it never falls back. ``backend="auto"`` asks the records in their order,
+takes the first that is willing and does not refuse the call, and says so once at INFO. It never raises where the
+reference can compute.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-import importlib.util
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
-from . import engine, env
+from . import env
+from .attention.engine.backend import CPU
+from .attention.gpu.backend import TRITON
+from .attention.reference.backend import REFERENCE
+from .attention.sdpa.backend import TORCH
+from .backend_record import RECORDS, Backend, Request, register
+from .backend_record import why_unavailable as why_unavailable
 
-NAMES = ("reference", "torch", "cpu", "triton")
-
-# Operations whose Triton kernels a GPU has run and found right: {(operation, compute capability): where the record is}.
-# `auto` chooses a Triton kernel on a GPU only if it stands here; asked for by name, it runs anywhere Triton compiles.
-PROVEN_ON_GPU: dict[tuple[str, str], str] = {}
+# The one place where backends are registered, in the order in which auto asks them.
+for _record in (TRITON, CPU, TORCH, REFERENCE):
+    register(_record)
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("fusemesh_backend", default=None)
 # The same, for torch.compile, which traces no context variable but guards on a global; one for all threads.
@@ -31,48 +33,16 @@ _counts: Counter[tuple[str, str]] = Counter()
 _announced: set[tuple[str, str, str]] = set()
 
 
-@functools.cache
-def _triton_importable() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        importlib.import_module("triton")
-    except ImportError:
-        return False
-    return True
-
-
-def why_unavailable(backend: str, device: torch.device | str) -> str | None:
-    """Why ``backend`` cannot run on tensors of ``device`` on this machine, or None if it can."""
-    kind = torch.device(device).type
-    if backend in ("reference", "torch"):
-        return None
-    if backend == "cpu":
-        if kind != "cpu":
-            return f"the cpu engine takes CPU tensors, these are on {kind}"
-        return engine.why_unavailable()
-    if backend == "triton":
-        if not _triton_importable():
-            return "triton is not installed (pip install triton; Linux only)"
-        if kind == "cpu" and not env.INTERPRET:
-            return (
-                "Triton compiles for GPUs and these tensors are on the CPU; to run the kernels in Triton's interpreter "
-                "set TRITON_INTERPRET=1 before Python starts"
-            )
-        return None
-    raise ValueError(f"backend: expected one of {('auto', *NAMES)}, received {backend!r}")
-
-
-# torch.compile takes the answer as a constant: it cannot trace an import, and a process does not change its mind. This
-# is the mark of torch.compiler.assume_constant_result, which itself imports torch._dynamo: 2 s before the first call.
-why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def names() -> tuple[str, ...]:
+    """Return the names of all backends, the plainest first."""
+    return tuple(reversed(RECORDS))
 
 
 def requested(backend: str) -> str:
-    """The backend that a call asks for: its own argument, else ``use_backend``'s, else FUSEMESH_BACKEND, else auto.
+    """Return the backend that a call asks for: its argument, else ``use_backend``'s, else FUSEMESH_BACKEND, else auto.
 
     Raises:
-        ValueError: the name is none of ``auto`` and :data:`NAMES`.
+        ValueError: the name is neither ``auto`` nor that of a backend.
     """
     source = "backend"
     if backend == "auto":
@@ -81,24 +51,74 @@ def requested(backend: str) -> str:
             backend = inner
         elif env.BACKEND != "auto":
             backend, source = env.BACKEND, "FUSEMESH_BACKEND"
-    if backend != "auto" and backend not in NAMES:
-        raise ValueError(f"{source}: expected one of {('auto', *NAMES)}, received {backend!r}")
+    if backend != "auto" and backend not in RECORDS:
+        raise ValueError(f"{source}: expected one of {('auto', *names())}, received {backend!r}")
     return backend
 
 
-def require(backend: str, device: torch.device | str) -> None:
-    """Raise ValueError, with the remedy, unless ``backend`` can run on ``device`` here."""
-    reason = why_unavailable(backend, device)
-    if reason is not None:
-        raise ValueError(f"backend={backend!r} cannot run here: {reason}. Use backend='auto' to let FuseMesh choose")
+def choose(backend: str, request: Request) -> Backend:
+    """Return the backend that runs a call: the one given by name, or for ``auto`` the first willing one.
+
+    Args:
+        backend: the call's argument; ``auto`` leaves it to ``use_backend``, to FUSEMESH_BACKEND and to the records.
+        request: the call.
+
+    Raises:
+        ValueError: no such backend, or the one given by name cannot do this call or cannot run here.
+    """
+    name = requested(backend)
+    if name == "auto":
+        record, why = automatic(request)
+        if not torch.compiler.is_compiling():
+            _announce(request.operation, record.name, why)
+    else:
+        record = RECORDS[name]
+        check(record, request)
+    if request.operation in record.instead:
+        record = RECORDS[record.instead[request.operation]]
+    return record
 
 
-def proven(operation: str, device: torch.device) -> bool:
-    """Whether a GPU of this device's kind has run the operation's Triton kernels and found them right."""
-    if device.type != "cuda":
-        return False
-    major, minor = torch.cuda.get_device_capability(device)
-    return (operation, f"sm_{major}{minor}") in PROVEN_ON_GPU
+def automatic(request: Request, without: Collection[str] = ()) -> tuple[Backend, str]:
+    """Return the backend that ``auto`` takes for a call, and why.
+
+    Args:
+        without: names that the caller does not want.
+
+    Raises:
+        ValueError: every backend refuses, with the last one's reason.
+    """
+    last, why_not = None, ""
+    for record in RECORDS.values():
+        if record.name in without:
+            continue
+        willing = record.automatic(request)
+        if willing is None:
+            continue
+        refusal = record.refuse(request)
+        if refusal is None:
+            return record, why_not or willing
+        last, why_not = (record, refusal), refusal.why
+    if last is None:
+        raise ValueError(f"backend: expected one that takes {request.operation}, received none; name one")
+    raise last[1].error(last[0].name, "change the call")
+
+
+def check(record: Backend, request: Request) -> None:
+    """Raise ValueError, with the remedy, unless the backend can do the call here."""
+    refusal = record.refuse(request)
+    if refusal is None:
+        return
+    if refusal.why and refusal.why == why_unavailable(record.name, request.device):
+        raise ValueError(
+            f"backend={record.name!r} cannot run here: {refusal.why}. Use backend='auto' to let FuseMesh choose"
+        )
+    others = [
+        name
+        for name in ("reference", "torch")
+        if name in RECORDS and name != record.name and RECORDS[name].refuse(request) is None
+    ]
+    raise refusal.error(record.name, "use backend=" + " or ".join(repr(name) for name in ("auto", *others)))
 
 
 @contextlib.contextmanager
@@ -120,7 +140,7 @@ def use_backend(name: str) -> Iterator[None]:
         _traced_override = outer
 
 
-def announce(operation: str, backend: str, why: str) -> None:
+def _announce(operation: str, backend: str, why: str) -> None:
     """Say at INFO, once for each outcome, what ``auto`` chose."""
     key = (operation, backend, why)
     if key not in _announced:
@@ -129,12 +149,13 @@ def announce(operation: str, backend: str, why: str) -> None:
 
 
 def count(operation: str, backend: str) -> None:
-    """Count one execution of ``operation`` by ``backend``."""
-    _counts[(operation, backend)] += 1
+    """Count one execution of ``operation`` by ``backend``; a graph that is being traced executes nothing."""
+    if not torch.compiler.is_compiling():
+        _counts[(operation, backend)] += 1
 
 
 def call_counts() -> dict[tuple[str, str], int]:
-    """How often each backend executed each operation in this process: ``{(operation, backend): calls}``."""
+    """Return how often each backend executed each operation in this process: ``{(operation, backend): calls}``."""
     return dict(_counts)
 
 

@@ -18,9 +18,9 @@ import fusemesh
 from fusemesh import peers
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention.call import score_mods
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
-from fusemesh.kernels.runtime.launch import TARGETS, assume_target, intercept
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import TARGETS, any_device, assume_target, intercept
 from fusemesh.kernels.testing import attention as attention_testing
 from fusemesh.kernels.testing import budget, poison
 
@@ -128,9 +128,9 @@ class Attention:
             params=tuple(number for bound in mods for number in bound.params),
             dropout_p=self.dropout,
         )
-        extra: dict[str, Any] = {name: x.get(name) for name in ("do", "dlse", "mask", "bias", "sinks", "seed")}
         aux = tuple(tensor for bound in mods for tensor in bound.aux)
-        return attention_testing.expected(x["q"], x["k"], x["v"], spec=spec, aux=aux, **extra)
+        call = Call(spec, aux=aux, **{name: x.get(name) for name in ("mask", "bias", "sinks", "seed")})
+        return attention_testing.expected(x["q"], x["k"], x["v"], call, do=x.get("do"), dlse=x.get("dlse"))
 
     def _mods(self, x: Tensors) -> list[score_mods.BoundScoreMod]:
         """The score mods in the order in which they apply."""

@@ -15,6 +15,7 @@ import torch
 import fusemesh
 from bench.gpu import cases as gpu_cases
 from fusemesh.kernels.attention.call import score_mods
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.testing import attention as attention_testing
 from fusemesh.kernels.testing import budget
@@ -123,8 +124,8 @@ class Decode:
             one = {name: x[name][b : b + 1, :, :n] for name in ("keys", "values")}
             bias = x["bias"][..., :n] if self.bias else None
             aux = tuple(tensor for bound in mods for tensor in bound.aux)
-            options: dict[str, Any] = {"spec": spec, "bias": bias, "aux": aux, "sinks": x.get("sinks")}
-            wanted.append(attention_testing.expected(x["q"][b : b + 1], one["keys"], one["values"], **options))
+            call = Call(spec, bias=bias, aux=aux, sinks=x.get("sinks"))
+            wanted.append(attention_testing.expected(x["q"][b : b + 1], one["keys"], one["values"], call))
         caches = {"k_cache": self._cache(x["keys"], x.get("block_table"), self._lengths)}
         if not self.latent:
             caches["v_cache"] = self._cache(x["values"], x.get("block_table"), self._lengths)

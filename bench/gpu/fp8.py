@@ -14,6 +14,7 @@ import torch
 import fusemesh
 from bench.gpu import cases as gpu_cases
 from fusemesh.kernels.attention.call import score_mods
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import FP8, AttentionSpec
 from fusemesh.kernels.runtime.launch import target_of
 from fusemesh.kernels.testing import attention as attention_testing
@@ -87,7 +88,7 @@ class Fp8:
             params=tuple(number for bound in mods for number in bound.params),
         )
         wide = [self._multiplied(x, name).bfloat16() for name in "qkv"]
-        return attention_testing.expected(*wide, spec=spec, bias=x.get("bias"), sinks=x.get("sinks"))
+        return attention_testing.expected(*wide, Call(spec, bias=x.get("bias"), sinks=x.get("sinks")))
 
     def _multiplied(self, x: Tensors, name: str) -> torch.Tensor:
         factor = x[f"descale_{name}"]

@@ -16,6 +16,7 @@ import torch
 import fusemesh
 from bench.gpu import cases as gpu_cases
 from fusemesh.kernels.attention.call import score_mods
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.testing import attention as attention_testing
 from fusemesh.kernels.testing import budget
@@ -116,7 +117,9 @@ class Varlen:
                 dropout_p=self.dropout,
             )
             aux = tuple(tensor for bound in mods for tensor in bound.aux)
-            wanted.append(attention_testing.expected(**part, spec=spec, aux=aux, seed=x.get("seed")))
+            of_call = {name: part.pop(name) for name in ("mask", "bias", "sinks") if name in part}
+            call = Call(spec, aux=aux, seed=x.get("seed"), **of_call)
+            wanted.append(attention_testing.expected(**part, call=call))
         return wanted
 
     def compute(self, x: Tensors) -> Tensors:

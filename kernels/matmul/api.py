@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from .. import backends
+from ..backend_record import Request, implementation
+from ..backends import choose, count
 from . import ops, reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -70,50 +70,12 @@ def fused_linear(
     _check_tensors(x, w, bias, w_up)
     x, w, bias, w_up = _autocast(x, w, bias, w_up)
     _check(x, w, bias, activation, w_up)
-    chosen = _choose(backend, x.device, x.dtype)
-    if chosen == "triton":
-        return ops.linear(x, w, bias, w_up, activation, chosen)
-    if not torch.compiler.is_compiling():
-        backends.count("linear_forward", chosen)
-    if chosen == "reference":
-        return reference.linear(x, w, bias, activation=activation, w_up=w_up)
-    return _torch_linear(x, w, bias, activation, w_up)
-
-
-def _torch_linear(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, activation: str | None, w_up: torch.Tensor | None
-) -> torch.Tensor:
-    y = F.linear(x, w, bias)
-    if activation == "gelu":
-        y = F.gelu(y)
-    elif activation == "gelu_tanh":
-        y = F.gelu(y, approximate="tanh")
-    elif activation == "silu":
-        y = F.silu(y)
-    elif activation == "relu2":
-        y = F.relu(y).square()
-    return y if w_up is None else y * F.linear(x, w_up)
-
-
-def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    name = backends.requested(backend)
-    if name == "auto":
-        if dtype != torch.float64 and backends.proven("linear", device):
-            name, why = "triton", "its kernels are proven on this GPU"
-        elif device.type == "cpu":
-            name, why = "torch", "PyTorch's matmul is the fast one on a CPU"
-        else:
-            name, why = "torch", "no record shows the Triton kernels right for this device and dtype"
-        if not torch.compiler.is_compiling():
-            backends.announce("linear", name, why)
-        return name
-    backends.require(name, device)
-    if name == "triton" and dtype == torch.float64:
-        raise ValueError(
-            "x: backend='triton' expected dtype float32, float16 or bfloat16, received torch.float64. Use "
-            "backend='reference' or 'torch' for float64"
-        )
-    return "torch" if name == "cpu" else name
+    record = choose(backend, Request("linear", x.device, x.dtype))
+    if "linear" not in record.differentiable:
+        return ops.linear(x, w, bias, w_up, activation, record.name)
+    count("linear_forward", record.name)
+    result: torch.Tensor = implementation(record.name, "linear").linear(x, w, bias, activation=activation, w_up=w_up)
+    return result
 
 
 def _check_tensors(x: object, w: object, bias: object, w_up: object) -> None:

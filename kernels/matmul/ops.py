@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import backends
+from ..backend_record import implementation
 
 # slope = dy/dz and slope_up = dy/du are what backward needs of the pre-activations z = x w^T + bias and u = x w_up^T.
 # An output that was not asked for is a tensor of shape [0].
@@ -58,14 +59,6 @@ def slope_dtype(dtype: torch.dtype, activation: str | None, is_gated: bool) -> t
     return {torch.bfloat16: torch.float16, torch.float16: torch.float32}.get(dtype, dtype)
 
 
-def _implementation(backend: str) -> Any:
-    if backend != "triton":
-        raise ValueError(f"backend: the linear ops expected 'triton', received {backend!r}. Call fused_linear instead")
-    from .gpu import linear as triton_matmul
-
-    return triton_matmul
-
-
 @torch.library.custom_op("fusemesh::linear_forward", mutates_args=(), schema=FORWARD_SCHEMA)
 def linear_forward(
     x: torch.Tensor,
@@ -77,9 +70,8 @@ def linear_forward(
     save_slope_up: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    implementation = _implementation(backend)
     backends.count("linear_forward", backend)
-    return implementation.forward(
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = implementation(backend, "linear").forward(
         x,
         w,
         bias,
@@ -89,6 +81,7 @@ def linear_forward(
         save_slope_up=save_slope_up,
         slope_dtype=slope_dtype(x.dtype, activation, w_up is not None),
     )
+    return result
 
 
 @linear_forward.register_fake
@@ -121,9 +114,9 @@ def linear_backward(
     w_up_grad: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    implementation = _implementation(backend)
     backends.count("linear_backward", backend)
-    return implementation.backward(
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    result = implementation(backend, "linear").backward(
         dy,
         x,
         w,
@@ -135,6 +128,7 @@ def linear_backward(
         bias_grad=bias_grad,
         w_up_grad=w_up_grad,
     )
+    return result
 
 
 @linear_backward.register_fake

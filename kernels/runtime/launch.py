@@ -45,6 +45,7 @@ INTERPRETER = Target("interpreter", "interpreter", 1 << 40)
 Hook = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
 _assumed: contextvars.ContextVar[Target | None] = contextvars.ContextVar("fusemesh_target", default=None)
+_anywhere: contextvars.ContextVar[bool] = contextvars.ContextVar("fusemesh_any_device", default=False)
 _hook: contextvars.ContextVar[Hook | None] = contextvars.ContextVar("fusemesh_launch_hook", default=None)
 
 
@@ -72,6 +73,26 @@ def dot_precision(target: Target, dtype: torch.dtype) -> str:
     if dtype != torch.float32 or target.vendor != "cuda":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def assumed_target() -> Target | None:
+    """Return the target that :func:`assume_target` sets, or None outside it."""
+    return _assumed.get()
+
+
+def takes_any_device() -> bool:
+    """Return whether launchers take tensors of any device: within :func:`any_device`."""
+    return _anywhere.get()
+
+
+@contextlib.contextmanager
+def any_device() -> Iterator[None]:
+    """Within the block backend="triton" takes tensors of any device, for launches that are recorded and not started."""
+    token = _anywhere.set(True)
+    try:
+        yield
+    finally:
+        _anywhere.reset(token)
 
 
 @contextlib.contextmanager

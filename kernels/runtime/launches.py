@@ -6,21 +6,12 @@ Nothing is computed, and the tensors' memory is never touched. Use within ``laun
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
-from .. import backends
-
-
-@contextlib.contextmanager
-def any_device() -> Iterator[None]:
-    """Within the block backend="triton" takes tensors of any device, and a GPU is not asked for."""
-    with mock.patch.object(backends, "why_unavailable", lambda backend, device: None):
-        yield
+from .launch import any_device
 
 
 def attention_launches(

@@ -2,7 +2,7 @@
 
 ``expected`` computes them once for given inputs, ``check`` compares whatever a backend returned:
 
-    want = expected(q, k, v, do=do, bias=bias, spec=spec)
+    want = expected(q, k, v, call, do=do)
     check({"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias}, want)
 """
 
@@ -12,11 +12,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ..attention.call.spec import AttentionSpec
+from ..attention.call.options import Call
 from ..attention.reference import dense as reference
 from . import budget
 
@@ -34,50 +33,44 @@ def expected(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    call: Call,
     *,
-    spec: AttentionSpec,
     do: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    origin: torch.Tensor | None = None,
     bias_grad: bool = True,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
 ) -> Expected:
-    """What a right backend returns for these inputs, and how far off plain PyTorch is.
+    """Return what a right backend returns for these inputs, and how far off plain PyTorch is.
 
     Args:
-        q, k, v, mask, bias, origin, aux, sinks, seed, spec: as
-            :func:`fusemesh.kernels.attention.reference.dense.forward` takes them.
+        q, k, v, call: as :func:`fusemesh.kernels.attention.reference.dense.forward` takes them.
         do: gradient of out; None asks for the forward only.
         dlse: gradient of lse, or None.
         bias_grad: whether dbias is computed (where there is a bias and a ``do``).
     """
     q, k, v = q.detach(), k.detach(), v.detach()
-    bias, sinks = (None if x is None else x.detach() for x in (bias, sinks))
-    bias_grad = bias_grad and bias is not None
-
-    def double(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x.double()
-
-    inputs: dict[str, Any] = {"mask": mask, "bias": double(bias), "origin": origin, "spec": spec}
-    wide_aux = tuple(x.double() if x.is_floating_point() else x for x in aux)
-    inputs |= {"aux": wide_aux, "sinks": double(sinks), "seed": seed}
-    out, lse = reference.forward(q.double(), k.double(), v.double(), **inputs)
+    call = call.replace(**{name: _detached(getattr(call, name)) for name in ("bias", "sinks")})
+    bias_grad = bias_grad and call.bias is not None
+    wide = call.replace(
+        bias=_double(call.bias),
+        sinks=_double(call.sinks),
+        aux=tuple(x.double() if x.is_floating_point() else x for x in call.aux),
+    )
+    out, lse = reference.forward(q.double(), k.double(), v.double(), wide)
     exact = {"out": out, "lse": lse}
     absolute: dict[str, torch.Tensor] = {}
     if do is not None:
-        gradients = reference.backward(
-            do.double(), q.double(), k.double(), v.double(), out, lse, double(dlse), bias_grad=bias_grad, **inputs
-        )
-        exact.update(_named(gradients))
-        absolute = _absolute(do, q, k, v, dlse, bias_grad, inputs)
-    plain: dict[str, Any] = {"mask": mask, "bias": bias, "origin": origin, "spec": spec}
-    plain |= {"aux": aux, "sinks": sinks, "seed": seed}
-    eager = _eager(q, k, v, do, dlse, bias_grad, plain)
-    return Expected(exact, eager, absolute)
+        inputs = (do.double(), q.double(), k.double(), v.double(), out, lse, _double(dlse))
+        exact.update(_named(reference.backward(*inputs, wide, bias_grad=bias_grad)[:5]))
+        absolute = _absolute(do, q, k, v, dlse, bias_grad, wide)
+    return Expected(exact, _eager(q, k, v, do, dlse, bias_grad, call), absolute)
+
+
+def _double(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.double()
+
+
+def _detached(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.detach()
 
 
 def check(actual: Mapping[str, torch.Tensor | None], want: Expected) -> list[budget.Budget]:
@@ -125,17 +118,16 @@ def _eager(
     do: torch.Tensor | None,
     dlse: torch.Tensor | None,
     bias_grad: bool,
-    inputs: dict[str, Any],
+    call: Call,
 ) -> dict[str, torch.Tensor]:
     """The formula that anyone would write first, all of it in q's dtype."""
-    spec: AttentionSpec = inputs["spec"]
-    bias, sinks = inputs["bias"], inputs["sinks"]
+    bias, sinks = call.bias, call.sinks
     groups = q.shape[1] // max(k.shape[1], 1)
     lq, lk, lv = (x.clone().requires_grad_() for x in (q, k, v))
     lbias = None if bias is None else bias.clone().requires_grad_(bias_grad)
     lsinks = None if sinks is None else sinks.clone().requires_grad_()
     with torch.enable_grad():
-        s = _masked_scores(lq, lk.repeat_interleave(groups, dim=1), lbias, inputs)
+        s = _masked_scores(lq, lk.repeat_interleave(groups, dim=1), call.replace(bias=lbias))
         empty = (s == -math.inf).all(-1, keepdim=True)
         s = s.masked_fill(empty, 0.0)
         if lsinks is None:
@@ -144,12 +136,12 @@ def _eager(
             column = lsinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
             p = torch.cat([s, column], -1).softmax(-1)[..., :-1]
         p = p.masked_fill(empty, 0.0)
-        kept = reference._kept(s, inputs["origin"], spec, inputs["seed"])
+        kept = reference.kept_by_dropout(s.shape, call, s.device)
         if kept is not None:
-            p = p.masked_fill(~kept, 0.0) / (1 - spec.dropout_p)
+            p = p.masked_fill(~kept, 0.0) / (1 - call.spec.dropout_p)
         out = p @ lv.repeat_interleave(groups, dim=1)
         lse = torch.logsumexp(s, -1, keepdim=True).masked_fill(empty, -math.inf).squeeze(-1)
-    values = {"out": out.detach(), "lse": _lse_fp32(q, k, inputs)}
+    values = {"out": out.detach(), "lse": _lse_fp32(q, k, call)}
     if do is not None:
         leaves = {"dq": lq, "dk": lk, "dv": lv, "dbias": lbias if bias_grad else None, "dsinks": lsinks}
         wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
@@ -161,22 +153,21 @@ def _eager(
     return values
 
 
-def _masked_scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, inputs: dict[str, Any]) -> torch.Tensor:
+def _masked_scores(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
     """Scores in q's dtype, mods, bias and mask applied; k has as many heads as q."""
-    spec: AttentionSpec = inputs["spec"]
-    s = spec.scale * (q @ k.transpose(-1, -2))
-    s = reference._mods(s, inputs["origin"], spec, inputs["aux"])
-    seen = reference.visible(q.shape[2], k.shape[2], inputs["origin"], spec, q.device)
-    seen = seen if inputs["mask"] is None else seen & inputs["mask"]
-    if bias is not None:
-        s = s + bias.to(q.dtype)
+    s = call.spec.scale * (q @ k.transpose(-1, -2))
+    s = reference.apply_mods(s, call, call.aux)
+    seen = reference.visible(q.shape[2], k.shape[2], call, q.device)
+    seen = seen if call.mask is None else seen & call.mask
+    if call.bias is not None:
+        s = s + call.bias.to(q.dtype)
     return s.masked_fill(~seen, -math.inf)
 
 
-def _lse_fp32(q: torch.Tensor, k: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+def _lse_fp32(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
     """Eager lse in fp32 of the inputs as they are: the lse keeps fp32 where q is half precision."""
     groups = q.shape[1] // max(k.shape[1], 1)
-    s = _masked_scores(q.float(), k.float().repeat_interleave(groups, dim=1), inputs["bias"], inputs)
+    s = _masked_scores(q.float(), k.float().repeat_interleave(groups, dim=1), call)
     empty = (s == -math.inf).all(-1)
     lse = torch.logsumexp(s.masked_fill(empty.unsqueeze(-1), 0.0), -1)
     return lse.masked_fill(empty, -math.inf)
@@ -189,31 +180,30 @@ def _absolute(
     v: torch.Tensor,
     dlse: torch.Tensor | None,
     bias_grad: bool,
-    inputs: dict[str, Any],
+    call: Call,
 ) -> dict[str, torch.Tensor]:
     """The gradients with |.| around every factor, so that nothing cancels: how large their roundings can be."""
-    spec: AttentionSpec = inputs["spec"]
-    bias: torch.Tensor | None = inputs["bias"]
+    spec, bias = call.spec, call.bias
     groups = q.shape[1] // max(k.shape[1], 1)
     do, qa = do.double().abs(), q.double().abs()
     ka, va = (x.double().abs().repeat_interleave(groups, dim=1) for x in (k, v))
     # p is the true one: its factors are exponentials, positive already.
     ones = torch.eye(k.shape[2], dtype=torch.float64, device=k.device).expand(*k.shape[:2], -1, -1)
-    p_kept, lse = reference.forward(q.double(), k.double(), ones, **inputs)
-    without = {**inputs, "spec": dataclasses.replace(spec, dropout_p=0.0)}
-    p, _ = reference.forward(q.double(), k.double(), ones, **without)
+    p_kept, lse = reference.forward(q.double(), k.double(), ones, call)
+    without = call.replace(spec=dataclasses.replace(spec, dropout_p=0.0))
+    p, _ = reference.forward(q.double(), k.double(), ones, without)
     delta = (do * (p_kept @ va)).sum(-1, keepdim=True)
     # Elements that dropout drops have no dp, but are given one here: no more than an upper bound is meant.
     ds = p * (do @ va.transpose(-1, -2) / (1 - spec.dropout_p) + delta)
     if dlse is not None:
-        softmax, _ = reference.forward(q.double(), k.double(), ones, **{**without, "sinks": None})
+        softmax, _ = reference.forward(q.double(), k.double(), ones, without.replace(sinks=None))
         ds = ds + softmax * dlse.double().abs().nan_to_num(0.0).unsqueeze(-1)
     dsinks = None
-    if inputs["sinks"] is not None:
-        share = torch.exp(inputs["sinks"][:, None] - lse).clamp(max=1.0).masked_fill(lse == -math.inf, 0.0)
+    if call.sinks is not None:
+        share = torch.exp(call.sinks[:, None] - lse).clamp(max=1.0).masked_fill(lse == -math.inf, 0.0)
         dsinks = (share.unsqueeze(-1) * delta).sum((0, 2, 3))
     products = spec.scale * (q.double() @ k.double().repeat_interleave(groups, dim=1).transpose(-1, -2))
-    slope = reference._through_mods(torch.ones_like(ds), products, q, inputs["origin"], spec, inputs["aux"])
+    slope, _ = reference.through_mods(torch.ones_like(ds), products, call)
     dx = ds * slope.abs()
 
     def sum_heads(x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import fusemesh
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.testing import attention as attention_testing
 from fusemesh.kernels.testing import budget
@@ -53,7 +54,7 @@ class DecodeCase:
         spec, keys = AttentionSpec(scale=self.head_dim**-0.5), inputs["k_cache"]
         values = keys[..., : self.v_dim] if self.v_dim is not None else inputs["v_cache"]
         ends = (slice(0, 1), slice(self.batch - 1, self.batch))
-        return [attention_testing.expected(inputs["q"][b], keys[b], values[b], spec=spec) for b in ends]
+        return [attention_testing.expected(inputs["q"][b], keys[b], values[b], Call(spec)) for b in ends]
 
     def check(self, outputs: peers.Tensors, expected: Any) -> list[budget.Budget]:
         """What was measured; AssertionError where ``outputs`` is outside the budget."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.runtime import launch
 
@@ -120,7 +121,7 @@ class Bench:
             from fusemesh.kernels.attention.gpu import tiles
 
             with contextlib.nullcontext() if tile is None else tiles.force(tile):
-                return triton_forward.forward(x["q"], x["k"], x["v"], **self._options())
+                return triton_forward.forward(x["q"], x["k"], x["v"], self._call())
         if isinstance(case, DecodeCase):
             from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
 
@@ -157,7 +158,7 @@ class Bench:
                     out,
                     lse,
                     None,
-                    **self._options(),
+                    self._call(),
                     bias_grad=self.job.kernel == "dbias",
                 )
         from fusemesh.kernels.matmul.gpu import linear as triton_matmul
@@ -180,11 +181,11 @@ class Bench:
             wgrad_tile=tile if wgrad else None,
         )
 
-    def _options(self) -> dict[str, Any]:
+    def _call(self) -> Call:
         case = self.job.case
         assert isinstance(case, peers.AttentionCase)
         spec = AttentionSpec(scale=case.head_dim**-0.5, window_right=0 if case.causal else None)
-        return {"mask": None, "bias": self.inputs.get("bias"), "origin": None, "spec": spec}
+        return Call(spec, bias=self.inputs.get("bias"))
 
 
 def start(launches: list[Launch]) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import fusemesh
 from fusemesh.kernels import backends
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import FP8, AttentionSpec, out_dtype
 from fusemesh.kernels.matmul import reference as linear_reference
 from fusemesh.kernels.testing import attention as attention_testing
@@ -113,7 +114,7 @@ class AttentionCase:
                 one = {n: x.to(out_dtype(x.dtype)) for n, x in one.items()}
                 do = one["do"] if direction == "backward" else None
                 qkv, bias = (one["q"], one["k"], one["v"]), one.get("bias")
-                parts.append(attention_testing.expected(*qkv, do=do, bias=bias, spec=spec))
+                parts.append(attention_testing.expected(*qkv, Call(spec, bias=bias), do=do))
             wanted.append(((b, h), _join_heads(parts, out_dtype(self.dtype))))
         return wanted
 

@@ -109,12 +109,12 @@ def test_doctor(capfd):
 
 
 def test_doctor_says_what_no_gpu_has_proven(capfd, monkeypatch):
-    from fusemesh.kernels import backends
+    from fusemesh.kernels.runtime import proven
 
-    monkeypatch.setattr(backends, "PROVEN_ON_GPU", {})
+    monkeypatch.setattr(proven, "PROVEN_ON_GPU", {})
     cli.main(["doctor"])
     assert "proven on GPU   nothing yet" in capfd.readouterr().out
-    monkeypatch.setattr(backends, "PROVEN_ON_GPU", {("attention", "sm_90"): "bench/results/h100/x.json"})
+    monkeypatch.setattr(proven, "PROVEN_ON_GPU", {("attention", "sm_90"): "bench/results/h100/x.json"})
     cli.main(["doctor"])
     assert "proven on GPU   attention on sm_90 (bench/results/h100/x.json)" in capfd.readouterr().out
 

@@ -23,6 +23,7 @@ import fusemesh
 from fusemesh import cli, config
 from fusemesh.hybrid.layout import Layout
 from fusemesh.kernels import aot, backends, env
+from fusemesh.kernels.runtime import proven
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
@@ -240,7 +241,7 @@ def test_the_table_of_environment_variables_is_whole(readme: str) -> None:
 
 
 def test_what_is_said_of_gpus_is_what_the_record_holds() -> None:
-    assert ("**No GPU has run the Triton kernels yet.**" in PAGES[ENGLISH]) == (not backends.PROVEN_ON_GPU)
+    assert ("**No GPU has run the Triton kernels yet.**" in PAGES[ENGLISH]) == (not proven.PROVEN_ON_GPU)
 
 
 def test_defaults_and_fields_of_the_tasks() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fusemesh import benchmark, peers
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.testing import attention as attention_testing
 
@@ -124,7 +125,7 @@ def test_the_right_answer_head_by_head_is_that_of_the_whole() -> None:
     ((b, h), got), *others = ATTENTION.expected(x, "backward")
     assert (b, h, others) == (1, 1, [])
     spec = AttentionSpec(scale=0.25, window_right=0)
-    whole = attention_testing.expected(x["q"], x["k"], x["v"], do=x["do"], spec=spec)
+    whole = attention_testing.expected(x["q"], x["k"], x["v"], Call(spec), do=x["do"])
     for field in ("exact", "absolute"):
         for name, value in getattr(got, field).items():
             heads = slice(1, 2) if name in ("dk", "dv") else slice(2, 4)

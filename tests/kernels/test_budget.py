@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.reference import dense as reference
 from fusemesh.kernels.testing import attention as attention_budget
@@ -132,10 +133,10 @@ def attention_case(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], attenti
     do, dlse = normal(2, 4, 17, 8).to(dtype), normal(2, 4, 17)
     options: dict = {"mask": mask, "bias": bias, "origin": None, "spec": AttentionSpec(0.25, 9, 0, 6, 0)}
     options["sinks"] = normal(4).to(dtype)
-    out, lse = reference.forward(q, k, v, **options)
-    gradients = reference.backward(do, q, k, v, out, lse, dlse, bias_grad=True, **options)
-    want = attention_budget.expected(q, k, v, do=do, dlse=dlse, **options)
-    return dict(zip(KEYS, (out, lse, *gradients), strict=True)), want  # type: ignore[arg-type]
+    out, lse = reference.forward(q, k, v, Call(**options))
+    gradients = reference.backward(do, q, k, v, out, lse, dlse, Call(**options), bias_grad=True)
+    want = attention_budget.expected(q, k, v, Call(**options), do=do, dlse=dlse)
+    return dict(zip(KEYS, (out, lse, *gradients[:5]), strict=True)), want  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,7 +170,7 @@ def test_absolute_gradients_are_sums_of_absolute_values() -> None:
     q, k, v, do = (torch.randn(1, 1, 3, 2, dtype=torch.float64) for _ in range(4))
     dlse = torch.randn(1, 1, 3, dtype=torch.float64)
     bias = torch.randn(1, 1, 1, 3, dtype=torch.float64)
-    want = attention_budget.expected(q, k, v, do=do, dlse=dlse, bias=bias, spec=AttentionSpec(-0.5))
+    want = attention_budget.expected(q, k, v, Call(AttentionSpec(-0.5), bias=bias), do=do, dlse=dlse)
     p = torch.softmax(-0.5 * q[0, 0] @ k[0, 0].T + bias[0, 0], -1)
     dq, dk, dv, dbias = (torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3))
     for i in range(3):
@@ -197,7 +198,7 @@ def test_attention_without_a_gradient_that_was_expected_fails() -> None:
 def test_gradients_that_vanish_by_cancellation_have_a_floor() -> None:
     """With one key the softmax is constant: dq = dk = 0, eager errs 0, and an honest kernel errs a little."""
     q, k, v, do = (torch.randn(1, 1, 1, 64) for _ in range(4))
-    want = attention_budget.expected(q, k, v, do=do, spec=AttentionSpec(0.125))
+    want = attention_budget.expected(q, k, v, Call(AttentionSpec(0.125)), do=do)
     assert want.exact["dq"].abs().max() < 1e-14 and (want.eager["dq"] == 0).all()
     assert want.absolute["dq"].max() > 1
     honest = torch.full_like(q, 4 * torch.finfo(torch.float32).eps * want.absolute["dq"].max().item())

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 
 from fusemesh.kernels.attention.call import score_mods
-from fusemesh.kernels.attention.call.spec import AttentionSpec, empty_laid_out_like
+from fusemesh.kernels.attention.call.options import Call
+from fusemesh.kernels.attention.call.spec import AttentionSpec
+from fusemesh.kernels.attention.call.tensors import empty_laid_out_like
 from fusemesh.kernels.attention.gpu import backward as triton_backward
 from fusemesh.kernels.attention.gpu import bias_gradient as triton_bias_gradient
 from fusemesh.kernels.attention.gpu import forward as triton_forward
@@ -133,11 +135,11 @@ class Case:
             "seed": torch.tensor([2**40 + 7]) if self.dropout else None,
         }
 
-    def options(self, x: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of a backend's functions besides those for gradients."""
+    def call(self, x: dict[str, Any]) -> Call:
+        """The call that a backend's functions take, of :meth:`inputs`."""
         names = ("mask", "bias", "origin", "sinks", "seed")
         aux = tuple(tensor for part in self.mods() for tensor in part.aux)
-        return {**{name: x[name] for name in names}, "aux": aux, "spec": self.spec}
+        return Call(self.spec, aux=aux, **{name: x[name] for name in names})
 
 
 # A user's mod: it reads a table by position, depends on the head and the batch, and has a slope that is not 1.
@@ -239,15 +241,15 @@ def run(case: Case, kernels: Any = None, **changed: torch.Tensor | None) -> dict
     how the saved out was rounded. There backward gets out in fp32; flash_attention has a formula without that sum.
     """
     x: dict[str, Any] = {**case.inputs(), **changed}
-    options = case.options(x)
+    call = case.call(x)
     forward, backward = (triton_forward, triton_backward) if kernels is None else (kernels, kernels)
-    out, lse = forward.forward(x["q"], x["k"], x["v"], **options)
+    out, lse = forward.forward(x["q"], x["k"], x["v"], call)
     saved = out
     if x["bias"] is not None and x["bias"].shape[3] == 1:
-        wide = {**options, "bias": x["bias"].double()}
-        saved = reference.forward(*(x[name].double() for name in "qkv"), **wide)[0].float()
+        wide = call.replace(bias=x["bias"].double())
+        saved = reference.forward(*(x[name].double() for name in "qkv"), wide)[0].float()
     dq, dk, dv, dbias, dsinks = backward.backward(
-        x["do"], x["q"], x["k"], x["v"], saved, lse, x["dlse"], **options, bias_grad=x["bias"] is not None
+        x["do"], x["q"], x["k"], x["v"], saved, lse, x["dlse"], call, bias_grad=x["bias"] is not None
     )
     result = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     if dbias is not None:
@@ -261,7 +263,7 @@ def compare(case: Case, result: dict[str, torch.Tensor], **changed: torch.Tensor
     """Assert that every result of ``case`` is within the error budget."""
     x: dict[str, Any] = {**case.inputs(), **changed}
     names = ("q", "k", "v", "do", "dlse")
-    check(result, expected(**{name: x[name] for name in names}, **case.options(x)))
+    check(result, expected(**{name: x[name] for name in names}, call=case.call(x)))
 
 
 def run_and_compare(case: Case) -> None:

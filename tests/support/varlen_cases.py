@@ -9,6 +9,7 @@ import torch
 
 from fusemesh import Origin, flash_attention, flash_attention_varlen
 from fusemesh.kernels.attention.call import score_mods
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.testing.attention import Expected, check, expected
 from tests.support.attention_cases import TABLE, TABLE_MOD
@@ -211,14 +212,16 @@ def expectation(inputs: Inputs) -> Expected:
         parts.append(
             expected(
                 *(batched(x[name]) for name in "qkv"),
-                spec=spec,
+                Call(
+                    spec,
+                    mask=options.get("mask"),
+                    bias=None if bias is None else of_sequence(bias, b),
+                    aux=tuple(tensor for part in bound for tensor in part.aux),
+                    sinks=inputs.tensors.get("sinks"),
+                    seed=torch.tensor([options["seed"]]) if "seed" in options else None,
+                ),
                 do=batched(x["do"]),
                 dlse=inputs.dlse[None, :, rows_of(b)],
-                mask=options.get("mask"),
-                bias=None if bias is None else of_sequence(bias, b),
-                aux=tuple(tensor for part in bound for tensor in part.aux),
-                sinks=inputs.tensors.get("sinks"),
-                seed=torch.tensor([options["seed"]]) if "seed" in options else None,
             )
         )
     for kind in ("exact", "eager", "absolute"):

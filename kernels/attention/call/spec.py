@@ -64,17 +64,3 @@ def dropout_threshold(p: float) -> int:
 def out_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the output of attention on q of ``dtype``: bf16 for fp8, whose range three bits cannot resolve."""
     return torch.bfloat16 if dtype == FP8 else dtype
-
-
-def empty_laid_out_like(tensor: torch.Tensor, last: int) -> torch.Tensor:
-    """Uninitialised [B, H, S, last] with the dimensions of ``tensor`` [B, H, S, D] in the same order in memory.
-
-    In the dtype :func:`out_dtype` of the tensor's.
-
-    Every backend returns outputs and gradients in this layout, so that heads that came out of one projection, [B, S, H,
-    D] in memory, go back into the next one without a copy. Without gaps, whatever the strides of ``tensor``.
-    """
-    B, H, S, _ = tensor.shape
-    if tensor.stride(1) < tensor.stride(2):
-        return tensor.new_empty((B, S, H, last), dtype=out_dtype(tensor.dtype)).transpose(1, 2)
-    return tensor.new_empty((B, H, S, last), dtype=out_dtype(tensor.dtype))

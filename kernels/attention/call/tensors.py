@@ -1,4 +1,4 @@
-"""What every public function of attention does to its inputs besides checking them."""
+"""Dtypes and memory layouts of the tensors of attention: autocast, strides, outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ... import backends
+from .spec import out_dtype
 
 
 def autocast(*inputs: Any) -> tuple[Any, ...]:
@@ -23,13 +23,25 @@ def autocast(*inputs: Any) -> tuple[Any, ...]:
     return tuple(cast(x) for x in inputs)
 
 
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Return whether autograd will ask for a gradient of one of the tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last stride is 1, else a contiguous copy, which autograd sees."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def count(operation: str, backend: str) -> None:
-    """Count a call that runs outside the custom ops, which count their own."""
-    # A compiled graph runs without this file, so counting while it is traced would count what does not happen.
-    if not torch.compiler.is_compiling():
-        backends.count(operation, backend)
+def empty_laid_out_like(tensor: torch.Tensor, last: int) -> torch.Tensor:
+    """Uninitialised [B, H, S, last] with the dimensions of ``tensor`` [B, H, S, D] in the same order in memory.
+
+    In the dtype :func:`out_dtype` of the tensor's.
+
+    Every backend returns outputs and gradients in this layout, so that heads that came out of one projection, [B, S, H,
+    D] in memory, go back into the next one without a copy. Without gaps, whatever the strides of ``tensor``.
+    """
+    B, H, S, _ = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty((B, S, H, last), dtype=out_dtype(tensor.dtype)).transpose(1, 2)
+    return tensor.new_empty((B, H, S, last), dtype=out_dtype(tensor.dtype))

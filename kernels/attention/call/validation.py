@@ -1,13 +1,12 @@
 """Checks of the arguments of attention, and their normal form: what every backend takes.
 
 All of it looks at shapes, dtypes, devices and Python numbers only, so it costs no synchronisation. Limits of a single
-backend are not here but with the choice among them (``api.py``) and in the backends themselves.
+backend are not here but in the record of the backend (its folder's ``backend.py``).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,29 +14,13 @@ import torch
 from .errors import names, short
 from .errors import wrong as wrong
 from .option_checks import bound_score_mods, check_dropout, checked_sinks, descale_factors, seed_tensor
+from .options import Call as Call
+from .options import Options as Options
 from .score_mods import SOFTCAP
 from .spec import FP8, AttentionSpec, Origin, out_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGN = ("top_left", "bottom_right")
-
-
-@dataclass(frozen=True)
-class Call:
-    """The tensors of one call besides q, k and v, in the form that backends take, and its numbers."""
-
-    mask: torch.Tensor | None  # 4-D view, each dim 1 or that of [B, H, Sq, Sk]
-    bias: torch.Tensor | None  # likewise
-    origin: torch.Tensor | None  # int64 [4]: q, k, head, batch
-    spec: AttentionSpec
-    aux: tuple[torch.Tensor, ...] = ()  # of the score mods
-    sinks: torch.Tensor | None = None  # [H]
-    seed: torch.Tensor | None = None  # int64 [1]
-    descale: torch.Tensor | None = None  # fp32 [B, Hkv, 3], of fp8's q, k, v
-
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that every backend's functions take."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def check_qkv(q: Any, k: Any, v: Any) -> None:
@@ -88,34 +71,15 @@ def check_flag(name: str, value: object) -> None:
         raise wrong(name, "True or False", repr(value), "pass a Python bool")
 
 
-def normalise(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    *,
-    causal: bool,
-    align: str | None,
-    window: tuple[int | None, int | None] | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scale: float | None,
-    origin: Origin | None,
-    alibi_slopes: Any = None,
-    softcap: Any = None,
-    score_mod: Any = None,
-    sinks: Any = None,
-    dropout_p: Any = 0.0,
-    seed: Any = None,
-    descale: Any = None,
-    deterministic: Any = True,
-) -> Call:
-    """Check everything besides q, k and v, and bring it into the form that backends take."""
-    check_flag("causal", causal)
-    check_flag("deterministic", deterministic)
-    check_dropout(dropout_p)
-    bound = bound_score_mods(q, alibi_slopes, softcap, score_mod)
-    left, right = _window(window)
-    if causal:
+def normalise(q: torch.Tensor, k: torch.Tensor, options: Options) -> Call:
+    """Check every option, and return the call in the form that backends take."""
+    check_flag("causal", options.causal)
+    check_dropout(options.dropout_p)
+    bound = bound_score_mods(q, options.alibi_slopes, options.softcap, options.score_mod)
+    left, right = _window(options.window)
+    if options.causal:
         right = 0 if right is None else min(right, 0)
+    scale = options.scale
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
@@ -124,26 +88,26 @@ def normalise(
     # Softcap looks at no position.
     positional = ahead or any(part.mod is not SOFTCAP for part in bound)
     needs = "causal or window" if ahead else "alibi_slopes or score_mod"
-    numbers, tensor = _origins(q, k, align, origin, needs if positional else None)
-    if not positional and dropout_p == 0:
+    numbers, tensor = _origins(q, k, options.align, options.origin, needs if positional else None)
+    if not positional and options.dropout_p == 0:
         numbers, tensor = (0, 0, 0, 0), None
     return Call(
-        mask=_mask(mask, q, k),
-        bias=_bias(bias, q, k),
-        origin=tensor,
-        spec=AttentionSpec(
+        AttentionSpec(
             float(scale),
             left,
             right,
             *numbers,
             mods=tuple(part.mod.name for part in bound),
             params=tuple(number for part in bound for number in part.params),
-            dropout_p=float(dropout_p),
+            dropout_p=float(options.dropout_p),
         ),
+        mask=_mask(options.mask, q, k),
+        bias=_bias(options.bias, q, k),
+        origin=tensor,
         aux=tuple(tensor for part in bound for tensor in part.aux),
-        sinks=checked_sinks(sinks, q),
-        seed=seed_tensor(seed, q) if dropout_p > 0 else None,
-        descale=descale_factors(descale, q, k),
+        sinks=checked_sinks(options.sinks, q),
+        seed=seed_tensor(options.seed, q) if options.dropout_p > 0 else None,
+        descale=descale_factors(options.descale, q, k),
     )
 
 

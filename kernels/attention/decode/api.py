@@ -1,4 +1,4 @@
-"""flash_attention_decode: attention over a cache of keys and values, the step of generation. Contract, op and choice.
+"""flash_attention_decode: attention over a cache of keys and values, the step of generation.
 
     append k_new and v_new to the caches, in place;   n = length of the sequence, the new keys included
     s = scale * q k^T;   softcap;   ALiBi;   + bias;   s = -inf where mask is False, or causal or window hides the key
@@ -10,27 +10,14 @@ waits for it, and grids depend on shapes alone, so that a recorded CUDA graph ho
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
-from ... import backends, env
-from ..call.choice import choose, why_not_engine
-from ..call.spec import AttentionSpec, empty_laid_out_like
-from ..call.validation import Call, check_flag, normalise
+from ...backends import choose
+from ..call.options import Options
+from ..call.validation import check_flag, normalise
 from . import validation
+from .ops import FIELDS
 from .spec import DecodeCall
-
-_MODULES = {"reference": "..reference.decode", "triton": "..gpu.decode", "cpu": "..engine.decode"}
-_OPEN = -1  # an open side of the window, in the op's plain integers
-SCHEMA = (
-    "(Tensor q, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor cache_lens, Tensor? block_table, Tensor? cache_starts,"
-    " Tensor? k_new, Tensor? v_new, Tensor? mask, Tensor? bias, Tensor? sinks, Tensor[] aux, float scale,"
-    " SymInt window_left, SymInt window_right, str[] mods, float[] numbers, SymInt v_dim, str backend)"
-    " -> (Tensor out, Tensor lse)"
-)
 
 
 def flash_attention_decode(
@@ -111,120 +98,19 @@ def flash_attention_decode(
     validation.check_no_gradient(**without, bias=bias, sinks=sinks, alibi_slopes=alibi_slopes)
     # The keys of a sequence as the scores see them, without memory.
     keys = k_cache.new_empty((1, 1, 1, 1)).expand(q.shape[0], k_cache.shape[1], capacity, q.shape[3])
-    call = normalise(
-        q,
-        keys,
+    options = Options(
         causal=causal,
         align="bottom_right",
         window=window,
         mask=mask,
         bias=bias,
-        scale=scale,
-        origin=None,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         sinks=sinks,
-    )
-    where = (cache_lens, block_table, cache_starts)
-    out, lse = _run(_choose(backend, q, v_dim, call), (q, k_cache, v_cache, *where, k_new, v_new), call, v_dim)
-    return (out, lse) if return_lse else out
-
-
-def _run(chosen: str, tensors: tuple[Any, ...], call: Call, v_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    spec = call.spec
-    left, right = (_OPEN if side is None else side for side in (spec.window_left, spec.window_right))
-    numbers = (spec.scale, left, right, spec.mods, spec.params, v_dim)
-    out, lse = torch.ops.fusemesh.attention_decode(
-        *tensors, call.mask, call.bias, call.sinks, call.aux, *numbers, chosen
-    )
-    return out, lse
-
-
-def attention_decode(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    cache_lens: torch.Tensor,
-    block_table: torch.Tensor | None,
-    cache_starts: torch.Tensor | None,
-    k_new: torch.Tensor | None,
-    v_new: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    aux: Sequence[torch.Tensor],
-    scale: float,
-    window_left: int,
-    window_right: int,
-    mods: Sequence[str],
-    numbers: Sequence[float],
-    v_dim: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op: append and attend; see :class:`DecodeCall`."""
-    if backend not in _MODULES:
-        raise ValueError(f"backend: the decode op expected one of {tuple(_MODULES)}, received {backend!r}")
-    spec = AttentionSpec(
         scale=scale,
-        window_left=None if window_left < 0 else window_left,
-        window_right=None if window_right < 0 else window_right,
-        mods=tuple(mods),
-        params=tuple(numbers),
     )
-    tensors = (q, k_cache, v_cache, cache_lens, block_table, cache_starts, k_new, v_new, mask, bias, sinks)
-    call = DecodeCall(*tensors, tuple(aux), spec, v_dim)
-    if env.CHECK:
-        validation.check_contents(call)
-    backends.count("attention_decode", backend)
-    if k_new is not None:
-        torch.autograd.graph.increment_version([k_cache] if v_cache is None else [k_cache, v_cache])
-    out, lse = importlib.import_module(_MODULES[backend], __package__).decode(call)
-    promised = empty_laid_out_like(q, v_dim)
-    return out if out.stride() == promised.stride() else promised.copy_(out), lse.contiguous()
-
-
-# torch.library.custom_op reads a schema with mutated arguments anew at every call, 80 us of 150; of what it does
-# with it this op needs the caches' versions alone.
-_LIBRARY = torch.library.Library("fusemesh", "FRAGMENT")
-_LIBRARY.define(f"attention_decode{SCHEMA}", tags=torch.Tag.pt2_compliant_tag)
-_LIBRARY.impl("attention_decode", attention_decode, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fusemesh::attention_decode", lib=_LIBRARY)
-def _(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    cache_lens: torch.Tensor,
-    block_table: torch.Tensor | None,
-    cache_starts: torch.Tensor | None,
-    k_new: torch.Tensor | None,
-    v_new: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    aux: Sequence[torch.Tensor],
-    scale: float,
-    window_left: int,
-    window_right: int,
-    mods: Sequence[str],
-    numbers: Sequence[float],
-    v_dim: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_laid_out_like(q, v_dim), q.new_empty(q.shape[:3], dtype=lse_dtype)
-
-
-def _choose(backend: str, q: torch.Tensor, v_dim: int, call: Call) -> str:
-    """The backend that runs; for one given by name, ValueError if it cannot do this call."""
-    remedy = "use backend='auto' to let FuseMesh choose"
-    return choose(
-        backend,
-        q.device,
-        operation="attention_decode",
-        kernels="attention_decode",
-        refused={"torch": ("reference, cpu or triton in decode", "'torch'", remedy)},
-        unfit={"triton": validation.why_not_triton(q, v_dim), "cpu": why_not_engine(q.dtype, call.spec.mods)},
-        otherwise=("reference", f"the plain formula on {q.device.type}"),
-    )
+    call = normalise(q, keys, options)
+    step = DecodeCall(q, k_cache, v_cache, cache_lens, block_table, cache_starts, k_new, v_new, v_dim, call)
+    name = choose(backend, step.request()).name
+    out, lse = torch.ops.fusemesh.attention_decode(*FIELDS.pack(step), name)
+    return (out, lse) if return_lse else out

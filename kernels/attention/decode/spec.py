@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..call.spec import AttentionSpec
+from ...backend_record import Request
+from ..call.options import Call
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class DecodeCall:
     Key j of batch b stands in slot j of its cache: row j of ``k_cache[b]``, or with pages row ``j % page`` of page
     ``block_table[b, j // page]``. Of these keys ``length[b] = cache_lens[b] + Sn`` exist (Sn new ones, appended by the
     call itself), and those before ``cache_starts[b]`` are unseen. Query i stands at ``length[b] - Sq + i``. The origins
-    of ``spec`` are not used.
+    of ``call`` are not used.
     """
 
     q: torch.Tensor  # [B, H, Sq, D]
@@ -27,12 +28,8 @@ class DecodeCall:
     cache_starts: torch.Tensor | None  # int32 or int64 [B]
     k_new: torch.Tensor | None  # [B, Hkv, Sn, D]
     v_new: torch.Tensor | None  # [B, Hkv, Sn, Dv]
-    mask: torch.Tensor | None  # 4-D, each dim 1 or that of [B, H, Sq, capacity]
-    bias: torch.Tensor | None  # likewise
-    sinks: torch.Tensor | None  # [H]
-    aux: tuple[torch.Tensor, ...]  # tensors of the score mods of spec
-    spec: AttentionSpec
     v_dim: int  # Dv
+    call: Call  # the options; mask and bias are for [B, H, Sq, capacity]
 
     @property
     def page(self) -> int:
@@ -48,3 +45,11 @@ class DecodeCall:
     def added(self) -> int:
         """New keys of each sequence."""
         return 0 if self.k_new is None else self.k_new.shape[2]
+
+    def request(self) -> Request:
+        """Return the call as a backend is asked for it."""
+        q = self.q
+        rows = q.shape[1] // max(self.k_cache.shape[1], 1) * q.shape[2]
+        dims = (q.shape[3], self.v_dim)
+        is_latent = self.v_cache is None
+        return Request("attention_decode", q.device, q.dtype, dims, self.call, is_latent=is_latent, rows=rows)

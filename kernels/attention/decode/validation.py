@@ -6,14 +6,10 @@ from typing import Any
 
 import torch
 
-from ..call import choice
-from ..call.choice import Refusal
 from ..call.validation import DTYPES, wrong
 from .spec import DecodeCall
 
 INDEX_DTYPES = (torch.int32, torch.int64)
-HEAD_DIMS = (16, 576)  # of keys, smallest and largest that the Triton kernels take
-V_DIMS = (16, 512)
 
 
 def check_cache(q: Any, k_cache: Any, v_cache: Any, cache_lens: Any, block_table: Any, cache_starts: Any) -> None:
@@ -123,11 +119,6 @@ def check_no_gradient(**tensors: Any) -> None:
         if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
             remedy = "decode has no gradient: call it under torch.no_grad(), or use flash_attention"
             raise wrong(name, "a tensor that requires no gradient", "requires_grad=True", remedy)
-
-
-def why_not_triton(q: torch.Tensor, v_dim: int) -> Refusal | None:
-    """What keeps the Triton kernels from this call, or None."""
-    return choice.why_not_triton(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v_dim", v_dim, V_DIMS)))
 
 
 def check_contents(call: DecodeCall) -> None:

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..call import tensors as entry
-from ..call.choice import HEAD_DIMS, choose, why_not_engine, why_not_triton
+from ...backend_record import Backend, Request, implementation
+from ...backends import choose, count
 from ..call.option_checks import check_seed
+from ..call.options import Call, Options
 from ..call.spec import Origin
-from ..call.validation import Call, check_flag, check_qkv, check_saved, normalise, wrong
-from ..reference import dense as reference
-from ..sdpa import dense as torch_backend
-from . import ops
+from ..call.tensors import autocast, needs_gradient, unit_last_stride
+from ..call.validation import check_flag, check_qkv, check_saved, normalise, wrong
+from .ops import FIELDS
 
 
 class AttentionGradients(NamedTuple):
@@ -110,42 +110,33 @@ def flash_attention(
             argument's name, what was expected, what was received and what to change.
         NotImplementedError: an argument is right but not built yet; named in the message.
     """
-    options: dict[str, Any] = {
-        "causal": causal,
-        "align": align,
-        "window": window,
-        "mask": mask,
-        "bias": bias,
-        "scale": scale,
-        "origin": origin,
-        "alibi_slopes": alibi_slopes,
-        "softcap": softcap,
-        "score_mod": score_mod,
-        "sinks": sinks,
-        "dropout_p": dropout_p,
-        "seed": seed,
-        "descale": descale,
-        "deterministic": deterministic,
-    }
+    options = Options(
+        causal=causal,
+        align=align,
+        window=window,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        score_mod=score_mod,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        scale=scale,
+        origin=origin,
+        descale=descale,
+    )
+    check_flag("return_lse", return_lse)
+    check_flag("deterministic", deterministic)
     if any(isinstance(x, torch.Tensor) and x.layout == torch.jagged for x in (q, k, v)):
         from ..varlen import jagged
 
-        return jagged.attention(q, k, v, **options, return_lse=return_lse, backend=backend)
-    q, k, v = entry.autocast(q, k, v)
+        return jagged.attention(q, k, v, options, return_lse=return_lse, backend=backend)
+    q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
-    check_flag("return_lse", return_lse)
-    return _attend(backend, q, k, v, normalise(q, k, **options), return_lse)
-
-
-def _attend(
-    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, return_lse: bool
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`flash_attention` of arguments that are right, on PyTorch's tape."""
-    chosen = _choose(backend, q, v, call, needs_lse=return_lse)
-    if chosen == "torch":
-        entry.count("attention_forward", "torch")
-        return torch_backend.forward(q, k, v, mask=call.mask, bias=call.bias, origin=call.origin, spec=call.spec)
-    out, lse = _forward(chosen, q, k, v, call)
+    call = normalise(q, k, options)
+    record = _choose(backend, (q, k, v), call, needs_lse=return_lse)
+    out, lse = _forward(record, q, k, v, call)
     return (out, lse) if return_lse else out
 
 
@@ -180,28 +171,27 @@ def attention_forward(
         out [B, H, Sq, Dv] in q's dtype and lse [B, H, Sq]; neither requires a gradient.
     """
     check_qkv(q, k, v)
+    check_flag("deterministic", deterministic)
     check_seed(dropout_p, seed)
+    options = Options(
+        causal=causal,
+        align=align,
+        window=window,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        score_mod=score_mod,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        scale=scale,
+        origin=origin,
+        descale=descale,
+    )
     with torch.no_grad():
-        call = normalise(
-            q,
-            k,
-            causal=causal,
-            align=align,
-            window=window,
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            origin=origin,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            score_mod=score_mod,
-            sinks=sinks,
-            dropout_p=dropout_p,
-            seed=seed,
-            descale=descale,
-            deterministic=deterministic,
-        )
-        return _forward(_choose(backend, q, v, call, needs_lse=True), q, k, v, call)
+        call = normalise(q, k, options)
+        return _forward(_choose(backend, (q, k, v), call, needs_lse=True), q, k, v, call)
 
 
 def attention_backward(
@@ -251,32 +241,31 @@ def attention_backward(
     """
     check_qkv(q, k, v)
     check_flag("bias_grad", bias_grad)
+    check_flag("deterministic", deterministic)
     check_saved(q, v, do, out, lse, dlse)
     check_seed(dropout_p, seed)
     if bias_grad and bias is None:
         raise wrong("bias_grad", "False without bias", True, "pass the bias of the forward")
+    options = Options(
+        causal=causal,
+        align=align,
+        window=window,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        score_mod=score_mod,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        scale=scale,
+        origin=origin,
+        descale=descale,
+    )
     with torch.no_grad():
-        call = normalise(
-            q,
-            k,
-            causal=causal,
-            align=align,
-            window=window,
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            origin=origin,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            score_mod=score_mod,
-            sinks=sinks,
-            dropout_p=dropout_p,
-            seed=seed,
-            descale=descale,
-            deterministic=deterministic,
-        )
-        chosen = _choose(backend, q, v, call, needs_lse=True)
-        gradients = _backward(chosen, (do, q, k, v, out, lse, dlse), call, bias_grad)
+        call = normalise(q, k, options)
+        record = _choose(backend, (q, k, v), call, needs_lse=True, is_backward=True)
+        gradients = _backward(record, (do, q, k, v, out, lse, dlse), call, bias_grad)
     dbias = gradients.dbias
     if dbias is not None:
         assert bias is not None
@@ -284,47 +273,36 @@ def attention_backward(
     return gradients
 
 
+def _choose(
+    backend: str, tensors: tuple[torch.Tensor, ...], call: Call, *, needs_lse: bool, is_backward: bool = False
+) -> Backend:
+    """The backend that runs; for one given by name, ValueError if it cannot do this call."""
+    q, _, v = tensors
+    needs_grad = is_backward or needs_gradient(*tensors, *call.differentiable)
+    dims = (q.shape[3], v.shape[3])
+    return choose(backend, Request("attention", q.device, q.dtype, dims, call, needs_grad, needs_lse))
+
+
 def _forward(
-    chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    record: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if chosen == "reference":
-        entry.count("attention_forward", "reference")
-        return reference.forward(q, k, v, **call.arguments())
-    q, k, v = (entry.unit_last_stride(x) for x in (q, k, v))
-    tensors = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
-    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *tensors, *ops.numbers_of(call.spec), chosen, call.descale)
+    if "attention" in record.differentiable:
+        count("attention_forward", record.name)
+        found: tuple[torch.Tensor, torch.Tensor] = implementation(record.name, "attention").forward(q, k, v, call)
+        return found
+    q, k, v = (unit_last_stride(x) for x in (q, k, v))
+    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *FIELDS.pack(call), record.name)
     return out, lse
 
 
-def _backward(chosen: str, tensors: tuple[Any, ...], call: Call, bias_grad: bool) -> AttentionGradients:
-    if chosen == "reference":
-        entry.count("attention_backward", "reference")
-        return AttentionGradients(*reference.backward(*tensors, **call.arguments(), bias_grad=bias_grad))
+def _backward(record: Backend, tensors: tuple[Any, ...], call: Call, bias_grad: bool) -> AttentionGradients:
+    if "attention" in record.differentiable:
+        count("attention_backward", record.name)
+        found = implementation(record.name, "attention").backward(*tensors, call, bias_grad=bias_grad)
+        return AttentionGradients(*found[:5])
     do, q, k, v, out, lse, dlse = tensors
-    do, q, k, v, out = (entry.unit_last_stride(x) for x in (do, q, k, v, out))
-    others = (call.mask, call.bias, call.origin, list(call.aux), call.sinks, call.seed)
-    dq, dk, dv, dbias, dsinks = torch.ops.fusemesh.attention_backward(
-        do, q, k, v, out, lse, dlse, *others, *ops.numbers_of(call.spec), bias_grad, chosen
+    do, q, k, v, out = (unit_last_stride(x) for x in (do, q, k, v, out))
+    dq, dk, dv, dbias, dsinks, _ = torch.ops.fusemesh.attention_backward(
+        do, q, k, v, out, lse, dlse, *FIELDS.pack(call), bias_grad, False, record.name
     )
     return AttentionGradients(dq, dk, dv, dbias if bias_grad else None, None if call.sinks is None else dsinks)
-
-
-def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_lse: bool) -> str:
-    """The backend that runs; for one given by name, ValueError if it cannot do this call."""
-    refused = {}
-    otherwise = ("torch", f"PyTorch's kernel on {q.device.type}")
-    no_torch = torch_backend.why_not(q, call.bias, call.sinks, call.spec, needs_lse)
-    if no_torch is not None:
-        otherwise = ("reference", f"PyTorch's kernel does not express {no_torch}")
-        refused["torch"] = (
-            "a backend that can do this call",
-            f"'torch', whose F.scaled_dot_product_attention does not express {no_torch}",
-            "use backend='auto' or 'reference'",
-        )
-    unfit = {
-        "triton": why_not_triton(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS))),
-        "cpu": why_not_engine(q.dtype, call.spec.mods),
-    }
-    return choose(
-        backend, q.device, operation="attention", kernels="attention", refused=refused, unfit=unfit, otherwise=otherwise
-    )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..call.options import Options
 from ..call.validation import broadcast_dims, normalise, wrong
 from ..reference import dense as reference
 from .api import flash_attention
@@ -203,8 +204,7 @@ class MultiheadAttention(nn.Module):
         weights = None
         if isinstance(result, tuple):
             out, lse = result
-            call = normalise(q, k, **options, scale=None, origin=None)
-            weights = reference.weights(q, k, lse, **call.arguments())
+            weights = reference.weights(q, k, lse, normalise(q, k, Options(**options)))
             if average_attn_weights:
                 weights = weights.mean(1)
             weights = weights.to(q.dtype)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ... import engine
-from ..call.spec import empty_laid_out_like
+from ..call.tensors import empty_laid_out_like
 from ..decode.spec import DecodeCall
-from . import dense as cpu
+from . import dense
+from .backend import CPU
 
 
 @torch.no_grad()
@@ -21,6 +22,7 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: a dtype, device or feature that the engine does not take, or no engine in this installation.
     """
     q = call.q
+    CPU.check(call.request())
     batch, heads, seq_q, dim = q.shape
     out = empty_laid_out_like(q, call.v_dim)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -35,22 +37,22 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         seq_k=call.capacity,
         dim=dim,
         dim_v=call.v_dim,
-        q=cpu.view("q", q),
-        k=cpu.view("k", call.k_cache),
-        v=cpu.view("v", v_cache),
-        out=cpu.view("out", out),
-        lse=cpu.view("lse", lse),
+        q=dense.view("q", q),
+        k=dense.view("k", call.k_cache),
+        v=dense.view("v", v_cache),
+        out=dense.view("out", out),
+        lse=dense.view("lse", lse),
     )
-    _kept = cpu.options(whole, call.mask, call.bias, call.spec, call.aux, call.sinks)
+    _kept = dense.set_options(whole, call.call)
     cache = engine.Cache(
         page=call.page,
         pages=call.k_cache.shape[0],
         added=call.added,
-        cache_lens=cpu.view("cache_lens", call.cache_lens),
+        cache_lens=dense.view("cache_lens", call.cache_lens),
     )
     for name in ("cache_starts", "block_table", "k_new", "v_new"):
         tensor = getattr(call, name)
         if tensor is not None:
-            setattr(cache, name, cpu.view(name, tensor))
+            setattr(cache, name, dense.view(name, tensor))
     engine.decode(whole, cache)
     return out, lse

@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 
 from ... import engine
-from ..call.choice import ENGINE_DTYPES, why_not_engine
+from ...backend_record import Request
 from ..call.errors import wrong
-from ..call.packed import Packed
+from ..call.options import Call
 from ..call.score_mods import SOFTCAP, split
-from ..call.spec import AttentionSpec, empty_laid_out_like
+from ..call.tensors import empty_laid_out_like
+from .backend import CPU
 
 _NAMES = {
     torch.float32: "float32",
@@ -35,67 +36,48 @@ def view(name: str, tensor: torch.Tensor) -> engine.Tensor:
     return engine.view(tensor.data_ptr(), tensor.stride(), dtype)
 
 
-def options(
-    call: engine.Attention,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...],
-    sinks: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """Set what all operations share on ``call``; returns tensors that must outlive it.
+def check_limits(q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_grad: bool = False) -> None:
+    """Raise ValueError unless the engine computes the call."""
+    dims = (q.shape[-1], v.shape[-1])
+    CPU.check(Request("attention", q.device, q.dtype, dims, call, needs_grad))
 
-    Raises:
-        ValueError: a score mod that the engine does not compute.
-    """
-    refusal = why_not_engine(torch.float32, spec.mods)
-    if refusal is not None:
-        raise wrong(*refusal, "use backend='reference' or backend='auto'")
+
+def set_options(target: engine.Attention, call: Call) -> list[torch.Tensor]:
+    """Set on ``target`` what all operations share of ``call``, and return tensors that must outlive it."""
     kept = []
-    shape = (call.batch, call.heads, call.seq_q, call.seq_k)
-    for name, tensor in (("mask", mask), ("bias", bias)):
+    shape = (target.batch, target.heads, target.seq_q, target.seq_k)
+    spec = call.spec
+    for name, tensor in (("mask", call.mask), ("bias", call.bias)):
         if tensor is not None:
-            setattr(call, name, view(name, tensor.expand(shape)))
-    for mod, tensors, numbers in split(spec.mods, aux, spec.params):
+            setattr(target, name, view(name, tensor.expand(shape)))
+    for mod, tensors, numbers in split(spec.mods, call.aux, spec.params):
         if mod is SOFTCAP:
-            call.softcap = numbers[0]
+            target.softcap = numbers[0]
         else:
-            call.alibi_slopes = view("alibi_slopes", tensors[0])
-    if sinks is not None:
-        kept.append(sinks.float())
-        call.sinks = engine.view(kept[-1].data_ptr(), (0, kept[-1].stride(0)), "float32")
-    call.scale = spec.scale
-    call.window_left = engine.OPEN if spec.window_left is None else spec.window_left
-    call.window_right = engine.OPEN if spec.window_right is None else spec.window_right
-    call.threads = torch.get_num_threads()
+            target.alibi_slopes = view("alibi_slopes", tensors[0])
+    if call.sinks is not None:
+        kept.append(call.sinks.float())
+        target.sinks = engine.view(kept[-1].data_ptr(), (0, kept[-1].stride(0)), "float32")
+    target.scale = spec.scale
+    target.window_left = engine.OPEN if spec.window_left is None else spec.window_left
+    target.window_right = engine.OPEN if spec.window_right is None else spec.window_right
+    target.threads = torch.get_num_threads()
     return kept
 
 
-def _call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...],
-    sinks: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    packed: Packed | None,
+def _describe(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, call: Call
 ) -> tuple[engine.Attention, list[torch.Tensor]]:
-    """The engine's call, and tensors that must outlive it."""
+    """Return the call as the engine takes it, and tensors that must outlive it."""
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     for name, tensor in tensors.items():
         dtype = torch.float32 if name == "lse" else q.dtype
         if name == "out" and tensor.dtype == torch.float32:
             continue
-        if tensor.dtype != dtype or dtype not in ENGINE_DTYPES:
-            expected = f"{dtype if dtype in ENGINE_DTYPES else 'float32, bfloat16 or float16'} with backend 'cpu'"
-            raise wrong(name, expected, tensor.dtype, "convert it or choose another backend")
-    call = engine.Attention(
+        if tensor.dtype != dtype:
+            raise wrong(name, f"{dtype} with backend 'cpu'", tensor.dtype, "convert it or choose another backend")
+    packed = call.packed
+    target = engine.Attention(
         batch=q.shape[0] if packed is None else packed.batch,
         heads=q.shape[1],
         kv_heads=k.shape[1],
@@ -107,63 +89,44 @@ def _call(
     )
     if packed is not None:
         for name in tensors:
-            getattr(call, name).stride[0] = 0
-        call.cu_seqlens_q = view("cu_seqlens_q", packed.cu_q)
-        call.cu_seqlens_k = view("cu_seqlens_k", packed.cu_k)
-        call.align = engine.BOTTOM_RIGHT if packed.is_bottom_right else 0
-    kept = options(call, mask, bias, spec, aux, sinks)
-    extra = [0] * 4 if origin is None else origin.tolist()
-    call.origin_q, call.origin_k = spec.origin_q + extra[0], spec.origin_k + extra[1]
-    call.origin_head, call.origin_batch = spec.origin_head + extra[2], spec.origin_batch + extra[3]
+            getattr(target, name).stride[0] = 0
+        target.cu_seqlens_q = view("cu_seqlens_q", packed.cu_q)
+        target.cu_seqlens_k = view("cu_seqlens_k", packed.cu_k)
+        target.align = engine.BOTTOM_RIGHT if packed.is_bottom_right else 0
+    kept = set_options(target, call)
+    spec = call.spec
+    extra = [0] * 4 if call.origin is None else call.origin.tolist()
+    target.origin_q, target.origin_k = spec.origin_q + extra[0], spec.origin_k + extra[1]
+    target.origin_head, target.origin_batch = spec.origin_head + extra[2], spec.origin_batch + extra[3]
     if spec.dropout_p > 0:
-        assert seed is not None
-        call.dropout_p, call.seed = spec.dropout_p, int(seed.item()) & (2**64 - 1)
-    return call, kept
+        assert call.seed is not None
+        target.dropout_p, target.seed = spec.dropout_p, int(call.seed.item()) & (2**64 - 1)
+    return target, kept
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    descale: torch.Tensor | None = None,
-    packed: Packed | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of attention on CPU tensors, on as many threads as PyTorch uses.
 
     Args:
         q: [B, H, Sq, D], any strides; k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv] likewise, H a multiple of Hkv. Packed:
             [1, H, total, D].
-        mask: bool, True = attend, and ``bias``, fp32 or q's dtype; 4-D, each dimension 1 or the one of [B, H, Sq, Sk].
-        origin: int64 [4], positions added to those of ``spec``.
-        aux: the slopes of ALiBi, fp32 [B, H].
-        sinks: [H], or None.
-        seed: int64, one element, of dropout.
-        descale: None; fp8 is not for this engine.
-        packed: where sequences lie.
+        call: everything else.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype, its memory laid out like q's, and lse [B, H, Sq], fp32; 0 and -inf in rows
         without a key.
 
     Raises:
-        ValueError: a dtype, device or feature that the engine does not take, or no engine in this installation.
+        ValueError: the call is beyond the limits of the engine, or there is no engine in this installation.
     """
-    if descale is not None:
-        raise wrong("descale", "None with backend 'cpu'", "a tensor", "use backend='reference' or backend='auto'")
+    check_limits(q, v, call)
+    packed = call.packed
     out = empty_laid_out_like(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if packed is not None and packed.batch == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    call, _kept = _call(q, k, v, out, lse, mask, bias, origin, spec, aux, sinks, seed, packed)
-    engine.forward(call)
+    target, _kept = _describe(q, k, v, out, lse, call)
+    engine.forward(target)
     if packed is not None:
         for rows in _padding(packed.cu_q, q.shape[2]):
             out[:, :, rows] = 0
@@ -179,22 +142,16 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
+    call: Call,
     *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
     bias_grad: bool,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    packed: Packed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients, the same bits on every run and any number of threads.
 
     Args:
         do: gradient of out, [B, H, Sq, Dv].
-        out, lse: what :func:`forward` returned; out may also be in fp32.
+        q, k, v, call: as :func:`forward` takes them.
+        out, lse: the results of :func:`forward`; out may also be in fp32.
         dlse: gradient of lse, [B, H, Sq], or None.
         bias_grad: whether dbias is wanted.
 
@@ -205,6 +162,8 @@ def backward(
     Raises:
         ValueError: as in :func:`forward`.
     """
+    check_limits(q, v, call, needs_grad=True)
+    bias, sinks, packed = call.bias, call.sinks, call.packed
     dq, dk, dv = (empty_laid_out_like(x, x.shape[3]) for x in (q, k, v))
     dbias = None
     if bias_grad and bias is not None:
@@ -213,7 +172,7 @@ def backward(
     if packed is not None and packed.batch == 0:
         dbias = None if dbias is None else dbias.to(bias.dtype)  # type: ignore[union-attr]
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias, None if sinks is None else torch.zeros_like(sinks)
-    call, _kept = _call(q, k, v, out, lse, mask, bias, origin, spec, aux, sinks, seed, packed)
+    target, _kept = _describe(q, k, v, out, lse, call)
     dlse = None if dlse is None else dlse.float()
     gradients = engine.Gradients()
     tensors = {"dout": do, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv, "dsink_rows": rows}
@@ -224,8 +183,8 @@ def backward(
                 there.stride[0] = 0
             setattr(gradients, name, there)
     if dbias is not None:
-        gradients.dbias = view("dbias", dbias.expand(call.batch, call.heads, call.seq_q, call.seq_k))
-    engine.backward(call, gradients)
+        gradients.dbias = view("dbias", dbias.expand(target.batch, target.heads, target.seq_q, target.seq_k))
+    engine.backward(target, gradients)
     if packed is not None:
         for cu, filled in ((packed.cu_q, [dq, *([] if rows is None else [rows])]), (packed.cu_k, [dk, dv])):
             for padding in _padding(cu, filled[0].shape[2]):

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from ...runtime.launch import launch
-from ..call.packed import Packed
-from ..call.spec import AttentionSpec, empty_laid_out_like
+from ..call import options as attention
+from ..call.tensors import empty_laid_out_like
 from . import tiles
 from .bias_gradient import bias_gradient
 from .device.loads import ROW_PADDING, at_head, load_rows, padded
@@ -121,17 +121,9 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
+    options: attention.Call,
     *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
     bias_grad: bool,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    packed: Packed | None = None,
-    descale: None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of :func:`triton_forward.forward`, the same bits on every run.
 
@@ -143,8 +135,8 @@ def backward(
             is not 1, and may be expanded.
         out, lse: what the forward returned.
         dlse: gradient of lse, [B, H, Sq] fp32, any strides, or None.
+        options: as the forward takes it; lse and dlse of a packed call are contiguous.
         bias_grad: whether dbias is wanted.
-        packed: as the forward takes it; lse and dlse are then contiguous.
 
     Returns:
         dq, dk, dv in the shapes, dtypes and memory order of q, k, v; dbias in shape and dtype of bias, or None where
@@ -155,12 +147,8 @@ def backward(
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.
     """
-    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed)
-    for name, function in zip(spec.mods, call.mode.mod_backwards, strict=True):
-        if function is None:
-            raise ValueError(
-                f"score_mod: {name!r} has no gradient in Triton; register it with backward=, or use backend='reference'"
-            )
+    call = prepare(q, k, v, options, needs_grad=True)
+    bias, sinks, mask, packed = options.bias, options.sinks, options.mask, options.packed
     do, out = unit_stride(do), unit_stride(out)
     bias_grad = bias_grad and bias is not None
     shift, delta, dsink_rows = _row_values(call, do, out, lse, dlse, sinks)
@@ -174,7 +162,7 @@ def backward(
         # Rows that belong to no sequence are padding.
         for x in (dq, dk, dv):
             x.zero_()
-    inputs = (call.q, call.k, call.v, do, shift, delta, origin)
+    inputs = (call.q, call.k, call.v, do, shift, delta, call.origin)
     strides = tuple(call.strides(x) for x in (call.q, call.k, call.v, do))
     sizes = (call.heads, call.group, call.seq_q, call.seq_k)
     numbers = (call.aux, call.numbers, *call.origins, call.lo, call.hi, *sizes)

@@ -6,11 +6,10 @@ import torch
 import triton
 
 from ...runtime.launch import dot_precision, launch, target_of
-from ..call.spec import empty_laid_out_like
-from ..call.validation import wrong
+from ..call.tensors import empty_laid_out_like
 from ..decode.spec import DecodeCall
-from ..decode.validation import why_not_triton
 from . import decode_tiles as tiles
+from .backend import TRITON
 from .decode_kernels import Layout, decode_append_kernel, decode_combine_kernel, decode_split_kernel
 from .device.scores import Mode, describe, dims, mods_of
 from .inputs import unit_stride
@@ -25,20 +24,13 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have, or not on this GPU.
     """
-    unfit = why_not_triton(call.q, call.v_dim)
-    if unfit is not None:
-        name, expected, received = unfit
-        raise wrong(name, f"{expected} for backend='triton'", received, "use backend='reference'")
+    TRITON.check(call.request())
     B, H, Sq, d = call.q.shape
     Hkv = call.k_cache.shape[1]
     target = target_of(call.q.device)
     rows = H // max(Hkv, 1) * Sq
     latent = call.v_cache is None
     plan = tiles.choose(target, call.q.dtype, d, call.v_dim, latent, rows, B * Hkv, call.capacity)
-    if not tiles.is_valid(plan.tile, target, call.q.dtype, d, call.v_dim, latent):
-        expected = f"head dims whose tiles fit the {target.shared_memory} bytes of shared memory of {target.name}"
-        received = f"D {d}, Dv {call.v_dim}, {call.q.dtype}"
-        raise wrong("q", expected, received, "use a 16-bit dtype or backend='reference'")
     layout = _layout(call, plan.splits)
     out = empty_laid_out_like(call.q, call.v_dim)
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=call.q.device)
@@ -81,11 +73,12 @@ def _attend(
     call: DecodeCall, plan: tiles.Plan, layout: Layout, mode: Mode, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Fill out and lse: in one pass, or in splits and their combination."""
-    q, spec, splits = unit_stride(call.q), call.spec, plan.splits
+    q, options, splits = unit_stride(call.q), call.call, plan.splits
+    spec = options.spec
     B, H, Sq, _ = q.shape
     Hkv, capacity = call.k_cache.shape[1], call.capacity
     group, rows = H // max(Hkv, 1), B * H * Sq
-    scores, _ = describe(call.mask, call.bias, call.sinks, None, spec, natural=mode.natural)
+    scores, _ = describe(options.mask, options.bias, options.sinks, None, spec, natural=mode.natural)
     part = stats = None
     if splits > 1:
         part = torch.empty((splits, rows, call.v_dim), dtype=torch.float32, device=q.device)
@@ -109,7 +102,7 @@ def _attend(
         _table_strides(call),
         out.stride()[:3],
         scores,
-        call.aux,
+        options.aux,
         spec.params,
         Hkv,
         group,
@@ -170,20 +163,21 @@ def _layout(call: DecodeCall, splits: int) -> Layout:
 def _mode(call: DecodeCall, precision: str) -> Mode:
     """What the kernels are compiled for; the columns of a key are in :class:`Layout`."""
     natural = call.q.dtype == torch.float32
-    _, fold_scale = describe(call.mask, call.bias, call.sinks, None, call.spec, natural=natural)
+    options = call.call
+    _, fold_scale = describe(options.mask, options.bias, options.sinks, None, options.spec, natural=natural)
     return Mode(
         d=call.q.shape[3],
         dv=call.v_dim,
         block_d=0,
         block_dv=tiles.padded(call.v_dim),
-        mask_dims=dims(call.mask),
-        bias_dims=dims(call.bias),
-        has_left=call.spec.window_left is not None,
-        has_right=call.spec.window_right is not None,
+        mask_dims=dims(options.mask),
+        bias_dims=dims(options.bias),
+        has_left=options.spec.window_left is not None,
+        has_right=options.spec.window_right is not None,
         has_origin=False,
         fold_scale=fold_scale,
         natural=natural,
         precision=precision,
-        has_sinks=call.sinks is not None,
-        **mods_of(call.spec, call.aux),
+        has_sinks=options.sinks is not None,
+        **mods_of(options.spec, options.aux),
     )

@@ -154,6 +154,11 @@ def _fitting(target: Target, dtype: torch.dtype, d: int, dv: int, latent: bool, 
     return best
 
 
+def fits(target: Target, dtype: torch.dtype, d: int, dv: int, latent: bool, rows: int) -> bool:
+    """Return whether the target has a tile for these head dims and query rows."""
+    return is_valid(_fitting(target, dtype, d, dv, latent, rows), target, dtype, d, dv, latent)
+
+
 def get(target: Target, dtype: torch.dtype, d: int, dv: int, rows: int) -> Tile:
     """The table's entry for query rows that share a key head and a head dim, the larger of D and Dv."""
     i_rows = 0 if rows <= 16 else 1 if rows <= 32 else 2

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ...runtime.launch import launch
-from ..call.packed import Packed
-from ..call.spec import AttentionSpec, empty_laid_out_like
+from ..call import options as attention
+from ..call.tensors import empty_laid_out_like
 from . import tiles
 from .device.dropout import kept
 from .device.loads import at_head, load_rows, store_rows
@@ -197,19 +197,7 @@ def attention_forward_kernel(
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    packed: Packed | None = None,
-    descale: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: attention.Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp on the GPU that holds the tensors (or in Triton's interpreter).
 
@@ -217,15 +205,8 @@ def forward(
         q: [B, H, Sq, D], fp32, fp16, bf16 or fp8 e4m3; D and Dv from 16 to 256.
         k: [B, Hkv, Sk, D], H a multiple of Hkv.
         v: [B, Hkv, Sk, Dv].
-        mask: bool, True = attend, 4-D, each dim 1 or that of [B, H, Sq, Sk], any strides; or None.
-        bias: added to the scores, likewise; or None.
-        origin: int64 [4] on the device = origins of q, k, head and batch, added to those of ``spec``; or None.
-        spec: scale, window, origins, score mods and dropout.
-        aux: the tensors of the score mods, contiguous.
-        sinks: [H], a logit of each head that joins the denominator; or None.
-        seed: int64 [1] on the device, of dropout; or None.
-        packed: where the sequences of tensors with B = 1 lie; mask and bias are then for its batch and longest lengths.
-        descale: fp32 [B, Hkv, 3], of fp8's q, k and v; or None.
+        options: everything else. Packed tensors have B = 1; mask and bias are then for the batch of their sequences and
+            the longest lengths.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype (bf16 for fp8) and order of dimensions in memory, and lse [B, H, Sq], natural
@@ -236,10 +217,10 @@ def forward(
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.
     """
-    call = prepare(q, k, v, mask, bias, origin, spec, aux, sinks, seed, packed, descale)
+    call = prepare(q, k, v, options)
     out = empty_laid_out_like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if packed is not None:
+    if options.packed is not None:
         # Rows that belong to no sequence are padding.
         out.zero_()
         lse.fill_(float("-inf"))
@@ -251,11 +232,11 @@ def forward(
         call.q,
         call.k,
         call.v,
-        origin,
+        call.origin,
         out,
         lse,
         *(call.strides(x) for x in (call.q, call.k, call.v, out)),
-        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=True),
+        with_tiles(call.scores, options.mask, tile.block_m, tile.block_n, along_keys=True),
         call.aux,
         call.numbers,
         *call.origins,

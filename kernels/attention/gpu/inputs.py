@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ...backend_record import Request
 from ...runtime.launch import Target, dot_precision, target_of
+from ..call import options as attention
 from ..call.packed import Packed
-from ..call.spec import FP8, AttentionSpec
+from ..call.spec import AttentionSpec
+from .backend import TRITON
 from .device.scores import Mode, Scores, describe, dims, mods_of
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, FP8)
-HEAD_DIMS = (16, 256)
 
 
 @dataclass(frozen=True)
@@ -46,43 +46,19 @@ class Call:
 
 
 def prepare(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    packed: Packed | None = None,
-    descale: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: attention.Call, *, needs_grad: bool = False
 ) -> Call:
     """Check these kernels' own limits and gather the arguments of forward and backward.
 
     Raises:
         ValueError: a dtype or head dimension that these kernels do not have.
     """
-    if q.dtype not in DTYPES:
-        raise ValueError(
-            f"q: backend 'triton' computes {', '.join(str(dtype) for dtype in DTYPES)}, received {q.dtype}; convert "
-            "the tensors or use backend='reference'"
-        )
-    for name, tensor in (("q", q), ("v", v)):
-        if not HEAD_DIMS[0] <= tensor.shape[-1] <= HEAD_DIMS[1]:
-            raise ValueError(
-                f"{name}: backend 'triton' takes head dimensions from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, received "
-                f"{tensor.shape[-1]}; use backend='reference'"
-            )
+    spec, packed, origin = options.spec, options.packed, options.origin
+    mask, bias, sinks, aux, descale = options.mask, options.bias, options.sinks, options.aux, options.descale
+    TRITON.check(Request("attention", q.device, q.dtype, (q.shape[-1], v.shape[-1]), options, needs_grad))
     target = target_of(q.device)
-    if q.dtype == FP8 and not has_fp8(target):
-        raise ValueError(
-            f"q: backend 'triton' computes {FP8} on GPUs from sm_89, this one is {target.name}; convert the tensors to "
-            "bfloat16, or use backend='reference'"
-        )
     natural = q.dtype == torch.float32
-    seed = seed if spec.dropout_p > 0 else None
+    seed = options.seed if spec.dropout_p > 0 else None
     scores, fold_scale = describe(mask, bias, sinks, seed, spec, natural=natural, descale=descale)
     if packed is not None:
         scores = scores._replace(p_cu_q=packed.cu_q, p_cu_k=packed.cu_k)
@@ -144,11 +120,6 @@ def prepare(
 def _signed(position: int) -> int:
     """Modulo 2^32, as the kernels count positions, and of one integer type whatever it is."""
     return (position + 2**31) % 2**32 - 2**31
-
-
-def has_fp8(target: Target) -> bool:
-    """Whether the target's matrix units take e4m3 as torch.float8_e4m3fn stores it (AMD's gfx942 has another one)."""
-    return target.vendor == "interpreter" or (target.vendor == "cuda" and int(target.arch) >= 89)
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:

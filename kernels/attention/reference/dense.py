@@ -17,15 +17,17 @@ It holds the whole matrix of scores, so its memory grows with Sq * Sk; that is t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from ..call.options import Call
 from ..call.score_mods import split
-from ..call.spec import AttentionSpec, out_dtype
+from ..call.spec import out_dtype
 from . import philox
 
 P = ParamSpec("P")
@@ -50,46 +52,37 @@ def _in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+class Gradients(NamedTuple):
+    """The gradients of attention; None where there is no such input or its gradient was not asked for."""
+
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    dbias: torch.Tensor | None
+    dsinks: torch.Tensor | None
+    daux: tuple[torch.Tensor, ...] | None = None
+
+
 @_in_own_precision
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    descale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and its log-sum-exp, differentiable (any number of times) in q, k, v, bias and sinks.
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its log-sum-exp, differentiable (any number of times) in q, k, v and the tensors of the call.
 
     Args:
         q: [B, H, Sq, D].
         k: [B, Hkv, Sk, D], H a multiple of Hkv: query head h uses key head h // (H / Hkv).
         v: [B, Hkv, Sk, Dv].
-        mask: bool, True = attend, 4-D, each dim 1 or that of [B, H, Sq, Sk]; or None.
-        bias: added to the scores, 4-D, each dim 1 or that of [B, H, Sq, Sk]; or None.
-        origin: int64 [4] = origins of q, k, head and batch, added to those of ``spec``; or None.
-        spec: scale, window, origins, score mods and dropout.
-        aux: the tensors of the score mods.
-        sinks: [H], a logit of each head that joins the denominator; or None.
-        seed: int64, one element, of dropout; or None.
-        descale: fp32 [B, Hkv, 3], by which fp8's q, k and v are multiplied; or None.
+        call: everything else.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype, and lse [B, H, Sq], natural log, fp32 (fp64 for fp64 inputs), without the sink.
     """
     groups = _groups(q, k)
     result = out_dtype(q.dtype)
-    if descale is not None:
-        for_q, for_k, for_v = descale[..., None, None].unbind(2)
+    if call.descale is not None:
+        for_q, for_k, for_v = call.descale[..., None, None].unbind(2)
         q, k, v = q.float() * _repeat_heads(for_q, groups), k.float() * for_k, v.float() * for_v
     dtype = _compute_dtype(q)
-    s = scores(q, k, mask=mask, bias=bias, origin=origin, spec=spec, aux=aux)
+    s = scores(q, k, call)
     # Rows without a key are all -inf, and exp(-inf - -inf) is NaN: they are computed as rows of zeros and then erased,
     # which also erases whatever gradient comes in for them.
     empty = (s == -math.inf).all(-1, keepdim=True)
@@ -97,11 +90,11 @@ def forward(
     lse = torch.logsumexp(s, -1, keepdim=True)
     # Not exp(s - lse): the lse of scores around -1e9 has no room for the logarithm of the number of keys.
     p = torch.softmax(s, -1).masked_fill(empty, 0.0)
-    if sinks is not None:
-        p = p * torch.exp(lse - _with_sinks(lse, sinks))
-    kept = _kept(s, origin, spec, seed)
+    if call.sinks is not None:
+        p = p * torch.exp(lse - _with_sinks(lse, call.sinks))
+    kept = kept_by_dropout(s.shape, call, s.device)
     if kept is not None:
-        p = p.masked_fill(~kept, 0.0) / (1 - spec.dropout_p)
+        p = p.masked_fill(~kept, 0.0) / (1 - call.spec.dropout_p)
     out = p @ _repeat_heads(v.to(dtype), groups)
     return out.to(result), lse.masked_fill(empty, -math.inf).squeeze(-1)
 
@@ -115,17 +108,11 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
+    call: Call,
     *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
     bias_grad: bool,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    descale: None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    aux_grad: bool = False,
+) -> Gradients:
     """The gradients of :func:`forward`, by the formulas above; itself differentiable in all its tensors.
 
     ``out`` and ``lse`` are taken as given: those of a softmax over more keys than ``k`` holds (a ring of shards) give
@@ -133,76 +120,68 @@ def backward(
 
     Args:
         do: gradient of out, [B, H, Sq, Dv].
-        out, lse: what :func:`forward` returned.
+        q, k, v, call: as :func:`forward` takes them.
+        out, lse: the results of :func:`forward`.
         dlse: gradient of lse, [B, H, Sq], or None.
         bias_grad: whether dbias is wanted.
+        aux_grad: whether the gradients of the score mods' tensors are wanted.
 
     Returns:
-        dq, dk, dv in the shapes and dtypes of q, k, v; dbias in bias's, or None where not asked for; dsinks in sinks',
-        or None without.
+        dq, dk, dv in the shapes and dtypes of q, k, v; dbias in bias's; dsinks in sinks', None without; daux in those
+        of ``call.aux``.
     """
     groups = _groups(q, k)
     dtype = _compute_dtype(q)
-    products = _products(q, k, spec)
-    s = _finish(products, mask, bias, origin, spec, aux)
+    products = _products(q, k, call)
+    s = _finish(products, call)
     do, qc, lse = do.to(dtype), q.to(dtype), lse.to(dtype).unsqueeze(-1)
     kc, vc = _repeat_heads(k.to(dtype), groups), _repeat_heads(v.to(dtype), groups)
     # What comes in for a row without a key is dropped, whatever it is.
     empty = lse == -math.inf
-    p = _probabilities(s, lse, sinks)
+    p = _probabilities(s, lse, call.sinks)
     delta = (do * out.to(dtype)).sum(-1, keepdim=True).masked_fill(empty, 0.0)
     dp = do @ vc.transpose(-1, -2)
-    kept = _kept(s, origin, spec, seed)
+    kept = kept_by_dropout(s.shape, call, s.device)
     p_kept = p
     if kept is not None:
-        p_kept, dp = (x.masked_fill(~kept, 0.0) / (1 - spec.dropout_p) for x in (p, dp))
+        p_kept, dp = (x.masked_fill(~kept, 0.0) / (1 - call.spec.dropout_p) for x in (p, dp))
     ds = p * (dp - delta)
     if dlse is not None:
         ds = ds + _probabilities(s, lse, None) * dlse.to(dtype).unsqueeze(-1).masked_fill(empty, 0.0)
-    dx = _through_mods(ds, products, q, origin, spec, aux)
-    dq = spec.scale * (dx @ kc)
-    dk = _sum_heads(spec.scale * (dx.transpose(-1, -2) @ qc), groups)
+    dx, daux = through_mods(ds, products, call, aux_grad)
+    dq = call.spec.scale * (dx @ kc)
+    dk = _sum_heads(call.spec.scale * (dx.transpose(-1, -2) @ qc), groups)
     dv = _sum_heads(p_kept.transpose(-1, -2) @ do, groups)
-    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias_grad and bias is not None else None
+    dbias = None
+    if bias_grad and call.bias is not None:
+        dbias = ds.sum_to_size(call.bias.shape).to(call.bias.dtype)
     dsinks = None
-    if sinks is not None:
-        whole = _with_sinks(lse.masked_fill(empty, 0.0), sinks)
-        share = torch.exp(sinks.to(dtype)[:, None, None] - whole).masked_fill(empty, 0.0)
-        dsinks = -(share * delta).sum((0, 2, 3)).to(sinks.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
+    if call.sinks is not None:
+        whole = _with_sinks(lse.masked_fill(empty, 0.0), call.sinks)
+        share = torch.exp(call.sinks.to(dtype)[:, None, None] - whole).masked_fill(empty, 0.0)
+        dsinks = -(share * delta).sum((0, 2, 3)).to(call.sinks.dtype)
+    return Gradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks, daux)
 
 
 @_in_own_precision
-def weights(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...] = (),
-    sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    descale: None = None,
-) -> torch.Tensor:
-    """What multiplies the values, p * d [B, H, Sq, Sk] in lse's dtype, from the lse that any backend's forward gave.
+def weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: Call) -> torch.Tensor:
+    """Return what multiplies the values, p * d [B, H, Sq, Sk] in lse's dtype, from the lse of any backend's forward.
 
     Differentiable in q, k, lse, bias and sinks. A row that sees no key is one of zeros.
     """
-    s = scores(q, k, mask=mask, bias=bias, origin=origin, spec=spec, aux=aux)
-    p = _probabilities(s, lse.unsqueeze(-1), sinks)
-    kept = _kept(s, origin, spec, seed)
-    return p if kept is None else p.masked_fill(~kept, 0.0) / (1 - spec.dropout_p)
+    s = scores(q, k, call)
+    p = _probabilities(s, lse.unsqueeze(-1), call.sinks)
+    kept = kept_by_dropout(s.shape, call, s.device)
+    return p if kept is None else p.masked_fill(~kept, 0.0) / (1 - call.spec.dropout_p)
 
 
-def visible(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec, device: torch.device) -> torch.Tensor:
-    """Which keys a query sees by position alone, bool [Sq, Sk].
+def visible(sq: int, sk: int, call: Call, device: torch.device) -> torch.Tensor:
+    """Return which keys a query sees by position alone, bool [Sq, Sk].
 
     Query i stands at origin_q + i and key j at origin_k + j; they see each other iff
     -window_left <= position of the key - position of the query <= window_right, None leaving a side open.
     """
+    spec, origin = call.spec, call.origin
     i_q = torch.arange(sq, device=device) + spec.origin_q
     i_k = torch.arange(sk, device=device) + spec.origin_k
     if origin is not None:
@@ -216,80 +195,77 @@ def visible(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec, 
     return seen
 
 
-def scores(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...] = (),
-) -> torch.Tensor:
-    """What the softmax sees, [B, H, Sq, Sk]: mods(scale * q k^T) + bias, -inf where the query does not see the key."""
-    return _finish(_products(q, k, spec), mask, bias, origin, spec, aux)
+def scores(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
+    """Return the softmax's input, [B, H, Sq, Sk]: mods(scale * q k^T) + bias, -inf where a query does not see a key."""
+    return _finish(_products(q, k, call), call)
 
 
-def _products(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+def _products(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
     """scale * q k^T, [B, H, Sq, Sk]."""
     dtype = _compute_dtype(q)
-    return spec.scale * (q.to(dtype) @ _repeat_heads(k.to(dtype), _groups(q, k)).transpose(-1, -2))
+    return call.spec.scale * (q.to(dtype) @ _repeat_heads(k.to(dtype), _groups(q, k)).transpose(-1, -2))
 
 
-def _finish(
-    products: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...],
-) -> torch.Tensor:
+def _finish(products: torch.Tensor, call: Call) -> torch.Tensor:
     """The scores of the products, in the contract's order."""
-    s = _mods(products, origin, spec, aux)
-    if bias is not None:
-        s = s + bias.to(s.dtype)
+    s = apply_mods(products, call, call.aux)
+    if call.bias is not None:
+        s = s + call.bias.to(s.dtype)
     seen = None
-    if spec.window_left is not None or spec.window_right is not None:
-        seen = visible(s.shape[2], s.shape[3], origin, spec, s.device)
-    if mask is not None:
-        seen = mask if seen is None else mask & seen
+    if call.spec.window_left is not None or call.spec.window_right is not None:
+        seen = visible(s.shape[2], s.shape[3], call, s.device)
+    if call.mask is not None:
+        seen = call.mask if seen is None else call.mask & seen
     return s if seen is None else s.masked_fill(~seen, -math.inf)
 
 
-def _mods(
-    s: torch.Tensor, origin: torch.Tensor | None, spec: AttentionSpec, aux: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
-    """The scores after the call's score mods."""
-    at = positions(s.shape, origin, spec, s.device) if spec.mods else ()
-    for mod, tensors, numbers in split(spec.mods, aux, spec.params):
+def apply_mods(s: torch.Tensor, call: Call, aux: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the scores after the call's score mods, whose tensors are ``aux``."""
+    at = positions(s.shape, call, s.device) if call.spec.mods else ()
+    for mod, tensors, numbers in split(call.spec.mods, aux, call.spec.params):
         params = dict(zip(mod.param_names, numbers, strict=True))
         # Tensors of another dtype, positions among them, are not to change that of the scores.
         s = mod.torch_forward(s, *at, *tensors, **params).to(s.dtype)
     return s
 
 
-def _through_mods(
-    ds: torch.Tensor,
-    products: torch.Tensor,
-    q: torch.Tensor,
-    origin: torch.Tensor | None,
-    spec: AttentionSpec,
-    aux: tuple[torch.Tensor, ...],
-) -> torch.Tensor:
-    """The gradient of scale * q k^T from that of the scores after the mods, by autograd through the mods alone."""
-    if not spec.mods:
-        return ds
+def through_mods(
+    ds: torch.Tensor, products: torch.Tensor, call: Call, aux_grad: bool = False
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+    """Return the gradient of scale * q k^T from that of the scores after the mods, by autograd through the mods alone.
+
+    The second result holds the gradients of ``call.aux`` if ``aux_grad``, else it is None; zeros for integer tensors.
+    """
+    if not call.spec.mods:
+        return ds, () if aux_grad else None
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         x = products if create_graph and products.requires_grad else products.detach().requires_grad_()
-        (dx,) = torch.autograd.grad(_mods(x, origin, spec, aux), x, ds, create_graph=create_graph)
-    return dx
+        aux = call.aux
+        if aux_grad:
+            aux = tuple(a if create_graph and a.requires_grad else _leaf(a) for a in aux)
+        wanted = [a for a in aux if a.requires_grad] if aux_grad else []
+        found = torch.autograd.grad(
+            apply_mods(x, call, aux), [x, *wanted], ds, create_graph=create_graph, allow_unused=aux_grad
+        )
+    if not aux_grad:
+        return found[0], None
+    gradients = iter(found[1:])
+    daux = tuple(next(gradients) if a.requires_grad else None for a in aux)
+    dx = torch.zeros_like(products) if found[0] is None else found[0]
+    return dx, tuple(torch.zeros_like(a) if g is None else g for a, g in zip(aux, daux, strict=True))
+
+
+def _leaf(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a leaf with a gradient, if its dtype can have one."""
+    return x.detach().requires_grad_(x.is_floating_point())
 
 
 def positions(
-    shape: torch.Size, origin: torch.Tensor | None, spec: AttentionSpec, device: torch.device
+    shape: torch.Size, call: Call, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Positions of batch, head, query and key in the whole: int64 [B,1,1,1], [1,H,1,1], [1,1,Sq,1], [1,1,1,Sk]."""
+    """Return positions in the whole of b, h, q and k: int64 [B,1,1,1], [1,H,1,1], [1,1,Sq,1], [1,1,1,Sk]."""
+    spec, origin = call.spec, call.origin
     starts = (spec.origin_batch, spec.origin_head, spec.origin_q, spec.origin_k)
     order = (3, 2, 0, 1)  # of origin's elements
     found = []
@@ -302,14 +278,12 @@ def positions(
     return i_b, i_h, i_q, i_k
 
 
-def _kept(
-    s: torch.Tensor, origin: torch.Tensor | None, spec: AttentionSpec, seed: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Which probabilities dropout keeps, bool [B, H, Sq, Sk]; None without dropout."""
-    if spec.dropout_p == 0:
+def kept_by_dropout(shape: torch.Size, call: Call, device: torch.device) -> torch.Tensor | None:
+    """Return which probabilities of [B, H, Sq, Sk] dropout keeps, as bools; None without dropout."""
+    if call.spec.dropout_p == 0:
         return None
-    assert seed is not None
-    return philox.keep(seed, *positions(s.shape, origin, spec, s.device), spec.dropout_p)
+    assert call.seed is not None
+    return philox.keep(call.seed, *positions(shape, call, device), call.spec.dropout_p)
 
 
 def _probabilities(s: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
@@ -342,3 +316,17 @@ def _repeat_heads(x: torch.Tensor, groups: int) -> torch.Tensor:
 def _sum_heads(x: torch.Tensor, groups: int) -> torch.Tensor:
     """[B, H, S, D] -> [B, Hkv, S, D]: the transpose of :func:`_repeat_heads`."""
     return x if groups == 1 else x.unflatten(1, (x.shape[1] // groups, groups)).sum(2)
+
+
+def batch_entry(call: Call, index: int) -> Call:
+    """Return the call of batch entry ``index`` alone: its part of mask, bias and of mods whose tensors are by batch."""
+    aux: list[torch.Tensor] = []
+    for mod, tensors, _ in split(call.spec.mods, call.aux, call.spec.params):
+        # ALiBi's slopes [B, H] are the call's, not the whole's, and so they are those of one entry here.
+        aux += [x[index : index + 1] for x in tensors] if mod.local_heads else tensors
+    mask, bias = (
+        x if x is None or x.shape[0] == 1 else x[index : index + 1]  # a dim of size 1 broadcasts
+        for x in (call.mask, call.bias)
+    )
+    spec = dataclasses.replace(call.spec, origin_batch=call.spec.origin_batch + index)
+    return call.replace(mask=mask, bias=bias, aux=tuple(aux), spec=spec)

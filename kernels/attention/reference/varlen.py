@@ -8,78 +8,69 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
+from ..call.options import Call
 from ..call.packed import Packed, as_batch, as_packed, check_contents
-from ..call.spec import AttentionSpec
-from . import dense as reference
+from . import dense
+from .dense import Gradients
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Sequence:
     """One sequence of a packed call."""
 
     rows: slice  # of q
     keys: slice
     index: int
-    packed: Packed
-    spec: AttentionSpec  # its own
-
-    def own(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        """The part of a mask or bias [B, H, max_q, max_k] that belongs to it, each dim 1 or that of its scores."""
-        if x is None:
-            return None
-        x = x if x.shape[0] == 1 else x[self.index : self.index + 1]
-        # A dim of size 1 broadcasts, unless 1 is also the longest length and the sequence's is 0.
-        if x.shape[2] != 1 or self.packed.max_q == 1:
-            x = x[:, :, : self.rows.stop - self.rows.start]
-        if x.shape[3] != 1 or self.packed.max_k == 1:
-            x = x[..., : self.keys.stop - self.keys.start]
-        return x
-
-    def options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of the reference for this sequence, from those of the call."""
-        own = {"mask": self.own(options["mask"]), "bias": self.own(options["bias"]), "spec": self.spec}
-        aux = []
-        # ALiBi's slopes [B, H] are the call's, not the whole's, and so they are those of one sequence here.
-        for mod, tensors in _tensors(options["spec"], options.get("aux", ())):
-            aux += [x[self.index : self.index + 1] for x in tensors] if mod.local_heads else list(tensors)
-        return {**options, **own, "aux": tuple(aux), "origin": None}
+    call: Call  # its own
 
 
-def _tensors(spec: AttentionSpec, aux: tuple[torch.Tensor, ...]) -> list[tuple[Any, tuple[torch.Tensor, ...]]]:
-    from ..call.score_mods import split
+def _own(x: torch.Tensor | None, packed: Packed, rows: int, keys: int) -> torch.Tensor | None:
+    """The part of a mask or bias [1, H, max_q, max_k], each dim 1 or that of the scores, for a sequence's lengths."""
+    if x is None:
+        return None
+    # A dim of size 1 broadcasts, unless 1 is also the longest length and the sequence's is 0.
+    if x.shape[2] != 1 or packed.max_q == 1:
+        x = x[:, :, :rows]
+    if x.shape[3] != 1 or packed.max_k == 1:
+        x = x[..., :keys]
+    return x
 
-    return [(mod, tensors) for mod, tensors, _ in split(spec.mods, aux, spec.params)]
 
-
-def _sequences(packed: Packed, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> Iterator[_Sequence]:
+def _sequences(q: torch.Tensor, k: torch.Tensor, call: Call) -> Iterator[_Sequence]:
+    packed = call.packed
+    assert packed is not None
     cu_q, cu_k = check_contents(packed, q.shape[0], k.shape[0])
     for b in range(packed.batch):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
-        ahead = keys.stop - keys.start - (rows.stop - rows.start) if packed.is_bottom_right else 0
-        own = dataclasses.replace(spec, origin_q=spec.origin_q + ahead, origin_batch=spec.origin_batch + b)
-        yield _Sequence(rows, keys, b, packed, own)
+        lengths = rows.stop - rows.start, keys.stop - keys.start
+        ahead = lengths[1] - lengths[0] if packed.is_bottom_right else 0
+        entry = dense.batch_entry(call, b)
+        own = entry.replace(
+            spec=dataclasses.replace(entry.spec, origin_q=entry.spec.origin_q + ahead),
+            mask=_own(entry.mask, packed, *lengths),
+            bias=_own(entry.bias, packed, *lengths),
+            packed=None,
+        )
+        yield _Sequence(rows, keys, b, own)
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each sequence, differentiable as :func:`reference.forward` is.
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each sequence, differentiable as :func:`dense.forward` is.
 
     Args:
         q: [total_q, H, D].
         k: [total_k, Hkv, D].
         v: [total_k, Hkv, Dv].
-        packed: where the sequences lie.
-        options: mask, bias, spec, aux, sinks, seed as :func:`reference.forward` takes them, for B sequences of the
-            longest lengths.
+        call: everything else; ``call.packed`` says where the sequences lie.
 
     Returns:
         out [total_q, H, Dv] in q's dtype, and lse [H, total_q], fp32 (fp64 for fp64).
     """
+    assert call.packed is not None
     dtype = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
     at = 0
@@ -88,19 +79,18 @@ def forward(
         outs.append(q.new_zeros(rows, q.shape[1], v.shape[2]))
         lses.append(q.new_full((q.shape[1], rows), -math.inf, dtype=dtype))
 
-    for own in _sequences(packed, q, k, options["spec"]):
+    for own in _sequences(q, k, call):
         padding(own.rows.start - at)
         at = own.rows.stop
         parts = (as_batch(q[own.rows]), as_batch(k[own.keys]), as_batch(v[own.keys]))
-        out, lse = reference.forward(*parts, **own.options(options))
+        out, lse = dense.forward(*parts, own.call)
         outs.append(as_packed(out))
         lses.append(lse.squeeze(0))
-    if not packed.batch:
+    if not call.packed.batch:
         # Without a sequence, too, the results depend on q, k and v as far as autograd is concerned.
-        bare = dataclasses.replace(options["spec"], mods=(), params=())
-        out, _ = reference.forward(
-            *(as_batch(x[:0]) for x in (q, k, v)), **{**options, "mask": None, "bias": None, "spec": bare}, origin=None
-        )
+        spec = dataclasses.replace(call.spec, mods=(), params=())
+        bare = call.replace(mask=None, bias=None, aux=(), packed=None, spec=spec)
+        out, _ = dense.forward(*(as_batch(x[:0]) for x in (q, k, v)), bare)
         outs.append(as_packed(out))
     padding(q.shape[0] - at)
     return torch.cat(outs), torch.cat(lses, 1)
@@ -114,26 +104,26 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
-    packed: Packed,
+    call: Call,
     *,
     bias_grad: bool,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    aux_grad: bool = False,
+) -> Gradients:
     """The gradients of :func:`forward` by the reference's formulas, itself differentiable.
 
     Returns:
-        dq, dk, dv, dbias and dsinks as :func:`reference.backward` returns them; rows of no sequence have gradient 0.
+        What :func:`dense.backward` returns; rows of no sequence have gradient 0.
     """
-    bias, sinks = options["bias"], options.get("sinks")
-    bias_grad = bias_grad and bias is not None
+    bias, sinks = call.bias, call.sinks
     wide = torch.promote_types(q.dtype, torch.float32)
     pieces: tuple[list[torch.Tensor], ...] = ([], [], [])
     ends = [0, 0, 0]
-    dbias = None if not bias_grad else torch.zeros_like(bias, dtype=wide)
+    dbias = torch.zeros_like(bias, dtype=wide) if bias_grad and bias is not None else None
     dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
-    for own in _sequences(packed, q, k, options["spec"]):
+    daux = [torch.zeros_like(x) for x in call.aux] if aux_grad else None
+    for own in _sequences(q, k, call):
         at = own.rows, own.keys, own.keys
-        gradients = reference.backward(
+        gradients = dense.backward(
             as_batch(do[own.rows]),
             as_batch(q[own.rows]),
             as_batch(k[own.keys]),
@@ -141,27 +131,35 @@ def backward(
             as_batch(out[own.rows]),
             lse[None, :, own.rows],
             None if dlse is None else dlse[None, :, own.rows],
-            **own.options(options),
+            own.call,
             bias_grad=bias_grad,
+            aux_grad=aux_grad,
         )
         for i, (x, gradient, where) in enumerate(zip((q, k, v), gradients[:3], at, strict=True)):
             pieces[i].extend((x.new_zeros(where.start - ends[i], *x.shape[1:]), as_packed(gradient)))
             ends[i] = where.stop
         if dbias is not None:
-            assert gradients[3] is not None
-            dbias = dbias + _placed(gradients[3].to(wide), bias.shape, own.index)
+            assert gradients.dbias is not None
+            dbias = dbias + _placed(gradients.dbias.to(wide), dbias.shape, own.index)
         if dsinks is not None:
-            assert gradients[4] is not None
-            dsinks = dsinks + gradients[4].to(wide)
+            assert gradients.dsinks is not None
+            dsinks = dsinks + gradients.dsinks.to(wide)
+        if daux is not None:
+            assert gradients.daux is not None
+            daux = [
+                x + (part if part.shape == x.shape else _placed_rows(part, x.shape[0], own.index))
+                for x, part in zip(daux, gradients.daux, strict=True)
+            ]
     found = []
     for x, pieces_of, end in zip((q, k, v), pieces, ends, strict=True):
         found.append(torch.cat([*pieces_of, x.new_zeros(x.shape[0] - end, *x.shape[1:])]))
-    return (
+    return Gradients(
         found[0],
         found[1],
         found[2],
-        None if dbias is None else dbias.to(bias.dtype),
+        None if dbias is None or bias is None else dbias.to(bias.dtype),
         None if dsinks is None or sinks is None else dsinks.to(sinks.dtype),
+        None if daux is None else tuple(daux),
     )
 
 
@@ -171,3 +169,8 @@ def _placed(part: torch.Tensor, shape: torch.Size, index: int) -> torch.Tensor:
     after = shape[0] - before - 1
     sides = (0, shape[3] - part.shape[3], 0, shape[2] - part.shape[2], 0, 0, before, after)
     return torch.nn.functional.pad(part, sides)
+
+
+def _placed_rows(part: torch.Tensor, rows: int, index: int) -> torch.Tensor:
+    """``part`` [1, H] as row ``index`` of zeros [rows, H]."""
+    return torch.nn.functional.pad(part, (0, 0, index, rows - index - 1))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from ... import env
-from ..call import tensors as entry
-from ..call.choice import HEAD_DIMS, choose, why_not_engine, why_not_triton
+from ...backend_record import Request, implementation
+from ...backends import choose, count
+from ..call.errors import short, wrong
+from ..call.options import Options
 from ..call.packed import Packed, check_contents
 from ..call.spec import Origin
-from ..call.validation import ALIGN, DTYPES, Call, check_flag, check_qkv, normalise, wrong
-from . import ops
+from ..call.tensors import autocast, needs_gradient, unit_last_stride
+from ..call.validation import ALIGN, DTYPES, check_flag, check_qkv, normalise
+from .ops import FIELDS
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -80,39 +84,67 @@ def flash_attention_varlen(
             contents of cu_seqlens are looked at only under FUSEMESH_CHECK=1 and by the reference.
         NotImplementedError: an argument is right but not built yet; named in the message.
     """
-    q, k, v = entry.autocast(q, k, v)
-    _check_tensors(q, k, v)
-    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_flag("return_lse", return_lse)
-    _check_align(align, causal=causal, window=window, alibi_slopes=alibi_slopes, score_mod=score_mod)
-    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, align == "bottom_right")
-    like_q, like_k, like_v = _longest_batch(q, k, v, packed)
-    check_qkv(like_q, like_k, like_v)
-    call = normalise(
-        like_q,
-        like_k,
+    options = Options(
         causal=causal,
-        align=None,
+        align=align,
         window=window,
         mask=mask,
         bias=bias,
-        scale=scale,
-        # Each sequence's own shift is added where its lengths are read.
-        origin=Origin(),
         alibi_slopes=alibi_slopes,
         softcap=softcap,
         score_mod=score_mod,
         sinks=sinks,
         dropout_p=dropout_p,
         seed=seed,
+        scale=scale,
         descale=descale,
-        deterministic=deterministic,
     )
-    chosen = _choose(backend, like_q, like_v, call)
+    check_flag("deterministic", deterministic)
+    check_flag("return_lse", return_lse)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out, lse = attend(q, k, v, lengths, options, return_lse=return_lse, backend=backend)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple[torch.Tensor, torch.Tensor, int, int],
+    options: Options,
+    *,
+    return_lse: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out and lse of :func:`flash_attention_varlen`.
+
+    Args:
+        lengths: cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k.
+    """
+    q, k, v = autocast(q, k, v)
+    _check_tensors(q, k, v)
+    _check_lengths(q, *lengths)
+    _check_align(options)
+    packed = Packed(*lengths, options.align == "bottom_right")
+    like_q, like_k, like_v = _longest_batch(q, k, v, packed)
+    check_qkv(like_q, like_k, like_v)
+    # Each sequence's own shift is added where its lengths are read.
+    options = dataclasses.replace(options, align=None, origin=Origin())
+    call = normalise(like_q, like_k, options).replace(packed=packed, origin=None)
+    needs_grad = needs_gradient(q, k, v, *call.differentiable)
+    dims = (q.shape[2], v.shape[2])
+    record = choose(backend, Request("attention_varlen", q.device, q.dtype, dims, call, needs_grad, return_lse))
     if env.CHECK and not torch.compiler.is_compiling():
         check_contents(packed, q.shape[0], k.shape[0])
-    out, lse = _forward(chosen, q, k, v, packed, call)
-    return (out, lse) if return_lse else out
+    # The reference reads lengths on the host, which a compiled graph holds only inside an op.
+    if "attention_varlen" in record.differentiable and not torch.compiler.is_compiling():
+        count("attention_varlen_forward", record.name)
+        found: tuple[torch.Tensor, torch.Tensor]
+        found = implementation(record.name, "attention_varlen").forward(q, k, v, call)
+        return found
+    q, k, v = (unit_last_stride(x) for x in (q, k, v))
+    out, lse = torch.ops.fusemesh.attention_varlen_forward(q, k, v, *FIELDS.pack(call), record.name)
+    return out, lse
 
 
 def _longest_batch(
@@ -125,45 +157,6 @@ def _longest_batch(
         for x, length in zip((q, k, v), lengths, strict=True)
     )
     return like_q, like_k, like_v
-
-
-def _forward(
-    chosen: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, call: Call
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if chosen == "reference" and not torch.compiler.is_compiling():
-        from ..reference import varlen as reference
-
-        entry.count("attention_varlen_forward", "reference")
-        # Positions are the sequences' own, and fp8 has been refused.
-        options = {name: value for name, value in call.arguments().items() if name not in ("origin", "descale")}
-        return reference.forward(q, k, v, packed, **options)
-    # The reference reads lengths on the host, which a compiled graph holds only inside an op.
-    q, k, v = (entry.unit_last_stride(x) for x in (q, k, v))
-    tensors = (packed.cu_q, packed.cu_k, call.mask, call.bias, list(call.aux), call.sinks, call.seed)
-    numbers = (packed.max_q, packed.max_k, packed.is_bottom_right, *ops.numbers_of(call.spec))
-    out, lse = torch.ops.fusemesh.attention_varlen_forward(q, k, v, *tensors, *numbers, chosen)
-    return out, lse
-
-
-def _choose(backend: str, q: torch.Tensor, v: torch.Tensor, call: Call) -> str:
-    """The backend that runs; for one given by name, ValueError if it cannot do this call."""
-    expected, remedy = (
-        "one that takes packed sequences (reference, cpu, triton)",
-        "use backend='auto', 'reference', 'cpu' or 'triton'",
-    )
-    unfit = {
-        "triton": why_not_triton(q.dtype, (("q", q.shape[3], HEAD_DIMS), ("v", v.shape[3], HEAD_DIMS))),
-        "cpu": why_not_engine(q.dtype, call.spec.mods),
-    }
-    return choose(
-        backend,
-        q.device,
-        operation="attention_varlen",
-        kernels="attention",
-        refused={"torch": (expected, "'torch'", remedy)},
-        unfit=unfit,
-        otherwise=("reference", "PyTorch's kernel takes no packed sequences"),
-    )
 
 
 def _check_tensors(q: Any, k: Any, v: Any) -> None:
@@ -195,7 +188,7 @@ def _check_lengths(q: torch.Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any
         raise wrong("cu_seqlens_k", expected, cu_k.shape[0], "each sequence has queries and keys, maybe none")
     for name, most in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
         if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)) or most < 0:
-            received = _short(most)
+            received = short(most)
             raise wrong(name, "an int of at least 0", received, "pass the longest length, or any larger number")
 
 
@@ -210,11 +203,13 @@ def _check_starts(name: str, cu: Any, q: torch.Tensor) -> None:
         raise wrong(name, "a contiguous tensor", f"strides {cu.stride()}", "call .contiguous()")
 
 
-def _check_align(align: Any, **positional: Any) -> None:
+def _check_align(options: Options) -> None:
     """Raise unless align is given where an argument depends on it."""
+    align = options.align
     if align is not None and align not in ALIGN:
         raise wrong("align", f"one of {ALIGN} or None", repr(align), "name the corner where each sequence is aligned")
-    given = [name for name, value in positional.items() if value is not None and value is not False]
+    positional = ("causal", "window", "alibi_slopes", "score_mod")
+    given = [name for name in positional if getattr(options, name) is not None and getattr(options, name) is not False]
     if given and align is None:
         raise wrong(
             "align",
@@ -223,8 +218,3 @@ def _check_align(align: Any, **positional: Any) -> None:
             "with packed sequences it is never implied: 'top_left' puts the first query of each at its first key, "
             "'bottom_right' the last query at the last key",
         )
-
-
-def _short(value: object) -> str:
-    """A value as an error message shows it."""
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
+from ..call.options import Options
 from ..call.validation import wrong
-from .api import flash_attention_varlen
+from .api import attend
 
 
-def attention(q: Any, k: Any, v: Any, *, align: str | None, origin: Any, **options: Any) -> Any:
+def attention(q: Any, k: Any, v: Any, options: Options, *, return_lse: bool, backend: str) -> Any:
     """:func:`fusemesh.flash_attention` of jagged q, k and v, sequence by sequence.
 
     Args:
         q: [B, H, j, D], jagged in j: ``torch.nested.nested_tensor(..., layout=torch.jagged).transpose(1, 2)``.
         k, v: [B, Hkv, j, D] and [B, Hkv, j, Dv], jagged by the same offsets as each other.
-        align: as in flash_attention_varlen; where q has the offsets of k, lengths are equal and None will do.
-        origin: None; each sequence stands for itself.
-        options: those of flash_attention_varlen. mask and bias broadcast to [B, H, longest q, longest k].
+        options: those of flash_attention_varlen; mask and bias broadcast to [B, H, longest q, longest k]. Where q has
+            the offsets of k, lengths are equal and ``align`` may be None. ``origin`` is None: each sequence stands for
+            itself.
+        return_lse: also return the log-sum-exp.
+        backend: as flash_attention takes it.
 
     Returns:
         out [B, H, j, Dv], jagged as q is, and with return_lse lse [B, H, j], too. The longest lengths are what the
@@ -44,24 +48,22 @@ def attention(q: Any, k: Any, v: Any, *, align: str | None, origin: Any, **optio
         raise wrong("v", "the offsets of k", "others", "make v with offsets=k.offsets()")
     if q.shape[0] != k.shape[0]:
         raise wrong("k", f"q's batch size {q.shape[0]}", k.shape[0], "each sequence has queries and keys")
-    if origin is not None:
-        raise wrong("origin", "None with jagged tensors", type(origin).__name__, "pass align")
-    if align is None and q.shape[2] == k.shape[2]:
-        align = "top_left"
-    result = flash_attention_varlen(
+    if options.origin is not None:
+        raise wrong("origin", "None with jagged tensors", type(options.origin).__name__, "pass align")
+    if options.align is None and q.shape[2] == k.shape[2]:
+        options = dataclasses.replace(options, align="top_left")
+    out, lse = attend(
         q.values().transpose(0, 1),
         k.values().transpose(0, 1),
         v.values().transpose(0, 1),
-        q.offsets(),
-        k.offsets(),
-        _longest(q),
-        _longest(k),
-        align=align,
-        **options,
+        (q.offsets(), k.offsets(), _longest(q), _longest(k)),
+        options,
+        return_lse=return_lse,
+        backend=backend,
     )
-    if isinstance(result, torch.Tensor):
-        return _as_jagged(result, q)
-    return _as_jagged(result[0], q), _as_jagged(result[1].transpose(0, 1), q)
+    if not return_lse:
+        return _as_jagged(out, q)
+    return _as_jagged(out, q), _as_jagged(lse.transpose(0, 1), q)
 
 
 def _ragged_dim(x: Any) -> int:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fusemesh import __version__
 from fusemesh.kernels import backends, engine
+from fusemesh.kernels.runtime import proven
 
 _LIBRARIES = ("triton", "numpy", "safetensors", "tensorboard", "matplotlib", "tqdm")
 
@@ -87,12 +88,12 @@ def examine() -> dict[str, Any]:
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "devices": _devices(),
         "backends": {
-            kind: {name: backends.why_unavailable(name, kind) for name in backends.NAMES} for kind in ("cpu", "cuda")
+            kind: {name: backends.why_unavailable(name, kind) for name in backends.names()} for kind in ("cpu", "cuda")
         },
         "auto": {kind: _auto(kind) for kind in kinds},
         "proven_on_gpu": [
             {"operation": op, "capability": arch, "record": record}
-            for (op, arch), record in backends.PROVEN_ON_GPU.items()
+            for (op, arch), record in proven.PROVEN_ON_GPU.items()
         ],
         "engine": _engine(),
         "process_groups": {

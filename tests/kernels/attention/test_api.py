@@ -16,8 +16,10 @@ import fusemesh
 from fusemesh import Origin, attention_backward, attention_forward, flash_attention
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention.call import validation
+from fusemesh.kernels.attention.call.options import Call, Options
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.reference import dense as reference
+from fusemesh.kernels.runtime import launch, proven
 from fusemesh.kernels.testing import attention as budget
 from tests.support import fresh_process
 from tests.support.attention_inputs import close, qkv
@@ -32,7 +34,7 @@ def seeded() -> None:
 
 
 def by_reference(q, k, v, spec, mask=None, bias=None, origin=None):  # type: ignore[no-untyped-def]
-    return reference.forward(q, k, v, mask=mask, bias=bias, origin=origin, spec=spec)
+    return reference.forward(q, k, v, Call(spec, mask=mask, bias=bias, origin=origin))
 
 
 class TestWhoRuns:
@@ -127,7 +129,7 @@ class TestWhoRuns:
     def test_proven_gpus_get_triton_where_it_can_do_the_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from fusemesh.kernels.attention.dense import api
 
-        monkeypatch.setattr(backends, "proven", lambda operation, device: operation == "attention")
+        monkeypatch.setattr(proven, "proven", lambda kernels, device: kernels == "attention")
         chosen = {}
         for name, tensors in {
             "fp32": qkv(dtype=torch.float32, dim_v=16),
@@ -135,10 +137,9 @@ class TestWhoRuns:
             "small head": qkv(dtype=torch.float32),
         }.items():
             q, k, v = tensors
-            call = validation.normalise(
-                q, k, causal=False, align=None, window=None, mask=None, bias=None, scale=None, origin=None
-            )
-            chosen[name] = api._choose("auto", q, v, call, needs_lse=False)
+            call = validation.normalise(q, k, Options())
+            with launch.any_device():
+                chosen[name] = api._choose("auto", (q, k, v), call, needs_lse=False).name
         assert chosen == {"fp32": "triton", "fp64": "torch", "small head": "cpu"}
 
 
@@ -218,11 +219,11 @@ def test_torch_backend_within_the_budget(feature: str, align: str | None, dtype:
         assert actual["dbias"].shape == bias.shape
         actual["dbias"] = actual["dbias"].reshape(four.shape)
     if dtype == torch.float64:
-        want = budget.expected(q, k, v, do=do, mask=mask, bias=four, spec=spec).exact
+        want = budget.expected(q, k, v, Call(spec, mask=mask, bias=four), do=do).exact
         for name, value in actual.items():
             close(value, want[name])
     else:
-        budget.check(actual, budget.expected(q, k, v, do=do, mask=mask, bias=four, spec=spec))
+        budget.check(actual, budget.expected(q, k, v, Call(spec, mask=mask, bias=four), do=do))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -335,9 +336,7 @@ class TestLse:
 def test_expanded_masks_are_narrowed() -> None:
     q, k, v = qkv(5, 7)
     mask = (torch.rand(2, 1, 1, 7) > 0.4).expand(2, 4, 5, 7)
-    call = validation.normalise(
-        q, k, causal=False, align=None, window=None, mask=mask, bias=None, scale=None, origin=None
-    )
+    call = validation.normalise(q, k, Options(mask=mask))
     assert call.mask is not None and call.mask.shape == (2, 1, 1, 7)
     assert call.mask.data_ptr() == mask.data_ptr()
     close(flash_attention(q, k, v, mask=mask), by_reference(q, k, v, AttentionSpec(0.25), mask=mask.contiguous())[0])

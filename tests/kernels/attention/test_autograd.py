@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 import fusemesh
 from fusemesh import attention_backward, attention_forward, flash_attention
 from fusemesh.kernels.attention.call import validation
+from fusemesh.kernels.attention.call.options import Call, Options
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.dense import ops
 from tests.support.attention_inputs import close, qkv
@@ -56,9 +57,7 @@ class TestBias:
         assert torch.equal(out, want)
         do = torch.randn_like(out)
         close(torch.autograd.grad(out, small, do)[0], torch.autograd.grad(want, small, do)[0])
-        call = validation.normalise(
-            q, k, causal=False, align=None, window=None, mask=expanded > 0, bias=expanded, scale=None, origin=None
-        )
+        call = validation.normalise(q, k, Options(mask=expanded > 0, bias=expanded))
         assert call.bias is not None and call.bias.shape == small.shape
         out, lse = attention_forward(q, k, v, bias=expanded)
         dbias = attention_backward(do, q, k, v, out, lse, bias=expanded, bias_grad=True)[3]
@@ -117,8 +116,8 @@ def test_the_op_with_one_tensor_in_three_roles() -> None:
     x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        numbers = ops.numbers_of(AttentionSpec(0.5, window_right=0))
-        return ops.attention_forward(x, x, x, None, None, None, [], None, None, *numbers, "reference", None)[0]
+        values = ops.FIELDS.pack(Call(AttentionSpec(0.5, window_right=0)))
+        return torch.ops.fusemesh.attention_forward(x, x, x, *values, "reference")[0]
 
     assert torch.autograd.gradcheck(call, x)
     assert torch.autograd.gradgradcheck(call, x)
@@ -128,8 +127,8 @@ def test_the_op_where_v_alone_has_gradients() -> None:
     """The output is linear in v: its first derivative depends on no tensor with gradients, and the second is none."""
     q, k, v = (torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
     v.requires_grad_()
-    numbers = ops.numbers_of(AttentionSpec(0.5, window_right=0))
-    out = ops.attention_forward(q, k, v, None, None, None, [], None, None, *numbers, "reference", None)[0]
+    values = ops.FIELDS.pack(Call(AttentionSpec(0.5, window_right=0)))
+    out = torch.ops.fusemesh.attention_forward(q, k, v, *values, "reference")[0]
     (dv,) = torch.autograd.grad(out.sum(), v, create_graph=True)
     (second,) = torch.autograd.grad(dv.square().sum(), v, allow_unused=True)
     assert second is None or (second == 0).all()

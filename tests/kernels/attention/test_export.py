@@ -17,7 +17,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from fusemesh import MultiheadAttention, Origin, flash_attention, flash_attention_decode, flash_attention_varlen
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import any_device
 from tests.support import fresh_process
 
 H, Hkv, D, Dv = 4, 2, 16, 24

@@ -72,16 +72,17 @@ def test_gradients_of_all_at_once() -> None:
     assert torch.autograd.gradcheck(call, (q, k, v, sinks, bias))
     assert torch.autograd.gradgradcheck(call, (q, k, v, sinks, bias), atol=1e-4)
     # The formulas of the explicit backward against autograd.
+    from fusemesh.kernels.attention.call.options import Call
     from fusemesh.kernels.attention.call.spec import AttentionSpec
-    from fusemesh.kernels.attention.dense.ops import attention_forward, numbers_of
+    from fusemesh.kernels.attention.dense.ops import FIELDS
 
     # Without mods, whose gradient comes of autograd, which does not reach into an op.
     spec = AttentionSpec(0.3, None, 0, 1, 0, dropout_p=0.3)
     seed = torch.tensor([9])
 
     def op(q: Any, k: Any, v: Any, sinks: Any, bias: Any) -> Any:
-        tensors = (None, bias, None, [], sinks, seed)
-        return attention_forward(q, k, v, *tensors, *numbers_of(spec), "reference", None)
+        values = FIELDS.pack(Call(spec, bias=bias, sinks=sinks, seed=seed))
+        return torch.ops.fusemesh.attention_forward(q, k, v, *values, "reference")
 
     assert torch.autograd.gradcheck(op, (q, k, v, sinks, bias[None]))
     assert torch.autograd.gradgradcheck(op, (q, k, v, sinks, bias[None]), atol=1e-4)

@@ -11,6 +11,7 @@ import torch
 import fusemesh
 from fusemesh import flash_attention
 from fusemesh.kernels import backends
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import FP8, AttentionSpec
 from fusemesh.kernels.testing.attention import check, expected
 
@@ -65,7 +66,7 @@ def test_within_the_budget_of_bf16(backend: str, feature: str) -> None:
     assert backends.call_counts()[("attention_forward", backend)] == before + 1
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32 and out.shape == (B, H, SQ, DV)
     wide = [multiplied(x, f).bfloat16() for x, f in zip((q, k, v), descale, strict=True)]
-    want = expected(*wide, bias=bias, sinks=sinks, spec=AttentionSpec(D**-0.5, **spec))
+    want = expected(*wide, Call(AttentionSpec(D**-0.5, **spec), bias=bias, sinks=sinks))
     check({"out": out, "lse": lse}, want)
 
 
@@ -122,7 +123,7 @@ def test_only_fp8_is_descaled_and_only_forward() -> None:
 def test_compiled_ahead_of_time(target: str) -> None:
     """fp8 goes to the matrix units as it is."""
     from fusemesh.kernels import aot
-    from fusemesh.kernels.runtime.launches import any_device
+    from fusemesh.kernels.runtime.launch import any_device
 
     def run() -> None:
         q, k, v = (torch.empty(2, 4, 512, 64, dtype=FP8) for _ in range(3))

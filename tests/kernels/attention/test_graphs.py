@@ -25,8 +25,7 @@ from fusemesh.kernels.attention.gpu import decode as triton_decode
 from fusemesh.kernels.attention.gpu import forward as triton_forward
 from fusemesh.kernels.attention.varlen import ops as varlen_ops
 from fusemesh.kernels.runtime import launch
-from fusemesh.kernels.runtime.launch import TARGETS
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import TARGETS, any_device
 
 B, H, Hkv, Sq, Sk, D, Dv = 2, 4, 2, 130, 200, 64, 48
 BF16, FP32, INT32, INT64, BOOL = torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.bool

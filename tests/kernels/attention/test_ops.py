@@ -24,27 +24,30 @@ CASES = {
 
 def arguments(case: Case, *, requires_grad: bool) -> tuple[Any, ...]:
     """Those of attention_forward."""
-    x, options = case.inputs(), case.options(case.inputs())
+    x = case.inputs()
     q, k, v = (x[name].requires_grad_(requires_grad) for name in "qkv")
-    bias, sinks = (None if x[name] is None else x[name].requires_grad_(requires_grad) for name in ("bias", "sinks"))
-    tensors = (x["mask"], bias, x["origin"], list(options["aux"]), sinks, x["seed"])
-    return q, k, v, *tensors, *ops.numbers_of(case.spec), "triton", None
+    for name in ("bias", "sinks"):
+        if x[name] is not None:
+            x[name].requires_grad_(requires_grad)
+    return q, k, v, *ops.FIELDS.pack(case.call(x)), "triton"
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_forward(name: str, requires_grad: bool) -> None:
-    torch.library.opcheck(ops.attention_forward, arguments(CASES[name], requires_grad=requires_grad))
+    op = torch.ops.fusemesh.attention_forward.default
+    torch.library.opcheck(op, arguments(CASES[name], requires_grad=requires_grad))
 
 
 @pytest.mark.parametrize("with_dlse", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_backward(name: str, with_dlse: bool) -> None:
-    q, k, v, *others, backend, _ = arguments(CASES[name], requires_grad=False)
-    out, lse = ops.attention_forward(q, k, v, *others, backend, None)
+    q, k, v, *values, backend = arguments(CASES[name], requires_grad=False)
+    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *values, backend)
     do, dlse = torch.randn_like(out), torch.randn_like(lse) if with_dlse else None
-    bias_grad = others[1] is not None
-    torch.library.opcheck(ops.attention_backward, (do, q, k, v, out, lse, dlse, *others, bias_grad, backend))
+    bias_grad = CASES[name].bias is not None
+    inputs = (do, q, k, v, out, lse, dlse, *values, bias_grad, False, backend)
+    torch.library.opcheck(torch.ops.fusemesh.attention_backward.default, inputs)
 
 
 def test_lengths_and_positions_cost_no_compilation() -> None:

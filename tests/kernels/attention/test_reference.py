@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.reference import dense as reference
 
@@ -136,7 +137,7 @@ def oracle(case: Case, tensors: list[torch.Tensor], keywords: dict) -> tuple[np.
 
 def test_equals_loops_in_numpy(case: Case) -> None:
     tensors, keywords = make(case)
-    out, lse = reference.forward(*tensors, **keywords)
+    out, lse = reference.forward(*tensors, Call(**keywords))
     want_out, want_lse = oracle(case, tensors, keywords)
     np.testing.assert_allclose(out.numpy(), want_out, rtol=1e-13, atol=1e-14)
     np.testing.assert_allclose(lse.numpy(), want_lse, rtol=1e-13, atol=1e-14)
@@ -171,7 +172,7 @@ def visible_lse(lse: torch.Tensor) -> torch.Tensor:
 
 def call(keywords: dict, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v, *bias = tensors
-    return reference.forward(q, k, v, **{**keywords, "bias": bias[0] if bias else None})
+    return reference.forward(q, k, v, Call(**{**keywords, "bias": bias[0] if bias else None}))
 
 
 def finite_bias(case: Case, keywords: dict, tensors: list[torch.Tensor]) -> None:
@@ -198,7 +199,7 @@ def test_weights_multiply_the_values(case: Case) -> None:
     tensors, keywords = leaves(case)
     want, lse = call(keywords, tuple(tensors))
     q, k, v, *_ = tensors
-    weights = reference.weights(q, k, lse, **keywords)
+    weights = reference.weights(q, k, lse, Call(**keywords))
     groups = case.heads // case.kv_heads
     got = weights @ v.repeat_interleave(groups, dim=1)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
@@ -213,7 +214,7 @@ def test_weights_take_no_more_matrices_than_the_formula_has_steps() -> None:
     """Two for the product and its scale, one each for the lse that is taken off and for exp."""
     q, k, lse = torch.randn(1, 1, 128, 8), torch.randn(1, 1, 128, 8), torch.randn(1, 1, 128)
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        reference.weights(q, k, lse, mask=None, bias=None, origin=None, spec=AttentionSpec(0.3))
+        reference.weights(q, k, lse, Call(AttentionSpec(0.3)))
     assert profile.kineto_results is not None
     events = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]
     assert sorted(size for size in events if size >= 128 * 128) == [4 * 128 * 128] * 4
@@ -229,7 +230,7 @@ def test_explicit_backward_equals_autograd(case: Case, with_dlse: bool) -> None:
     want = torch.autograd.grad(outputs, tensors, incoming)
     with torch.no_grad():
         q, k, v, *bias = tensors
-        got = reference.backward(do, q, k, v, out, lse, dlse, bias_grad=bool(bias), **keywords)
+        got = reference.backward(do, q, k, v, out, lse, dlse, Call(**keywords), bias_grad=bool(bias))
     assert (got[3] is not None) == bool(bias)
     for name, mine, theirs in zip(("dq", "dk", "dv", "dbias"), got, want, strict=False):
         assert mine is not None and mine.isfinite().all(), name
@@ -247,9 +248,10 @@ def test_explicit_backward_is_differentiable_in_all_its_tensors(case: Case) -> N
     others = [x.detach().requires_grad_() for x in others]
 
     def gradients(do, q, k, v, out, lse, dlse, *bias):  # type: ignore[no-untyped-def]
-        options = {**keywords, "bias": bias[0] if bias else None, "bias_grad": bool(bias)}
+        call = Call(**{**keywords, "bias": bias[0] if bias else None})
         lse = lse.masked_fill(empty, -math.inf)
-        return tuple(x for x in reference.backward(do, q, k, v, out, lse, dlse, **options) if x is not None)
+        found = reference.backward(do, q, k, v, out, lse, dlse, call, bias_grad=bool(bias))
+        return tuple(x for x in found if x is not None)
 
     assert torch.autograd.gradcheck(gradients, others, fast_mode=True)
 
@@ -268,14 +270,14 @@ def test_rows_without_keys_give_zeros_and_never_nan(how: str) -> None:
     else:
         keywords["spec"] = AttentionSpec(0.5, 0, 0, 10, 0)
     rows = slice(None) if how == "window" else slice(1, 2)
-    out, lse = reference.forward(q, k, v, **keywords)
+    out, lse = reference.forward(q, k, v, Call(**keywords))
     assert (out[:, :, rows] == 0).all() and (lse[:, :, rows] == -math.inf).all()
     assert out.isfinite().all()
     do, dlse = torch.randn_like(out), torch.randn_like(lse)
     dlse[:, :, rows] = math.nan
     inputs = [x for x in (q, k, v, keywords["bias"]) if x is not None]
     taped = torch.autograd.grad([out, lse], inputs, [do, dlse], create_graph=True)
-    explicit = reference.backward(do, q, k, v, out, lse, dlse, bias_grad=how == "bias", **keywords)
+    explicit = reference.backward(do, q, k, v, out, lse, dlse, Call(**keywords), bias_grad=how == "bias")
     for gradients in (taped, [x for x in explicit if x is not None]):
         assert all(x.isfinite().all() for x in gradients)
         assert (gradients[0][:, :, rows] == 0).all()
@@ -292,10 +294,10 @@ def test_empty_sequences(sq: int, sk: int) -> None:
     q = torch.randn(2, 2, sq, 4, requires_grad=True)
     k, v = (torch.randn(2, 1, sk, 4, requires_grad=True) for _ in range(2))
     keywords: dict = {"mask": None, "bias": None, "origin": None, "spec": AttentionSpec(0.5)}
-    out, lse = reference.forward(q, k, v, **keywords)
+    out, lse = reference.forward(q, k, v, Call(**keywords))
     assert out.shape == (2, 2, sq, 4) and (out == 0).all() and (lse == -math.inf).all()
     gradients = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
-    explicit = reference.backward(out, q, k, v, out, lse, None, bias_grad=False, **keywords)
+    explicit = reference.backward(out, q, k, v, out, lse, None, Call(**keywords), bias_grad=False)
     for x, mine, taped in zip((q, k, v), explicit, gradients, strict=False):
         assert mine is not None and mine.shape == taped.shape == x.shape
         assert (mine == 0).all() and (taped == 0).all()
@@ -311,12 +313,12 @@ def test_dtypes(dtype: torch.dtype) -> None:
         "origin": None,
         "spec": AttentionSpec(0.5, None, 0),
     }
-    out, lse = reference.forward(q, k, v, **keywords)
+    out, lse = reference.forward(q, k, v, Call(**keywords))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert out.dtype == dtype and lse.dtype == wide
-    want_out, want_lse = reference.forward(*(x.to(wide) for x in (q, k, v)), **keywords)
+    want_out, want_lse = reference.forward(*(x.to(wide) for x in (q, k, v)), Call(**keywords))
     assert torch.equal(out, want_out.to(dtype)) and torch.equal(lse, want_lse)
-    dq, dk, dv, dbias, _ = reference.backward(out, q, k, v, out, lse, None, bias_grad=True, **keywords)
+    dq, dk, dv, dbias, *_ = reference.backward(out, q, k, v, out, lse, None, Call(**keywords), bias_grad=True)
     assert dq.dtype == dk.dtype == dv.dtype == dtype
     assert dbias is not None and dbias.dtype == torch.float32 and dbias.shape == (1, 1, 5, 5)
 
@@ -324,9 +326,9 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_autocast_does_not_reach_inside() -> None:
     q, k, v = (torch.randn(1, 1, 5, 8) for _ in range(3))
     keywords: dict = {"mask": None, "bias": None, "origin": None, "spec": AttentionSpec(0.5)}
-    out, lse = reference.forward(q, k, v, **keywords)
+    out, lse = reference.forward(q, k, v, Call(**keywords))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again, lse_again = reference.forward(q, k, v, **keywords)
+        again, lse_again = reference.forward(q, k, v, Call(**keywords))
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
@@ -335,15 +337,15 @@ def test_part_of_the_keys_with_the_whole_softmax_gives_their_part_of_the_gradien
     q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
     do = torch.randn_like(q)
     whole: dict = {"mask": None, "bias": None, "origin": None, "spec": AttentionSpec(0.5, 3, 0)}
-    out, lse = reference.forward(q, k, v, **whole)
-    dq, dk, dv, *_ = reference.backward(do, q, k, v, out, lse, None, bias_grad=False, **whole)
+    out, lse = reference.forward(q, k, v, Call(**whole))
+    dq, dk, dv, *_ = reference.backward(do, q, k, v, out, lse, None, Call(**whole), bias_grad=False)
     parts = []
     for start in (0, 3):
         spec = AttentionSpec(0.5, 3, 0, 0, start)
         keys = slice(start, start + 3)
         parts.append(
             reference.backward(
-                do, q, k[:, :, keys], v[:, :, keys], out, lse, None, bias_grad=False, **{**whole, "spec": spec}
+                do, q, k[:, :, keys], v[:, :, keys], out, lse, None, Call(**{**whole, "spec": spec}), bias_grad=False
             )
         )
     torch.testing.assert_close(parts[0][0] + parts[1][0], dq, rtol=1e-13, atol=1e-14)

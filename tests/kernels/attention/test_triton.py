@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fusemesh.kernels import backends
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec, Origin
 from fusemesh.kernels.attention.dense.api import flash_attention
 from fusemesh.kernels.attention.gpu import forward as triton_forward
@@ -359,7 +360,7 @@ def test_refusals(changed: dict[str, object], message: str) -> None:
     D, Dv = changed.get("D", 16), changed.get("Dv", 16)
     q, k, v = (torch.zeros(1, 1, 3, d, dtype=changed.get("dtype", torch.float32)) for d in (D, D, Dv))
     with pytest.raises(ValueError, match=message):
-        triton_forward.forward(q, k, v, mask=None, bias=None, origin=None, spec=AttentionSpec(scale=1.0))
+        triton_forward.forward(q, k, v, Call(AttentionSpec(scale=1.0)))
 
 
 def test_the_seas_of_nan_are_seen() -> None:

@@ -6,6 +6,7 @@ queries, no keys and one query are among them, and rows of no sequence, which ho
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 
 from fusemesh import Origin, flash_attention, flash_attention_varlen
 from fusemesh.kernels import aot, backends, env
+from fusemesh.kernels.attention.call.options import Call
+from fusemesh.kernels.attention.call.packed import Packed
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.varlen import ops as varlen_ops
-from fusemesh.kernels.runtime.launches import any_device
+from fusemesh.kernels.runtime.launch import any_device
 from fusemesh.kernels.testing import poison
 from tests.support.varlen_cases import FEATURES, IN_HALF_PRECISION, Inputs, by_loop, check_packed
 
@@ -92,9 +95,10 @@ class TestTriton:
     def test_opcheck(self) -> None:
         """That what it returns has the promised strides; its autograd is TestOp's matter."""
         arguments = op_arguments(torch.float32, "triton")
-        torch.library.opcheck(
-            varlen_ops.attention_varlen_forward, arguments, test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(VARLEN_FORWARD, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+VARLEN_FORWARD = torch.ops.fusemesh.attention_varlen_forward.default
 
 
 def op_arguments(dtype: torch.dtype, backend: str, dropout_p: float = 0.25) -> tuple[Any, ...]:
@@ -106,42 +110,45 @@ def op_arguments(dtype: torch.dtype, backend: str, dropout_p: float = 0.25) -> t
 
     cu = torch.tensor([0, 2, 2, 6])
     mask = torch.rand(1, 1, 4, 4, generator=generator) > 0.2
-    tensors = (leaf(6, 2, 16), leaf(6, 1, 16), leaf(6, 1, 16), cu, cu, mask, leaf(3, 1, 4, 4), [], leaf(2))
+    tensors = (leaf(6, 2, 16), leaf(6, 1, 16), leaf(6, 1, 16))
+    options = {"mask": mask, "bias": leaf(3, 1, 4, 4), "sinks": leaf(2), "seed": torch.tensor([9])}
     spec = AttentionSpec(0.3, None, 0, dropout_p=dropout_p)
-    return *tensors, torch.tensor([9]), 4, 4, True, *varlen_ops.numbers_of(spec), backend
+    return *tensors, *varlen_ops.FIELDS.pack(Call(spec, **options, packed=Packed(cu, cu, 4, 4, True))), backend
 
 
 class TestOp:
     """On the reference, whose formulas are in fp64 here: what fused backends go through."""
 
     def test_opcheck(self) -> None:
-        torch.library.opcheck(varlen_ops.attention_varlen_forward, op_arguments(torch.float64, "reference"))
+        torch.library.opcheck(VARLEN_FORWARD, op_arguments(torch.float64, "reference"))
         q, k, v, *rest, backend = op_arguments(torch.float64, "reference")
-        out, lse = varlen_ops.attention_varlen_forward(q, k, v, *rest, backend)
+        out, lse = VARLEN_FORWARD(q, k, v, *rest, backend)
         saved = (torch.randn_like(out).requires_grad_(), q, k, v, out.detach(), lse.detach(), torch.randn_like(lse))
         # Tracing it with autograd would need the second derivative, which torch.compile does not take.
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-        arguments = (*saved, *rest, True, backend)
-        torch.library.opcheck(varlen_ops.attention_varlen_backward, arguments, test_utils=utilities)
+        arguments = (*saved, *rest, True, False, backend)
+        torch.library.opcheck(torch.ops.fusemesh.attention_varlen_backward.default, arguments, test_utils=utilities)
 
     def test_gradients(self) -> None:
-        q, k, v, cu_q, cu_k, mask, bias, aux, sinks, *rest = op_arguments(torch.float64, "reference")
+        q, k, v, *values, backend = op_arguments(torch.float64, "reference")
+        whole = varlen_ops.FIELDS.unpack(values)
+        bias, sinks = whole.bias, whole.sinks
 
         def call(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
-            arguments = (q, k, v, cu_q, cu_k, mask, bias, aux, sinks, *rest)
-            return varlen_ops.attention_varlen_forward(*arguments)[0]
+            return VARLEN_FORWARD(q, k, v, *varlen_ops.FIELDS.pack(whole.replace(bias=bias, sinks=sinks)), backend)[0]
 
         assert torch.autograd.gradcheck(call, (q, k, v, bias, sinks), fast_mode=True)
         assert torch.autograd.gradgradcheck(call, (q, k, v, bias, sinks), fast_mode=True, atol=1e-4)
 
     def test_a_bias_over_queries_moves_lse_alone(self) -> None:
-        q, k, v, cu_q, cu_k, mask, *_ = op_arguments(torch.float64, "reference")
+        q, k, v, *values, _ = op_arguments(torch.float64, "reference")
+        given = varlen_ops.FIELDS.unpack(values)
+        packed = dataclasses.replace(given.packed, is_bottom_right=False)
         bias = torch.randn(3, 2, 4, 1, dtype=torch.float64, requires_grad=True)
-        numbers = varlen_ops.numbers_of(AttentionSpec(0.3))
 
         def call(bias: torch.Tensor) -> torch.Tensor:
-            tail = (cu_q, cu_k, mask, bias, [], None, None, 4, 4, False, *numbers, "reference")
-            out, lse = varlen_ops.attention_varlen_forward(q.detach(), k.detach(), v.detach(), *tail)
+            values = varlen_ops.FIELDS.pack(Call(AttentionSpec(0.3), mask=given.mask, bias=bias, packed=packed))
+            out, lse = VARLEN_FORWARD(q.detach(), k.detach(), v.detach(), *values, "reference")
             return out.sum() + lse.masked_fill(lse == -math.inf, 0.0).square().sum()
 
         assert torch.autograd.gradcheck(call, bias)
@@ -306,7 +313,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"dropout_p": 1.0}, r"dropout_p: expected a number in \[0, 1\), received 1.0"),
     (
         {"backend": "torch"},
-        r"backend: expected one that takes packed sequences \(reference, cpu, triton\), received 'torch'",
+        r"backend: expected one that computes attention_varlen \(reference, cpu, triton\), received 'torch'",
     ),
     # What the reference finds when it reads them, and every backend under FUSEMESH_CHECK=1.
     (

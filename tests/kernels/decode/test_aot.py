@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from fusemesh.kernels import aot
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.decode.spec import DecodeCall
 from fusemesh.kernels.attention.gpu import decode as triton_decode
 from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
 from fusemesh.kernels.attention.gpu.tiles import Tile
-from fusemesh.kernels.runtime.launch import TARGETS
+from fusemesh.kernels.runtime.launch import TARGETS, any_device
 
 pytestmark = pytest.mark.aot
 
@@ -47,30 +48,29 @@ def call_of(
         cache_starts=None,
         k_new=new(B, Hkv, Sq, d),
         v_new=None if latent else new(B, Hkv, Sq, dv),
-        mask=None,
-        bias=None,
-        sinks=None,
-        aux=(),
-        spec=AttentionSpec(d**-0.5, window_right=0),
         v_dim=dv,
+        call=Call(AttentionSpec(d**-0.5, window_right=0)),
     )
     if not full:
         return plain
     return replace(
         plain,
         cache_starts=indices,
-        mask=new(B, 1, 1, S, dtype=torch.bool),
-        bias=new(B, H, Sq, S),
-        sinks=new(H, dtype=torch.float32),
-        aux=(new(B, H, dtype=torch.float32),),
-        spec=AttentionSpec(d**-0.5, 100, 0, mods=("softcap", "alibi"), params=(30.0, float(H))),
+        call=Call(
+            AttentionSpec(d**-0.5, 100, 0, mods=("softcap", "alibi"), params=(30.0, float(H))),
+            mask=new(B, 1, 1, S, dtype=torch.bool),
+            bias=new(B, H, Sq, S),
+            sinks=new(H, dtype=torch.float32),
+            aux=(new(B, H, dtype=torch.float32),),
+        ),
     )
 
 
 def launches(*calls: DecodeCall) -> Callable[[], None]:
     def run() -> None:
         for call in calls:
-            triton_decode.decode(call)
+            with any_device():
+                triton_decode.decode(call)
 
     return run
 

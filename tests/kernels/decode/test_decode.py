@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fusemesh import flash_attention_decode
-from fusemesh.kernels import backends
+from fusemesh.kernels import backends, env
 from fusemesh.kernels.attention.decode import api as decode
 from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
 from fusemesh.kernels.attention.gpu.tiles import Tile
@@ -303,7 +303,7 @@ def test_the_seas_of_nan_are_seen() -> None:
 
 
 def test_right_contents_pass_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode.env, "CHECK", True)
+    monkeypatch.setattr(env, "CHECK", True)
     for feature in ("plain", "pages_of_17", "append_into_nothing", "starts_hide_all", "lengths"):
         run(FEATURES[feature], "reference")
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fusemesh import flash_attention_decode
-from fusemesh.kernels import backends
-from fusemesh.kernels.attention.decode import api as decode
+from fusemesh.kernels import backends, env
 
 B, H, HKV, SQ, S, D, DV = 2, 4, 2, 3, 9, 16, 8
 
@@ -86,7 +85,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "q_gradient": ("q", {"q": t(B, H, SQ, D).requires_grad_()}, "requires no gradient", "requires_grad=True"),
     "sinks_gradient": ("sinks", {"sinks": t(H).requires_grad_()}, "requires no gradient", "requires_grad=True"),
     "new_gradient": ("v_new", {**NEW, "v_new": t(B, HKV, 1, DV).requires_grad_()}, "no gradient", "requires_grad=True"),
-    "torch_backend": ("backend", {"backend": "torch"}, "reference, cpu or triton", "'torch'"),
+    "torch_backend": ("backend", {"backend": "torch"}, "(reference, cpu, triton)", "'torch'"),
     "triton_v_dim": ("v_dim", {"backend": "triton"}, "a head dim from 16 to 512 for backend='triton'", "8"),
     "triton_head_dim": (
         "q",
@@ -151,11 +150,11 @@ CONTENTS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("case", CONTENTS)
 def test_contents_are_checked_when_asked_for(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, changes, expected, received = CONTENTS[case]
-    monkeypatch.setattr(decode.env, "CHECK", True)
+    monkeypatch.setattr(env, "CHECK", True)
     with pytest.raises(ValueError) as caught:
         flash_attention_decode(**{**RIGHT, **changes})
     text = str(caught.value)
     assert text.startswith(f"{name}: expected ") and expected in text, text
     assert received in text.partition(", received ")[2], text
-    monkeypatch.setattr(decode.env, "CHECK", False)
+    monkeypatch.setattr(env, "CHECK", False)
     flash_attention_decode(**{**RIGHT, **changes})

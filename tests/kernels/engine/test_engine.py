@@ -15,6 +15,7 @@ import torch
 
 import fusemesh
 from fusemesh.kernels import backends, engine
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.engine import dense as cpu
 from fusemesh.kernels.testing import attention as expectations
@@ -51,8 +52,8 @@ def run(
     """The engine's forward, its outputs checked against the budget; inputs lie in NaN, outputs start as NaN."""
     hidden = [surround(x).view for x in (q, k, v)]
     with poisoned_empty():
-        out, lse = cpu.forward(*hidden, mask=mask, bias=bias, origin=origin, spec=spec)
-    want = expectations.expected(q, k, v, spec=spec, mask=mask, bias=bias, origin=origin)
+        out, lse = cpu.forward(*hidden, Call(spec, mask=mask, bias=bias, origin=origin))
+    want = expectations.expected(q, k, v, Call(spec, mask=mask, bias=bias, origin=origin))
     expectations.check({"out": out, "lse": lse}, want)
     return out, lse
 
@@ -108,7 +109,7 @@ def test_origin_tensor_adds_to_spec() -> None:
     whole = AttentionSpec(0.25, window_left=6, window_right=1, origin_q=9, origin_k=2)
     part = AttentionSpec(0.25, window_left=6, window_right=1, origin_q=4, origin_k=5)
     out, lse = run(q, k, v, part, origin=torch.tensor([5, -3, 0, 0]))
-    expected_out, expected_lse = cpu.forward(q, k, v, mask=None, bias=None, origin=None, spec=whole)
+    expected_out, expected_lse = cpu.forward(q, k, v, Call(whole))
     assert torch.equal(out, expected_out)
     assert torch.equal(lse, expected_lse)
 
@@ -150,7 +151,7 @@ def test_any_strides(dims: str) -> None:
     changed = [change(x) for x in (q, k, v)]
     assert dims == "heads last" or all(x.stride() != y.stride() for x, y in zip(changed, (q, k, v), strict=True))
     plain = [x.contiguous() for x in changed]
-    out, lse = cpu.forward(*changed, mask=None, bias=None, origin=None, spec=spec)
+    out, lse = cpu.forward(*changed, Call(spec))
     expected_out, expected_lse = run(*plain, spec)
     assert torch.equal(out, expected_out)
     assert torch.equal(lse, expected_lse)
@@ -189,7 +190,7 @@ def test_offsets_beyond_32_bits() -> None:
 def test_sizes_of_zero(shape: tuple[int, ...]) -> None:
     q, k, v = inputs(*shape)
     with poisoned_empty():
-        out, lse = cpu.forward(q, k, v, mask=None, bias=None, origin=None, spec=AttentionSpec(1.0))
+        out, lse = cpu.forward(q, k, v, Call(AttentionSpec(1.0)))
     assert out.shape == (*shape[:2], shape[3], shape[6])
     assert lse.shape == (*shape[:2], shape[3])
     if shape[4] == 0:
@@ -206,12 +207,12 @@ def test_unseen_keys_leave_no_trace() -> None:
     mask[..., 70:] = False
     k[:, :, 70:], v[:, :, 70:] = math.nan, 1e30
     spec = AttentionSpec(0.25)
-    out, lse = cpu.forward(q, k, v, mask=mask, bias=None, origin=None, spec=spec)
-    short = cpu.forward(q, k[:, :, :70], v[:, :, :70], mask=None, bias=None, origin=None, spec=spec)
+    out, lse = cpu.forward(q, k, v, Call(spec, mask=mask))
+    short = cpu.forward(q, k[:, :, :70], v[:, :, :70], Call(spec))
     torch.testing.assert_close(out, short[0])
     torch.testing.assert_close(lse, short[1])
     q[0, 0, 2, 3] = math.nan
-    out, lse = cpu.forward(q, k, v, mask=mask, bias=None, origin=None, spec=spec)
+    out, lse = cpu.forward(q, k, v, Call(spec, mask=mask))
     assert out[0, 0, 2].isnan().all()
     assert lse.isnan().sum() == 1
     assert out[0, 0, [0, 1, 3, 4]].isfinite().all()
@@ -256,7 +257,7 @@ def test_numpy_and_torch_agree() -> None:
     mask, bias = normal(30, 40, seed=7) > 0, normal(4, 1, 40, seed=8)
     out, lse = engine.attention(*(x.numpy() for x in (q, k, v)), mask=mask.numpy(), bias=bias.numpy(), window=(None, 5))
     spec = AttentionSpec(0.25, window_right=5)
-    expected = cpu.forward(q, k, v, mask=mask[None, None], bias=bias[None], origin=None, spec=spec)
+    expected = cpu.forward(q, k, v, Call(spec, mask=mask[None, None], bias=bias[None]))
     assert torch.equal(torch.from_numpy(out), expected[0])
     assert torch.equal(torch.from_numpy(lse), expected[1])
 
@@ -264,22 +265,22 @@ def test_numpy_and_torch_agree() -> None:
 def test_wrong_tensors() -> None:
     q, k, v = inputs(1, 2, 2, 5, 5, 8, 8)
     spec = AttentionSpec(1.0)
-    none = {"mask": None, "origin": None, "spec": spec}
+    call = Call(spec)
     with pytest.raises(ValueError, match=r"k: expected torch.bfloat16 with backend 'cpu', received torch.float32"):
-        cpu.forward(q.bfloat16(), k, v, bias=None, **none)
+        cpu.forward(q.bfloat16(), k, v, call)
     with pytest.raises(ValueError, match=r"q: expected float32, bfloat16 or float16 .* received torch.float64"):
-        cpu.forward(q.double(), k, v, bias=None, **none)
+        cpu.forward(q.double(), k, v, call)
     with pytest.raises(ValueError, match=r"bias: expected a CPU tensor of a dtype .* received torch.float64 on cpu"):
-        cpu.forward(q, k, v, bias=torch.zeros(1, 1, 1, 1).double(), **none)
+        cpu.forward(q, k, v, Call(spec, bias=torch.zeros(1, 1, 1, 1).double()))
     with pytest.raises(ValueError, match=r"k: expected a CPU tensor of a dtype .* received torch.float32 on meta"):
-        cpu.forward(q, k.to("meta"), v, bias=None, **none)
+        cpu.forward(q, k.to("meta"), v, call)
 
 
 def test_by_name_through_the_public_functions() -> None:
     q, k, v = inputs(2, 4, 2, 19, 31, 16, 24)
     options = {"causal": True, "align": "bottom_right", "bias": normal(1, 4, 1, 31, seed=9)}
     spec = AttentionSpec(0.25, window_right=0, origin_q=12)
-    want = expectations.expected(q, k, v, spec=spec, bias=options["bias"])
+    want = expectations.expected(q, k, v, Call(spec, bias=options["bias"]))
     backends.reset_call_counts()
     out, lse = fusemesh.flash_attention(q, k, v, **options, return_lse=True, backend="cpu")
     expectations.check({"out": out, "lse": lse}, want)

@@ -9,8 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from fusemesh.kernels import backends, engine, env
-from fusemesh.kernels.matmul import api, reference
+from fusemesh.kernels.backend_record import Request
+from fusemesh.kernels.matmul import reference
 from fusemesh.kernels.matmul.api import ACTIVATIONS, fused_linear
+from fusemesh.kernels.runtime import proven
 from fusemesh.kernels.testing import budget
 
 X, W, B = torch.zeros(2, 3, 5), torch.zeros(4, 5), torch.zeros(4)
@@ -60,7 +62,9 @@ def test_bad_calls_name_argument_expected_and_received(case: str) -> None:
 
 def test_triton_refuses_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "INTERPRET", True)
-    with pytest.raises(ValueError, match=r"x: backend='triton' expected dtype .* received torch\.float64"):
+    with pytest.raises(
+        ValueError, match=r"x: expected float32, bfloat16 or float16 for backend='triton', received torch\.float64"
+    ):
         fused_linear(X.double(), W.double(), backend="triton")
 
 
@@ -138,11 +142,15 @@ def test_auto_takes_torch_on_cpu_and_counts_it(monkeypatch: pytest.MonkeyPatch) 
 def test_auto_takes_triton_only_where_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "BACKEND", "auto")
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(backends, "proven", lambda operation, device: False)
-    assert api._choose("auto", device, torch.bfloat16) == "torch"
-    monkeypatch.setattr(backends, "proven", lambda operation, device: operation == "linear")
-    assert api._choose("auto", device, torch.bfloat16) == "triton"
-    assert api._choose("auto", device, torch.float64) == "torch"
+
+    def chosen(dtype: torch.dtype) -> str:
+        return backends.choose("auto", Request("linear", device, dtype)).name
+
+    monkeypatch.setattr(proven, "proven", lambda kernels, device: False)
+    assert chosen(torch.bfloat16) == "torch"
+    monkeypatch.setattr(proven, "proven", lambda kernels, device: kernels == "linear")
+    assert chosen(torch.bfloat16) == "triton"
+    assert chosen(torch.float64) == "torch"
 
 
 @pytest.mark.skipif(engine.why_unavailable() is not None, reason="no CPU engine in this installation")

@@ -25,8 +25,6 @@ from .loads import at_head, load_tile
 from .masks import hide
 from .mods import apply_mod, functions, unapply_mod
 
-MOST_MODS = 3  # softcap, ALiBi and one of the user's
-
 
 class Scores(NamedTuple):
     """What the scores depend on besides q and k. Flat: triton 3.6 loses constants of nested tuples in loops."""
@@ -130,19 +128,8 @@ _FUNCTIONS = ("mods", "mod_backwards")
 
 
 def mods_of(spec: AttentionSpec, aux: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    """The fields of :class:`Mode` that describe the call's mods.
-
-    Raises:
-        ValueError: a mod that has no Triton function, or too many mods.
-    """
-    if len(spec.mods) > MOST_MODS:
-        raise ValueError(f"score_mod: expected at most {MOST_MODS} in a chain, received {spec.mods}; join two in one")
+    """Return the fields of :class:`Mode` that describe the call's mods."""
     parts = split(spec.mods, aux, spec.params)
-    for mod, _, _ in parts:
-        if mod.forward is None:
-            raise ValueError(
-                f"score_mod: {mod.name!r} has no Triton function; register it with forward=, or use backend='reference'"
-            )
     ends = [(0, 0)]
     for mod, *_ in parts:
         ends.append((ends[-1][0] + mod.num_aux, ends[-1][1] + mod.num_params))

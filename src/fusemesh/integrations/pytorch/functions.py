@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fusemesh.kernels.attention.call import tensors as entry
+from fusemesh.kernels.attention.call.options import Options
+from fusemesh.kernels.attention.call.tensors import autocast
 from fusemesh.kernels.attention.call.validation import normalise, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
 from fusemesh.kernels.attention.reference import dense as reference
@@ -106,7 +107,7 @@ def _with_weights(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, H, L, D], and what multiplies the values, [B, H, L, S], from the log-sum-exp of the same call."""
-    q, k, v = entry.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     head_dim, seed = v.shape[-1], None
     if dropout_p > 0:
         # Drawn here, so that the weights lose what the output does.
@@ -116,8 +117,7 @@ def _with_weights(
     options: dict[str, Any] = {"bias": None, **masks, "dropout_p": dropout_p, "seed": seed, "scale": scale}
     result = flash_attention(q, k, v, **options, return_lse=True, backend=backend)
     out, lse = result
-    call = normalise(q, k, **options, causal=False, align=None, window=None, origin=None)
-    weights = reference.weights(q, k, lse, **call.arguments())
+    weights = reference.weights(q, k, lse, normalise(q, k, Options(**options)))
     # Autocast computes the softmax in a dtype of its own, which is that of PyTorch's weights.
     dtype = F.softmax(q.new_zeros(1), -1).dtype
     return out[..., :head_dim], weights.to(dtype)

@@ -17,10 +17,11 @@ import torch
 from torch.autograd import forward_ad
 
 from fusemesh.kernels import backends
-from fusemesh.kernels.attention.call.choice import HEAD_DIMS, why_not_engine, why_not_triton
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.call.validation import wrong
-from fusemesh.kernels.attention.sdpa import dense as torch_backend
+from fusemesh.kernels.attention.sdpa.backend import inexpressible
+from fusemesh.kernels.backend_record import Request
 
 
 class Route(NamedTuple):
@@ -115,33 +116,29 @@ def route(
 def automatic_backend(
     query: Any, head_dims: tuple[int, int], *, dropout_p: Any = 0.0, mask: Any = None, only_fused: str | None = None
 ) -> tuple[str | None, str]:
-    """The backend that ``auto`` has for a call, the reference apart, or None and why there is none.
+    """Return the backend that ``auto`` has for a call, the reference apart, or None and why there is none.
 
     Args:
         head_dims: of query and value.
         mask: bool, or float and then added to the scores.
-        only_fused: what of this call PyTorch's kernel does not do, if the caller knows.
+        only_fused: what of this call PyTorch's kernel does not do, if the caller knows; such calls are left to PyTorch
+            unless a GPU's kernels are proven.
     """
     if not isinstance(query, torch.Tensor):
         return None, f"an argument of type {type(query).__name__}"
     dtype, kind = query.dtype, query.device.type
     if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    sizes = (("q", head_dims[0], HEAD_DIMS), ("v", head_dims[1], HEAD_DIMS))
-    if backends.proven("attention", query.device) and why_not_triton(dtype, sizes) is None:
-        return "triton", ""
-    if (
-        only_fused is None
-        and why_not_engine(dtype, ()) is None
-        and backends.why_unavailable("cpu", query.device) is None
-    ):
-        return "cpu", ""
-    if only_fused is None:
-        bias = mask if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool else None
-        # Where everything is dropped, there is nothing to draw.
-        spec = AttentionSpec(1.0, dropout_p=0.0 if dropout_p == 1 else dropout_p)
-        only_fused = torch_backend.why_not(query, bias, None, spec, needs_lse=False)
-    return ("torch", "") if only_fused is None else (None, f"only the eager reference has {only_fused} here")
+    bias = mask if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool else None
+    # Where everything is dropped, there is nothing to draw.
+    call = Call(AttentionSpec(1.0, dropout_p=0.0 if dropout_p == 1 else dropout_p), bias=bias)
+    request = Request("attention", query.device, dtype, head_dims, call)
+    without = ("reference",) if only_fused is None else ("reference", "torch", "cpu")
+    try:
+        return backends.automatic(request, without)[0].name, ""
+    except ValueError:
+        what = only_fused or inexpressible(request)
+    return None, f"only the eager reference has {what} here"
 
 
 def _why_not_ours(values: Iterable[Any]) -> str | None:

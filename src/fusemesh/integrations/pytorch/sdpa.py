@@ -14,8 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fusemesh.kernels import backends
-from fusemesh.kernels.attention.call.choice import HEAD_DIMS
+from fusemesh.kernels import backend_record, backends
 from fusemesh.kernels.attention.call.validation import check_flag, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
 
@@ -118,7 +117,8 @@ def widened(
 
     Zeros up to the least head dim of flash_attention, or of the fused backend asked for, change no score.
     """
-    least = HEAD_DIMS[0] if backends.requested(backend) == "triton" else 1
+    record = backend_record.RECORDS.get(backends.requested(backend))
+    least = 1 if record is None else record.least_head_dim
     if min(q.shape[-1], v.shape[-1]) < least:
         scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
         q, k, v = (F.pad(x, (0, max(least - x.shape[-1], 0))) for x in (q, k, v))

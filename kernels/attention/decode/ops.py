@@ -1,0 +1,41 @@
+"""The torch.library op of decode. Its caches are arguments that it changes; it has no gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ... import backends, env
+from ...backend_record import implementation
+from ..call.op_fields import OpFields
+from ..call.tensors import empty_laid_out_like
+from ..library import define, laid_out_like, lse_like
+from . import validation
+from .spec import DecodeCall
+
+# There are no positions of a whole, no dropout, no fp8 and no packed sequences in decode.
+FIELDS = OpFields(DecodeCall, without=("origin", "seed", "descale", "packed"), mutable=("k_cache", "v_cache"))
+
+
+def _decode(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append and attend; see :class:`DecodeCall`."""
+    *values, backend = arguments
+    call: DecodeCall = FIELDS.unpack(values)
+    module = implementation(backend, "attention_decode")
+    if env.CHECK:
+        validation.check_contents(call)
+    backends.count("attention_decode", backend)
+    if call.k_new is not None:
+        caches = [call.k_cache] if call.v_cache is None else [call.k_cache, call.v_cache]
+        torch.autograd.graph.increment_version(caches)
+    out, lse = module.decode(call)
+    return laid_out_like(out, call.q), lse.contiguous()
+
+
+def _decode_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call: DecodeCall = FIELDS.unpack(arguments[:-1])
+    return empty_laid_out_like(call.q, call.v_dim), lse_like(call.q)
+
+
+define("attention_decode", f"({FIELDS.schema}, str backend) -> (Tensor out, Tensor lse)", _decode, _decode_fake)

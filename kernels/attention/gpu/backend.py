@@ -1,0 +1,130 @@
+"""The record of backend ``triton``: kernels for GPUs, on CPU tensors in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+
+from ... import compat, env
+from ...backend_record import Backend, Refusal, Request
+from ...runtime import launch, proven
+from ..call import score_mods
+from ..call.spec import FP8
+
+HEAD_DIMS = (16, 256)  # smallest and largest; of decode's keys and values below
+DECODE_HEAD_DIMS = ((16, 576), (16, 512))
+MOST_MODS = 3  # softcap, ALiBi and one of the user's
+# By which name proven.py knows the kernels of an operation.
+KERNELS = {
+    "attention": "attention",
+    "attention_varlen": "attention",
+    "attention_decode": "attention_decode",
+    "linear": "linear",
+}
+
+
+def has_fp8(target: launch.Target) -> bool:
+    """Return whether the target multiplies e4m3 as torch.float8_e4m3fn stores it (AMD's gfx942 has another one)."""
+    return target.vendor == "interpreter" or (target.vendor == "cuda" and int(target.arch) >= 89)
+
+
+def _takes_fp8(device: torch.device) -> bool:
+    return has_fp8(launch.target_of(device))
+
+
+compat.assume_constant_result(_takes_fp8)
+
+
+def _limits(request: Request) -> Refusal | None:
+    if request.operation == "linear":
+        if request.dtype == torch.float64:
+            return Refusal("x", "float32, bfloat16 or float16", request.dtype)
+        return None
+    is_decode = request.operation == "attention_decode"
+    if request.dtype == torch.float64:
+        return Refusal("q", "float32, bfloat16 or float16", request.dtype)
+    limits = DECODE_HEAD_DIMS if is_decode else (HEAD_DIMS, HEAD_DIMS)
+    names = ("q", "v_dim" if is_decode else "v")
+    for name, size, (low, high) in zip(names, request.head_dims, limits, strict=True):
+        if not low <= size <= high:
+            return Refusal(name, f"a head dim from {low} to {high}", size)
+    if request.dtype == FP8 and not _takes_fp8(request.device):
+        return Refusal("q", f"a dtype other than {FP8}, which needs a GPU from sm_89", request.dtype)
+    return _mod_limits(request) or (_decode_limits(request) if is_decode else None)
+
+
+def _mod_limits(request: Request) -> Refusal | None:
+    """The refusal of the call's score mods."""
+    spec = request.call.spec
+    if len(spec.mods) > MOST_MODS:
+        return Refusal("score_mod", f"at most {MOST_MODS} in a chain", spec.mods)
+    for name in spec.mods:
+        mod = score_mods.get(name)
+        if mod.forward is None:
+            return Refusal("score_mod", "a mod with a Triton function (forward=)", f"{name!r} without")
+        if mod.backward is None and request.needs_grad:
+            return Refusal("score_mod", "a mod with a gradient in Triton (backward=)", f"{name!r} without")
+    if request.aux_needs_grad:
+        return Refusal("score_mod", "aux tensors without gradient", "requires_grad=True")
+    return None
+
+
+def _decode_limits(request: Request) -> Refusal | None:
+    """The refusal of head dims for which no tile fits the GPU's shared memory."""
+    # While a graph is traced sizes may be symbols; the op will ask again.
+    if torch.compiler.is_compiling() or (request.device.type == "cpu" and launch.assumed_target() is None):
+        return None
+    from . import decode_tiles
+
+    target = launch.target_of(request.device)
+    if decode_tiles.fits(target, request.dtype, *request.head_dims, request.is_latent, request.rows):
+        return None
+    return Refusal(
+        "q",
+        f"head dims whose tiles fit the {target.shared_memory} bytes of shared memory of {target.name}",
+        f"D {request.head_dims[0]}, Dv {request.head_dims[1]}, {request.dtype}",
+    )
+
+
+@functools.cache
+def _importable() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return False
+    return True
+
+
+def _unavailable(device: torch.device) -> str | None:
+    if not _importable():
+        return "triton is not installed (pip install triton; Linux only)"
+    if device.type == "cpu" and not env.INTERPRET and not launch.takes_any_device():
+        return (
+            "Triton compiles for GPUs and these tensors are on the CPU; to run the kernels in Triton's interpreter "
+            "set TRITON_INTERPRET=1 before Python starts"
+        )
+    return None
+
+
+def _automatic(request: Request) -> str | None:
+    return "proven on this GPU" if proven.proven(KERNELS[request.operation], request.device) else None
+
+
+TRITON = Backend(
+    name="triton",
+    implementations={
+        "attention": "fusemesh.kernels.attention.gpu.dense",
+        "attention_varlen": "fusemesh.kernels.attention.gpu.varlen",
+        "attention_decode": "fusemesh.kernels.attention.gpu.decode",
+        "linear": "fusemesh.kernels.matmul.gpu.linear",
+    },
+    limits=_limits,
+    unavailable=_unavailable,
+    automatic=_automatic,
+    least_head_dim=HEAD_DIMS[0],
+)

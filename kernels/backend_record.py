@@ -1,0 +1,173 @@
+"""What a backend is: its name, what it computes, and what it refuses (leaf).
+
+Each backend has a folder (``attention/reference``, ``sdpa``, ``engine``, ``gpu``) with one :class:`Backend` in its
+``backend.py``; ``backends.py`` registers them. The choice of a backend, the errors about one asked for by name, and the
+implementation itself ask the same :meth:`Backend.refuse`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from . import compat
+
+OPERATIONS = ("attention", "attention_varlen", "attention_decode", "linear")
+
+
+class Refusal(NamedTuple):
+    """Why a backend cannot do a call, as an error says it."""
+
+    argument: str
+    expected: str
+    received: object
+    why: str = ""  # the same for the message that tells what auto chose instead
+
+    def error(self, backend: str, remedy: str) -> ValueError:
+        """Return the error for a call that asked for ``backend`` by name."""
+        expected = self.expected if self.argument == "backend" else f"{self.expected} for backend={backend!r}"
+        return ValueError(f"{self.argument}: expected {expected}, received {self.received}; {remedy}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, as far as a backend needs to know it to accept or refuse it; nothing has run yet."""
+
+    operation: str  # one of OPERATIONS
+    device: torch.device
+    dtype: torch.dtype  # of q, or of a linear layer's x
+    head_dims: tuple[int, int] = (1, 1)  # D and Dv
+    call: Any = None  # the attention.call.options.Call
+    needs_grad: bool = False  # a gradient will be asked for
+    needs_lse: bool = False
+    is_latent: bool = False  # decode: the values are columns of the keys
+    rows: int = 1  # decode: query rows that share a key head
+
+    @property
+    def aux_needs_grad(self) -> bool:
+        """Whether a gradient of a score mod's tensors will be asked for."""
+        return self.needs_grad and any(x.requires_grad for x in self.call.aux)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the operations.
+
+    Args:
+        name: by which calls ask for it.
+        implementations: for each operation that it computes, the module (or its absolute name). Attention: functions
+            ``forward(q, k, v, call)`` and ``backward(do, q, k, v, out, lse, dlse, call, *, bias_grad)``; decode:
+            ``decode(call)``; linear: as ``matmul/reference.py`` and, through ops, ``matmul/gpu/linear.py``.
+        limits: the refusal of a request whatever the machine, or None.
+        unavailable: why it cannot run on tensors of a device on this machine, or None.
+        automatic: why ``auto`` takes it for a request that it does not refuse, or None where auto leaves it.
+        differentiable: the operations whose implementation is written in PyTorch's differentiable functions; the others
+            run inside a torch.library op with the backward as its gradient.
+        instead: operations that another backend computes when this one is asked for.
+        least_head_dim: smaller head dims are refused.
+    """
+
+    name: str
+    implementations: Mapping[str, Any]
+    limits: Callable[[Request], Refusal | None] = lambda request: None
+    unavailable: Callable[[torch.device], str | None] = lambda device: None
+    automatic: Callable[[Request], str | None] = lambda request: None
+    differentiable: frozenset[str] = frozenset()
+    instead: Mapping[str, str] = field(default_factory=dict)
+    least_head_dim: int = 1
+
+    def computes(self, operation: str) -> bool:
+        """Return whether the backend takes the operation, itself or by another."""
+        return operation in self.implementations or operation in self.instead
+
+    def refuse(self, request: Request) -> Refusal | None:
+        """Return why this backend cannot do the call, or None where it runs."""
+        if not self.computes(request.operation):
+            names = ", ".join(other.name for other in reversed(RECORDS.values()) if other.computes(request.operation))
+            why = f"{self.name} does not compute {request.operation}"
+            return Refusal("backend", f"one that computes {request.operation} ({names})", repr(self.name), why)
+        refusal = self.limits(request)
+        if refusal is not None:
+            return refusal
+        reason = why_unavailable(self.name, request.device)
+        return (
+            None if reason is None else Refusal("backend", "one that can run here", f"{self.name!r}: {reason}", reason)
+        )
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError where :meth:`refuse` refuses: what an implementation does before it computes."""
+        refusal = self.refuse(request)
+        if refusal is not None:
+            raise refusal.error(self.name, "use backend='auto' or backend='reference'")
+
+
+# By name, in the order in which auto asks them.
+RECORDS: dict[str, Backend] = {}
+
+
+def register(backend: Backend, *, before: str | None = None) -> Backend:
+    """Make a backend known under its name, for auto before another one or last; return it."""
+    names = [name for name in RECORDS if name != backend.name]
+    names.insert(len(names) if before is None else names.index(before), backend.name)
+    found = {**RECORDS, backend.name: backend}
+    RECORDS.clear()
+    RECORDS.update((name, found[name]) for name in names)
+    return backend
+
+
+def unregister(name: str) -> None:
+    """Forget a backend."""
+    del RECORDS[name]
+    for loaded in _LOADED.values():
+        loaded.pop(name, None)
+
+
+_LOADED: dict[str, dict[str, Any]] = {}  # operation -> backend -> its module
+
+
+def implementation(backend: str, operation: str) -> Any:
+    """Return the module by which ``backend`` computes ``operation``; it is imported on the first call.
+
+    Raises:
+        ValueError: no such backend, or none that computes the operation itself.
+    """
+    _load(backend, operation)
+    return _LOADED[operation][backend]
+
+
+def _load(backend: str, operation: str) -> bool:
+    """Import the module of an operation, if that has not been done."""
+    loaded = _LOADED.setdefault(operation, {})
+    record = RECORDS.get(backend)
+    found = None if record is None else record.implementations.get(operation)
+    if found is None:
+        names = tuple(name for name, other in RECORDS.items() if operation in other.implementations)
+        raise ValueError(
+            f"backend: expected one of {names} for {operation}, received {backend!r}; call the public function"
+        )
+    if isinstance(found, str):
+        if backend not in loaded:
+            loaded[backend] = importlib.import_module(found)
+    else:
+        loaded[backend] = found
+    return True
+
+
+def why_unavailable(backend: str, device: torch.device | str) -> str | None:
+    """Return why ``backend`` cannot run on tensors of ``device`` on this machine, or None if it can.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if backend not in RECORDS:
+        raise ValueError(f"backend: expected one of {('auto', *RECORDS)}, received {backend!r}")
+    return RECORDS[backend].unavailable(torch.device(device))
+
+
+# torch.compile takes the answers as constants: it cannot trace an import, and a process does not change its mind.
+for _function in (_load, why_unavailable):
+    compat.assume_constant_result(_function)

@@ -1,0 +1,159 @@
+"""Floor 1: the records of the backends, and the one rule by which every operation chooses among them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fusemesh.kernels import backend_record, backends
+from fusemesh.kernels.attention.call.options import Call
+from fusemesh.kernels.attention.call.spec import AttentionSpec
+from fusemesh.kernels.backend_record import OPERATIONS, Backend, Refusal, Request
+from fusemesh.kernels.runtime import launch, proven
+
+CPU = torch.device("cpu")
+PLAIN = Call(AttentionSpec(1.0))
+TOO_LARGE = Refusal("v", "a head dim from 16 to 256", 300)
+
+
+def request(operation: str = "attention", **changes: object) -> Request:
+    values = {"device": CPU, "dtype": torch.float32, "head_dims": (16, 16), "call": PLAIN, **changes}
+    return Request(operation, **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def records() -> Iterator[dict[str, Backend]]:
+    """Only what the test registers."""
+    before = dict(backend_record.RECORDS)
+    backend_record.RECORDS.clear()
+    yield backend_record.RECORDS
+    backend_record.RECORDS.clear()
+    backend_record.RECORDS.update(before)
+
+
+def willing(name: str, why: str, **options: object) -> Backend:
+    implementations = dict.fromkeys(OPERATIONS, object())
+    return Backend(name, implementations, automatic=lambda request: why, **options)  # type: ignore[arg-type]
+
+
+def test_auto_takes_the_first_willing_record_that_does_not_refuse(records: dict[str, Backend]) -> None:
+    backend_record.register(Backend("silent", {"attention": object()}))
+    backend_record.register(willing("refusing", "fast", limits=lambda request: TOO_LARGE))
+    backend_record.register(willing("absent", "fast", unavailable=lambda device: f"not on {device}"))
+    backend_record.register(willing("plain", "the plain formula"))
+    assert list(records) == ["silent", "refusing", "absent", "plain"]
+    assert backends.choose("auto", request()).name == "plain"
+    backend_record.register(willing("other", "faster"), before="plain")
+    assert backends.choose("auto", request()).name == "other"
+    assert backends.automatic(request(), without=("other",))[0].name == "plain"
+
+
+def test_auto_says_what_and_why_once(
+    records: dict[str, Backend], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "_announced", set())
+    limited = Refusal("backend", "another", "this one", "it does not express X")
+    has_limit = [True]
+    backend_record.register(willing("fast", "it is fast", limits=lambda request: limited if has_limit[0] else None))
+    backend_record.register(willing("plain", "the plain formula"))
+    with caplog.at_level(logging.INFO, logger="fusemesh"):
+        for has_limit[0] in (True, False, False):
+            backends.choose("auto", request("attention_decode"))
+        backends.choose("plain", request())
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention_decode: auto chose backend 'plain' (it does not express X)",
+        "attention_decode: auto chose backend 'fast' (it is fast)",
+    ]
+
+
+@pytest.mark.usefixtures("records")
+def test_names_come_from_use_backend_too() -> None:
+    backend_record.register(willing("fast", "it is fast"))
+    backend_record.register(willing("plain", "the plain formula"))
+    with backends.use_backend("plain"):
+        assert backends.choose("auto", request()).name == "plain"
+        assert backends.choose("fast", request()).name == "fast"
+    with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'plain', 'fast'\), received 'none'"):
+        backends.choose("none", request())
+
+
+@pytest.mark.usefixtures("records")
+def test_a_refused_name_raises_with_the_argument_and_who_would_take_the_call() -> None:
+    backend_record.register(willing("fast", "it is fast", limits=lambda request: TOO_LARGE))
+    backend_record.register(willing("torch", "", limits=lambda request: TOO_LARGE if request.needs_lse else None))
+    backend_record.register(willing("reference", ""))
+    expected = "v: expected a head dim from 16 to 256 for backend='fast', received 300; use backend='auto'"
+    with pytest.raises(ValueError) as error:
+        backends.choose("fast", request())
+    assert str(error.value) == expected + " or 'reference' or 'torch'"
+    with pytest.raises(ValueError) as error:
+        backends.choose("fast", request(needs_lse=True))
+    assert str(error.value) == expected + " or 'reference'", "a remedy must not name what is refused, too"
+
+
+@pytest.mark.usefixtures("records")
+def test_what_cannot_run_here_raises_with_the_reason() -> None:
+    backend_record.register(willing("fast", "", unavailable=lambda device: f"no fast on {device}"))
+    backend_record.register(willing("reference", "plain"))
+    with pytest.raises(ValueError, match=r"^backend='fast' cannot run here: no fast on cpu. Use backend='auto'"):
+        backends.choose("fast", request())
+    assert backends.choose("auto", request()).name == "reference"
+
+
+@pytest.mark.usefixtures("records")
+def test_an_operation_that_a_backend_does_not_compute_is_refused_or_handed_on() -> None:
+    backend_record.register(Backend("part", {"attention": object()}, instead={"linear": "whole"}))
+    backend_record.register(willing("whole", "everything"))
+    with pytest.raises(ValueError, match=r"^backend: expected one that computes attention_decode \(whole\), received"):
+        backends.choose("part", request("attention_decode"))
+    assert backends.choose("part", request("linear")).name == "whole"
+
+
+def test_implementations_check_by_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called past the choice, an implementation refuses what its record refuses."""
+    from fusemesh.kernels.attention.engine import dense
+
+    q = torch.zeros(1, 1, 4, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match="q: expected float32, bfloat16 or float16 for backend='cpu'"):
+        dense.forward(q, q, q, PLAIN)
+
+
+class TestTriton:
+    def test_dtype_and_each_head_dim(self) -> None:
+        refuse = backend_record.RECORDS["triton"].refuse
+        with launch.any_device():
+            assert refuse(request(dtype=torch.bfloat16)) is None
+            assert refuse(request(dtype=torch.float64))[:3] == ("q", "float32, bfloat16 or float16", torch.float64)
+            assert refuse(request(head_dims=(15, 16)))[:3] == ("q", "a head dim from 16 to 256", 15)
+            assert refuse(request("attention_decode", head_dims=(576, 512))) is None
+            too_large = refuse(request("attention_decode", head_dims=(576, 513)))
+            assert too_large[:3] == ("v_dim", "a head dim from 16 to 512", 513)
+
+    def test_fp8_by_the_gpu(self) -> None:
+        refuse = backend_record.RECORDS["triton"].refuse
+        for name, is_there in (("sm_80", False), ("sm_90", True), ("gfx942", False)):
+            with launch.any_device(), launch.assume_target(launch.TARGETS[name]):
+                refusal = refuse(request(dtype=torch.float8_e4m3fn))
+                assert (refusal is None) == is_there, (name, refusal)
+
+    def test_auto_falls_back_to_what_can_compute(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A GPU whose kernels are proven, and calls that they cannot do: auto does not raise."""
+        monkeypatch.setattr(proven, "proven", lambda kernels, device: True)
+        with launch.any_device(), launch.assume_target(launch.TARGETS["sm_80"]):
+            assert backends.choose("auto", request()).name == "triton"
+            assert backends.choose("auto", request(dtype=torch.float8_e4m3fn)).name == "reference"
+            assert backends.choose("auto", request(dtype=torch.float64)).name == "torch"
+            assert backends.choose("auto", request(head_dims=(8, 8))).name in ("cpu", "torch")
+
+
+def test_the_engine_refuses_dtypes_and_user_mods() -> None:
+    from fusemesh.kernels.attention.engine.backend import CPU as ENGINE
+
+    for mods in ((), ("softcap",), ("alibi",), ("softcap", "alibi")):
+        assert ENGINE.limits(request(dtype=torch.float16, call=Call(AttentionSpec(1.0, mods=mods)))) is None
+    assert ENGINE.limits(request(dtype=torch.float64))[:3] == ("q", "float32, bfloat16 or float16", torch.float64)
+    refusal = ENGINE.limits(request(call=Call(AttentionSpec(1.0, mods=("softcap", "mine")))))
+    assert refusal[:3] == ("score_mod", "softcap and alibi_slopes alone", "'mine'")
