@@ -21,7 +21,7 @@ UNTIED, TIED = Variant(4), Variant(4, tied=True)
 UNEVEN, UNEVEN_TIED = Variant(3), Variant(3, tied=True)
 INTERLEAVED = PipelineOptions(2, "interleaved1f1b", 2)
 
-# Those of one layout follow each other: DTensor remembers how it planned an operation for as long as few meshes are open.
+# Those of one layout follow each other: DTensor remembers how it planned an operation while few meshes are open.
 CASES = [
     Case("dp4"),
     Case("fsdp4"),
