@@ -6,6 +6,7 @@ Four fifths of an interpreted kernel's time is bookkeeping around numpy, and hal
   that only a debug build would make;
 - the numpy dtype of a Triton dtype is looked up in a table that is built anew for each look;
 - each tensor and each block type wraps and validates its shape, though few different ones exist;
+- every comparison of types, and every argument of every operation, is searched for constants inside lists and tuples;
 - ``triton.language`` is prepared anew for every call of one jit function by another, which takes longer than most such
   functions run.
 
@@ -26,7 +27,10 @@ def replacements(interpreter: Any) -> dict[tuple[Any, str], Any]:
     found: dict[tuple[Any, str], Any] = {
         (tl.block_type, "__init__"): _block_type_once(tl),
         (tl.tensor, "__init__"): _tensor_shape_once(tl),
+        (tl.dtype, "__eq__"): _equal_names(tl),
     }
+    if hasattr(tl.core, "_unwrap_if_constexpr"):
+        found[tl.core, "_unwrap_if_constexpr"] = _unwrap_seldom(tl)
     builder = interpreter.interpreter_builder
     options = getattr(builder, "options", None)
     if hasattr(options, "sanitize_overflow") and not getattr(options, "debug", True):
@@ -73,6 +77,30 @@ def _tensor_shape_once(tl: Any) -> Callable[..., None]:
         own["handle"], own["type"], own["dtype"] = handle, type, type.scalar
 
     return init
+
+
+def _equal_names(tl: Any) -> Callable[[Any, Any], bool]:
+    """``dtype.__eq__`` that compares two plain dtypes at once."""
+    original, plain = tl.dtype.__eq__, tl.dtype
+
+    def equal(self: Any, other: Any) -> bool:
+        return self.name == other.name if type(other) is plain else original(self, other)
+
+    return equal
+
+
+def _unwrap_seldom(tl: Any) -> Callable[[Any], Any]:
+    """``core._unwrap_if_constexpr`` that looks into nothing that cannot hold a constant."""
+    original, constexpr = tl.core._unwrap_if_constexpr, tl.constexpr
+    plain = frozenset((tl.tensor, tl.dtype, tl.block_type, int, float, bool, str, type(None)))
+
+    def unwrap(value: Any) -> Any:
+        kind = type(value)
+        if kind in plain:
+            return value
+        return value.value if kind is constexpr else original(value)
+
+    return unwrap
 
 
 def _numpy_dtype_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
