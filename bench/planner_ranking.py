@@ -62,19 +62,16 @@ def file_pages() -> int:
 
 def train(values: dict[str, Any]) -> tuple[list[float], list[float], int]:
     """One rank: seconds of each timed step, of them on a core, and bytes by which the peak exceeded the start."""
-    import torch
     import torch.distributed as dist
 
-    from fusemesh.hybrid.ranks.join import distributed
+    from fusemesh.run.setup import joined
     from fusemesh.run.trainer import Trainer
 
-    configured = config.load(base=values)
-    torch.set_num_threads(configured.run.threads)
-    with distributed("cpu") as world:
+    with joined(values) as run:
         before, files = measure.resident(), file_pages()
         # "5" sets the peak that the system keeps back to what is resident now.
         Path("/proc/self/clear_refs").write_text("5")
-        trainer = Trainer(configured, world, quiet=True)
+        trainer = Trainer(run, quiet=True)
         times, busy = [], []
         for step in range(STEPS + 1):
             dist.barrier()
@@ -113,12 +110,13 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 def legal(names: list[str], base: config.Config) -> list[str]:
     """The layouts that this version trains in."""
-    from fusemesh.run.evaluator import check_layout
+    from fusemesh.run.settings import Settings
 
     found = []
     for name in (str(Layout.parse(name)) for name in names):
         try:
-            check_layout(config.load(base={**config.as_dict(base), "layout": name}), Layout.parse(name).world_size)
+            settings = Settings.of(config.load(base={**config.as_dict(base), "layout": name}))
+            settings.check(settings.layout.world_size)
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
         else:

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusemesh import benchmark, config
+from fusemesh import benchmark
+from fusemesh.run.settings import load_config
 
 TASKS = "text_classification,translation,question_answering"
 LAYOUTS = "single,dp2,dp2 x tp2,pp2"
@@ -55,7 +56,7 @@ def task_rows(task: str, layouts: list[str], folder: Path) -> dict[str, Any]:
         f"{task:22} one checkpoint in all layouts: {'the same metrics' if same else answers}; losses {losses}",
         flush=True,
     )
-    return {"task": task, "steps": config.load(None, {"task": task}).training.steps, "rows": rows, "same": same}
+    return {"task": task, "steps": load_config(None, {"task": task}).training.steps, "rows": rows, "same": same}
 
 
 def main() -> None:

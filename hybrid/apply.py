@@ -1,4 +1,4 @@
-"""parallelize(): everything that happens to a model on its way onto the mesh, in order, on one screen."""
+"""parallelize(): place a model on the mesh, step by step, on one screen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
 from .tensor.modules import TensorParallelModule
-from .tensor.table import adopt, table_of
+from .tensor.table import convert, find_table
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,22 +57,22 @@ def parallelize(
         pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
 
     Raises:
-        ValueError: the layout has an axis that is not there yet or other degrees than the mesh, a module cannot be
+        ValueError: the layout has an axis that is not built yet or other degrees than the mesh, a module cannot be
             split over tp, the plan does not fit the model, or the model cannot be cut for pp. Raised before any
             communication.
     """
     options = pipeline or PipelineOptions()
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
-    table = table_of(model, plan, layout.tp)
+    table = find_table(model, plan, layout.tp)
     if table is not None:
-        sequence_parallel = adopt(model, table, layout.tp, sequence_parallel=sequence_parallel)
+        sequence_parallel = convert(model, table, layout.tp, sequence_parallel=sequence_parallel)
     parts = _parts(model)
     for module in parts:
         module.check(layout.tp)
-    strangers = _strangers(model, parts)
-    if strangers and layout.tp > 1:
+    plain = _plain_parameters(model, parts)
+    if plain and layout.tp > 1:
         raise ValueError(
-            f"model: expected every parameter in a module of fusemesh.hybrid.tensor.modules, received {strangers[:5]} "
+            f"model: expected every parameter in a module of fusemesh.hybrid.tensor.modules, received {plain[:5]} "
             f"in other modules; say by plan= how tp splits them, or use tp1"
         )
 
@@ -84,7 +84,7 @@ def parallelize(
 
     def split(part: nn.Module) -> None:
         # 2. Tensor parallel: parameters become DTensors on tp; all or none, because clipping takes no mixture.
-        for module in [] if strangers else _parts(part):
+        for module in [] if plain else _parts(part):
             if module.group is None:
                 module.distribute(mesh["tp"], sequence_parallel and layout.tp > 1, device, shared)
 
@@ -105,18 +105,19 @@ _CPU = torch.device("cpu")
 
 
 def _parts(model: nn.Module) -> list[TensorParallelModule]:
+    """Return the tensor parallel modules of ``model``."""
     return [module for module in model.modules() if isinstance(module, TensorParallelModule)]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers. Lists inside a layer are left out: what is in them may run on some ranks and not on others."""
+    """Return the layers. Lists inside a layer are left out: a module in one may run on some ranks and not on others."""
     if isinstance(model, nn.ModuleList):
         return list(model)
     return [block for child in model.children() for block in _blocks(child)]
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:
-    """What the model's configuration says of the sizes that a layout must fit."""
+    """Return the sizes in the model's configuration that a layout must fit."""
     config = getattr(model, "config", None)
     names = ("num_heads", "num_kv_heads", "intermediate_size")
     sizes = {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -124,12 +125,12 @@ def _sizes(model: nn.Module) -> dict[str, Any]:
 
 
 def _shared(model: nn.Module) -> dict[nn.Parameter, nn.Parameter | None]:
-    """The parameters that several modules hold."""
+    """Return the parameters that several modules hold, each with None for its part, which is not made yet."""
     holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     return {parameter: None for parameter, count in holders.items() if count > 1}
 
 
-def _strangers(model: nn.Module, parts: list[TensorParallelModule]) -> list[str]:
-    """Parameters of modules that do not know how tp splits them."""
+def _plain_parameters(model: nn.Module, parts: list[TensorParallelModule]) -> list[str]:
+    """Return the names of the parameters that are in no tensor parallel module, so that tp cannot split them."""
     owned = {id(parameter) for module in parts for parameter in module.parameters(recurse=False)}
     return [name for name, parameter in model.named_parameters() if id(parameter) not in owned]

@@ -48,7 +48,7 @@ def _rank() -> int:
 
 
 def _on_first_rank(action: Callable[[], _T]) -> _T:
-    """What ``action`` returns on rank 0, on every rank; if it raises there, every rank raises, and none waits."""
+    """Run ``action`` on rank 0 and return its result on every rank; if it raises there, every rank raises."""
     if not _distributed():
         return action()
     box: list[Any] = [None, None]
@@ -65,7 +65,7 @@ def _on_first_rank(action: Callable[[], _T]) -> _T:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch says of its own inner calls, on which a user cannot act."""
+    """Silence torch's warnings about its own inner calls, on which a user cannot act."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
@@ -73,18 +73,18 @@ def _quiet() -> Iterator[None]:
 
 
 def step_of(directory: str | os.PathLike[str]) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(Path(directory).name.removeprefix(_STEP))
 
 
 def all_checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
-    """The whole checkpoints in this folder, oldest step first."""
+    """Return the complete checkpoints in this folder, oldest step first."""
     found = [path.parent for path in Path(directory).glob(f"{_STEP}*/{MARKER}")]
     return sorted((path for path in found if path.name.removeprefix(_STEP).isdigit()), key=step_of)
 
 
 def latest(directory: str | os.PathLike[str]) -> Path:
-    """The whole checkpoint of the highest step in a folder; the folder itself if it is a checkpoint.
+    """Return the complete checkpoint of the highest step in a folder; the folder itself if it is a checkpoint.
 
     Raises:
         ValueError: there is none.
@@ -92,15 +92,15 @@ def latest(directory: str | os.PathLike[str]) -> Path:
     root = Path(directory)
     if (root / MARKER).is_file():
         return root
-    _put_back(root)
+    _restore_replaced(root)
     found = all_checkpoints(root)
     if not found:
         raise ValueError(f"checkpoint: expected a folder {_STEP}* with {MARKER} in {str(root)!r}, found none")
     return found[-1]
 
 
-def _put_back(root: Path) -> None:
-    """Give a checkpoint its name again that was about to be replaced when its run died."""
+def _restore_replaced(root: Path) -> None:
+    """Rename back a checkpoint that was about to be replaced when its run died."""
     for path in root.glob(f"{_REPLACED}*/{MARKER}"):
         final = root / path.parent.name.removeprefix(_REPLACED)
         if not final.exists():
@@ -110,7 +110,7 @@ def _put_back(root: Path) -> None:
 
 
 def read_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """The caller's state that was saved with a checkpoint.
+    """Return the caller's state that was saved with a checkpoint.
 
     Raises:
         ValueError: it is no checkpoint, or its format is another version's.
@@ -154,7 +154,7 @@ def save(
 
     def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
-        _put_back(root)
+        _restore_replaced(root)
         for leftover in root.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover)
         unfinished.mkdir()
@@ -221,7 +221,7 @@ def load(
 
 
 def _stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
-    """Name in the model -> what is stored of it."""
+    """Return the metadata of each stored tensor of the model, by its name in the model."""
     stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     prefix = f"{_MODEL}."
     return {
@@ -232,7 +232,7 @@ def _stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _shapes(model: nn.Module, tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name to global shape of the model's tensors, those of other stages too."""
+    """Return the global shape of each tensor of the model, those of other stages too, by name."""
     own = {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     pipeline = model.pipeline if isinstance(model, PipelinedModel) else None
     if pipeline is None:
@@ -293,7 +293,7 @@ def merge(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str]) ->
 
 
 def read_merged(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the state of a file that :func:`merge` wrote.
+    """Return the tensors and the state of a file that :func:`merge` wrote.
 
     Raises:
         ValueError: the file is not there, was not written by :func:`merge`, or safetensors is not installed.
@@ -303,7 +303,7 @@ def read_merged(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], 
 
 
 def read_merged_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state alone of a file that :func:`merge` wrote; raises as :func:`read_merged` does."""
+    """Return the state alone of a file that :func:`merge` wrote; raises as :func:`read_merged` does."""
     with _open_merged(path) as (_, state):
         return state
 

@@ -1,4 +1,4 @@
-"""Whether replicas agree and numbers are finite; and where they do not, on which rank and in which parameter."""
+"""Check that replicas agree and that numbers are finite; an error names the rank and the parameter."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class DriftError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """A number is infinite or NaN; the message names the step, and the rank and parameter where it was born."""
+    """A number is infinite or NaN; the message names the step, and the rank and parameter where it first appeared."""
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """An int64 scalar of a tensor's bits: a change of one element always changes it, others all but always."""
+    """Return an int64 scalar of a tensor's bits: a change of one element always changes it, others nearly always."""
     bits = tensor.detach().contiguous().flatten().view(torch.uint8)
     padding = -bits.numel() % 4
     words = torch.nn.functional.pad(bits, (0, padding)).view(torch.int32).to(torch.int64)
@@ -67,7 +67,7 @@ def check_replicas(model: nn.Module, *, step: int) -> None:
 
 
 def _drifted_copies(model: nn.Module) -> tuple[str, str, list[int]] | None:
-    """The first parameter that this rank shares with another stage of the pipeline, and that is not equal there."""
+    """Return the first parameter that this rank shares with another stage of the pipeline and that differs there."""
     pipeline = model.pipeline if isinstance(model, PipelinedModel) else None
     if pipeline is None:
         return None
@@ -83,7 +83,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _replicated(parameters: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str, dist.ProcessGroup, list[int]]]:
-    """For each axis and its group: which parameters are replicated along it. The same order on every rank."""
+    """Yield each axis, its group, and the parameters replicated along it, in the same order on every rank."""
     groups: dict[tuple[int, str], tuple[dist.ProcessGroup, list[int]]] = {}
     for index, (_, parameter) in enumerate(parameters):
         mesh = parameter.device_mesh
@@ -97,7 +97,7 @@ def _replicated(parameters: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str
 
 
 def _minority(mine: torch.Tensor, group: dist.ProcessGroup) -> list[int]:
-    """Global ranks of the group whose checksum is not the most frequent one; all of them where none is."""
+    """Return the global ranks of the group whose checksum is not the most frequent one; all of them where none is."""
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
     values = [value.item() for value in found]
@@ -124,7 +124,7 @@ def _raise_together(drifted: tuple[str, str, list[int]] | None, step: int) -> No
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """Where this rank first met a number that is not finite; the smallest of all ranks' is where it was born."""
+    """The first place where this rank saw a number that is not finite; the smallest of all ranks' is its origin."""
 
     phase: int  # 0 a parameter, 1 the forward, 2 the backward
     stage: int  # of the pipeline, in the order in which the phase passes through it
@@ -137,7 +137,7 @@ class Finding:
 
 
 def find_non_finite(model: nn.Module, run: Callable[[], object], *, stage: int = 0) -> str:
-    """Do a step's forward and backward again, and say where its first number that is not finite comes from.
+    """Repeat a step's forward and backward, and return where the first number that is not finite comes from.
 
     Every rank calls it; model and data must be as they were. Gradients are looked at on each rank by itself, before
     they are summed over replicas, after which all of them would be bad.
@@ -163,17 +163,18 @@ def find_non_finite(model: nn.Module, run: Callable[[], object], *, stage: int =
 
 @contextmanager
 def _watched(model: nn.Module, stage: int) -> Iterator[list[Finding]]:
+    """Record in the list, by hooks on the model within the block, where each phase first saw a bad number."""
     findings: list[Finding] = []
     counts = [0, 0, 0]
     handles: list[Any] = []
 
-    def meet(phase: int, name: str, bad: bool) -> None:
+    def record(phase: int, name: str, bad: bool) -> None:
         counts[phase] += 1
         if bad and not any(found.phase == phase for found in findings):
             findings.append(Finding(phase, -stage if phase == 2 else stage, counts[phase], name))
 
     def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        meet(1, name, _is_bad(output) and not _is_bad(inputs))
+        record(1, name, _is_bad(output) and not _is_bad(inputs))
 
     def before(name: str, module: nn.Module, inputs: Any) -> None:
         # Only here, within the forward, are a sharded module's parameters whole, and leaves of the graph.
@@ -183,10 +184,10 @@ def _watched(model: nn.Module, stage: int) -> Iterator[list[Finding]]:
                 handles.append(parameter.register_hook(partial(on_gradient, full)))
 
     def on_gradient(name: str, gradient: torch.Tensor) -> None:
-        meet(2, name, _is_bad(gradient))
+        record(2, name, _is_bad(gradient))
 
     for name, parameter in model.named_parameters():
-        meet(0, name, _is_bad(parameter))
+        record(0, name, _is_bad(parameter))
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(partial(before, name)))
         if not list(module.children()):
@@ -199,7 +200,7 @@ def _watched(model: nn.Module, stage: int) -> Iterator[list[Finding]]:
 
 
 def _is_bad(value: Any) -> bool:
-    """Whether a tensor, or one in a tuple or list of them, holds a number that is not finite, on this rank."""
+    """Return whether a tensor, or one in a tuple or list, holds a number that is not finite, on this rank."""
     if isinstance(value, (tuple, list)):
         return any(_is_bad(item) for item in value)
     if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:

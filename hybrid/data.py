@@ -1,4 +1,4 @@
-"""Which samples every step takes: deterministic, shared out by global sample index, and resumable in any layout.
+"""The samples of each step: deterministic, dealt to replicas by global sample index, and resumable in any layout.
 
 The order of the samples is one endless sequence: epoch after epoch, each a permutation of all samples that seed and
 epoch fix. Step t takes ``global_batch_size`` of it, from position ``t * global_batch_size`` on; replica r takes the
@@ -24,7 +24,7 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 def permute(indices: np.ndarray, length: int, *, seed: int, epoch: np.ndarray | int = 0) -> np.ndarray:
-    """Where a random permutation of ``range(length)`` sends each index.
+    """Return the images of ``indices`` under a random permutation of ``range(length)``.
 
     Args:
         indices: int64 [n], each from 0 to ``length - 1``.
@@ -86,14 +86,14 @@ class BatchOrder:
         self.replicas, self.accumulation, self.seed = replicas, accumulation, seed
 
     def step(self, step: int) -> np.ndarray:
-        """Sample indices of step ``step`` over all replicas, int64 [global_batch_size]."""
+        """Return the sample indices of step ``step`` over all replicas, int64 [global_batch_size]."""
         position = step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
         return permute(
             position % self.num_samples, self.num_samples, seed=self.seed, epoch=position // self.num_samples
         )
 
     def micro_batches(self, step: int, replica: int) -> np.ndarray:
-        """Sample indices of one replica in step ``step``, int64 [accumulation, samples per micro-batch]."""
+        """Return the sample indices of one replica in step ``step``, int64 [accumulation, samples per micro-batch]."""
         if not 0 <= replica < self.replicas:
             raise ValueError(f"replica: expected 0 to {self.replicas - 1}, received {replica}")
         part = self.step(step).reshape(self.replicas, -1)[replica]
@@ -101,7 +101,7 @@ class BatchOrder:
 
 
 def evaluation_batches(num_samples: int, batch_size: int, replicas: int, replica: int) -> list[tuple[np.ndarray, int]]:
-    """Every sample once over all replicas, in order, as batches of one size.
+    """Return this replica's batches of an evaluation: every sample once over all replicas, in order.
 
     All replicas get equally many batches, because each batch is a round of collectives; where the samples run out,
     a batch is filled up with sample 0.

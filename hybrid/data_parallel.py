@@ -6,7 +6,6 @@ a token by how many others happen to share its replica.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -15,16 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-
-class _NotPerReduction(logging.Filter):
-    """Drops DTensor's advice, given at every clipping and every merge, to flatten (fsdp, tp) into one mesh axis.
-
-    What is reduced there in two steps is one number, the norm, and what is gathered in two is a parameter that someone
-    looks at or saves; neither is worth a third process group.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "operations will be performed. This is suboptimal" not in str(record.msg)
+from . import compat
+from .layout import LOSS_AXES
 
 
 def shard_data_parallel(
@@ -47,7 +38,7 @@ def shard_data_parallel(
         keep_gathered: keep the blocks' parameters between forward and backward, for a stage of a pipeline: it runs many
             micro-batches in between, each of which would gather them again.
     """
-    _quiet()
+    compat.silence_redistribute_advice()
     precision = MixedPrecisionPolicy()
     if dtype is not None:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -66,16 +57,10 @@ def shard_data_parallel(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _quiet() -> None:
-    logger = logging.getLogger("torch.distributed.tensor._redistribute")
-    if not any(isinstance(known, _NotPerReduction) for known in logger.filters):
-        logger.addFilter(_NotPerReduction())
-
-
 def sum_over_replicas(value: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The sum of ``value`` over all replicas (dp and fsdp), in a new tensor: for token counts and losses."""
+    """Return the sum of ``value`` over all ranks that see other tokens, in a new tensor: of token counts and losses."""
     total = value.detach().clone()
-    for axis in ("dp", "fsdp"):
+    for axis in LOSS_AXES:
         if mesh[axis].size() > 1:
             dist.all_reduce(total, group=mesh.get_group(axis))
     return total

@@ -1,4 +1,4 @@
-"""Layout: how many ranks each axis of the mesh has, what that demands of the model, and which rank stands where."""
+"""Layout: the axes of the mesh, the ranks on each, their demands on a model, and the place of each rank."""
 
 from __future__ import annotations
 
@@ -6,10 +6,50 @@ import math
 import re
 from dataclasses import dataclass
 
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh.
+
+    Args:
+        name: in a layout's text, and the dimension's name in the mesh.
+        title: in words, for errors.
+        splits: what ranks that differ on this axis hold different parts of: ``samples``, ``parameters`` (gathered
+            before they are used), ``features`` (of every matmul), ``layers``, ``sequence``.
+        parts: what its degree counts, for :meth:`Layout.describe`.
+        is_built: whether it has an implementation; one that has none parses, and :meth:`Layout.validate` refuses it.
+    """
+
+    name: str
+    title: str
+    splits: tuple[str, ...]
+    parts: str
+    is_built: bool = True
+
+    @property
+    def sums_losses(self) -> bool:
+        """Return whether its ranks see different tokens, so that losses and gradients are summed over it."""
+        return "samples" in self.splits or "sequence" in self.splits
+
+
 # Slowest axis first: neighbouring ranks differ in tp, whose collectives are the largest and the most frequent.
-AXES = ("pp", "dp", "fsdp", "cp", "tp")
-# Axes that parse but have no implementation yet.
-NOT_YET = {"cp": "context parallel"}
+# A new axis is a row here, a degree in Layout, and its implementation.
+TABLE = (
+    Axis("pp", "pipeline parallel", ("layers",), "stages of layers"),
+    Axis("dp", "data parallel", ("samples",), "replicas of the model, each with its own samples"),
+    Axis(
+        "fsdp",
+        "sharded data parallel",
+        ("samples", "parameters"),
+        "shards of the parameters, each with its own samples",
+    ),
+    Axis("cp", "context parallel", ("sequence",), "parts of the sequence", is_built=False),
+    Axis("tp", "tensor parallel", ("features",), "parts of every matmul"),
+)
+AXES = tuple(axis.name for axis in TABLE)
+# The axes whose ranks see different samples, and those over which losses are summed.
+SAMPLE_AXES = tuple(axis.name for axis in TABLE if "samples" in axis.splits)
+LOSS_AXES = tuple(axis.name for axis in TABLE if axis.sums_losses)
 
 _TERM = re.compile(r"([a-z]+)\s*=?\s*(\d+)")
 
@@ -39,12 +79,16 @@ class Layout:
                 raise ValueError(f"layout: {axis} must be a positive integer, received {degree!r}")
 
     @classmethod
-    def parse(cls, text: str) -> Layout:
-        """Read ``"dp2 x tp2"``, ``"fsdp4"``, ``"dp2xfsdp2xtp2"`` or ``"single"``.
+    def parse(cls, text: str | Layout) -> Layout:
+        """Return the layout that ``"dp2 x tp2"``, ``"fsdp4"``, ``"dp2xfsdp2xtp2"`` or ``"single"`` means.
+
+        A layout is returned as it is, so that who was given either parses once and passes the layout on.
 
         Raises:
             ValueError: an unknown axis, an axis given twice, a degree below 1, or text that is no layout.
         """
+        if isinstance(text, Layout):
+            return text
         form = f"axes {', '.join(AXES)} with degrees, joined by x, such as 'dp2 x tp2', or 'single'"
         stripped = text.strip().lower()
         if stripped == "single":
@@ -75,25 +119,28 @@ class Layout:
     @property
     def replicas(self) -> int:
         """Number of groups of ranks that see different samples: dp times fsdp."""
-        return self.dp * self.fsdp
+        return math.prod(getattr(self, axis) for axis in SAMPLE_AXES)
+
+    def stride(self, axis: str) -> int:
+        """Return the distance between neighbours on ``axis``: the ranks of all faster axes."""
+        return math.prod(self.shape[AXES.index(axis) + 1 :])
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where ``rank`` stands on each axis.
+        """Return the place of ``rank`` on each axis.
 
         Raises:
             ValueError: the rank is not below :attr:`world_size`.
         """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank: layout {self} has ranks 0 to {self.world_size - 1}, received {rank}")
-        coordinates = {}
-        for axis in reversed(AXES):
-            rank, coordinates[axis] = divmod(rank, getattr(self, axis))
-        return {axis: coordinates[axis] for axis in AXES}
+        return {axis: rank // self.stride(axis) % getattr(self, axis) for axis in AXES}
 
     def replica_of(self, rank: int) -> int:
-        """Which of the :attr:`replicas` ``rank`` belongs to; ranks of one replica see the same samples."""
-        at = self.coordinates(rank)
-        return at["dp"] * self.fsdp + at["fsdp"]
+        """Return the number of the replica that ``rank`` belongs to; ranks of one replica see the same samples."""
+        at, replica = self.coordinates(rank), 0
+        for axis in SAMPLE_AXES:
+            replica = replica * getattr(self, axis) + at[axis]
+        return replica
 
     def validate(
         self,
@@ -121,10 +168,12 @@ class Layout:
         Raises:
             ValueError: names the key, the value received, and legal ones.
         """
-        for axis, name in NOT_YET.items():
-            if getattr(self, axis) != 1:
+        for axis in TABLE:
+            if not axis.is_built and getattr(self, axis.name) != 1:
+                built = ", ".join(other.name for other in TABLE if other.is_built)
                 raise ValueError(
-                    f"layout: {name} ({axis}) is not there yet, received {self}; use {axis}1 with dp, fsdp, tp"
+                    f"layout: {axis.title} ({axis.name}) is not there yet, received {self}; use {axis.name}1 with "
+                    f"{built}"
                 )
         if world_size is not None and world_size != self.world_size:
             raise ValueError(
@@ -173,23 +222,35 @@ class Layout:
         )
 
     def describe(self) -> str:
-        """The layout in words, one line an axis."""
-        meaning = {
-            "pp": "stages of layers",
-            "dp": "replicas of the model, each with its own samples",
-            "fsdp": "shards of the parameters, each with its own samples",
-            "cp": "parts of the sequence",
-            "tp": "parts of every matmul",
-        }
+        """Return the layout in words, one line an axis."""
         lines = [f"{self}: {self.world_size} rank{'s' if self.world_size > 1 else ''}"]
         lines += [
-            f"  {axis:<4} {degree} {meaning[axis]}" for axis, degree in zip(AXES, self.shape, strict=True) if degree > 1
+            f"  {axis.name:<4} {degree} {axis.parts}"
+            for axis, degree in zip(TABLE, self.shape, strict=True)
+            if degree > 1
         ]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         terms = [f"{axis}{degree}" for axis, degree in zip(AXES, self.shape, strict=True) if degree > 1]
         return " x ".join(terms) if terms else "single"
+
+
+def check_heads(num_heads: int, num_kv_heads: int, prefix: str = "", of: str = "") -> None:
+    """Check that each key/value head serves equally many query heads.
+
+    Args:
+        num_heads, num_kv_heads: of the model.
+        prefix: stands before the two names in the error.
+        of: says whose they are.
+
+    Raises:
+        ValueError: ``num_kv_heads`` is no divisor of ``num_heads``.
+    """
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{prefix}num_kv_heads: expected a divisor of {prefix}num_heads = {num_heads}{of}, received {num_kv_heads}"
+        )
 
 
 def _divisors(number: int, axis: str) -> str:

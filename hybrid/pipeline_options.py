@@ -1,9 +1,10 @@
-"""How batches go through the stages of pp: micro-batches, schedule, stages on a rank. Pure: torch is not imported."""
+"""Options of pipeline parallel: micro-batches, schedule, stages on a rank. Pure: torch is not imported."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b")
@@ -13,7 +14,7 @@ _PER_RANK = 4
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How a batch goes through the stages; without pp nothing looks at it.
+    """Micro-batches, schedule and virtual stages of pipeline parallel; without pp they are ignored.
 
     Args:
         microbatches: parts into which a replica's batch is cut in training; 0 takes the smallest legal number of at
@@ -43,11 +44,11 @@ class PipelineOptions:
             )
 
     def evaluating(self) -> PipelineOptions:
-        """The options of an evaluation, whose batches are not those that ``microbatches`` was chosen for."""
+        """Return the options of an evaluation, whose batches are not those that ``microbatches`` was chosen for."""
         return dataclasses.replace(self, microbatches=0)
 
     def legal_microbatches(self, pp: int, batch: int) -> list[int]:
-        """Into how many parts the schedule can cut ``batch`` samples on ``pp`` ranks, ascending."""
+        """Return the numbers of parts into which the schedule can cut ``batch`` samples on ``pp`` ranks, ascending."""
         numbers = [number for number in range(1, batch + 1) if batch % number == 0]
         if self.schedule == "gpipe":
             return numbers
@@ -58,10 +59,10 @@ class PipelineOptions:
         return numbers
 
     def microbatches_of(self, pp: int, batch: int, key: str = "batch") -> int:
-        """The number of micro-batches for a replica's ``batch`` samples.
+        """Return the number of micro-batches for a replica's ``batch`` samples.
 
         Args:
-            key: what the user sets the batch by, for the error.
+            key: the name of the user's setting of the batch, for the error.
 
         Raises:
             ValueError: the batch, or the number asked for, does not fit the schedule; names legal ones.
@@ -84,7 +85,26 @@ class PipelineOptions:
         return self.microbatches
 
 
+def check_holders(name: str, stages: Sequence[int], pp: int, virtual_stages: int) -> None:
+    """Check that the stages that hold a copy of a parameter are on different ranks.
+
+    Args:
+        name: of the parameter.
+        stages: numbers of the stages that hold it.
+        pp, virtual_stages: ranks, and stages on each.
+
+    Raises:
+        ValueError: two are on one rank, where a parameter cannot be a part of both.
+    """
+    if len({stage % pp for stage in stages}) < len(stages):
+        raise ValueError(
+            f"pipeline.virtual_stages: expected a number with which the stages that share {name} are on different "
+            f"ranks, received {virtual_stages} on pp{pp}, whose stages {' and '.join(map(str, stages))} are on one; "
+            "use another, or do not tie the embeddings"
+        )
+
+
 def deal_blocks(blocks: int, stages: int) -> list[range]:
-    """Consecutive blocks for each stage, equally many or one more; the last stage, which has the head, never more."""
+    """Deal consecutive blocks to stages, equally many or one more, but never more for the last, which has the head."""
     ends = [-(-blocks * number // stages) for number in range(stages + 1)]
     return [range(start, end) for start, end in itertools.pairwise(ends)]

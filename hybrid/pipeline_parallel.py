@@ -27,20 +27,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .pipeline_options import PipelineOptions, deal_blocks
+from .pipeline_options import PipelineOptions, check_holders, deal_blocks
 
 # Names in torch.distributed.pipelining, which only a pipeline imports: it takes a second.
 _SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved1f1b": "ScheduleInterleaved1F1B"}
 
 
 class StageModule(nn.Module):
-    """What one stage computes: forward takes tokens (the first stage) or what the stage before returned.
+    """One stage of a model: forward takes tokens (the first stage) or the output of the stage before.
 
     That may be a tensor or a tuple of some. Further inputs of a sample, as padding, come by name to every stage.
     """
 
     def input_shapes(self, batch: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The shapes on this rank of what forward takes by place, for tensors of these shapes in a micro-batch.
+        """Return the shapes on this rank of forward's positional inputs, for these shapes of a micro-batch.
 
         Args:
             batch: of ``tokens`` [B, S], and of each further input by its name.
@@ -48,11 +48,11 @@ class StageModule(nn.Module):
         raise NotImplementedError
 
     def output_shapes(self, batch: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The shapes on this rank of what forward returns for them."""
+        """Return the shapes on this rank of forward's outputs for them."""
         raise NotImplementedError
 
     def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss summed over tokens, from what the last stage returns: a scalar, equal on every rank of tp."""
+        """Return the loss summed over tokens of the last stage's output: a scalar, equal on every rank of tp."""
         raise NotImplementedError
 
 
@@ -69,11 +69,11 @@ class PipelinedModel(nn.Module):
     blocks: nn.ModuleList
 
     def stage(self, blocks: range, *, first: bool, last: bool) -> StageModule:
-        """The stage of these blocks, made of this model's own modules."""
+        """Return the stage of these blocks, made of this model's own modules."""
         raise NotImplementedError
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """The loss summed over this replica's targets; with pp it has no gradient."""
+        """Return the loss summed over this replica's targets; with pp it has no gradient."""
         # By the call, not by forward: fully_shard's hooks hang on it.
         return self(tokens, targets, **inputs)
 
@@ -99,7 +99,7 @@ class PipelinedModel(nn.Module):
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of ``model`` on one rank of pp.
+    """The part of ``model`` that one rank of pp keeps.
 
     ``stages`` maps the number of each of this rank's stages to its module; ``shared`` maps the names of parameters
     that a stage on another rank holds too to the two ranks of pp, the one first whose copy the norm counts. ``spans``
@@ -113,7 +113,7 @@ class Cut:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the whole pipeline."""
+        """Return the number of stages of the whole pipeline."""
         return len(self.spans)
 
 
@@ -121,7 +121,7 @@ def cut(model: nn.Module, ranks: int, rank: int, virtual_stages: int) -> Cut:
     """Reduce ``model`` in place to the stages of ``rank`` (0 to ``ranks - 1``): number rank, rank + ranks, and so on.
 
     Raises:
-        ValueError: the model does not say how it is cut.
+        ValueError: the model does not say how it is cut, or two stages of one rank share a parameter.
     """
     if not isinstance(model, PipelinedModel):
         raise ValueError(
@@ -134,11 +134,13 @@ def cut(model: nn.Module, ranks: int, rank: int, virtual_stages: int) -> Cut:
     holders: dict[int, list[int]] = {}
     for index, stage in enumerate(stages):
         for parameter in stage.parameters():
-            holders.setdefault(id(parameter), []).append(index % ranks)
+            holders.setdefault(id(parameter), []).append(index)
     shared = {}
     for name, parameter in model.named_parameters():
-        at = holders.get(id(parameter), [])
-        assert 1 <= len(at) <= 2 and len(set(at)) == len(at), f"{name} is held by the ranks {at} of pp"
+        found = holders.get(id(parameter), [])
+        check_holders(name, found, ranks, virtual_stages)
+        at = [index % ranks for index in found]
+        assert 1 <= len(at) <= 2, f"{name} is held by the ranks {at} of pp"
         if len(at) == 2 and rank in at:
             shared[name] = (at[0], at[1])
     own = {index: stage for index, stage in enumerate(stages) if index % ranks == rank}
@@ -164,7 +166,7 @@ class Pipeline:
     """This rank's stages at work; every rank of the pipeline calls the same methods with the same samples.
 
     Args:
-        parts: what :func:`cut` left, sharded and on its device.
+        parts: the result of :func:`cut`, sharded and on its device.
         mesh: of all ranks.
         dtype: of the activations between stages; None: the parameters'.
     """
@@ -181,21 +183,21 @@ class Pipeline:
 
     @property
     def has_first(self) -> bool:
-        """Whether this rank holds the first stage."""
+        """Return whether this rank holds the first stage."""
         return 0 in self.parts.stages
 
     @property
     def has_last(self) -> bool:
-        """Whether this rank holds the last stage."""
+        """Return whether this rank holds the last stage."""
         return self.parts.num_stages - 1 in self.parts.stages
 
     @property
     def spans(self) -> list[range]:
-        """The blocks of every stage."""
+        """Return the blocks of every stage."""
         return self.parts.spans
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """The loss summed over targets [B, ...], on every rank; no gradient.
+        """Return the loss summed over targets [B, ...], on every rank; no gradient.
 
         Raises:
             ValueError: B does not fit the schedule; see :meth:`PipelineOptions.microbatches_of`.
@@ -204,17 +206,18 @@ class Pipeline:
         with torch.no_grad(), self._gradients_set_aside(is_new):
             self._run(schedule.eval, tokens, targets, inputs)
         self._reshard()
-        return self._everywhere()
+        return self._broadcast_loss()
 
     @torch.no_grad()
     def flow(
         self, state: tuple[torch.Tensor, ...], leaving: list[list[tuple[int, ...]]], first: int = 0, **inputs: Any
     ) -> tuple[torch.Tensor, ...]:
-        """What the last stage returns, on every rank: one batch through stage after stage, without micro-batches.
+        """Run one batch through stage after stage, without micro-batches; return the last one's output on every rank.
 
         Args:
-            state: what stage number ``first`` takes; inputs: what every stage takes by name.
-            leaving: the shapes on this rank of what each stage returns.
+            state: the positional inputs of stage number ``first``.
+            leaving: the shapes on this rank of each stage's outputs.
+            inputs: the named inputs of every stage.
         """
         for index in range(first, self.parts.num_stages):
             if index in self.parts.stages:
@@ -229,7 +232,7 @@ class Pipeline:
         return state
 
     def _reshard(self) -> None:
-        """Make parameters shards again, as others expect them: after a forward alone fully_shard does not."""
+        """Make parameters shards again, which fully_shard does not do after a forward alone."""
         for stage in self.parts.stages.values():
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
@@ -244,16 +247,16 @@ class Pipeline:
         with self._gradients_set_aside(is_new):
             self._run(schedule.step, tokens, targets, inputs)
             self._sum_shared_gradients()
-        return self._everywhere()
+        return self._broadcast_loss()
 
     def counted(self) -> Iterator[nn.Parameter]:
-        """The parameters that this rank contributes to a sum over all stages, so that each is counted once."""
+        """Yield the parameters that this rank contributes to a sum over all stages, so that each is counted once."""
         for name, parameter in self.parts.model.named_parameters():
             if self.parts.shared.get(name, (self.rank,))[0] == self.rank:
                 yield parameter
 
     def sum_over_stages(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of ``value`` over the ranks of pp, in a new tensor."""
+        """Return the sum of ``value`` over the ranks of pp, in a new tensor."""
         total = value.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total
@@ -293,8 +296,8 @@ class Pipeline:
         self._losses.append(loss.detach())
         return loss / self._count
 
-    def _everywhere(self) -> torch.Tensor:
-        """The sum of the micro-batches' losses, which the last stage has, on every rank."""
+    def _broadcast_loss(self) -> torch.Tensor:
+        """Return the sum of the micro-batches' losses, which the last stage has, on every rank."""
         # As the loss of tokens is, in its class.
         kind = torch.float64 if self.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=kind, device=self.device)
@@ -304,7 +307,7 @@ class Pipeline:
         return total
 
     def exchange(self, own: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
-        """What the other rank of ``pair`` (ranks of pp, this one among them) passes for ``own``; both call it."""
+        """Return the tensor that the other rank of ``pair``, two ranks of pp, passes as ``own``; both call it."""
         other = torch.empty_like(own, memory_format=torch.contiguous_format)
         peer = pair[0] if pair[1] == self.rank else pair[1]
         messages = [
@@ -326,7 +329,7 @@ class Pipeline:
             own += self.exchange(own, pair)
 
     def _schedule(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor], *, training: bool) -> tuple[Any, bool]:
-        """torch's schedule for batches of these shapes, whose buffers are fixed, and whether it has not run yet."""
+        """Return torch's schedule for these shapes, which fix its buffers, and whether it has not run yet."""
         from torch.distributed import pipelining
 
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **inputs}.items()}
@@ -349,7 +352,7 @@ class Pipeline:
         from torch.distributed.pipelining import PipelineStage
 
         stage = self.parts.stages[index]
-        # Shapes are said, not inferred: torch would run the model once more to find them.
+        # Shapes are given, not inferred: torch would run the model once more to find them.
         tokens = torch.empty(batch["tokens"], dtype=torch.int64, device="meta")
         entering, leaving = (
             tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)

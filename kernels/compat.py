@@ -9,6 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+# PyTorch's kernel itself, which F.scaled_dot_product_attention is a name for: fusemesh.accelerate() gives that name to a
+# function that may end up here.
+scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+
 
 def assume_constant_result(function: Callable[..., Any]) -> None:
     """Let torch.compile call ``function`` once and take its result as a constant.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -46,15 +46,14 @@ def floor_of(module: str) -> str:
     return "fusemesh"
 
 
-def imports(
-    module: str, source: str, is_package: bool, top_level_only: bool = False
-) -> Iterator[tuple[str, bool, int]]:
-    """(imported module, whether relative, line) for every import: absolute, relative, in functions, by a literal name.
+def imports(module: str, source: str, is_package: bool, at: str = "") -> Iterator[tuple[str, bool, int]]:
+    """Yield (imported module, whether relative, line) for every import: absolute, relative, or by a literal name.
 
-    ``from package import name`` yields ``package.name``, which may be a module or an attribute of one.
+    ``from package import name`` yields ``package.name``, which may be a module or an attribute of one. ``at`` leaves
+    out those for type checkers, and with "import time" those in functions too; "any time" keeps these.
     """
     tree = ast.parse(source)
-    nodes = _at_import_time(tree) if top_level_only else ast.walk(tree)
+    nodes = _that_run(tree, in_functions=at == "any time") if at else ast.walk(tree)
     package = module.split(".") if is_package else module.split(".")[:-1]
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -69,18 +68,24 @@ def imports(
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             first = node.args[0] if node.args else None
             if name in ("import_module", "__import__") and isinstance(first, ast.Constant):
-                yield str(first.value), False, node.lineno
+                # import_module(".name", __package__)
+                relative = str(first.value).startswith(".")
+                yield (
+                    ".".join([*package, str(first.value)[1:]]) if relative else str(first.value),
+                    relative,
+                    node.lineno,
+                )
 
 
-def _at_import_time(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when the module is imported: not in functions, not for type checkers only."""
+def _that_run(tree: ast.AST, in_functions: bool) -> Iterator[ast.AST]:
+    """Yield the nodes that run, in functions only if so asked; never those for type checkers."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if not in_functions and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         yield node
-        yield from _at_import_time(node)
+        yield from _that_run(node, in_functions)
 
 
 def arrows_up(module: str, source: str, is_package: bool = False) -> list[str]:
@@ -163,14 +168,14 @@ def family(module: str) -> str | None:
     return next((part for part in parts if part in IMPLEMENTATIONS and len(parts) > 1), None)
 
 
-def reachable(module: str, top_level_only: bool) -> set[str]:
+def reachable(module: str, at: str = "") -> set[str]:
     """Our modules that ``module`` imports, directly or not; packages themselves are passed over."""
     seen: set[str] = set()
     pending = [module]
     while pending:
         current = pending.pop()
         path = MODULES[current]
-        for target, _, _ in imports(current, path.read_text(), path.name == "__init__.py", top_level_only):
+        for target, _, _ in imports(current, path.read_text(), path.name == "__init__.py", at):
             for name in (target, target.rpartition(".")[0]):
                 if name in MODULES and MODULES[name].name != "__init__.py" and name not in seen:
                     seen.add(name)
@@ -181,7 +186,7 @@ def reachable(module: str, top_level_only: bool) -> set[str]:
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if family(name)))
 def test_implementations_do_not_know_each_other(module: str) -> None:
     """Not even through a third module: a reference that shares code with what it judges judges nothing."""
-    others = {name for name in reachable(module, top_level_only=False) if family(name) not in (None, family(module))}
+    others = {name for name in reachable(module) if family(name) not in (None, family(module))}
     assert others == set()
     path = MODULES[module]
     direct = {target for target, _, _ in imports(module, path.read_text(), False)}
@@ -204,9 +209,9 @@ TORCH_ONLY = sorted(
 
 @pytest.mark.parametrize("module", TORCH_ONLY)
 def test_torch_only_modules_reach_no_triton_when_imported(module: str) -> None:
-    for name in {module, *reachable(module, top_level_only=True)}:
+    for name in {module, *reachable(module, at="import time")}:
         path = MODULES[name]
-        roots = {target.partition(".")[0] for target, _, _ in imports(name, path.read_text(), False, True)}
+        roots = {target.partition(".")[0] for target, _, _ in imports(name, path.read_text(), False, at="import time")}
         assert "triton" not in roots, f"{module} reaches {name}, which imports triton"
 
 
@@ -242,3 +247,85 @@ def test_public_names_do_not_hide_modules() -> None:
 
     siblings = {path.stem for path in (ROOT / "src/fusemesh").glob("*.py")} | {"kernels", "hybrid", "csrc"}
     assert len(fusemesh.__all__) > 5 and not set(fusemesh.__all__) & siblings
+
+
+# Circles
+
+
+def arrows_of(module: str, source: str, is_package: bool, modules: Collection[str]) -> set[str]:
+    """Return which of ``modules`` a module imports at any time, with the packages that this runs from outside."""
+    found = set()
+    for target, _, _ in imports(module, source, is_package, at="any time"):
+        name = target if target in modules else target.rpartition(".")[0]
+        found.add(name)
+        # To import a.b.c from elsewhere runs a/__init__ and a.b/__init__ first; a module's own packages run already.
+        found.update(package for package in _packages(name) if not module.startswith(f"{package}."))
+    return (found & set(modules)) - {module}
+
+
+def _packages(name: str) -> list[str]:
+    """Return the packages around a module."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
+    """Return the strongly connected components of more than one module, by Tarjan's algorithm without recursion."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+    for start in sorted(arrows):
+        work = [] if start in number else [(start, iter(sorted(arrows[start])))]
+        while work:
+            node, successors = work[-1]
+            if node not in number:
+                number[node] = lowest[node] = len(number)
+                stack.append(node)
+            pending = next((other for other in successors if other not in number or other in stack), None)
+            if pending is None:
+                work.pop()
+                if work:
+                    parent = work[-1][0]
+                    lowest[parent] = min(lowest[parent], lowest[node])
+                if lowest[node] == number[node]:
+                    component = stack[stack.index(node) :]
+                    del stack[stack.index(node) :]
+                    if len(component) > 1:
+                        found.append(sorted(component))
+            elif pending in number:
+                lowest[node] = min(lowest[node], number[pending])
+            else:
+                work.append((pending, iter(sorted(arrows[pending]))))
+    return sorted(found)
+
+
+def arrows_within(floor: str) -> dict[str, set[str]]:
+    """Return which modules of a floor each of its modules imports."""
+    own = {name: path for name, path in MODULES.items() if floor_of(name) == floor}
+    return {name: arrows_of(name, path.read_text(), path.name == "__init__.py", own) for name, path in own.items()}
+
+
+@pytest.mark.parametrize("floor", sorted(ABOVE))
+def test_no_circle_of_imports(floor: str) -> None:
+    assert circles(arrows_within(floor)) == []
+
+
+def test_a_planted_circle_is_found() -> None:
+    sources = {
+        "p": "",
+        "p.a": "from . import b",
+        "p.b": "def f():\n    from p.c import x",
+        "p.c": "import p.a",
+        "p.d": "from typing import TYPE_CHECKING\nfrom p.e import y\nif TYPE_CHECKING:\n    from p.a import z",
+        "p.e": "if TYPE_CHECKING:\n    import p.d",
+        "p.q": "from p.f import g",
+        "p.q.h": "",
+        "p.f": "def f():\n    import importlib\n    importlib.import_module('p.q.h')",
+        "p.r": "",
+        "p.r.a": "import importlib\nimportlib.import_module('.b', __package__)",
+        "p.r.b": "from .a import x",
+    }
+    arrows = {name: arrows_of(name, text, name in ("p", "p.q", "p.r"), sources) for name, text in sources.items()}
+    assert circles(arrows) == [["p.a", "p.b", "p.c"], ["p.f", "p.q"], ["p.r.a", "p.r.b"]]
+    assert arrows["p.d"] == {"p.e"} and arrows["p.e"] == set()

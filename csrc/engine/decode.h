@@ -68,12 +68,20 @@ struct Decode {
     return row_of(t, page < 0 ? 0 : page < cache.pages ? page : cache.pages - 1, kv_head, slot % cache.page);
   }
 
+  // Whether the table leads a slot to a page that the cache has. What is read elsewhere is hidden, or is of a page at the
+  // cache's ends; but nothing may be written there.
+  bool exists(int64_t batch, int64_t slot) const {
+    if (!cache.block_table.data) return true;
+    const int64_t page = number(cache.block_table, batch, slot / cache.page);
+    return page >= 0 && page < cache.pages;
+  }
+
   void append(int64_t batch) const {
     const int64_t length = number(cache.cache_lens, batch);
     if (length < -cache.added || length >= call.seq_k) return;
     for (int64_t i = 0; i < cache.added; ++i) {
       const int64_t slot = length + i;
-      if (slot < 0 || slot >= call.seq_k) continue;
+      if (slot < 0 || slot >= call.seq_k || !exists(batch, slot)) continue;
       for (int64_t h = 0; h < call.kv_heads; ++h) {
         copy(call.k, cache.k_new, batch, h, i, slot, call.dim);
         if (cache.v_new.data) copy(call.v, cache.v_new, batch, h, i, slot, call.dim_v);

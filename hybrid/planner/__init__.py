@@ -1,6 +1,6 @@
-"""Choice of strategy: what each layout would cost in memory and time, without running it.
+"""Choice of strategy: the memory and the time that each layout would take, without running it.
 
-:mod:`.model` says what the model is, :mod:`.job` what a step does, :mod:`.hardware` what the ranks are (stated, or by
-:mod:`.measure`), :mod:`.operations` what a step computes and sends; :mod:`.memory` and :mod:`.cost` turn that into
-bytes and seconds, and :mod:`.search` ranks every layout or says why not.
+:mod:`.model` describes a model (:mod:`.published`: those by name), :mod:`.job` a step, :mod:`.hardware` the ranks
+(stated, or by :mod:`.measure`), :mod:`.operations` the computations and messages of a step; :mod:`.memory` and
+:mod:`.cost` turn them into bytes and seconds, and :mod:`.search` ranks every layout or says why it cannot run.
 """

@@ -1,4 +1,4 @@
-"""What the ranks run on: rates, memory and links, stated with their sources or measured (:mod:`.measure`)."""
+"""Rates, memory and links of the ranks, stated with their sources or measured (:mod:`.measure`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
     def __call__(self, x: float) -> float:
-        """The value at ``x``."""
+        """Return the value at ``x``."""
         if x <= self.points[0][0]:
             return self.points[0][1]
         for (left, low), (right, high) in zip(self.points, self.points[1:], strict=False):
@@ -42,7 +42,7 @@ class Link:
     bandwidth: float
 
     def seconds(self, size: float) -> float:
-        """Time of ``size`` bytes."""
+        """Return the time of ``size`` bytes."""
         return self.latency + size / self.bandwidth
 
 
@@ -52,7 +52,7 @@ _PASSES = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_reduce": 2.0}
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of rank and how such ranks are joined.
+    """One kind of rank, and the links between such ranks.
 
     peak: FLOP/s by dtype; matmul_fraction: what of it a matmul reaches, by its FLOPs; attention_fraction: and
     attention.
@@ -94,26 +94,26 @@ class Hardware:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def matmul_s(self, flops: float, size: float, dtype: str) -> float:
-        """Roofline of one matmul with ``size`` bytes of operands and result."""
+        """Return the time of one matmul by the roofline, with ``size`` bytes of operands and result."""
         if flops <= 0:
             return 0.0
         rate = self._peak(dtype) * self.matmul_fraction(flops)
         return max(flops / rate, size / (self.bandwidth * self.bandwidth_fraction(size))) + self.operation_s
 
     def attention_s(self, flops: float, dtype: str) -> float:
-        """Time of attention's core."""
+        """Return the time of attention's core."""
         return flops / (self._peak(dtype) * self.attention_fraction) + self.operation_s
 
     def memory_s(self, size: float, tensor: float, calls: float = 1) -> float:
-        """Time of reading and writing ``size`` bytes by ``calls`` operations on tensors of ``tensor`` bytes."""
+        """Return the time of ``calls`` operations on tensors of ``tensor`` bytes that read and write ``size`` bytes."""
         return size / (self.bandwidth * self.bandwidth_fraction(max(tensor, 1))) + calls * self.operation_s
 
     def stream_s(self, size: float) -> float:
-        """Time of reading and writing ``size`` bytes in place, in large tensors."""
+        """Return the time of reading and writing ``size`` bytes in place, in large tensors."""
         return size / (self.bandwidth * self.stream_fraction)
 
     def collective_s(self, collective: str, size: float, ranks: int, stride: int, world: int) -> float:
-        """Time of one collective.
+        """Return the time of one collective.
 
         Args:
             collective: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``send`` (to the next of the group).
@@ -146,12 +146,12 @@ class Hardware:
         return self.peak[dtype]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, which :func:`from_dict` reads back."""
+        """Return plain values, which :func:`from_dict` reads back."""
         return asdict(self)
 
 
 def from_dict(values: Mapping[str, Any]) -> Hardware:
-    """Hardware from plain values, as in ``hardware.json``.
+    """Return hardware from plain values, as in ``hardware.json``.
 
     Raises:
         ValueError: a key that is missing or unknown.
@@ -172,14 +172,14 @@ def from_dict(values: Mapping[str, Any]) -> Hardware:
 
 
 def named_hardware() -> dict[str, dict[str, Any]]:
-    """Every entry of ``hardware.json``."""
+    """Return every entry of ``hardware.json``."""
     text = resources.files(__package__).joinpath("hardware.json").read_text(encoding="utf-8")
     table: dict[str, dict[str, Any]] = json.loads(text)
     return table
 
 
 def find_hardware(name: str) -> Hardware:
-    """Hardware by its name in ``hardware.json``, or from a JSON file of the same keys.
+    """Return hardware by its name in ``hardware.json``, or from a JSON file of the same keys.
 
     Raises:
         ValueError: neither.

@@ -1,4 +1,4 @@
-"""What one optimizer step does, whatever its layout, and into which parts a layout can cut it."""
+"""One optimizer step, whatever its layout, and the parts into which a layout can cut it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Into how many parts a replica's samples of one step are cut.
+class BatchSplit:
+    """The number of parts into which a replica's samples of one step are cut.
 
     accumulation: parts that go through the model one after the other, their gradients added. microbatches: parts of
     each of those that are in the pipeline together; 1 without a pipeline.
@@ -31,7 +31,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One optimizer step.
 
     Args:
@@ -42,8 +42,8 @@ class Job:
         dtype: of compute.
         sequence_parallel: whether tp also splits activations along the sequence between the matmuls.
         pipeline: schedule and virtual stages, with a pipeline.
-        recompute: what backward computes again instead of keeping it: ``none``, ``selective`` (attention's core) or
-            ``full`` (each layer). Our trainer does ``none``.
+        recompute: the part that backward computes again instead of keeping it: ``none``, ``selective`` (attention's
+            core) or ``full`` (each layer). Our trainer does ``none``.
         fused_attention: False charges for scores that travel through memory, as before FlashAttention.
         fused_accumulation: whether a weight's gradient is added to what is there within its matmul, as in Megatron, and
             not by an operation of its own, as torch does.
@@ -91,12 +91,12 @@ class Job:
         """Bytes of an element of stored parameters, of gradients, and of each of AdamW's two states."""
         return 8 if self.dtype == "float64" else 4
 
-    def samples(self, layout: Layout, cut: Cut) -> int:
-        """Samples of one part on one replica."""
-        return max(1, self.global_batch // layout.replicas // cut.parts)
+    def samples(self, layout: Layout, split: BatchSplit) -> int:
+        """Return the samples of one part on one replica."""
+        return max(1, self.global_batch // layout.replicas // split.parts)
 
-    def cuts(self, layout: Layout) -> list[Cut]:
-        """The ways in which ``layout`` can cut a step; the batch divides among the replicas.
+    def splits(self, layout: Layout) -> list[BatchSplit]:
+        """Return the ways in which ``layout`` can cut a step; the batch divides among the replicas.
 
         Raises:
             ValueError: there are none, or the one asked for is none of them; in the words that training would use.
@@ -105,10 +105,10 @@ class Job:
         if self.accumulation is not None:
             BatchOrder(1, self.global_batch, replicas=layout.replicas, accumulation=self.accumulation)
             if layout.pp == 1:
-                return [Cut(self.accumulation)]
+                return [BatchSplit(self.accumulation)]
             key = "training.global_batch_size / (dp * fsdp * training.accumulation)"
             part = share // self.accumulation
-            return [Cut(self.accumulation, self.pipeline.microbatches_of(layout.pp, part, key))]
+            return [BatchSplit(self.accumulation, self.pipeline.microbatches_of(layout.pp, part, key))]
         if self.microbatches is not None and share % self.microbatches:
             raise ValueError(
                 f"microbatches: {share} samples a replica cannot be cut into {self.microbatches} parts; use a divisor "
@@ -116,7 +116,7 @@ class Job:
             )
         if layout.pp == 1:
             asked = [self.microbatches] if self.microbatches else _divisors(share)
-            return [Cut(count) for count in asked]
+            return [BatchSplit(count) for count in asked]
         legal = self.pipeline.legal_microbatches(layout.pp, share)
         found = [count for count in legal if self.microbatches in (None, count)]
         if not found:
@@ -125,7 +125,7 @@ class Job:
                 f"and {share} samples a replica are cut into {self.microbatches or max(_divisors(share))}; use a "
                 "larger --batch, other --microbatches, or a smaller pp"
             )
-        return [Cut(1, count) for count in found]
+        return [BatchSplit(1, count) for count in found]
 
 
 def _divisors(number: int) -> list[int]:

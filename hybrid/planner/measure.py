@@ -95,7 +95,7 @@ def _middle(values: Sequence[float]) -> float:
 
 
 def _slowdown(keys: Sequence[str], found: dict[int, dict[str, float]], full: int, world: int) -> Curve:
-    """How much longer each of k ranks takes than one alone, where ``full`` of them take all cores.
+    """Return the factor by which each of k ranks is slower than one alone, where ``full`` of them take all cores.
 
     Up to there it is the geometric middle of the rates of ``keys``; beyond, ranks take turns, and lose some time by it.
     """
@@ -109,7 +109,7 @@ def _slowdown(keys: Sequence[str], found: dict[int, dict[str, float]], full: int
 
 
 def _fit(points: Sequence[tuple[int, float]]) -> Link:
-    """The latency and bandwidth whose relative errors at (bytes, seconds) are least in squares."""
+    """Return the latency and bandwidth whose relative errors at (bytes, seconds) are least in squares."""
     ones = [1 / t for _, t in points]
     sizes = [size / t for size, t in points]
     aa, ab, bb = (
@@ -125,7 +125,7 @@ def _fit(points: Sequence[tuple[int, float]]) -> Link:
 
 
 def _memory() -> int:
-    """Bytes of memory that this machine has free for new processes."""
+    """Return the bytes of memory that this machine has free for new processes."""
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
@@ -135,7 +135,7 @@ def _memory() -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now; 0 where the system does not say."""
+    """Return the bytes of memory that this process holds now; 0 where the system does not say."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -144,7 +144,7 @@ def resident() -> int:
 
 
 def _measure_rank(dtype: str, threads: int) -> dict[str, float]:
-    """Rates in FLOP/s and bytes/s, times in seconds, of this rank among the others."""
+    """Return rates in FLOP/s and bytes/s, times in seconds, of this rank among the others."""
     torch.set_num_threads(threads)
     found: dict[str, float] = {"resident": float(resident())}
     with distributed("cpu") as world:
@@ -172,7 +172,7 @@ def _add_and_keep(a: torch.Tensor, b: torch.Tensor, kept: deque[torch.Tensor]) -
 
 
 def _time(call: Callable[[], Any], *, seconds: float = 0.05) -> float:
-    """Seconds of a call without collectives, after one to warm up; all ranks start at once.
+    """Return the seconds of a call without collectives, after one to warm up; all ranks start at once.
 
     The best of three means over ``seconds`` each. With one thread they are seconds of this process on a core, so that
     other programs, and ranks that share the core, do not count, while waiting for the memory that they share does.
@@ -191,7 +191,7 @@ def _time(call: Callable[[], Any], *, seconds: float = 0.05) -> float:
 
 
 def _time_together(call: Callable[[], Any]) -> float:
-    """Median seconds until every rank has made three calls and knows it of the others, by the wall's clock.
+    """Return the median seconds until every rank has made three calls and knows it of the others, by the wall's clock.
 
     Where ranks share cores this is more than what they take one after the other: who is done waits for its turn to hear
     of it, and who is late is waited for.
@@ -207,7 +207,7 @@ def _time_together(call: Callable[[], Any]) -> float:
 
 
 def _attention_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of causal attention, forward and backward, counted as :mod:`.operations` counts them."""
+    """Return FLOP/s of causal attention, forward and backward, counted as :mod:`.operations` counts them."""
     batch, heads, length, dim = 2, 4, 256, 32
     q, k, v = (torch.randn(batch, heads, length, dim, dtype=dtype, requires_grad=True) for _ in range(3))
 
@@ -252,7 +252,7 @@ class _Stack(nn.Module):
 
 
 def _host_times(world: World) -> tuple[float, float]:
-    """Seconds that a layer, and that a step besides its layers, takes of Python, autograd and fully_shard alone.
+    """Return the seconds of Python, autograd and fully_shard alone, for a layer and for a step besides its layers.
 
     Of one process, for :func:`_time` calls as often as there is time, which collectives must not be called.
     """
@@ -275,7 +275,7 @@ def _host_times(world: World) -> tuple[float, float]:
 
 
 def _collectives(world: World) -> dict[str, float]:
-    """Seconds of ``collective:n size``, in groups of n ranks of the world, all of them at once.
+    """Return the seconds of ``collective:n size``, in groups of n ranks of the world, all of them at once.
 
     Each follows some computing, as in a training step: where ranks share cores, one that is ready to go on waits for
     its turn, which ranks that do nothing but communicate would not see.
@@ -303,7 +303,7 @@ def _collectives(world: World) -> dict[str, float]:
 
 
 def _pass_on(x: torch.Tensor, first: int, place: int, n: int) -> None:
-    """Every rank sends to its successor in the group and receives from its predecessor."""
+    """Send to the successor in the group and receive from the predecessor, as every rank does."""
     into = torch.empty_like(x)
     to, source = first + (place + 1) % n, first + (place - 1) % n
     for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, to), dist.P2POp(dist.irecv, into, source)]):
@@ -311,7 +311,7 @@ def _pass_on(x: torch.Tensor, first: int, place: int, n: int) -> None:
 
 
 def _time_collective(call: Callable[[], Any], work: Callable[[], Any], computing: float) -> float:
-    """Median seconds that a call adds to ``work``, which takes ``computing``, over a few rounds.
+    """Return the median seconds that a call adds to ``work``, which takes ``computing``, over a few rounds.
 
     Their number is fixed, because every rank takes part in each.
     """

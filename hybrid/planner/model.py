@@ -1,21 +1,22 @@
-"""What the planner knows of a model: its sizes, its weights, and how tensor parallelism splits each of them.
+"""The planner's description of a model, as data: parameters and how tp splits each, layers, head.
 
-Sizes: L layers, E hidden size, H heads, Hkv key/value heads, D head dim, F width of the feed-forward, V vocabulary.
-A model comes from numbers, from a Hugging Face ``config.json``, or by a name of ``models.json``.
+The Transformer describes itself, with the parameters that :func:`weights_of` reads from its modules; :mod:`.published`
+describes decoders by their published sizes.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from importlib import resources
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from ..tensor.modules import leaves_none, own_rows
+from torch import nn
+from torch.distributed.tensor import Placement, Shard
+
+from ..layout import Layout
+from ..pipeline_options import deal_blocks
+from ..tensor.modules import ColumnParallelLinear, TensorParallelModule, leaves_none, own_rows
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Weight:
         return math.prod(self.shape)
 
     def is_replicated(self, tp: int) -> bool:
-        """Whether every rank of tp stores all of it, by the rules of :mod:`fusemesh.hybrid.tensor.modules`."""
+        """Return whether every rank of tp stores all of it, by the rules of :mod:`fusemesh.hybrid.tensor.modules`."""
         if self.split == "heads":
             return self.heads < tp
         return self.split == "whole" or (self.split == "rows" and leaves_none(self.shape[0], tp))
 
     def local_shape(self, tp: int = 1, fsdp: int = 1, tp_rank: int = 0, fsdp_rank: int = 0) -> tuple[int, ...]:
-        """What one rank stores: its part over tp, and of that its part of dim 0 over fsdp."""
+        """Return the shape that one rank stores: its part over tp, and of that its part of dim 0 over fsdp."""
         rows, *rest = self.shape
         if not self.is_replicated(tp):
             if self.split == "columns":
@@ -60,21 +61,126 @@ class Weight:
         return math.prod(self.local_shape(tp, fsdp, tp_rank, fsdp_rank))
 
 
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a decoder-only Transformer.
-
-    gated: whether the feed-forward multiplies by a second projection (three matrices instead of two). tied: whether
-    the head is the embedding. bias: of every linear layer but the head; qkv_bias: of query, key and value alone.
-    layer_norm: layer norms with biases; False: RMS norms. learned_positions: rows of a position table; 0: rotary.
-    sequence_length: tokens a sample, what it was trained with unless the job says otherwise.
+def weights_of(module: nn.Module) -> tuple[Weight, ...]:
+    """Return the parameters of a model that is on no mesh yet, split as its own modules say; a shared one once.
 
     Raises:
-        ValueError: a size that is no positive integer, or heads that key/value heads do not divide.
+        ValueError: a parameter of a module that is no :class:`TensorParallelModule`.
+    """
+    found: dict[int, Weight] = {}
+    for path, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if id(parameter) in found:
+                continue
+            full = f"{path}.{name}" if path else name
+            if not isinstance(part, TensorParallelModule):
+                raise ValueError(
+                    f"model: expected every parameter in a module of fusemesh.hybrid.tensor.modules, received {full} "
+                    f"of {type(part).__name__}"
+                )
+            heads = part.num_heads if isinstance(part, ColumnParallelLinear) else None
+            split = "heads" if heads is not None else _split(part.placements()[name][0])
+            found[id(parameter)] = Weight(full, tuple(parameter.shape), split, heads or 0)
+    return tuple(found.values())
+
+
+def _split(placement: Placement) -> str:
+    if not isinstance(placement, Shard):
+        return "whole"
+    return "rows" if placement.dim == 0 else "columns"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its parameters, and the tokens that its attention sees.
+
+    weights: their names count from the layer. causal: whether a token sees only those up to itself. window: how many
+    tokens back and ahead it sees; None: all. with_memory: whether it has a second attention, over an encoder's output.
+    """
+
+    weights: tuple[Weight, ...]
+    causal: bool = True
+    window: tuple[int, int] | None = None
+    with_memory: bool = False
+
+    def visible(self, length: int) -> float:
+        """Return the part of ``length`` x ``length`` scores that self-attention computes."""
+        if self.window is None:
+            # Half where causal tiles are skipped.
+            return 0.5 if self.causal else 1.0
+        back, ahead = (min(reach, length - 1) for reach in self.window)
+        if self.causal:
+            ahead = 0
+        return (length + sum(reach * length - reach * (reach + 1) / 2 for reach in (back, ahead))) / length**2
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A parameter of no layer. layers: numbers of the layers whose stages hold it, each a copy of its own."""
+
+    weight: Weight
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The computation of logits from the last hidden states.
+
+    outputs: logits in a row, which tp splits. of: the rows. ``tokens``: a row for each token, by a linear layer.
+    ``texts``: a row for each text, by a linear layer on the mean of its tokens. ``positions``: ``outputs`` rows for
+    each text of a logit for each position, by products of the tokens with as many vectors made of the mean of some;
+    every rank of tp makes all of these vectors.
+    """
+
+    outputs: int
+    of: str = "tokens"
+
+    def __post_init__(self) -> None:
+        assert self.of in ("tokens", "texts", "positions"), self.of
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a model that one rank of a pipeline holds.
+
+    layers: each kind of layer, with its number. weights: those of no layer. is_first, is_last: whether the first, the
+    last layer is among them. encoder_ends: whether the encoder's last layer is, behind which its output is normed.
+    decoder_starts: whether the first layer with memory is, before which the target is embedded. has_memory: whether any
+    layer with memory is. states: hidden states of a sample's tokens that travel to the next stage (of
+    the last stage: from the one before).
+    """
+
+    layers: tuple[tuple[Layer, int], ...]
+    weights: tuple[Weight, ...]
+    is_first: bool
+    is_last: bool
+    encoder_ends: bool
+    decoder_starts: bool
+    has_memory: bool
+    states: int
+
+    @property
+    def num_layers(self) -> int:
+        """All layers of the rank."""
+        return sum(count for _, count in self.layers)
+
+    @property
+    def groups(self) -> tuple[tuple[tuple[Weight, ...], int], ...]:
+        """Parameters that are gathered together, and how often: a layer's, and those of no layer."""
+        return (*((layer.weights, count) for layer, count in self.layers), (self.weights, 1))
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A Transformer: a decoder, an encoder, or an encoder and behind it a decoder.
+
+    sequence_length: tokens of a sample in training, unless the job says otherwise; source and target of an
+    encoder-decoder have so many each. layers: the encoder's first. outer: the parameters of no layer. gated: whether
+    the feed-forward multiplies by a second projection. layer_norm: layer norms with biases; False: RMS norms. rotary:
+    whether queries and keys are turned by their positions.
     """
 
     name: str
-    num_layers: int
     hidden_size: int
     num_heads: int
     num_kv_heads: int
@@ -82,167 +188,78 @@ class Model:
     intermediate_size: int
     vocab_size: int
     sequence_length: int
+    layers: tuple[Layer, ...]
+    outer: tuple[Outer, ...]
+    head: Head
     gated: bool = True
-    tied: bool = False
-    bias: bool = False
-    qkv_bias: bool = False
     layer_norm: bool = False
-    learned_positions: int = 0
+    rotary: bool = True
 
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.type == "int" and item.name != "learned_positions" and (type(value) is not int or value < 1):
-                raise ValueError(f"{item.name}: expected a positive integer in model {self.name!r}, received {value!r}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a divisor of num_heads = {self.num_heads} in model {self.name!r}, received "
-                f"{self.num_kv_heads}"
-            )
+    @property
+    def num_layers(self) -> int:
+        """All layers, of encoder and decoder."""
+        return len(self.layers)
+
+    @property
+    def memory_at(self) -> int | None:
+        """The number of the first layer with memory, before which an encoder ends; None where there is none."""
+        return next((number for number, layer in enumerate(self.layers) if layer.with_memory), None)
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """Every parameter of the whole model, a shared one once."""
+        found = [
+            dataclasses.replace(weight, name=f"blocks.{number}.{weight.name}")
+            for number, layer in enumerate(self.layers)
+            for weight in layer.weights
+        ]
+        return (*found, *(outer.weight for outer in self.outer))
 
     @property
     def parameters(self) -> int:
-        """Elements of all weights, a tied one counted once."""
-        block = sum(w.numel for w in self.block_weights())
-        return self.num_layers * block + sum(w.numel for w in (*self.first_weights(), *self.last_weights()))
+        """Elements of all parameters, a shared one counted once."""
+        layers = sum(count * numel(layer.weights) for layer, count in _counted(self.layers))
+        return layers + numel(outer.weight for outer in self.outer)
 
-    def block_weights(self) -> tuple[Weight, ...]:
-        """The parameters of one layer."""
-        hidden, wide, heads, kv = self.hidden_size, self.intermediate_size, self.num_heads, self.num_kv_heads
-        query, key = heads * self.head_dim, kv * self.head_dim
-        found = [
-            *self._norm("attention_norm"),
-            Weight("attention.query.weight", (query, hidden), "heads", heads),
-            Weight("attention.key.weight", (key, hidden), "heads", kv),
-            Weight("attention.value.weight", (key, hidden), "heads", kv),
-            Weight("attention.output.weight", (hidden, query), "columns"),
-            *self._norm("mlp_norm"),
-            Weight("mlp.gate.weight", (wide, hidden), "rows"),
-            Weight("mlp.down.weight", (hidden, wide), "columns"),
-        ]
-        if self.gated:
-            found.append(Weight("mlp.gate.weight_up", (wide, hidden), "rows"))
-        if self.bias or self.qkv_bias:
-            found += [
-                Weight("attention.query.bias", (query,), "heads", heads),
-                Weight("attention.key.bias", (key,), "heads", kv),
-                Weight("attention.value.bias", (key,), "heads", kv),
-            ]
-        if self.bias:
-            found += [
-                Weight("attention.output.bias", (hidden,)),
-                Weight("mlp.gate.bias", (wide,), "rows"),
-                Weight("mlp.down.bias", (hidden,)),
-            ]
-        return tuple(found)
-
-    def first_weights(self) -> tuple[Weight, ...]:
-        """The parameters before the layers."""
-        found = [Weight("embedding.weight", (self.vocab_size, self.hidden_size), "rows")]
-        if self.learned_positions:
-            found.append(Weight("positions.weight", (self.learned_positions, self.hidden_size)))
-        return tuple(found)
-
-    def last_weights(self, *, with_tied: bool = False) -> tuple[Weight, ...]:
-        """The parameters after the layers; ``with_tied`` adds a tied head's own copy, which a last stage holds."""
-        head = (Weight("head.weight", (self.vocab_size, self.hidden_size), "rows"),)
-        return (*self._norm("norm"), *(head if with_tied or not self.tied else ()))
-
-    def _norm(self, name: str) -> tuple[Weight, ...]:
-        weight = Weight(f"{name}.weight", (self.hidden_size,))
-        return (weight, Weight(f"{name}.bias", (self.hidden_size,))) if self.layer_norm else (weight,)
-
-
-def named_models() -> dict[str, dict[str, Any]]:
-    """Every entry of ``models.json``: sizes, ``parameters`` as published, and the ``source`` of both."""
-    text = resources.files(__package__).joinpath("models.json").read_text(encoding="utf-8")
-    table: dict[str, dict[str, Any]] = json.loads(text)
-    return table
-
-
-def find_model(name: str) -> Model:
-    """A model by its name in ``models.json``, or from a Hugging Face config: the file or the folder that holds it.
-
-    Raises:
-        ValueError: neither, or a config of a family that is not known here.
-    """
-    known = named_models()
-    if name.lower() in known:
-        entry = known[name.lower()]
-        names = {item.name for item in fields(Model)}
-        return Model(name=name.lower(), **{key: value for key, value in entry.items() if key in names})
-    path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(
-            f"--model: expected one of {', '.join(known)}, or the path of a Hugging Face config.json, received {name!r}"
+    def share(self, layout: Layout, stage: int, virtual_stages: int = 1) -> Share:
+        """Return the part of the ranks of the pipeline's ``stage``: every pp-th of pp * ``virtual_stages`` stages."""
+        # Without a pipeline nothing looks at virtual stages.
+        stages = layout.pp * virtual_stages if layout.pp > 1 else 1
+        spans = deal_blocks(self.num_layers, stages)[stage :: layout.pp]
+        at, last = self.memory_at, self.num_layers - 1
+        held = {number for span in spans for number in span}
+        weights = [outer.weight for span in spans for outer in self.outer if any(n in span for n in outer.layers)]
+        return Share(
+            layers=_counted(self.layers[number] for number in sorted(held)),
+            weights=tuple(weights),
+            is_first=0 in held,
+            is_last=last in held,
+            encoder_ends=at is not None and at - 1 in held,
+            decoder_starts=at is not None and at in held,
+            has_memory=any(self.layers[number].with_memory for number in held),
+            states=max(self._states_at(span.start if last in span else span.stop) for span in spans),
         )
-    return from_hugging_face(path)
+
+    def distinct_stages(self, layout: Layout) -> list[int]:
+        """Return the stages of a pipeline of which one costs most: of equal layers the first two and the last."""
+        if len(_counted(self.layers)) > 1:
+            return list(range(layout.pp))
+        return sorted({0, layout.pp - 1, min(1, layout.pp - 1)})
+
+    def _states_at(self, border: int) -> int:
+        """Return how many hidden states go into layer number ``border``: behind an encoder, h and the memory."""
+        return 1 if self.memory_at is None or border <= self.memory_at else 2
 
 
-# model_type: whether query, key and value have biases unless the config says so.
-_LLAMA_LIKE = {"llama": False, "mistral": False, "qwen2": True}
+def numel(weights: Iterable[Weight]) -> int:
+    """Return the elements of whole parameters."""
+    return sum(weight.numel for weight in weights)
 
 
-def from_hugging_face(path: str | os.PathLike[str]) -> Model:
-    """The model of a Hugging Face ``config.json`` of the families llama, mistral, qwen2 and gpt2.
-
-    Raises:
-        ValueError: the file is no such config, or lacks a key.
-    """
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model: expected a Hugging Face config.json, received {str(path)!r}: {error}") from error
-    family = config.get("model_type") if isinstance(config, dict) else None
-    name = str(config.get("_name_or_path") or Path(path).parent.name) if isinstance(config, dict) else ""
-    try:
-        if family == "gpt2":
-            return _gpt2(name, config)
-        if family in _LLAMA_LIKE:
-            return _llama(name, config, _LLAMA_LIKE[family])
-    except KeyError as error:
-        raise ValueError(
-            f"--model: {str(path)!r} has no key {error.args[0]!r}, which a {family} config needs"
-        ) from None
-    raise ValueError(
-        f"--model: expected a config of model_type {', '.join((*_LLAMA_LIKE, 'gpt2'))}, received {family!r} in "
-        f"{str(path)!r}"
-    )
-
-
-def _llama(name: str, config: Mapping[str, Any], qkv_bias: bool) -> Model:
-    heads = config["num_attention_heads"]
-    return Model(
-        name=name,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        sequence_length=config["max_position_embeddings"],
-        tied=config.get("tie_word_embeddings", False),
-        qkv_bias=config.get("attention_bias", qkv_bias),
-    )
-
-
-def _gpt2(name: str, config: Mapping[str, Any]) -> Model:
-    hidden, heads = config["n_embd"], config["n_head"]
-    return Model(
-        name=name,
-        num_layers=config["n_layer"],
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        intermediate_size=config.get("n_inner") or 4 * hidden,
-        vocab_size=config["vocab_size"],
-        sequence_length=config["n_positions"],
-        gated=False,
-        tied=config.get("tie_word_embeddings", True),
-        bias=True,
-        layer_norm=True,
-        learned_positions=config["n_positions"],
-    )
+def _counted(layers: Iterable[Layer]) -> tuple[tuple[Layer, int], ...]:
+    """Return each kind of layer once, with its number; descriptions share one object for equal layers."""
+    found: dict[int, tuple[Layer, int]] = {}
+    for layer in layers:
+        _, count = found.get(id(layer), (layer, 0))
+        found[id(layer)] = layer, count + 1
+    return tuple(found.values())

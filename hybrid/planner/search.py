@@ -10,20 +10,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..layout import Layout
+from ..pipeline_options import check_holders, deal_blocks
 from . import cost, memory
 from .cost import Cost
 from .hardware import Hardware
-from .job import Cut, Job
+from .job import BatchSplit, TrainingJob
 from .memory import Memory
-from .model import Model
+from .model import ModelDescription
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout that can run: how it cuts a replica's samples, and the estimates."""
+    """A layout that can run: how it splits a replica's samples, and the estimates."""
 
     layout: Layout
-    cut: Cut
+    split: BatchSplit
     cost: Cost
     memory: Memory
 
@@ -38,21 +39,21 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """layouts: the fastest first."""
+class RankedLayouts:
+    """Every layout of a number of ranks. layouts: those that can run, the fastest first."""
 
     layouts: tuple[Choice, ...]
     rejected: tuple[Rejected, ...]
 
     @property
     def nearest_miss(self) -> Rejected | None:
-        """Of the layouts that lack only memory, the one that lacks least."""
+        """The layout that lacks least memory, of those that lack nothing else."""
         missing = [r for r in self.rejected if r.short_by is not None]
         return min(missing, key=lambda r: r.short_by or 0) if missing else None
 
 
 def layouts_of(world: int) -> Iterator[Layout]:
-    """Every product of dp, fsdp, tp and pp that is ``world`` ranks."""
+    """Yield every product of dp, fsdp, tp and pp that is ``world`` ranks."""
 
     def divisors(number: int) -> list[int]:
         return [d for d in range(1, number + 1) if number % d == 0]
@@ -63,8 +64,8 @@ def layouts_of(world: int) -> Iterator[Layout]:
                 yield Layout(dp=world // pp // tp // fsdp, fsdp=fsdp, tp=tp, pp=pp)
 
 
-def plan(model: Model, job: Job, hardware: Hardware, world: int) -> Plan:
-    """Try every layout of ``world`` ranks.
+def plan(model: ModelDescription, job: TrainingJob, hardware: Hardware, world: int) -> RankedLayouts:
+    """Rank every layout of ``world`` ranks.
 
     Raises:
         ValueError: ``world`` is below 1.
@@ -73,30 +74,30 @@ def plan(model: Model, job: Job, hardware: Hardware, world: int) -> Plan:
         raise ValueError(f"--world: expected at least 1 rank, received {world}")
     found = [consider(model, job, hardware, layout) for layout in layouts_of(world)]
     choices = [result for result in found if isinstance(result, Choice)]
-    return Plan(
+    return RankedLayouts(
         tuple(sorted(choices, key=lambda c: (c.cost.seconds, c.memory.total))),
         tuple(result for result in found if isinstance(result, Rejected)),
     )
 
 
-def consider(model: Model, job: Job, hardware: Hardware, layout: Layout) -> Choice | Rejected:
-    """One layout, with the cut that makes it fastest of those that fit in memory."""
+def consider(model: ModelDescription, job: TrainingJob, hardware: Hardware, layout: Layout) -> Choice | Rejected:
+    """Return one layout with the split of the batch that makes it fastest of those that fit in memory."""
     try:
         check(model, job, hardware, layout)
-        candidates = job.cuts(layout)
+        candidates = job.splits(layout)
     except ValueError as error:
         return Rejected(layout, str(error))
     best: Choice | None = None
     least: Memory | None = None
-    for cut in candidates:
-        needed = memory.estimate(model, job, layout, hardware, cut)
+    for split in candidates:
+        needed = memory.estimate(model, job, layout, hardware, split)
         if least is None or needed.total < least.total:
             least = needed
         if needed.total > hardware.memory:
             continue
-        price = cost.estimate(model, job, layout, hardware, cut)
+        price = cost.estimate(model, job, layout, hardware, split)
         if best is None or price.seconds < best.cost.seconds:
-            best = Choice(layout, cut, price, needed)
+            best = Choice(layout, split, price, needed)
     if best is not None:
         return best
     assert least is not None
@@ -110,7 +111,7 @@ def consider(model: Model, job: Job, hardware: Hardware, layout: Layout) -> Choi
     )
 
 
-def check(model: Model, job: Job, hardware: Hardware, layout: Layout) -> None:
+def check(model: ModelDescription, job: TrainingJob, hardware: Hardware, layout: Layout) -> None:
     """Refuse a layout that cannot run this model, whatever the memory.
 
     Raises:
@@ -131,8 +132,13 @@ def check(model: Model, job: Job, hardware: Hardware, layout: Layout) -> None:
         sequence_parallel=job.sequence_parallel,
         virtual_stages=job.pipeline.virtual_stages,
     )
+    if layout.pp > 1:
+        spans = deal_blocks(model.num_layers, layout.pp * job.pipeline.virtual_stages)
+        for outer in model.outer:
+            stages = [number for number, span in enumerate(spans) if set(span) & set(outer.layers)]
+            check_holders(outer.weight.name, stages, layout.pp, job.pipeline.virtual_stages)
 
 
 def gib(size: float) -> str:
-    """Bytes for people."""
+    """Return bytes as text."""
     return f"{size / 2**30:.2f} GiB"

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .. import compat
 from ..layout import AXES, Layout
 from . import mpi
 from .local import LocalRanks
@@ -28,7 +29,7 @@ from .watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands among its peers, and where they meet."""
+    """The place of a process among its peers, and the address at which they connect."""
 
     launcher: str
     rank: int
@@ -59,7 +60,7 @@ _RUN_IDS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID", "SLURM_JOB_ID
 
 
 def rank_from_environment(environ: Mapping[str, str] | None = None) -> Place | None:
-    """Read torchrun's, Open MPI's, PMI's or Slurm's variables; None if there are none (then this is one process).
+    """Return the place that torchrun's, Open MPI's, PMI's or Slurm's variables give; None if none are set.
 
     MASTER_ADDR and MASTER_PORT always count if they are set. Otherwise Slurm's node list names the address, all ranks
     on one machine meet at 127.0.0.1, and the port follows from the run's id.
@@ -68,7 +69,7 @@ def rank_from_environment(environ: Mapping[str, str] | None = None) -> Place | N
         environ: the variables; None takes those of this process.
 
     Raises:
-        ValueError: a variable that holds no number, ranks that do not fit together, or no address to meet at.
+        ValueError: a variable that holds no number, ranks that do not fit together, or no address of rank 0.
     """
     environ = os.environ if environ is None else environ
     launcher = _launcher(environ)
@@ -102,7 +103,7 @@ def rank_from_environment(environ: Mapping[str, str] | None = None) -> Place | N
 
 
 def find_place() -> Place | None:
-    """Where this process stands, whoever started it; None for a process that nobody launched.
+    """Return the place of this process, whatever launcher started it; None for a process that none did.
 
     What the environment says (:func:`rank_from_environment`), and under mpirun, with mpi4py installed, what MPI says.
 
@@ -156,7 +157,7 @@ def _master_port(environ: Mapping[str, str], launcher: str) -> int:
 
 
 def first_node(nodes: str) -> str:
-    """The first host of a Slurm node list: ``"gpu[003-006,9],login1"`` gives ``"gpu003"``."""
+    """Return the first host of a Slurm node list: ``"gpu[003-006,9],login1"`` gives ``"gpu003"``."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
     if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST: expected a node list such as gpu[003-006], received {nodes!r}")
@@ -174,7 +175,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, the one that prints and writes."""
+        """Return whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
 
@@ -220,7 +221,7 @@ def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: flo
     try:
         if place is not None and place.world_size > 1 and lost_after is not None:
             watchdog = Watchdog(lambda: _client(place, wait), place.rank, place.world_size, limit=lost_after)
-        _meet()
+        _wait_for_connections()
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, where)
     except BaseException as error:
         # Leaving the group makes the others fail too, perhaps before this error is told: say when it came.
@@ -236,7 +237,7 @@ def _store(place: Place | None, timeout: datetime.timedelta) -> dist.Store:
     if place is None:
         return dist.HashStore()
     # torchrun and launch_local serve the store themselves; otherwise rank 0 does.
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    served = compat.agent_serves_store()
     store = dist.TCPStore(
         place.master_addr,
         place.master_port,
@@ -245,33 +246,28 @@ def _store(place: Place | None, timeout: datetime.timedelta) -> dist.Store:
         timeout=timeout,
         multi_tenant=not served,
     )
-    return dist.PrefixStore(_run_id(), store)
+    return dist.PrefixStore(compat.run_id(), store)
 
 
 def _client(place: Place, timeout: datetime.timedelta) -> dist.Store:
-    """One more connection to the store, whoever serves it."""
+    """Open one more connection to the store, whoever serves it."""
     store = dist.TCPStore(place.master_addr, place.master_port, None, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"{_run_id()}/watchdog", store)
-
-
-def _run_id() -> str:
-    """One store may outlive several groups: a restart, or the next function on the same local ranks."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(f"{compat.run_id()}/watchdog", store)
 
 
 def build_mesh(layout: Layout, world: World) -> DeviceMesh:
-    """The mesh of all ranks with the axes (pp, dp, fsdp, cp, tp), those of size 1 included; tp varies fastest.
+    """Build the mesh of all ranks with the axes (pp, dp, fsdp, cp, tp), those of size 1 included; tp varies fastest.
 
     Raises:
-        ValueError: the layout does not have as many ranks as the world, or has an axis that is not there yet.
+        ValueError: the layout does not have as many ranks as the world, or has an axis that is not built yet.
     """
     layout.validate(world_size=world.world_size)
     mesh = init_device_mesh(world.device.type, layout.shape, mesh_dim_names=AXES)
-    _meet()
+    _wait_for_connections()
     return mesh
 
 
-def _meet() -> None:
+def _wait_for_connections() -> None:
     """Wait until every rank is connected to every other.
 
     A rank's group exists when its own connections stand. Left at once, before a collective (an argument refused, say),

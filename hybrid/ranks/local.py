@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine: run a function on all of them, hear of every failure, leave nothing behind.
+"""Ranks as processes of this machine: run a function on all of them, report every failure, leave nothing behind.
 
 The ranks find each other as torchrun's do, by the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...), and by a store that
 the parent serves, so that no port is chosen twice.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import compat
 from .process import fork_ranks, serve
 
 # Seconds that the ranks get to import what they are to run.
@@ -30,8 +31,8 @@ _LOOK = 1.0
 class RankError(RuntimeError):
     """One or more ranks failed.
 
-    ``failures`` maps rank to its traceback, or to what became of it, the first one first; ``unfinished`` maps the ranks
-    that were ended to the stacks they were in.
+    ``failures`` maps rank to its traceback, or to how its process ended, the first one first; ``unfinished`` maps the
+    ranks that were ended to the stacks they were in.
     """
 
     def __init__(self, failures: dict[int, str], unfinished: dict[int, str], ranks: int) -> None:
@@ -121,8 +122,7 @@ class LocalRanks:
                 "LOCAL_WORLD_SIZE": count,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": self._store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RUN_ID": f"call{self._calls}",
+                **compat.served_run(f"call{self._calls}"),
             }
             with contextlib.suppress(OSError):  # a rank that is gone already is reported below
                 self._connections[rank].send_bytes(pickle.dumps({key: str(value) for key, value in place.items()}))
@@ -198,7 +198,7 @@ class LocalRanks:
                 try:
                     kind, at, answer = pickle.loads(self._connections[rank].recv_bytes())
                 except (EOFError, OSError):
-                    dead, kind, at, answer = True, "died", time.time(), self._epitaph(rank)
+                    dead, kind, at, answer = True, "died", time.time(), self._exit_reason(rank)
                 starting.discard(rank)
                 if kind == "started":
                     if not starting and not failed and timeout is not None:
@@ -221,7 +221,7 @@ class LocalRanks:
         raise RankError(failures, unfinished, count)
 
     def _stopped_too_long(self, ranks: set[int], since: dict[int, float]) -> list[int]:
-        """Those of ``ranks`` that have been stopped for longer than ``patience``; ``since`` is kept up to date."""
+        """Return the ranks that have been stopped for longer than ``patience``; ``since`` is kept up to date."""
         now = time.monotonic()
         for rank in ranks:
             if _is_stopped(self._processes[rank].pid):
@@ -230,7 +230,8 @@ class LocalRanks:
                 since.pop(rank, None)
         return [rank for rank, at in since.items() if rank in ranks and now - at > self.patience]
 
-    def _epitaph(self, rank: int) -> str:
+    def _exit_reason(self, rank: int) -> str:
+        """Return how a rank's process ended: its signal or its exit code."""
         process = self._processes[rank]
         process.join(self.grace)
         code = process.exitcode
@@ -239,7 +240,7 @@ class LocalRanks:
         return f"exited with code {code} before it returned"
 
     def _stacks_of(self, ranks: set[int]) -> dict[int, str]:
-        """Where each of ``ranks`` is now: the stacks of its threads, written by itself on a signal."""
+        """Return the stacks of the threads of each of ``ranks``, which its process writes itself on a signal."""
         if not ranks or self._stacks is None:
             return {}
         if not hasattr(signal, "SIGUSR1"):
@@ -257,7 +258,7 @@ class LocalRanks:
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal; False where the system does not say (other than Linux)."""
+    """Return whether a process is stopped by a signal; False where the system does not say (other than Linux)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     except (OSError, IndexError):
@@ -266,7 +267,7 @@ def _is_stopped(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Children started within the block inherit ``variables``."""
+    """Let children that are started within the block inherit ``variables``."""
     before = {key: os.environ.get(key) for key in variables}
     os.environ.update(variables)
     try:

@@ -1,4 +1,4 @@
-"""Where this process stands under mpirun, asked of MPI itself through mpi4py; the collectives are torch's all the same.
+"""Ask MPI itself, through mpi4py, for the place of this process under mpirun; collectives are torch's all the same.
 
 MPI knows what the environment of a process does not tell for certain: which ranks share a machine (a rank modulo the
 number of GPUs is wrong as soon as ranks are spread in turn), and rank 0's address.
@@ -16,13 +16,13 @@ Found = tuple[int, int, int, int, str, int]
 
 
 def is_available() -> bool:
-    """Whether mpi4py is installed."""
+    """Return whether mpi4py is installed."""
     return importlib.util.find_spec("mpi4py") is not None
 
 
 @functools.cache
 def ask() -> Found:
-    """Every rank calls it, once a process: MPI starts here, and ends with the process."""
+    """Return this process's place and rank 0's address; every rank calls it. MPI starts here, and ends at exit."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -38,5 +38,5 @@ def ask() -> Found:
 
 
 def meeting_point(environ: Mapping[str, str], found: Found) -> tuple[str, int]:
-    """Rank 0's address and port: MASTER_ADDR and MASTER_PORT where they are set, else what MPI knows."""
+    """Return rank 0's address and port: MASTER_ADDR and MASTER_PORT where they are set, else MPI's."""
     return environ.get("MASTER_ADDR", found[4]), int(environ.get("MASTER_PORT", found[5]))

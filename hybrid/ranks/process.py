@@ -1,6 +1,6 @@
-"""A rank of :mod:`local_ranks` as a process: its life, and how it comes into being.
+"""The process of a local rank (:mod:`fusemesh.hybrid.ranks.local`), and the fork server that starts it.
 
-On Linux one process, the nursery, imports what the ranks are to run and forks them, so that they start within the time
+On Linux one process, the fork server, imports the code of the ranks and forks them, so that all start within the time
 of one's imports (5 s of a core for torch and its distributed parts). It runs no thread and touches no GPU. Elsewhere,
 where a fork is not safe, each rank is a new process.
 """
@@ -29,16 +29,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ForkedRank:
-    """What multiprocessing's Process offers, of a rank that the nursery forked and waits for."""
+    """A rank that the fork server forked and waits for, with the methods of multiprocessing's Process used here."""
 
-    def __init__(self, nursery: _Nursery, pid: int) -> None:
-        self._nursery, self.pid = nursery, pid
+    def __init__(self, server: _ForkServer, pid: int) -> None:
+        self._server, self.pid = server, pid
 
     @property
     def exitcode(self) -> int | None:
         """None while it runs; below 0 the signal that ended it."""
-        self._nursery.hear(0)
-        return self._nursery.exits.get(self.pid)
+        self._server.receive(0)
+        return self._server.exits.get(self.pid)
 
     def is_alive(self) -> bool:
         return self.exitcode is None
@@ -49,26 +49,26 @@ class ForkedRank:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return
-            self._nursery.hear(left)
+            self._server.receive(left)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        self._nursery.close(self.pid)
+        self._server.close(self.pid)
 
 
-class _Nursery:
-    """The process that forks the ranks, as the parent sees it: it tells how each of them ended."""
+class _ForkServer:
+    """The parent's end of the process that forks the ranks; it reports how each of them ended."""
 
     def __init__(self, process: Any, connection: Any, pids: list[int]) -> None:
         self.process, self.connection = process, connection
         self.exits: dict[int, int] = {}
         self._open = set(pids)
 
-    def hear(self, timeout: float | None) -> None:
-        """Take in what has been told, for the first of which it waits."""
+    def receive(self, timeout: float | None) -> None:
+        """Read the reports that have arrived; wait for the first at most ``timeout`` seconds, or for ever (None)."""
         while self.connection is not None and self.connection.poll(timeout):
             try:
                 pid, code = self.connection.recv()
@@ -80,7 +80,7 @@ class _Nursery:
             timeout = 0
 
     def close(self, pid: int) -> None:
-        """No more is asked of a rank; after the last the process is gone."""
+        """Forget a rank; after the last one the process ends."""
         self._open.discard(pid)
         if not self._open:
             self.process.join()
@@ -90,9 +90,9 @@ class _Nursery:
 
 
 def fork_ranks(context: Any, ends: list[Any], files: list[str], module: str) -> Iterator[ForkedRank]:
-    """Start the nursery, and with it the ranks."""
+    """Start the fork server, and with it the ranks."""
     ours, theirs = context.Pipe()
-    process = context.Process(target=_nurse, args=(theirs, ends, files, module), name="nursery")
+    process = context.Process(target=_serve_forks, args=(theirs, ends, files, module), name="fork server")
     process.start()
     theirs.close()
     try:
@@ -102,13 +102,13 @@ def fork_ranks(context: Any, ends: list[Any], files: list[str], module: str) -> 
         raise RuntimeError(
             f"ranks: the process that was to start them exited with code {process.exitcode}; see what it printed"
         ) from None
-    nursery = _Nursery(process, ours, pids)
+    server = _ForkServer(process, ours, pids)
     for pid in pids:
-        yield ForkedRank(nursery, pid)
+        yield ForkedRank(server, pid)
 
 
-def _nurse(control: Any, ends: list[Any], files: list[str], module: str) -> None:
-    """Import ``module``, fork a rank for each of ``ends``, and tell of each how it ended."""
+def _serve_forks(control: Any, ends: list[Any], files: list[str], module: str) -> None:
+    """Import ``module``, fork a rank for each of ``ends``, and report how each of them ended."""
     parent = multiprocessing.parent_process()
     _die_with(None if parent is None else parent.pid)
     # Ctrl-C reaches every process; the ranks are ended by their parent.
@@ -142,7 +142,7 @@ def _nurse(control: Any, ends: list[Any], files: list[str], module: str) -> None
 
 
 def serve(connection: Any, stack_file: str, forked_by: int | None = None) -> None:
-    """A rank's life: run what the parent sends until it sends nothing, or is gone."""
+    """Run the calls that the parent sends, until it sends an empty message or is gone."""
     try:
         _run_calls(connection, stack_file, forked_by)
     finally:

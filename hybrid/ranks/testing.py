@@ -10,13 +10,12 @@ group of its own, so that meshes of any layout and world size can follow each ot
 
 from __future__ import annotations
 
-import functools
 import gc
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import compat
 from .join import distributed
 from .local import LocalRanks, RankError
 
@@ -75,12 +74,12 @@ def _alone(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def _in_group(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    _forget_meshes()
+    _free_old_groups()
     with distributed("cpu") as world:
         return fn(world, *args)
 
 
-def _forget_meshes() -> None:
+def _free_old_groups() -> None:
     """Free the process groups of earlier calls, once there are many.
 
     DTensor remembers how it planned an operation, and with that the mesh: worth having for calls on the same layout.
@@ -89,17 +88,5 @@ def _forget_meshes() -> None:
     tasks = Path("/proc/self/task")
     if not tasks.is_dir() or len(list(tasks.iterdir())) < _MANY_THREADS:
         return
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith("torch.distributed.tensor")]
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if name.endswith("_cache") and isinstance(value, dict):
-                value.clear()
-            for cached in (value, *vars(value).values()) if isinstance(value, type) else (value,):
-                cached = getattr(cached, "__func__", cached)  # of a static method
-                if isinstance(cached, functools._lru_cache_wrapper):
-                    cached.cache_clear()
-    if modules:
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-        _clear_sharding_prop_cache()
+    compat.clear_dtensor_caches()
     gc.collect()

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
+from .. import compat
 from .modules import ColumnParallelLinear, RowParallelLinear, TensorParallelModule, VocabParallelEmbedding
 
 Made = TypeVar("Made", bound=TensorParallelModule)
 
 
 def column(linear: nn.Linear, num_heads: int | None, *, gather_output: bool) -> ColumnParallelLinear:
-    """The layer with its output features split; see :class:`ColumnParallelLinear`."""
+    """Return the layer with its output features split; see :class:`ColumnParallelLinear`."""
     sizes = linear.in_features, linear.out_features
     with torch.device("meta"):
         made = ColumnParallelLinear(
@@ -27,7 +28,7 @@ def column(linear: nn.Linear, num_heads: int | None, *, gather_output: bool) -> 
 
 
 def row(linear: nn.Linear, *, split_input: bool) -> RowParallelLinear:
-    """The layer with its input features split; see :class:`RowParallelLinear`."""
+    """Return the layer with its input features split; see :class:`RowParallelLinear`."""
     sizes = linear.in_features, linear.out_features
     with torch.device("meta"):
         made = RowParallelLinear(*sizes, bias=linear.bias is not None, split_input=split_input)
@@ -35,7 +36,7 @@ def row(linear: nn.Linear, *, split_input: bool) -> RowParallelLinear:
 
 
 class SplitTable(VocabParallelEmbedding, nn.Embedding):  # type: ignore[misc]
-    """A torch.nn.Embedding whose rows are split; what a class derived from that does besides stays."""
+    """A torch.nn.Embedding whose rows are split; a class derived from that keeps its other methods."""
 
 
 def embedding(table: nn.Embedding) -> None:
@@ -84,18 +85,18 @@ class WholeModule(TensorParallelModule):
 
     @contextlib.contextmanager
     def _local_parameters(self) -> Iterator[None]:
-        held = {name: x for name, x in self._parameters.items() if isinstance(x, DTensor)}
-        local: dict[str, Any] = {name: self.local(name) for name in held}
-        self._parameters.update(local)
+        parameters = compat.parameters_of(self)
+        held = {name: x for name, x in parameters.items() if isinstance(x, DTensor)}
+        parameters.update({name: self.local(name) for name in held})
         try:
             yield
         finally:
-            self._parameters.update(held)
+            parameters.update(held)
 
 
 @functools.cache
 def _derived(kind: Any, other: Any, *, behind: bool = False) -> Any:
-    """A class of both, by the name of ``kind``; ``other`` comes first, or behind ``kind``, where super() finds it."""
+    """Return a class of both, named as ``kind``; ``other`` comes first, or ``behind`` it, where super() finds it."""
     return type(kind.__name__, (kind, other) if behind else (other, kind), {"__module__": kind.__module__})
 
 

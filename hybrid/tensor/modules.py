@@ -34,16 +34,16 @@ class TensorParallelModule(nn.Module):
 
     @property
     def ranks(self) -> int:
-        """Number of ranks on the tp axis."""
+        """Return the number of ranks on the tp axis."""
         return parallel.group_size(self.group)
 
     @property
     def rank(self) -> int:
-        """This process's place on the tp axis."""
+        """Return this process's place on the tp axis."""
         return parallel.group_rank(self.group)
 
     def placements(self) -> dict[str, tuple[Placement, Placement]]:
-        """Each parameter's placement on tp, and that of the gradient which this module's backward computes."""
+        """Return each parameter's placement on tp, and that of the gradient which this module's backward computes."""
         raise NotImplementedError
 
     def check(self, ranks: int) -> None:
@@ -60,7 +60,7 @@ class TensorParallelModule(nn.Module):
 
         Args:
             device: of the mesh. The part alone is moved there, cut where the whole parameter is.
-            shared: parameters that several modules hold, and the part that is made of each when it is met first.
+            shared: parameters that several modules hold, and the part that is made of each for the first of them.
         """
         self.group, self.sequence_parallel = mesh.get_group(), sequence_parallel
         for name, (placement, _) in self.placements().items():
@@ -75,7 +75,7 @@ class TensorParallelModule(nn.Module):
             self.register_parameter(name, part)
 
     def local(self, name: str) -> torch.Tensor | None:
-        """This rank's part of a parameter, through which the gradient flows back to it."""
+        """Return this rank's part of a parameter, through which the gradient flows back to it."""
         parameter = getattr(self, name)
         if isinstance(parameter, DTensor):
             return parameter.to_local(grad_placements=[self.placements()[name][1]])
@@ -129,14 +129,14 @@ class ColumnParallelLinear(TensorParallelModule):
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank stores all rows: with fewer heads than ranks, or if a rank would be left with none."""
+        """Return whether every rank stores all rows: with fewer heads than ranks, or if some rank would have none."""
         if self.num_heads is not None:
             return self.num_heads < self.ranks
         return leaves_none(self.out_features, self.ranks)
 
     @property
     def local_heads(self) -> int:
-        """Heads that this rank computes."""
+        """Return the number of heads that this rank computes."""
         assert self.num_heads is not None
         return max(1, self.num_heads // self.ranks)
 
@@ -160,7 +160,7 @@ class ColumnParallelLinear(TensorParallelModule):
         return part.narrow(0, head * rows, rows)
 
     def enter_group(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as matmuls split over tp need it: gathered along the sequence, or copied; dx is summed over tp."""
+        """Return ``x`` for matmuls split over tp: gathered along the sequence, or copied; dx is summed over tp."""
         if self.sequence_parallel:
             return parallel.gather_from_sequence(x, self.group)
         return parallel.copy_to_group(x, self.group)
@@ -222,7 +222,7 @@ class RowParallelLinear(TensorParallelModule):
         weight = self.local("weight")
         assert weight is not None
         if self.split_input:
-            # The way along the sequence, along another dimension.
+            # The same operation as along the sequence, here along the features.
             x = parallel.scatter_to_sequence(x, self.group, x.dim() - 1)
         return parallel.row_parallel_linear(
             x,
@@ -259,7 +259,7 @@ class VocabParallelEmbedding(TensorParallelModule):
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank stores all rows, because one would be left with none."""
+        """Return whether every rank stores all rows, because one would be left with none."""
         return leaves_none(self.num_embeddings, self.ranks)
 
     def placements(self) -> dict[str, tuple[Placement, Placement]]:
@@ -287,7 +287,7 @@ class VocabParallelEmbedding(TensorParallelModule):
         return parallel.reduce_from_group(y, self.group)
 
     def logits(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-        """x W^T with this rank's rows: x [B, S, E], or [B, S / tp, E] under sequence parallel, to [B, S, V_local]."""
+        """Return x W^T [B, S, V_local] with this rank's rows; x [B, S, E], or its part under sequence parallel."""
         weight = self.local("weight")
         assert weight is not None
         if self.replicated:
@@ -340,9 +340,9 @@ class VocabParallelLoss(TensorParallelModule):
 
 
 def own_part(whole: torch.Tensor, mesh: DeviceMesh, placement: Placement, device: torch.device) -> DTensor:
-    """``whole``, the same on every rank, as a DTensor on the one-dimensional ``mesh``; nothing is communicated.
+    """Return ``whole``, the same on every rank, as a DTensor on the one-dimensional ``mesh``, without communication.
 
-    A rank cuts its part where ``whole`` is and moves the part alone. One that is all of it is not copied, and what is
+    A rank cuts its part where ``whole`` is and moves the part alone. One that is all of it is not copied, and a tensor
     on meta stays there.
     """
     part = whole
@@ -359,12 +359,12 @@ def own_part(whole: torch.Tensor, mesh: DeviceMesh, placement: Placement, device
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``x`` on ``device``; what is on meta stays there."""
+    """Return ``x`` on ``device``; a tensor on meta stays there."""
     return x if x.is_meta else x.to(device)
 
 
 def own_rows(rows: int, ranks: int, rank: int) -> slice:
-    """The rows that ``rank`` computes: ceil(rows / ranks) each, as torch.chunk and Shard(0) cut them.
+    """Return the rows that ``rank`` computes: ceil(rows / ranks) each, as torch.chunk and Shard(0) cut them.
 
     The last ranks may get fewer, or none. Nothing is padded: the stored shapes are the true ones, so that a checkpoint
     loads at any tp.
@@ -374,7 +374,7 @@ def own_rows(rows: int, ranks: int, rank: int) -> slice:
 
 
 def leaves_none(rows: int, ranks: int) -> bool:
-    """Whether :func:`own_rows` leaves some rank no row.
+    """Return whether :func:`own_rows` leaves some rank no row.
 
     fully_shard takes no empty parameter. Such a weight has at most ranks^2 rows, so every rank stores it whole: each
     computes its own rows, or none, and the gradients (zero outside them) are summed over tp.

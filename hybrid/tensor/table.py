@@ -33,6 +33,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from .. import compat
 from .converted import check_free, column, embedding, row, whole
 from .modules import TensorParallelModule
 
@@ -60,8 +61,8 @@ class Table:
     is_users: bool = True
 
 
-def table_of(model: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> Table | None:
-    """The table for ``model``: the user's, or with several ranks the one that a Hugging Face model brings along.
+def find_table(model: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> Table | None:
+    """Return the table for ``model``: the user's, or with several ranks the one that a Hugging Face model brings along.
 
     Raises:
         ValueError: a style that is not known.
@@ -74,7 +75,7 @@ def table_of(model: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> Ta
                     "fusemesh.hybrid.tensor.table"
                 )
         return Table(dict(plan))
-    found = _hugging_face_plan(model) if ranks > 1 else None
+    found = compat.hugging_face_plan(model) if ranks > 1 else None
     if not found:
         return None
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
@@ -89,7 +90,7 @@ def table_of(model: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> Ta
     return Table({p: HUGGING_FACE[style] for p, style in used.items()}, "model._tp_plan", is_users=False)
 
 
-def adopt(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bool) -> bool:
+def convert(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bool) -> bool:
     """Turn the modules of ``model`` into tensor parallel ones, in place, as the table says; their parameters stay.
 
     Args:
@@ -101,7 +102,7 @@ def adopt(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bool
 
     Raises:
         ValueError: a pattern that names nothing, two styles for one module, a module that its style cannot split, or
-            one of which the table leaves open what it sees. Nothing has been changed then.
+            one that may see a part of the activations and that the table does not name. Nothing is changed then.
     """
     modules = dict(model.named_modules())
     styles = _styles_by_name(table, modules)
@@ -140,17 +141,6 @@ def adopt(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bool
     return splits_sequence
 
 
-def _hugging_face_plan(model: nn.Module) -> dict[str, str] | None:
-    plan = getattr(model, "_tp_plan", None)
-    if isinstance(plan, dict) and plan:
-        return plan
-    plan = getattr(getattr(model, "config", None), "base_model_tp_plan", None)
-    if not plan:
-        return None
-    base = getattr(model, "base_model_prefix", "")
-    return {f"{base}.{name}" if base and hasattr(model, base) else name: style for name, style in plan.items()}
-
-
 def _matches(pattern: str, name: str) -> bool:
     wanted, parts = pattern.split("."), name.split(".")
     return len(wanted) == len(parts) and all(fnmatchcase(part, want) for part, want in zip(parts, wanted, strict=True))
@@ -176,7 +166,7 @@ def _styles_by_name(table: Table, modules: Mapping[str, nn.Module]) -> dict[str,
 
 
 def _follow_ties(modules: Mapping[str, nn.Module], styles: dict[str, str]) -> None:
-    """An embedding whose weight is that of a head which is split over the vocabulary is split, too."""
+    """Split the rows of each embedding that shares its weight with a head that is split over the vocabulary."""
     heads = [modules[name] for name, style in styles.items() if style == "vocab"]
     tables = {id(p) for module in heads for p in module.parameters(recurse=False)}
     for name, module in modules.items():
@@ -185,7 +175,7 @@ def _follow_ties(modules: Mapping[str, nn.Module], styles: dict[str, str]) -> No
 
 
 def _heads(table: Table, modules: Mapping[str, nn.Module], styles: Mapping[str, str], ranks: int) -> dict[str, int]:
-    """How many heads the output of a column is, where its parent knows their dimension."""
+    """Return the number of heads in the output of each column whose parent knows their dimension."""
     by_parent: dict[str, dict[str, int]] = {}
     for name, style in styles.items():
         parent = name.rpartition(".")[0]
@@ -207,7 +197,7 @@ def _heads(table: Table, modules: Mapping[str, nn.Module], styles: Mapping[str, 
 def _split(
     table: Table, name: str, module: nn.Module, style: str, heads: int | None, ranks: int
 ) -> TensorParallelModule:
-    """The tensor parallel module in place of a plain one."""
+    """Return the tensor parallel module that takes the place of a plain one."""
     if type(module).forward is not nn.Linear.forward:
         expected = "torch.nn.Linear" + (" or torch.nn.Embedding" if style == "vocab" else "")
         raise _wrong(table, name, f"a {expected} for {style!r}", module, "or one that keeps its forward")
@@ -230,7 +220,7 @@ def _check_table(table: Table, name: str, module: nn.Embedding) -> None:
 
 
 def _check_unnamed(table: Table, name: str, styles: Mapping[str, str], splits_sequence: bool) -> None:
-    """Raise where a module that no pattern names may see a part of what it would see in one process.
+    """Raise if a module that no pattern names may see a part of the activations that it would see in one process.
 
     Taken for whole, its gradient would be a part of the whole one, and the ranks' copies would drift apart silently.
     """

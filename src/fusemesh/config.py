@@ -1,4 +1,4 @@
-"""Configuration of a run: typed, from a TOML file and the command line; this module imports nothing heavy.
+"""Configuration of a run: typed, from a TOML file and the command line; this module imports neither numpy nor torch.
 
 One rule joins the two: what the file calls ``steps`` under ``[training]``, the command line calls ``--training.steps``;
 the command line wins. The resolved configuration is saved with the run and can be loaded again.
@@ -10,13 +10,14 @@ import dataclasses
 import json
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusemesh.hybrid.pipeline_options import SCHEDULES
-from fusemesh.tasks import TASKS, defaults_of
+from fusemesh.tasks.names import TASKS
+from fusemesh.transformer.config import TransformerConfig, check_sizes, user_fields
 
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
@@ -27,20 +28,25 @@ def _doc(default: Any, text: str, *, least: float | None = None, choices: tuple[
     return field(default=default, metadata={"doc": text, "least": least, "choices": choices})
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model's shape."""
+def _model_section() -> type:
+    """Return the section of the model's sizes: the fields of the Transformer's configuration that are the user's."""
+    made = [
+        (name, kind, _doc(default, meta["doc"], least=meta["least"])) for name, kind, default, meta in user_fields()
+    ]
+    section = dataclasses.make_dataclass("ModelConfig", made, frozen=True, namespace={"__doc__": "The model's shape."})
+    # So that it can be pickled.
+    section.__module__ = __name__
+    return section
 
-    hidden_size: int = _doc(128, "width of the residual stream", least=1)
-    num_layers: int = _doc(4, "blocks; an encoder-decoder has as many of each kind", least=1)
-    num_heads: int = _doc(4, "query heads", least=1)
-    num_kv_heads: int = _doc(2, "key and value heads; divides num_heads", least=1)
-    intermediate_size: int = _doc(384, "width inside the gated feed-forward", least=1)
-    rope_theta: float = _doc(10000.0, "base of the rotary embedding's wavelengths", least=1.0)
-    norm_eps: float = _doc(1e-5, "added under the root in RMSNorm", least=1e-12)
-    initializer_range: float = _doc(0.02, "standard deviation of the initial weights", least=1e-12)
-    local_window: int = _doc(0, "every other block sees only tokens at most so many away; 0: all see all", least=0)
-    tie_embeddings: bool = _doc(False, "the output layer's weight is the embedding's")
+
+if TYPE_CHECKING:
+
+    class ModelConfig(TransformerConfig):
+        """Some of the same fields, all with a default."""
+
+        def __init__(self, **sizes: Any) -> None: ...
+else:
+    ModelConfig = _model_section()
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How a batch goes through the stages of pp; without pp nothing looks at it."""
+    """The pipeline's micro-batches, schedule and stages; ignored without pp."""
 
     microbatches: int = _doc(
         0, "parts of a rank's batch in training; 0: chosen, four for each rank of pp if legal", least=0
@@ -100,7 +106,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how it runs."""
+    """Folder, device, backend and intervals of the run."""
 
     directory: str = _doc("runs/latest", "everything that the run writes")
     device: str = _doc("auto", "auto: GPUs where there are any", choices=DEVICES)
@@ -116,13 +122,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run needs; ``layout`` says how it is spread over ranks.
+    """All keys of a run; ``layout`` says how it is spread over ranks.
 
     Raises:
         ValueError: a value that cannot work, named by its key, with what is legal.
     """
 
-    task: str = _doc("language_model", "what is trained for", choices=TASKS)
+    task: str = _doc("language_model", "task to train for", choices=TASKS)
     layout: str = _doc("single", 'degrees of the axes: "single", "dp4", "pp2 x fsdp2"; auto: the first of the plan')
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -134,17 +140,8 @@ class Config:
     def __post_init__(self) -> None:
         for key, spec in fields_of(Config).items():
             _check(key, spec, get(self, key))
-        model, training = self.model, self.training
-        if model.num_heads % model.num_kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads: expected a divisor of model.num_heads = {model.num_heads}, "
-                f"received {model.num_kv_heads}"
-            )
-        if model.hidden_size % (2 * model.num_heads):
-            raise ValueError(
-                f"model.hidden_size: expected a multiple of 2 * model.num_heads = {2 * model.num_heads} (the rotary "
-                f"embedding turns pairs), received {model.hidden_size}"
-            )
+        training = self.training
+        check_sizes(self.model, "model.")
         if training.global_batch_size % training.accumulation:
             raise ValueError(
                 f"training.global_batch_size: expected a multiple of training.accumulation = {training.accumulation}, "
@@ -167,7 +164,7 @@ class Field:
 
 
 def fields_of(section: type, prefix: str = "") -> dict[str, Field]:
-    """Every key, dotted, of a configuration class."""
+    """Return every dotted key of a configuration class."""
     hints = typing.get_type_hints(section)
     result: dict[str, Field] = {}
     for item in dataclasses.fields(section):
@@ -181,7 +178,7 @@ def fields_of(section: type, prefix: str = "") -> dict[str, Field]:
 
 
 def get(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
+    """Return the value of a dotted key."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -201,7 +198,7 @@ def _check(key: str, spec: Field, value: Any) -> None:
 
 
 def _parse(key: str, spec: Field, text: str) -> Any:
-    """A command-line value as the key's type."""
+    """Return a command-line value as the key's type."""
     if spec.type is str:
         return text
     if spec.type is bool:
@@ -216,7 +213,7 @@ def _parse(key: str, spec: Field, text: str) -> Any:
 
 
 def _build(values: Mapping[str, Any]) -> Config:
-    """A configuration from dotted keys, defaults for the rest."""
+    """Return a configuration from dotted keys, with defaults for the rest."""
     known = fields_of(Config)
     for key in values:
         if key not in known:
@@ -272,13 +269,17 @@ def load(
     overrides: Mapping[str, str] | None = None,
     *,
     base: Mapping[str, Any] | None = None,
+    defaults: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Config:
-    """The configuration of a file with command-line values over it, and the task's own defaults beneath.
+    """Return the configuration of a file with command-line values over it.
+
+    A task's own defaults are not among them: see :func:`fusemesh.run.settings.load_config`.
 
     Args:
         path: a TOML file; None for the defaults.
         overrides: dotted key to text, as ``{"training.steps": "100"}``.
         base: a configuration as :func:`as_dict` gives it, beneath the file.
+        defaults: given the name of the task, dotted key to value, beneath all others.
 
     Raises:
         ValueError: an unknown key or an illegal value, named by its key; or the file cannot be read.
@@ -289,16 +290,18 @@ def load(
     known = fields_of(Config)
     for key, text in (overrides or {}).items():
         values[key] = _parse(key, known[key], text) if key in known else text
-    return _build({**defaults_of(values.get("task", known["task"].default)), **values})
+    if defaults is not None:
+        values = {**defaults(values.get("task", known["task"].default)), **values}
+    return _build(values)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values: JSON, TOML, and the ``base`` of :func:`load`."""
+    """Return nested plain values, as JSON, TOML and the ``base`` of :func:`load` hold them."""
     return dataclasses.asdict(config)
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as TOML that :func:`load` reads back to an equal one."""
+    """Return the configuration as TOML, which :func:`load` reads back to an equal one."""
     tree = as_dict(config)
     # JSON writes strings, numbers and booleans as TOML does.
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in tree.items() if not isinstance(v, dict)]

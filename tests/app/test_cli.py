@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from fusemesh import __version__, cli, config
+from fusemesh import __version__, cli, config, tune
+from fusemesh.tasks.names import TASKS
+from fusemesh.tasks.registry import task_class
 from tests.support import fresh_process, tiny_run
 from tests.support.engine_required import AUTO
 
@@ -169,6 +171,31 @@ def test_a_merged_file_is_not_evaluated_as_another_model(run, capfd):
     call(capfd, "merge", run)
     status, result, _ = call(capfd, "eval", run / "model.safetensors", "--model.num_layers", "3")
     assert status == 2 and "the file holds another model (9 tensors differ)" in result["error"]
+
+
+def test_generate_is_for_tasks_that_continue_texts(run, capfd):
+    for name in TASKS:
+        status, result, _ = call(capfd, "generate", run, "--task", name, "--tokens", "0")
+        expected = (
+            "--tokens: expected 1 to 15"
+            if task_class(name).continues_texts
+            else (f"model: expected one of task language_model, received {name}; use fusemesh predict")
+        )
+        assert status == 2 and expected in result["error"]
+
+
+def test_bench_writes_beneath_runs_or_where_it_is_told(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    tuned = {"rows": [], "left_out": [], "minutes": 0}
+    monkeypatch.setattr(tune, "why_not_here", lambda: None)
+    monkeypatch.setattr(tune, "tune_tiles", lambda *_: tuned)
+    monkeypatch.setattr(tune, "table", lambda rows: "no rows")
+    assert cli.main(["bench", "--tune"]) == 0
+    (written,) = tmp_path.rglob("*.json")
+    assert written.relative_to(tmp_path).parts[:2] == ("runs", "bench") and written.name == "tune.json"
+    assert f"written to {written.relative_to(tmp_path)}" in capfd.readouterr().out
+    status, result, _ = call(capfd, "bench", "--tune", "--out", tmp_path / "other.json")
+    assert status == 0 and result["written"] == str(tmp_path / "other.json") and (tmp_path / "other.json").is_file()
 
 
 def test_nproc_is_refused_under_a_launcher(monkeypatch, capfd):

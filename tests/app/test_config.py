@@ -1,5 +1,7 @@
 """The run configuration: files, overrides, errors. Layer: pure Python, no torch."""
 
+import dataclasses
+import pickle
 import subprocess
 import sys
 
@@ -7,6 +9,10 @@ import pytest
 
 from fusemesh import config
 from fusemesh.config import Config
+from fusemesh.run.settings import load_config
+from fusemesh.tasks.registry import defaults_of
+from fusemesh.transformer.config import TransformerConfig
+from tests.support import fresh_process
 
 EXAMPLE = """
 layout = "dp2 x tp2"
@@ -53,6 +59,17 @@ def test_every_key_says_what_it_means():
         assert field.doc, key
         assert config.get(Config(), key) == field.default
         assert type(field.default) is field.type, key
+
+
+def test_the_models_section_is_made_of_the_transformers_fields():
+    """A field and its default are stated once; what the data says is no key."""
+    sizes = dataclasses.fields(TransformerConfig)
+    section = {field.name: field for field in dataclasses.fields(config.ModelConfig)}
+    assert section.keys() < {field.name for field in sizes} and not section.keys() & {"vocab_size", "num_classes"}
+    for field in sizes:
+        if field.name in section and field.default is not dataclasses.MISSING:
+            assert section[field.name].default == field.default, field.name
+    assert pickle.loads(pickle.dumps(Config())) == Config()
 
 
 WRONG_OVERRIDES = [
@@ -130,3 +147,35 @@ def test_command_line_starts_without_torch():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fusemesh 0.") and "--model.hidden_size" in done.stdout
     assert "fusemesh train: error: --training.steps: expected a whole number, received 'x'" in done.stderr
+
+
+def test_a_configuration_loads_without_numpy_and_torch(tmp_path):
+    """Of every task: its defaults, for which its module is imported, are the run's."""
+    (tmp_path / "run.toml").write_text(EXAMPLE)
+    fresh_process.run(
+        f"""
+        import sys
+        from fusemesh import config
+        from fusemesh.tasks.names import TASKS
+        for name in TASKS:
+            config.load({str(tmp_path / "run.toml")!r}, {{"task": name}}, base=config.as_dict(config.Config()))
+        assert not {{"torch", "triton", "numpy"}} & sys.modules.keys()
+        """
+    )
+
+
+def test_a_tasks_defaults_stand_beneath_everything_else(tmp_path):
+    defaults = defaults_of("translation")
+    assert load_config(None, {"task": "translation"}).training.steps == defaults["training.steps"] != 7
+    (tmp_path / "run.toml").write_text('task = "translation"' + EXAMPLE)
+    found = load_config(tmp_path / "run.toml", {"evaluation.samples": "3"})
+    assert (found.training.steps, found.evaluation.samples) == (7, 3)
+    assert found.data.sequence_length == defaults["data.sequence_length"]
+    assert load_config(base=config.as_dict(Config(task="translation"))) == Config(task="translation")
+    assert load_config() == config.load() == Config()
+
+
+@pytest.mark.parametrize("load", [config.load, load_config])
+def test_an_unknown_task(load):
+    with pytest.raises(ValueError, match=r"task: expected one of .*translation.*, received 'poetry'"):
+        load(None, {"task": "poetry"})

@@ -138,10 +138,10 @@ def test_sizes(text: str, size: float) -> None:
 
 def test_our_own_run_is_what_is_planned(measured: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     configured = config.load(None, {**tiny_run.SETTINGS, "training.accumulation": "2"})
-    from fusemesh.run.evaluator import plain_model
-    from fusemesh.tasks import build_task
+    from fusemesh.run.setup import plain_model
+    from fusemesh.tasks.registry import build_task
 
-    model: Transformer = plain_model(configured, build_task(configured))
+    model: Transformer = plain_model(build_task(configured))
     assert planning.model_of(configured).parameters == sum(p.numel() for p in model.parameters())
     config.save(configured, tmp_path / "run.toml")
     status, found, err = call(capfd, "plan", "--config", tmp_path / "run.toml", "--world", 4)
@@ -153,6 +153,54 @@ def test_our_own_run_is_what_is_planned(measured: None, tmp_path: Path, capfd: p
     assert reasons["pp4"].startswith("num_layers: 2 layers cannot be dealt to pp4")
     status, found, _ = call(capfd, "plan", "--config", tmp_path / "run.toml", "--world", 4, "--model.num_heads=6")
     assert status == 2  # 32 is no multiple of 12
+
+
+def records(folder: Path, *lines: str) -> str:
+    """A file of records, enough of them for some to be held out."""
+    path = folder / "records.tsv"
+    path.write_text(
+        "\n".join(
+            ["\t".join(lines[0].split("|"))]
+            + ["\t".join(line.format(number).split("|")) for number in range(64) for line in lines[1:]]
+        )
+    )
+    return str(path)
+
+
+RECORDS = {
+    "text_classification": ("text|label", "text {0} of one kind|one", "text {0} of another|other"),
+    "translation": ("source|target", "number {0}|le nombre {0}"),
+    "question_answering": ("question|passage|answer", "who is {0} ?|the person {0} is name{0} .|name{0}"),
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("text_classification", ("texts", 2, None)),
+        ("translation", ("tokens", 256, 2)),
+        ("question_answering", ("positions", 2, None)),
+    ],
+)
+def test_every_task_is_planned_as_what_it_is(
+    measured: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], task: str, kind: tuple[str, int, int | None]
+) -> None:
+    path = records(tmp_path, *RECORDS[task])
+    configured = config.load(None, {**tiny_run.SETTINGS, "task": task, "data.path": path, "layout": "auto"})
+    from fusemesh.run.setup import plain_model
+    from fusemesh.tasks.registry import build_task
+
+    model, real = planning.model_of(configured), plain_model(build_task(configured))
+    assert (model.head.of, model.head.outputs, model.memory_at) == kind
+    assert {w.name: w.shape for w in model.weights} == {n: tuple(p.shape) for n, p in real.named_parameters()}
+    assert all(layer.causal == (task == "translation" and index >= 2) for index, layer in enumerate(model.layers))
+    chosen, _ = planning.resolve_auto(configured, 4, launched=False)
+    config.save(configured, tmp_path / "run.toml")
+    status, found, err = call(capfd, "plan", "--config", tmp_path / "run.toml", "--world", 4)
+    assert status == 0 and f"{model.parameters:,} parameters" in err
+    assert found["layouts"][0]["layout"] == chosen.layout
+    # An encoder-decoder has a block for each of four stages, two blocks of an encoder have not.
+    assert ("pp4" in {row["layout"] for row in found["layouts"]}) == (task == "translation")
 
 
 def test_auto_takes_the_first_of_the_plan(measured: None) -> None:

@@ -21,9 +21,13 @@ import pytest
 
 import fusemesh
 from fusemesh import cli, config
+from fusemesh.commands.options import overrides
 from fusemesh.hybrid.layout import Layout
 from fusemesh.kernels import aot, backends, env
 from fusemesh.kernels.runtime import proven
+from fusemesh.run.settings import load_config
+from fusemesh.tasks.names import TASKS
+from fusemesh.tasks.registry import task_class
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
@@ -118,7 +122,7 @@ def test_commands(arguments: list[str]) -> None:
     if options.name not in ("train", "eval", "predict", "generate", "scaling"):
         return
     options.layout = None if options.layout == "auto" else options.layout
-    found = config.load(_in_the_clone(getattr(options, "config", None)), cli._overrides(options))
+    found = load_config(_in_the_clone(getattr(options, "config", None)), overrides(options))
     Layout.parse(found.layout).validate(
         num_layers=found.model.num_layers,
         num_heads=found.model.num_heads,
@@ -130,7 +134,7 @@ def test_commands(arguments: list[str]) -> None:
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    return cli._parser().parse_args(arguments, argparse.Namespace(after_dashes=[]))
+    return cli.parser().parse_args(arguments, argparse.Namespace(after_dashes=[]))
 
 
 def _in_the_clone(path: str | None) -> Path | None:
@@ -246,13 +250,11 @@ def test_what_is_said_of_gpus_is_what_the_record_holds() -> None:
 
 def test_defaults_and_fields_of_the_tasks() -> None:
     """The README's table of tasks: their fields, and the sequence lengths in brackets."""
-    from fusemesh import tasks
-
-    for name in tasks.TASKS:
+    for name in TASKS:
         (row,) = re.findall(rf"^\| {name} \|.*$", PAGES[ENGLISH], re.MULTILINE)
-        length = config.load(None, {"task": name}).data.sequence_length
+        length = load_config(None, {"task": name}).data.sequence_length
         assert f"({length})" in row
-        fields = getattr(sys.modules[tasks.task_class(name).__module__], "FIELDS", ())
+        fields = getattr(sys.modules[task_class(name).__module__], "FIELDS", ())
         assert not fields or row.split("|")[2].strip() == ", ".join(fields)
 
 

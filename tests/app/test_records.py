@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fusemesh import config
+from fusemesh.run.settings import load_config
 from fusemesh.run.trainer import prepare
-from fusemesh.tasks import build_task
 from fusemesh.tasks.records import read_records
+from fusemesh.tasks.registry import build_task
 
 FIELDS = ("text", "label")
 VALUES = [("a, b", "x"), ("zwölf", "y"), ('say "c"', "x")]
@@ -76,7 +77,7 @@ def test_what_is_wrong_is_named(name: str, content: bytes, message: str, tmp_pat
 
 def configured(task: str, path: str, **more: str) -> config.Config:
     values = {"task": task, "data.path": path, "run.device": "cpu", "data.sequence_length": "16", **more}
-    return config.load(None, values)
+    return load_config(None, values)
 
 
 def check(configured: config.Config) -> None:

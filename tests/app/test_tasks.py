@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fusemesh import cli, config
-from fusemesh.tasks import build_task, question_answering, text_classification, translation
+from fusemesh import cli
+from fusemesh.run.settings import load_config
+from fusemesh.tasks import question_answering, text_classification, translation
 from fusemesh.tasks.base import decode, encode, is_held_out
+from fusemesh.tasks.registry import build_task
 
 TASKS = ("text_classification", "translation", "question_answering")
 # Small enough for a test of what happens, not of what is learnt.
@@ -40,7 +42,7 @@ def test_a_text_survives_its_bytes() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_default_corpus_is_the_same_everywhere_and_shares_nothing(name: str) -> None:
-    one, other = (build_task(config.load(None, {"task": name})) for _ in range(2))
+    one, other = (build_task(load_config(None, {"task": name})) for _ in range(2))
     train, held_out = (set(map(tuple, part.tokens.tolist())) for part in (one.train, one.held_out))
     assert not train & held_out and len(one.train) > 5000 and len(one.held_out) > 500
     for part in ("train", "held_out"):
@@ -108,7 +110,7 @@ def test_macro_f1_is_the_mean_of_each_labels() -> None:
 
 def test_a_span_is_the_most_probable_that_is_one() -> None:
     """Ends before starts, and answers that are too long, are none."""
-    task = build_task(config.load(None, {"task": "question_answering"}))
+    task = build_task(load_config(None, {"task": "question_answering"}))
     logits = torch.full((2, 2, 64), -9.0)
     logits[0, 0, [20, 30]] = torch.tensor([5.0, 4.0])
     logits[0, 1, [10, 33]] = torch.tensor([7.0, 3.0])
@@ -165,7 +167,7 @@ def test_one_checkpoint_has_one_metric(
         changed = {"data.path": str(tmp_path / "pairs.txt"), "data.sequence_length": "20"}
     summary = train(name, tmp_path / "run", capsys, layout, changed)
     keys = [key for key in summary["held_out"] if key not in ("loss", "seconds")]
-    assert build_task(config.load(None, {"task": name, **SMALL, **changed})).metric in keys
+    assert build_task(load_config(None, {"task": name, **SMALL, **changed})).metric in keys
     merged = run(capsys, "merge", str(tmp_path / "run"))["output"]
     alone = run(capsys, "eval", merged)
     assert {key: alone[key] for key in keys} == {key: summary["held_out"][key] for key in keys}

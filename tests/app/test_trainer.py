@@ -15,6 +15,7 @@ from fusemesh.hybrid.layout import Layout
 from fusemesh.run import trainer
 from fusemesh.run.evaluator import evaluate_file
 from fusemesh.run.metrics import MetricsWriter, read_metrics
+from fusemesh.run.optimizer import build_optimizer, learning_rate
 from fusemesh.tasks.language_model import Samples, load_corpus
 from tests.support import tiny_run
 from tests.support.engine_required import AUTO
@@ -22,7 +23,7 @@ from tests.support.engine_required import AUTO
 
 def test_learning_rate_rises_linearly_and_falls_by_a_cosine():
     training = config.TrainingConfig(steps=21, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.2)
-    rates = [trainer.learning_rate(training, step) for step in range(22)]
+    rates = [learning_rate(training, step) for step in range(22)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0 and rates[15] == pytest.approx(0.6) and rates[20] == rates[21] == pytest.approx(0.2)
     assert all(a > b for a, b in itertools.pairwise(rates[10:21]))
@@ -30,7 +31,7 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine():
 
 def test_decay_spares_norms_and_biases():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
-    optimizer = trainer.build_optimizer(model, config.TrainingConfig(weight_decay=0.1))
+    optimizer = build_optimizer(model, config.TrainingConfig(weight_decay=0.1))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {id(p): (0.1 if name == "0.weight" else 0.0) for name, p in model.named_parameters()}
 

@@ -28,7 +28,7 @@ def saved(rank_pool, tmp_path_factory):
 
 
 def union(found):
-    """What the ranks hold together: with pp each holds its own stages', and of a tied weight two hold an equal one."""
+    """Return the tensors of all ranks: with pp each holds its own stages', and two hold an equal copy of a tied one."""
     whole = {}
     for part in found:
         for name, value in part.items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 
-from fusemesh.hybrid.layout import AXES, Layout
+from fusemesh.hybrid.layout import AXES, LOSS_AXES, SAMPLE_AXES, TABLE, Layout
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,23 @@ from fusemesh.hybrid.layout import AXES, Layout
 def test_parse(text: str, layout: Layout) -> None:
     assert Layout.parse(text) == layout
     assert Layout.parse(str(layout)) == layout
+    assert Layout.parse(layout) is layout
+
+
+def test_the_table_of_axes() -> None:
+    """Whoever reads it sees every degree of a layout once; what has no implementation is refused."""
+    assert sorted(AXES) == sorted(field.name for field in dataclasses.fields(Layout))
+    assert SAMPLE_AXES == ("dp", "fsdp") and LOSS_AXES == ("dp", "fsdp", "cp")
+    built = [axis.name for axis in TABLE if axis.is_built]
+    assert built == ["pp", "dp", "fsdp", "tp"]
+    for axis in TABLE:
+        layout = Layout(**{axis.name: 2})
+        assert axis.parts in layout.describe()
+        if axis.is_built:
+            layout.validate(world_size=2)
+        else:
+            with pytest.raises(ValueError, match=f"{axis.title} .* use {axis.name}1 with {', '.join(built)}"):
+                layout.validate()
 
 
 @pytest.mark.parametrize(
@@ -59,6 +77,7 @@ def test_ranks_are_laid_out_with_tp_fastest() -> None:
     points = list(itertools.product(*(range(degree) for degree in layout.shape)))
     for rank, point in enumerate(points):
         assert layout.coordinates(rank) == dict(zip(AXES, point, strict=True))
+        assert rank == sum(place * layout.stride(axis) for axis, place in zip(AXES, point, strict=True))
         assert layout.replica_of(rank) == point[AXES.index("dp")] * 2 + point[AXES.index("fsdp")]
     for rank in (-1, 48):
         with pytest.raises(ValueError, match=r"rank: .* has ranks 0 to 47"):

@@ -1,4 +1,4 @@
-"""Pure layer, and 4 gloo ranks where said: the planner's counts against real models, and its rules."""
+"""Pure layer, and 4 gloo ranks where said: the planner's published models, its rules, times, hardware and search."""
 
 from __future__ import annotations
 
@@ -13,40 +13,17 @@ from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.planner import cost, memory, search
 from fusemesh.hybrid.planner.hardware import Curve, Hardware, Link, find_hardware, from_dict, named_hardware
-from fusemesh.hybrid.planner.job import Cut, Job
-from fusemesh.hybrid.planner.model import Model, find_model, named_models
+from fusemesh.hybrid.planner.job import BatchSplit, TrainingJob
+from fusemesh.hybrid.planner.model import ModelDescription
+from fusemesh.hybrid.planner.published import PublishedDecoder, find_decoder, find_model, named_models
 from fusemesh.hybrid.ranks.testing import RankPool
-from fusemesh.transformer import Transformer, TransformerConfig
+from fusemesh.transformer.description import describe
 from tests.support.ranks import planner as planner_ranks
 
 H100, A100 = find_hardware("h100"), find_hardware("a100")
 LLAMA = find_model("llama3-8b")
-# A vocabulary and a width that nothing divides evenly, and fewer kv heads than tp4 has ranks.
-CONFIG = TransformerConfig(
-    vocab_size=101,
-    hidden_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=92,
-    max_sequence_length=64,
-)
-
-
-def planned(config: TransformerConfig) -> Model:
-    """The planner's description of a model of ours."""
-    return Model(
-        name="ours",
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        sequence_length=config.max_sequence_length,
-        bias=config.use_bias,
-    )
+LLAMA_SIZES = find_decoder("llama3-8b")
+CONFIG = planner_ranks.CONFIGS["decoder"]
 
 
 def cpu(**changes: object) -> Hardware:
@@ -86,15 +63,35 @@ def test_gpt3_has_about_175_billion() -> None:
     assert find_model("gpt3-175b").parameters == pytest.approx(174.6e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_parameters_and_their_shapes_are_our_transformers(bias: bool) -> None:
-    config = dataclasses.replace(CONFIG, use_bias=bias)
-    model, real = planned(config), Transformer(config)
-    assert model.parameters == sum(p.numel() for p in real.parameters())
-    shapes = {w.name: w.shape for w in (*model.first_weights(), *model.last_weights())}
-    for layer in range(config.num_layers):
-        shapes |= {f"blocks.{layer}.{w.name}": w.shape for w in model.block_weights()}
-    assert shapes == {name: tuple(p.shape) for name, p in real.named_parameters()}
+def test_a_published_decoder_of_our_sizes_is_our_transformer(bias: bool, tied: bool) -> None:
+    """Two sources, one of published sizes and one of our modules, give one description."""
+    config = dataclasses.replace(CONFIG, use_bias=bias, tie_embeddings=tied)
+    ours = describe(config)
+    published = PublishedDecoder(
+        name=ours.name,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        sequence_length=config.max_sequence_length,
+        bias=bias,
+        tied=tied,
+    ).describe()
+
+    def in_order(model: ModelDescription) -> ModelDescription:
+        layers = tuple(
+            dataclasses.replace(layer, weights=tuple(sorted(layer.weights, key=lambda w: w.name)))
+            for layer in model.layers
+        )
+        outer = tuple(sorted(model.outer, key=lambda o: o.weight.name))
+        return dataclasses.replace(model, layers=layers, outer=outer)
+
+    assert in_order(published) == in_order(ours)
 
 
 def test_hugging_face_configs_count_as_their_models(tmp_path: Path) -> None:
@@ -132,34 +129,10 @@ def test_models_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model: expected a Hugging Face config\.json"):
         find_model(str(tmp_path))
     with pytest.raises(ValueError, match="num_kv_heads: expected a divisor of num_heads = 32"):
-        dataclasses.replace(LLAMA, num_kv_heads=3)
+        dataclasses.replace(LLAMA_SIZES, num_kv_heads=3)
 
 
 # --- memory
-
-
-STORED = ["single", "dp2", "fsdp4", "tp2", "tp4", "dp2 x tp2", "fsdp2 x tp2", "dp2 x fsdp2"]
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("text", "bias"),
-    [
-        # Biases are whole or cut by tp; the layouts without it add nothing to them.
-        pytest.param(text, bias, marks=[pytest.mark.slow] if bias and text not in ("tp4", "fsdp2 x tp2") else [])
-        for text in STORED
-        for bias in (False, True)
-    ],
-)
-def test_stored_bytes_are_exact_on_every_rank(rank_pool: RankPool, text: str, bias: bool) -> None:
-    config, layout = dataclasses.replace(CONFIG, use_bias=bias), Layout.parse(text)
-    job = Job(8, config.max_sequence_length, dtype="float32")
-    for found in rank_pool.run(planner_ranks.stored, text, config, ranks=layout.world_size):
-        at = found.pop("at")
-        expected = memory.stored(planned(config), job, layout, tp_rank=at["tp"], fsdp_rank=at["fsdp"])
-        assert tuple(found.values()) == expected, (text, at)
-        first = memory.stored(planned(config), job, layout)
-        assert all(mine <= largest for mine, largest in zip(expected, first, strict=True))
 
 
 @pytest.mark.distributed
@@ -167,31 +140,17 @@ def test_stored_bytes_are_exact_on_every_rank(rank_pool: RankPool, text: str, bi
 def test_a_model_is_cut_layer_by_layer(rank_pool: RankPool, text: str) -> None:
     """While it is cut, the whole model and the layer in hand are there, and never the whole beside all its parts."""
     config, layout = dataclasses.replace(CONFIG, num_layers=6), Layout.parse(text)
-    job = Job(8, config.max_sequence_length, dtype="float32", whole_at_start=True)
-    planned_start = memory.estimate(planned(config), job, layout, cpu(), Cut()).phases["start"]
+    job = TrainingJob(8, config.max_sequence_length, dtype="float32", whole_at_start=True)
+    planned_start = memory.estimate(describe(config), job, layout, cpu(), BatchSplit()).phases["start"]
     for peak, parts in rank_pool.run(planner_ranks.cutting, text, config, ranks=layout.world_size):
-        whole = 4 * planned(config).parameters
+        whole = 4 * describe(config).parameters
         # A few bytes more are torch's own, numbers that describe the mesh.
         assert whole <= peak <= planned_start + 256 and planned_start < whole + parts
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("text", ["single", "tp2", "tp4"])
-def test_activations_are_what_autograd_keeps(rank_pool: RankPool, text: str, sequence_parallel: bool) -> None:
-    layout, samples = Layout.parse(text), 4
-    job = Job(samples, CONFIG.max_sequence_length, dtype="float32", sequence_parallel=sequence_parallel)
-    found = rank_pool.run(planner_ranks.saved, text, CONFIG, samples, sequence_parallel, ranks=layout.world_size)
-    model = planned(CONFIG)
-    expected = CONFIG.num_layers * memory.saved_by_block(model, job, layout.tp, samples, "cpu")
-    expected += memory.saved_around(model, job, layout.tp, samples, "cpu")
-    # What is not counted: token ids and masks, the loss's numbers of a token, the table of rotary positions.
-    assert max(found) == pytest.approx(expected, rel=0.03)
-
-
 @pytest.mark.parametrize("name", ["llama3-8b", "gpt3-175b", "qwen2.5-0.5b"])
 def test_more_ranks_never_store_more(name: str) -> None:
-    model, job = find_model(name), Job(64, 2048)
+    model, job = find_model(name), TrainingJob(64, 2048)
     for axis in ("tp", "fsdp", "pp"):
         for degree in (1, 2, 4):
             less = memory.stored(model, job, Layout(**{axis: 2 * degree}))
@@ -200,7 +159,7 @@ def test_more_ranks_never_store_more(name: str) -> None:
 
 
 def test_what_schedules_hold() -> None:
-    layout, job = Layout(pp=4), Job(32, 2048)
+    layout, job = Layout(pp=4), TrainingJob(32, 2048)
     held = [memory.in_flight(job, layout, stage, 16) for stage in range(4)]
     assert held == [4, 3, 2, 1]
     assert memory.in_flight(job, layout, 0, 2) == 2
@@ -213,35 +172,35 @@ def test_what_schedules_hold() -> None:
 def test_stages_hold_the_whole_model_once_and_a_tied_head_twice() -> None:
     for name, copies in (("llama3-8b", 0), ("gpt2", 50257 * 768)):
         model, layout = find_model(name), Layout(pp=4)
-        total = sum(memory.stored(model, Job(8, 64), layout, stage=stage)[0] for stage in range(4))
+        total = sum(memory.stored(model, TrainingJob(8, 64), layout, stage=stage)[0] for stage in range(4))
         assert total == 4 * (model.parameters + copies)
 
 
 def test_recompute_keeps_less() -> None:
     needs = {}
     for kind in ("none", "full"):
-        job = Job(64, 8192, recompute=kind)
-        needs[kind] = memory.estimate(LLAMA, job, Layout(fsdp=64), H100, Cut()).parts["activations"]
+        job = TrainingJob(64, 8192, recompute=kind)
+        needs[kind] = memory.estimate(LLAMA, job, Layout(fsdp=64), H100, BatchSplit()).parts["activations"]
     assert needs["full"] < 0.15 * needs["none"]
 
 
 # --- time
 
 
-def cut(layout: Layout, parts: int) -> Cut:
+def cut(layout: Layout, parts: int) -> BatchSplit:
     """A step in ``parts``: in the pipeline if there is one, else one after the other."""
-    return Cut(parts) if layout.pp == 1 else Cut(1, parts)
+    return BatchSplit(parts) if layout.pp == 1 else BatchSplit(1, parts)
 
 
 def test_items_add_up_and_a_bubble_is_what_the_formula_says() -> None:
-    job = Job(64, 2048)
+    job = TrainingJob(64, 2048)
     for layout in (Layout(fsdp=8), Layout(dp=2, tp=4), Layout(pp=4, tp=2)):
         found = cost.estimate(LLAMA, job, layout, H100, cut(layout, 8))
         assert found.seconds == pytest.approx(sum(item.seconds for item in found.items))
     bubble = {}
     for virtual in (1, 2):
-        job = Job(64, 2048, pipeline=interleave(virtual))
-        found = cost.estimate(LLAMA, job, Layout(pp=4), H100, Cut(1, 16))
+        job = TrainingJob(64, 2048, pipeline=interleave(virtual))
+        found = cost.estimate(LLAMA, job, Layout(pp=4), H100, BatchSplit(1, 16))
         work = sum(i.seconds for i in found.items if i.name not in ("bubble", "update", "shards", "data parallel"))
         idle = sum(i.seconds for i in found.items if i.name == "bubble")
         bubble[virtual] = idle / work
@@ -263,11 +222,13 @@ def test_collectives_cost_what_the_ring_says() -> None:
 
 
 def test_ranks_that_share_cores_take_turns() -> None:
-    model, job = planned(dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=512)), Job(64, 64, 1, "float32")
-    step = {n: cost.estimate(model, job, Layout(dp=n), cpu(), Cut()).by_kind()["compute"] for n in (1, 2, 4)}
+    model = describe(dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=512))
+    job = TrainingJob(64, 64, 1, "float32")
+    step = {n: cost.estimate(model, job, Layout(dp=n), cpu(), BatchSplit()).by_kind()["compute"] for n in (1, 2, 4)}
     assert step[2] == pytest.approx(step[1] / 2, rel=0.05) and step[4] == pytest.approx(step[2], rel=0.05)
     # A pipeline's stage that waits leaves its core to another, so that four stages on two cores lose next to nothing.
-    idle = cost.estimate(dataclasses.replace(model, num_layers=4), job, Layout(pp=4), cpu(), Cut(1, 4)).by_kind()
+    model = dataclasses.replace(model, layers=model.layers[:1] * 4)
+    idle = cost.estimate(model, job, Layout(pp=4), cpu(), BatchSplit(1, 4)).by_kind()
     assert idle.get("idle", 0.0) < 0.2 * idle["compute"]
 
 
@@ -275,7 +236,7 @@ def test_ranks_that_share_cores_take_turns() -> None:
 
 
 def test_every_layout_is_ranked_or_refused_with_a_reason() -> None:
-    found = search.plan(LLAMA, Job(512, 8192), H100, 64)
+    found = search.plan(LLAMA, TrainingJob(512, 8192), H100, 64)
     layouts = [c.layout for c in found.layouts] + [r.layout for r in found.rejected]
     assert len(layouts) == len(set(layouts)) == 84 and all(layout.world_size == 64 for layout in layouts)
     seconds = [c.cost.seconds for c in found.layouts]
@@ -303,21 +264,21 @@ REASONS = [
 def test_reasons_name_the_flag(text: str, change: dict[str, int], message: str) -> None:
     change = dict(change)
     parts = {key: change.pop(key) for key in ("microbatches", "accumulation") if key in change}
-    job = Job(64, change.pop("sequence", 1024), **parts)
+    job = TrainingJob(64, change.pop("sequence", 1024), **parts)
     hardware = dataclasses.replace(H100, memory=change.pop("memory", 10**15))
-    found = search.consider(dataclasses.replace(LLAMA, **change), job, hardware, Layout.parse(text))  # type: ignore[arg-type]
+    found = search.consider(dataclasses.replace(LLAMA_SIZES, **change).describe(), job, hardware, Layout.parse(text))  # type: ignore[arg-type]
     assert isinstance(found, search.Rejected)
     assert re.search(message, found.why), found.why
 
 
 def test_uneven_vocabularies_and_replicated_kv_heads_are_legal() -> None:
-    model = dataclasses.replace(LLAMA, vocab_size=128_257, num_kv_heads=2)
-    assert isinstance(search.consider(model, Job(64, 1024), H100, Layout(tp=8, fsdp=8)), search.Choice)
+    model = dataclasses.replace(LLAMA_SIZES, vocab_size=128_257, num_kv_heads=2).describe()
+    assert isinstance(search.consider(model, TrainingJob(64, 1024), H100, Layout(tp=8, fsdp=8)), search.Choice)
 
 
 def test_a_model_that_fits_nowhere_names_the_nearest_miss() -> None:
     small = dataclasses.replace(H100, memory=10**10)
-    found = search.plan(LLAMA, Job(512, 8192), small, 8)
+    found = search.plan(LLAMA, TrainingJob(512, 8192), small, 8)
     assert not found.layouts
     miss = found.nearest_miss
     assert miss is not None and miss.short_by is not None
@@ -325,14 +286,15 @@ def test_a_model_that_fits_nowhere_names_the_nearest_miss() -> None:
     assert miss.short_by == min(shortfalls) > 0
     # With just so much more memory it fits, and with a byte less it does not.
     enough = dataclasses.replace(small, memory=small.memory + miss.short_by)
-    assert [c.layout for c in search.plan(LLAMA, Job(512, 8192), enough, 8).layouts] == [miss.layout]
-    assert not search.plan(LLAMA, Job(512, 8192), dataclasses.replace(enough, memory=enough.memory - 1), 8).layouts
+    assert [c.layout for c in search.plan(LLAMA, TrainingJob(512, 8192), enough, 8).layouts] == [miss.layout]
+    enough = dataclasses.replace(enough, memory=enough.memory - 1)
+    assert not search.plan(LLAMA, TrainingJob(512, 8192), enough, 8).layouts
 
 
 def test_tensor_parallelism_is_not_what_an_8b_model_wants_and_a_70b_model_does() -> None:
-    best = search.plan(LLAMA, Job(512, 8192), H100, 64).layouts[0].layout
+    best = search.plan(LLAMA, TrainingJob(512, 8192), H100, 64).layouts[0].layout
     assert best.tp == 1 and best.fsdp > 1
-    best = search.plan(find_model("llama3-70b"), Job(512, 8192), H100, 64).layouts[0].layout
+    best = search.plan(find_model("llama3-70b"), TrainingJob(512, 8192), H100, 64).layouts[0].layout
     assert best.tp > 1
 
 
@@ -386,9 +348,9 @@ WRONG = [
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_jobs_that_are_none(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Job(**{"global_batch": 8, "sequence_length": 8, **change})  # type: ignore[arg-type]
+        TrainingJob(**{"global_batch": 8, "sequence_length": 8, **change})  # type: ignore[arg-type]
 
 
 def test_a_dtype_without_a_rate() -> None:
     with pytest.raises(ValueError, match="dtype: hardware 'c' states no rate for 'bfloat16'; use one of float32"):
-        search.plan(planned(CONFIG), Job(8, 64), cpu(), 1)
+        search.plan(describe(CONFIG), TrainingJob(8, 64), cpu(), 1)

@@ -14,8 +14,9 @@ from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.planner import cost
 from fusemesh.hybrid.planner.hardware import find_hardware
-from fusemesh.hybrid.planner.job import Cut, Job
-from fusemesh.hybrid.planner.model import Model
+from fusemesh.hybrid.planner.job import BatchSplit, TrainingJob
+from fusemesh.hybrid.planner.model import ModelDescription
+from fusemesh.hybrid.planner.published import PublishedDecoder
 
 A100 = find_hardware("a100")
 
@@ -25,14 +26,14 @@ def interleave(virtual_stages: int) -> PipelineOptions:
     return PipelineOptions(0, "interleaved1f1b" if virtual_stages > 1 else "1f1b", virtual_stages)
 
 
-def cut(layout: Layout, parts: int) -> Cut:
+def cut(layout: Layout, parts: int) -> BatchSplit:
     """A step in ``parts``: in the pipeline if there is one, else one after the other."""
-    return Cut(parts) if layout.pp == 1 else Cut(1, parts)
+    return BatchSplit(parts) if layout.pp == 1 else BatchSplit(1, parts)
 
 
-def gpt(hidden: int, layers: int, heads: int) -> Model:
+def gpt(hidden: int, layers: int, heads: int) -> ModelDescription:
     """Megatron's GPT of a table."""
-    return Model(
+    return PublishedDecoder(
         name="gpt",
         num_layers=layers,
         hidden_size=hidden,
@@ -47,12 +48,12 @@ def gpt(hidden: int, layers: int, heads: int) -> Model:
         bias=True,
         layer_norm=True,
         learned_positions=2048,
-    )
+    ).describe()
 
 
-def megatron(batch: int, pipeline: PipelineOptions, recompute: str, *, sequence_parallel: bool) -> Job:
+def megatron(batch: int, pipeline: PipelineOptions, recompute: str, *, sequence_parallel: bool) -> TrainingJob:
     """A step as Megatron took it in these papers: before FlashAttention, gradients added within the matmuls."""
-    return Job(
+    return TrainingJob(
         batch,
         2048,
         sequence_parallel=sequence_parallel,
@@ -94,7 +95,9 @@ def test_times_of_narayanan_table_1() -> None:
                 count, rest = divmod(batch // layout.dp, samples)
                 if rest or (virtual > 1 and count % pp):
                     continue
-                job = Job(batch, 2048, None, "bfloat16", False, interleave(virtual), "full", fused_attention=False)
+                job = TrainingJob(
+                    batch, 2048, None, "bfloat16", False, interleave(virtual), "full", fused_attention=False
+                )
                 found.append(cost.estimate(model, job, layout, hardware, cut(layout, count)).seconds)
         flops = 96 * batch * 2048 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 51200 / (16 * layers * hidden))
         errors[size] = flops / gpus / min(found) / 1e12 / measured - 1
@@ -135,7 +138,9 @@ def test_zero_3_falls_behind_with_more_gpus_as_narayanan_table_2_says() -> None:
     model, hardware, ratios = gpt(12288, 96, 96), dataclasses.replace(A100, overlap=0.0), []
     for gpus, samples in ((384, 4), (768, 2), (1536, 1)):
         job = megatron(1536, PipelineOptions(), "full", sequence_parallel=False)
-        sharded = cost.estimate(model, job, Layout(fsdp=gpus), hardware, Cut(1536 // gpus // samples))
-        split = cost.estimate(model, job, Layout(dp=gpus // 96, tp=8, pp=12), hardware, Cut(1, 1536 // (gpus // 96)))
+        sharded = cost.estimate(model, job, Layout(fsdp=gpus), hardware, BatchSplit(1536 // gpus // samples))
+        split = cost.estimate(
+            model, job, Layout(dp=gpus // 96, tp=8, pp=12), hardware, BatchSplit(1, 1536 // (gpus // 96))
+        )
         ratios.append(sharded.seconds / split.seconds)
     assert ratios[0] < 1 < ratios[2] and ratios[0] < ratios[1] < ratios[2], ratios

@@ -150,6 +150,11 @@ def test_config_refuses(change: dict, message: str) -> None:
         dataclasses.replace(CONFIG, **change)
 
 
+def test_inputs_that_the_model_does_not_read_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"inputs: expected none but lengths, target_tokens with output 'tokens', rec"):
+        Transformer(CONFIG)(torch.zeros(1, 8, dtype=torch.long), span_starts=torch.ones(1, dtype=torch.long))
+
+
 def test_tokens_refused() -> None:
     model = Transformer(CONFIG)
     with pytest.raises(ValueError, match=r"tokens: expected shape \[B, S\], received \(16,\)"):

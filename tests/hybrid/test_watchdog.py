@@ -19,7 +19,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether no process of these is left, but for the reaped."""
+    """Return whether none of these processes is left, except those already reaped."""
     return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 

@@ -313,7 +313,7 @@ def test_scripted_and_quantised_modules_stay_what_they_are() -> None:
     with fusemesh.accelerate(), torch.no_grad():
         traced = torch.jit.trace(decoder, (x, x), check_trace=False)
         assert {route.reason for route in routes()} == {"torch.jit.trace"}
-        with pytest.raises(Exception, match="function definitions aren't supported"):
+        with pytest.raises(Exception, match="can't take variable number of arguments"):
             torch.jit.script(nn.MultiheadAttention(32, 2))
     torch.testing.assert_close(traced(x, x), decoder(x, x))
 

@@ -18,57 +18,54 @@ import triton
 import triton.language as tl
 
 from ...runtime.launch import launch
-from ..call import options as attention
-from ..call.tensors import empty_laid_out_like
+from ..call.options import Call
+from ..call.tensors import empty_laid_out_like, unit_last_stride
 from . import tiles
 from .bias_gradient import bias_gradient
 from .device.loads import ROW_PADDING, at_head, load_rows, padded
-from .device.packed import row_values
-from .device.softmax import power, shift_of_lse, with_sink
-from .inputs import Call, prepare, unit_stride
-from .mask_tiles import with_tiles
+from .device.place import packed_row_value
+from .device.softmax import power, split_lse, with_sink
+from .inputs import GpuCall, describe_call
+from .mode import RowValues
 from .passes import attention_dkdv_kernel, attention_dq_kernel
 
 
 @triton.jit(do_not_specialize=["Sq", "total_q"])
 def attention_delta_kernel(
-    p_do,
-    p_out,
-    p_lse,
-    p_dlse,
+    views,
+    lse,
+    dlse,
     p_sinks,
-    p_delta,
-    p_shift,
+    values,
     p_dsink,
     p_cu_q,
-    strides_do,
-    strides_out,
-    strides_lse,
-    strides_dlse,
     H,
     Sq,
     total_q,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
     NATURAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program: delta and ``shift_of_lse`` of BLOCK_M queries of one head, and of the padding beyond the last query.
+    """One program: the row values of BLOCK_M queries of one head, and of the padding beyond the last query.
 
+    ``views``: do and out, each with its strides of batches, heads and rows; ``lse``, ``dlse``: likewise, the latter's
+    pointer None without.
     Grid: padded(Sq) / BLOCK_M * B * H. Packed (with p_cu_q): Sq is that of the longest sequence, and lse, dlse and
     dsink are contiguous [H, total_q].
     """
+    do, out = views[0:4], views[4:8]
+    HAS_DLSE: tl.constexpr = dlse[0] is not None
     blocks = padded(Sq) // BLOCK_M
     i_m = tl.program_id(0) % blocks * BLOCK_M
     i_bh = tl.program_id(0) // blocks
     i_b = i_bh // H
     i_h = i_bh % H
-    p_do = at_head(p_do, strides_do[0], strides_do[1], i_b, i_h)
-    p_out = at_head(p_out, strides_out[0], strides_out[1], i_b, i_h)
-    p_lse = at_head(p_lse, strides_lse[0], strides_lse[1], i_b, i_h)
+    p_do = at_head(do[0], do[1], do[2], i_b, i_h)
+    p_out = at_head(out[0], out[1], out[2], i_b, i_h)
+    p_lse = at_head(lse[0], lse[1], lse[2], i_b, i_h)
     if HAS_DLSE:
-        p_dlse = at_head(p_dlse, strides_dlse[0], strides_dlse[1], i_b, i_h)
+        p_dlse = at_head(dlse[0], dlse[1], dlse[2], i_b, i_h)
     i_dsink = i_bh.to(tl.int64) * Sq
     i_values = i_bh.to(tl.int64) * padded(Sq)
     if p_cu_q is not None:
@@ -76,21 +73,21 @@ def attention_delta_kernel(
         Sq = tl.minimum(tl.load(p_cu_q + i_b + 1).to(tl.int64) - first_q, Sq).to(tl.int32)
         if i_m >= padded(Sq):
             return
-        p_do += first_q * strides_do[2]
-        p_out += first_q * strides_out[2]
+        p_do += first_q * do[3]
+        p_out += first_q * out[3]
         i_dsink = tl.cast(i_h, tl.int64) * total_q + first_q
         p_lse += i_dsink
         if HAS_DLSE:
             p_dlse += i_dsink
-        i_values = row_values(i_b, i_h, H, Sq, first_q)
+        i_values = packed_row_value(i_b, i_h, H, Sq, first_q)
     # [M, Dv]
-    b_do = load_rows(p_do, strides_do[2], i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
-    b_out = load_rows(p_out, strides_out[2], i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
+    b_do = load_rows((p_do, do[3]), i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
+    b_out = load_rows((p_out, out[3]), i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
     # [M]
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     o_m = i_m + tl.arange(0, BLOCK_M)
     o_m64 = o_m.to(tl.int64)
-    b_lse = tl.load(p_lse + o_m64 * strides_lse[2], mask=o_m < Sq, other=float("-inf"))
+    b_lse = tl.load(p_lse + o_m64 * lse[3], mask=o_m < Sq, other=float("-inf"))
     b_is_empty = b_lse == float("-inf")
     b_whole = b_lse
     if p_sinks is not None:
@@ -101,7 +98,7 @@ def attention_delta_kernel(
         b_dsink = -b_delta * power(tl.where(b_is_empty, float("-inf"), sink - b_whole), True)
         tl.store(p_dsink + i_dsink + o_m, b_dsink, mask=o_m < Sq)
     if HAS_DLSE:
-        b_dlse = tl.load(p_dlse + o_m64 * strides_dlse[2], mask=o_m < Sq, other=0.0)
+        b_dlse = tl.load(p_dlse + o_m64 * dlse[3], mask=o_m < Sq, other=0.0)
         if p_sinks is not None:
             # The LSE leaves the sink out, and its softmax is this much larger. Where fp32 cannot hold the factor, the
             # probabilities that it will multiply are 0.
@@ -109,8 +106,11 @@ def attention_delta_kernel(
         b_delta -= b_dlse
     # A row without key has probabilities 0; its delta must not turn them into NaN, whatever dlse holds there.
     b_delta = tl.where(b_is_empty, 0.0, b_delta)
-    tl.store(p_delta + i_values + o_m, b_delta)
-    tl.store(p_shift + i_values + o_m, shift_of_lse(b_whole, NATURAL))
+    tl.store(values.p_delta + i_values + o_m, b_delta)
+    b_before, b_after = split_lse(b_whole, NATURAL, values.p_before is not None)
+    tl.store(values.p_after + i_values + o_m, b_after)
+    if values.p_before is not None:
+        tl.store(values.p_before + i_values + o_m, b_before)
 
 
 def backward(
@@ -121,11 +121,11 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
-    options: attention.Call,
+    call: Call,
     *,
     bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of :func:`triton_forward.forward`, the same bits on every run.
+    """The gradients of :func:`forward.forward`, the same bits on every run.
 
     ``out`` and ``lse`` are taken as given: those of a softmax over more keys than ``k`` holds (a ring of shards) give
     these keys' part of the gradients.
@@ -135,7 +135,7 @@ def backward(
             is not 1, and may be expanded.
         out, lse: what the forward returned.
         dlse: gradient of lse, [B, H, Sq] fp32, any strides, or None.
-        options: as the forward takes it; lse and dlse of a packed call are contiguous.
+        call: as the forward takes it; lse and dlse of a packed call are contiguous.
         bias_grad: whether dbias is wanted.
 
     Returns:
@@ -145,58 +145,45 @@ def backward(
         4 bytes a head and key or query.
 
     Raises:
-        ValueError: a dtype or head dimension that these kernels do not have.
+        ValueError: the call is beyond the limits of these kernels (backend.py).
     """
-    call = prepare(q, k, v, options, needs_grad=True)
-    bias, sinks, mask, packed = options.bias, options.sinks, options.mask, options.packed
-    do, out = unit_stride(do), unit_stride(out)
+    gpu = describe_call(q, k, v, call, needs_grad=True)
+    bias, sinks = call.bias, call.sinks
+    do, out = unit_last_stride(do), unit_last_stride(out)
     bias_grad = bias_grad and bias is not None
-    shift, delta, dsink_rows = _row_values(call, do, out, lse, dlse, sinks)
+    values, dsink_rows = _row_values(gpu, do, out, lse, dlse)
     # Bias gradients that are constant over keys or queries need only sums that the other passes have at hand.
     has_rows = bias_grad and bias is not None and bias.shape[3] == 1
     has_columns = bias_grad and bias is not None and bias.shape[2] == 1 and not has_rows
     dq, dk, dv = (empty_laid_out_like(x, x.shape[-1]) for x in (q, k, v))
-    rows = _sums(call, call.seq_q) if has_rows else None
-    columns = _sums(call, call.seq_k) if has_columns else None
-    if packed is not None:
+    rows = _sums(gpu, gpu.seq_q) if has_rows else None
+    columns = _sums(gpu, gpu.seq_k) if has_columns else None
+    if call.packed is not None:
         # Rows that belong to no sequence are padding.
         for x in (dq, dk, dv):
             x.zero_()
-    inputs = (call.q, call.k, call.v, do, shift, delta, call.origin)
-    strides = tuple(call.strides(x) for x in (call.q, call.k, call.v, do))
-    sizes = (call.heads, call.group, call.seq_q, call.seq_k)
-    numbers = (call.aux, call.numbers, *call.origins, call.lo, call.hi, *sizes)
-    size: tuple[Any, ...] = (call.target, q.dtype, call.mode.block_d, call.mode.block_dv, *call.mode.tile_dims)
+    inputs = (gpu.q, gpu.k, gpu.v, do)
+    size: tuple[Any, ...] = (gpu.target, q.dtype, gpu.mode.block_d, gpu.mode.block_dv, *gpu.mode.tile_dims)
     tile = tiles.choose_dkdv(*size)
     launch(
         attention_dkdv_kernel,
-        (triton.cdiv(call.seq_k, tile.block_n) * call.batch * k.shape[1],),
-        *inputs,
-        dk,
-        dv,
+        (triton.cdiv(gpu.seq_k, tile.block_n) * gpu.batch * k.shape[1],),
+        gpu.views(*inputs, dk, dv),
+        values,
         columns,
-        *strides,
-        call.strides(dk),
-        call.strides(dv),
-        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=False),
-        *numbers,
-        MODE=call.mode,
-        HAS_COLUMNS=has_columns,
+        *gpu.arguments(tile, along_keys=False),
+        MODE=gpu.mode,
         **tile.launch_arguments(),
     )
     tile = tiles.choose_dq(*size)
     launch(
         attention_dq_kernel,
-        (triton.cdiv(call.seq_q, tile.block_m) * call.batch * call.heads,),
-        *inputs,
-        dq,
+        (triton.cdiv(gpu.seq_q, tile.block_m) * gpu.batch * gpu.heads,),
+        gpu.views(*inputs, dq),
+        values,
         rows,
-        *strides,
-        call.strides(dq),
-        with_tiles(call.scores, mask, tile.block_m, tile.block_n, along_keys=True),
-        *numbers,
-        MODE=call.mode,
-        HAS_ROWS=has_rows,
+        *gpu.arguments(tile, along_keys=True),
+        MODE=gpu.mode,
         **tile.launch_arguments(),
     )
     dbias = None
@@ -206,60 +193,51 @@ def backward(
         elif columns is not None:
             dbias = columns.unsqueeze(2).sum_to_size(bias.shape).to(bias.dtype)
         else:
-            dbias = bias_gradient(call, do, shift, delta, bias, mask)
+            dbias = bias_gradient(gpu, do, values, bias)
     dsinks = None if sinks is None or dsink_rows is None else dsink_rows.sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
 
 
 def _row_values(
-    call: Call,
-    do: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dlse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What ``attention_delta_kernel`` writes: shift, delta, and with sinks what each row gives to their gradient."""
+    call: GpuCall, do: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
+) -> tuple[RowValues, torch.Tensor | None]:
+    """What the passes need of each query, and with sinks what each row gives to their gradient, [B, H, Sq]."""
     B, H, Sq = do.shape[:3]
     rows_padded = triton.cdiv(call.seq_q, ROW_PADDING.value) * ROW_PADDING.value
     room = rows_padded
     if call.packed is not None:
-        # Room for the rows of all sequences, see triton_packed.row_values.
+        # Room for the rows of all sequences, see place.packed_row_value.
         room = (Sq // ROW_PADDING.value + call.batch) * ROW_PADDING.value
     delta = torch.empty(B, H, room, dtype=torch.float32, device=do.device)
-    shift = torch.empty_like(delta)
-    dsink_rows = None if sinks is None else torch.empty(B, H, Sq, dtype=torch.float32, device=do.device)
+    after = torch.empty_like(delta)
+    values = RowValues(after, torch.empty_like(delta) if call.mode.is_wide else None, delta)
+    dsink_rows = torch.empty(B, H, Sq, dtype=torch.float32, device=do.device) if call.mode.has_sinks else None
     if dsink_rows is not None and call.packed is not None:
         dsink_rows.zero_()
+    is_packed = call.packed is not None
     block = tiles.choose_delta(call.target, call.mode.block_dv)
     launch(
         attention_delta_kernel,
         (rows_padded // block.block_m * call.batch * call.heads,),
-        do,
-        out,
-        lse,
-        dlse,
-        sinks,
-        delta,
-        shift,
+        call.views(do, out),
+        (lse, *((0, 0, 1) if is_packed else lse.stride())),
+        (dlse, *((0, 0, 1) if is_packed else (0, 0, 0) if dlse is None else dlse.stride())),
+        call.softmax.p_sinks,
+        values,
         dsink_rows,
-        None if call.packed is None else call.packed.cu_q,
-        call.strides(do),
-        call.strides(out),
-        *((lse.stride(), (0, 0, 0) if dlse is None else dlse.stride()) if call.packed is None else ((0, 0, 1),) * 2),
+        call.positions.p_cu_q,
         call.heads,
         call.seq_q,
         Sq,
         DV=call.mode.dv,
         BLOCK_DV=call.mode.block_dv,
-        HAS_DLSE=dlse is not None,
         NATURAL=call.mode.natural,
         **block.launch_arguments(),
     )
-    return shift, delta, dsink_rows
+    return values, dsink_rows
 
 
-def _sums(call: Call, length: int) -> torch.Tensor:
+def _sums(call: GpuCall, length: int) -> torch.Tensor:
     """Memory for the row or column sums of ds, [B, H, length]."""
     sums = torch.empty(call.batch, call.heads, length, dtype=torch.float32, device=call.q.device)
     # Beyond the end of a sequence nothing is written.

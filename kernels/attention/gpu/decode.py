@@ -1,18 +1,26 @@
-"""Attention over a cache on Triton's kernels (triton_kernels.py): what a call compiles, and its launches."""
+"""Attention over a cache on Triton's kernels (decode_kernels.py): what a call compiles, and its launches."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 
 from ...runtime.launch import dot_precision, launch, target_of
-from ..call.tensors import empty_laid_out_like
+from ..call.tensors import empty_laid_out_like, unit_last_stride
 from ..decode.spec import DecodeCall
 from . import decode_tiles as tiles
 from .backend import TRITON
-from .decode_kernels import Layout, decode_append_kernel, decode_combine_kernel, decode_split_kernel
-from .device.scores import Mode, describe, dims, mods_of
-from .inputs import unit_stride
+from .decode_kernels import (
+    CacheLayout,
+    Results,
+    Slots,
+    decode_append_kernel,
+    decode_combine_kernel,
+    decode_split_kernel,
+)
+from .mode import Mode, dims, folds_scale, mods_of, scores_of, softmax_of
 
 
 def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +30,7 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         out [B, H, Sq, Dv] in q's dtype and order of dimensions in memory, and lse [B, H, Sq], natural log, fp32.
 
     Raises:
-        ValueError: a dtype or head dimension that these kernels do not have, or not on this GPU.
+        ValueError: the call is beyond the limits of these kernels (backend.py).
     """
     TRITON.check(call.request())
     B, H, Sq, d = call.q.shape
@@ -39,26 +47,23 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def _append(call: DecodeCall, layout: Layout) -> None:
+def _append(call: DecodeCall, layout: CacheLayout) -> None:
     """Write the new keys and values into the caches."""
+    slots = _slots(call)
     for cache, new in ((call.k_cache, call.k_new), (call.v_cache, call.v_new)):
         if cache is None or new is None:
             continue
-        new = unit_stride(new)
+        new = unit_last_stride(new)
         B, Hkv, added, d = new.shape
         launch(
             decode_append_kernel,
             (triton.cdiv(added, tiles.APPEND_ROWS) * B * Hkv,),
-            new,
-            cache,
-            call.cache_lens.contiguous(),
-            call.block_table,
-            new.stride()[:3],
-            cache.stride()[:3],
-            _table_strides(call),
+            (*_view(new), *_view(cache)),
+            slots,
             Hkv,
             added,
             call.capacity,
+            cache.shape[0],
             LAYOUT=layout,
             D=d,
             BLOCK_D=triton.next_power_of_2(d),
@@ -70,42 +75,36 @@ def _append(call: DecodeCall, layout: Layout) -> None:
 
 
 def _attend(
-    call: DecodeCall, plan: tiles.Plan, layout: Layout, mode: Mode, out: torch.Tensor, lse: torch.Tensor
+    call: DecodeCall, plan: tiles.SplitPlan, layout: CacheLayout, mode: Mode, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Fill out and lse: in one pass, or in splits and their combination."""
-    q, options, splits = unit_stride(call.q), call.call, plan.splits
-    spec = options.spec
+    q, spec, splits = unit_last_stride(call.q), call.call.spec, plan.splits
     B, H, Sq, _ = q.shape
     Hkv, capacity = call.k_cache.shape[1], call.capacity
     group, rows = H // max(Hkv, 1), B * H * Sq
-    scores, _ = describe(options.mask, options.bias, options.sinks, None, spec, natural=mode.natural)
+    # Keys of pages that do not exist are read from one that does.
+    k_cache, v_cache = (
+        cache.new_zeros((1, *cache.shape[1:]))
+        if cache is not None and call.block_table is not None and cache.shape[0] == 0
+        else cache
+        for cache in (call.k_cache, call.v_cache)
+    )
+    softmax = softmax_of(call.call, fold_scale=mode.fold_scale, natural=mode.natural)
     part = stats = None
     if splits > 1:
         part = torch.empty((splits, rows, call.v_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((2, splits, rows), dtype=torch.float32, device=q.device)
+    results = Results(lse, part, stats)
     launch(
         decode_split_kernel,
         (splits * triton.cdiv(group * Sq, plan.tile.block_m) * B * Hkv,),
-        q,
-        call.k_cache,
-        call.v_cache,
-        call.cache_lens.contiguous(),
-        None if call.cache_starts is None else call.cache_starts.contiguous(),
-        call.block_table,
-        out,
-        lse,
-        part,
-        stats,
-        q.stride()[:3],
-        call.k_cache.stride()[:3],
-        (0, 0, 0) if call.v_cache is None else call.v_cache.stride()[:3],
-        _table_strides(call),
-        out.stride()[:3],
-        scores,
-        options.aux,
-        spec.params,
-        Hkv,
-        group,
+        (*_view(q), *_view(k_cache), *_view(v_cache), *_view(out)),
+        _slots(call),
+        results,
+        scores_of(call.call),
+        softmax,
+        (*call.call.aux, *spec.params),
+        (Hkv, group),
         # Beyond what the cache and the queries span a window hides nothing, and so the sums stay in 32 bits.
         min(spec.window_left or 0, capacity + Sq),
         min(spec.window_right or 0, capacity + Sq),
@@ -113,6 +112,7 @@ def _attend(
         rows,
         Sq,
         capacity,
+        k_cache.shape[0],
         splits,
         MODE=mode,
         LAYOUT=layout,
@@ -123,12 +123,9 @@ def _attend(
     launch(
         decode_combine_kernel,
         (rows,),
-        part,
-        stats,
-        out,
-        lse,
-        out.stride()[:3],
-        scores,
+        results,
+        _view(out),
+        softmax,
         H,
         rows,
         Sq,
@@ -141,14 +138,22 @@ def _attend(
     )
 
 
-def _table_strides(call: DecodeCall) -> tuple[int, ...]:
-    return (0, 0) if call.block_table is None else call.block_table.stride()
+def _view(x: torch.Tensor | None) -> tuple[Any, ...]:
+    """A tensor and its strides of batches or pages, heads and rows."""
+    return (None, 0, 0, 0) if x is None else (x, *x.stride()[:3])
 
 
-def _layout(call: DecodeCall, splits: int) -> Layout:
+def _slots(call: DecodeCall) -> Slots:
+    """Where the kernels find a sequence's keys."""
+    table = call.block_table
+    starts = None if call.cache_starts is None else call.cache_starts.contiguous()
+    return Slots(call.cache_lens.contiguous(), starts, table, *((0, 0) if table is None else table.stride()))
+
+
+def _layout(call: DecodeCall, splits: int) -> CacheLayout:
     """How the call's keys lie in the cache and in a tile."""
     d_first, d_rest = tiles.blocks(call.q.shape[3], call.v_dim, call.v_cache is None)
-    return Layout(
+    return CacheLayout(
         page=None if call.block_table is None else call.page,
         has_starts=call.cache_starts is not None,
         is_latent=call.v_cache is None,
@@ -161,10 +166,9 @@ def _layout(call: DecodeCall, splits: int) -> Layout:
 
 
 def _mode(call: DecodeCall, precision: str) -> Mode:
-    """What the kernels are compiled for; the columns of a key are in :class:`Layout`."""
+    """What the kernels are compiled for; the columns of a key are in :class:`CacheLayout`."""
     natural = call.q.dtype == torch.float32
     options = call.call
-    _, fold_scale = describe(options.mask, options.bias, options.sinks, None, options.spec, natural=natural)
     return Mode(
         d=call.q.shape[3],
         dv=call.v_dim,
@@ -175,9 +179,9 @@ def _mode(call: DecodeCall, precision: str) -> Mode:
         has_left=options.spec.window_left is not None,
         has_right=options.spec.window_right is not None,
         has_origin=False,
-        fold_scale=fold_scale,
+        fold_scale=folds_scale(options),
         natural=natural,
         precision=precision,
         has_sinks=options.sinks is not None,
-        **mods_of(options.spec, options.aux),
+        **mods_of(options),
     )

@@ -91,7 +91,7 @@ _TABLE: dict[tuple[str, int], tuple[_Row, _Row, _Row, _Row]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """How one call is run."""
 
     tile: Tile
@@ -210,7 +210,7 @@ def shared_memory(tile: Tile, target: Target, dtype: torch.dtype, d: int, dv: in
 
 def choose(
     target: Target, dtype: torch.dtype, d: int, dv: int, latent: bool, rows: int, sequences: int, capacity: int
-) -> Plan:
+) -> SplitPlan:
     """The tile and the number of splits; by shapes alone.
 
     Args:
@@ -222,7 +222,7 @@ def choose(
         capacity: slots of a sequence.
     """
     tile = _forced_tile or _fitting(target, dtype, d, dv, latent, rows)
-    return Plan(tile, _forced_splits or splits_of(target, tile, rows, sequences, capacity))
+    return SplitPlan(tile, _forced_splits or splits_of(target, tile, rows, sequences, capacity))
 
 
 def splits_of(target: Target, tile: Tile, rows: int, sequences: int, capacity: int) -> int:

@@ -1,33 +1,37 @@
-"""What the Triton attention launchers share: their limits, and the arguments that every kernel takes."""
+"""One call of attention as the Triton kernels take it: checked, and as the arguments that every kernel has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
 from ...backend_record import Request
 from ...runtime.launch import Target, dot_precision, target_of
-from ..call import options as attention
+from ..call.options import Call
 from ..call.packed import Packed
 from ..call.spec import AttentionSpec
+from ..call.tensors import unit_last_stride
 from .backend import TRITON
-from .device.scores import Mode, Scores, describe, dims, mods_of
+from .mask_tiles import shown_tiles
+from .mode import Mode, Positions, Scores, Softmax, dims, folds_scale, mods_of, scores_of, softmax_of
+from .tiles import Tile
 
 
 @dataclass(frozen=True)
-class Call:
+class GpuCall:
     """One attention call as the kernels see it."""
 
     target: Target
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    origin: torch.Tensor | None
     scores: Scores
-    aux: tuple[torch.Tensor, ...]  # of the score mods
-    numbers: tuple[float, ...]
+    softmax: Softmax
+    positions: Positions
+    mod_inputs: tuple[Any, ...]  # the tensors of the score mods, then their numbers
     origins: tuple[int, int, int, int]  # of q, k, head and batch, without those on the device
     mode: Mode
     lo: int
@@ -39,49 +43,73 @@ class Call:
     seq_k: int
     packed: Packed | None
 
-    def strides(self, x: torch.Tensor) -> tuple[int, int, int]:
-        """Strides of batches, heads and rows; packed sequences are told apart by their rows alone."""
-        b, h, row = x.stride()[:3]
-        return b if self.packed is None else 0, h, row
+    def views(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """Of each tensor itself and its strides of batches, heads and rows, in one flat tuple.
+
+        Packed sequences are told apart by their rows alone.
+        """
+        views: list[Any] = []
+        for x in tensors:
+            b, h, row = x.stride()[:3]
+            views += (x, b if self.packed is None else 0, h, row)
+        return tuple(views)
+
+    def arguments(self, tile: Tile, *heads: int, along_keys: bool) -> tuple[Any, ...]:
+        """The arguments of every kernel that goes over the scores, from ``scores`` to ``Sk``.
+
+        Args:
+            tile: the kernel's.
+            heads: what the kernel takes in its tuple ``heads`` beyond H and GROUP.
+            along_keys: its loop goes over keys, else over queries.
+        """
+        return (
+            self.scores,
+            self.softmax,
+            shown_tiles(self.scores, tile.block_m, tile.block_n, along_keys=along_keys),
+            self.positions,
+            self.mod_inputs,
+            (self.heads, self.group, *heads),
+            *self.origins,
+            self.lo,
+            self.hi,
+            self.seq_q,
+            self.seq_k,
+        )
 
 
-def prepare(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: attention.Call, *, needs_grad: bool = False
-) -> Call:
-    """Check these kernels' own limits and gather the arguments of forward and backward.
+def describe_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, *, needs_grad: bool = False
+) -> GpuCall:
+    """Check the limits of backend ``triton`` and return what forward and backward take of the call.
 
     Raises:
-        ValueError: a dtype or head dimension that these kernels do not have.
+        ValueError: the call is beyond these limits.
     """
-    spec, packed, origin = options.spec, options.packed, options.origin
-    mask, bias, sinks, aux, descale = options.mask, options.bias, options.sinks, options.aux, options.descale
-    TRITON.check(Request("attention", q.device, q.dtype, (q.shape[-1], v.shape[-1]), options, needs_grad))
+    TRITON.check(Request("attention", q.device, q.dtype, (q.shape[-1], v.shape[-1]), call, needs_grad))
     target = target_of(q.device)
+    spec, packed, origin = call.spec, call.packed, call.origin
     natural = q.dtype == torch.float32
-    seed = options.seed if spec.dropout_p > 0 else None
-    scores, fold_scale = describe(mask, bias, sinks, seed, spec, natural=natural, descale=descale)
-    if packed is not None:
-        scores = scores._replace(p_cu_q=packed.cu_q, p_cu_k=packed.cu_k)
+    fold_scale = folds_scale(call)
     d, dv = q.shape[-1], v.shape[-1]
     mode = Mode(
         d=d,
         dv=dv,
         block_d=triton.next_power_of_2(d),
         block_dv=triton.next_power_of_2(dv),
-        mask_dims=dims(mask),
-        bias_dims=dims(bias),
+        mask_dims=dims(call.mask),
+        bias_dims=dims(call.bias),
         has_left=spec.window_left is not None,
         has_right=spec.window_right is not None,
         has_origin=origin is not None,
         fold_scale=fold_scale,
         natural=natural,
         precision=dot_precision(target, q.dtype),
-        has_sinks=sinks is not None,
+        has_sinks=call.sinks is not None,
         has_dropout=spec.dropout_p > 0,
         has_lengths=packed is not None,
         is_bottom_right=packed is not None and packed.is_bottom_right,
-        has_descale=descale is not None,
-        **mods_of(spec, aux),
+        has_descale=call.descale is not None,
+        **mods_of(call),
     )
     if packed is None:
         sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
@@ -90,15 +118,15 @@ def prepare(
         sizes = packed.batch, q.shape[1], packed.max_q, packed.max_k
         # Each program adds what its sequence's lengths say, which is less than what int32 leaves.
         lo, hi = (min(max(x, -(2**31)), 2**31 - 1) for x in _window(0, 0, packed.cu_q, spec))
-    return Call(
+    return GpuCall(
         target=target,
-        q=unit_stride(q),
-        k=unit_stride(k),
-        v=unit_stride(v),
-        origin=origin,
-        scores=scores,
-        aux=aux,
-        numbers=spec.params,
+        q=unit_last_stride(q),
+        k=unit_last_stride(k),
+        v=unit_last_stride(v),
+        scores=scores_of(call),
+        softmax=softmax_of(call, fold_scale=fold_scale, natural=natural),
+        positions=Positions(origin, *((None, None) if packed is None else (packed.cu_q, packed.cu_k))),
+        mod_inputs=(*call.aux, *spec.params),
         origins=(
             _signed(spec.origin_q),
             _signed(spec.origin_k),
@@ -120,11 +148,6 @@ def prepare(
 def _signed(position: int) -> int:
     """Modulo 2^32, as the kernels count positions, and of one integer type whatever it is."""
     return (position + 2**31) % 2**32 - 2**31
-
-
-def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its last stride is 1, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _window(sq: int, sk: int, origin: torch.Tensor | None, spec: AttentionSpec) -> tuple[int, int]:

@@ -13,16 +13,28 @@ same along the other axis needs no list: a block sees all tiles or none.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ...runtime.launch import launch
 from .device.loads import at_head
-from .device.scores import Scores
+from .mode import Scores
 
 # A program reads this many bytes of the mask at a time.
 _STEP = 16384
+
+
+class Shown(NamedTuple):
+    """Where a pass finds the lists of its blocks (device/shown.py)."""
+
+    p_tiles: torch.Tensor | None = None
+    stride_b: int = 0
+    stride_h: int = 0
+    stride_block: int = 0
+    half: int = 0  # from ``before`` to ``list``
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -70,22 +82,24 @@ def attention_mask_tiles_kernel(
     tl.store(p_before + tiles, count)
 
 
-def with_tiles(scores: Scores, mask: torch.Tensor | None, block_m: int, block_n: int, *, along_keys: bool) -> Scores:
-    """``scores`` with the lists of ``mask`` for a pass with tiles of block_m queries by block_n keys.
+def shown_tiles(scores: Scores, block_m: int, block_n: int, *, along_keys: bool) -> Shown:
+    """The lists of the call's mask for a pass with tiles of block_m queries by block_n keys; empty without a mask.
 
     Args:
-        mask: bool [B, H, Sq, Sk], any of them 1, any strides.
+        scores: those of the call, with its mask of bytes [B, H, Sq, Sk], any of them 1, any strides.
         along_keys: the pass goes over keys for each block of queries; else the other way round.
     """
+    mask = scores.p_mask
     if mask is None:
-        return scores
-    size = [1 if stride == 0 else n for n, stride in zip(mask.shape, scores.mask_strides, strict=True)]
+        return Shown()
+    strides = scores.mask_strides
+    size = [1 if stride == 0 else n for n, stride in zip(mask.shape, strides, strict=True)]
     row, column = (2, 3) if along_keys else (3, 2)
     block_rows, block_columns = (block_m, block_n) if along_keys else (block_n, block_m)
     # Where the mask is the same along an axis, one element stands for all.
     block_rows, block_columns = (
-        1 if scores.mask_strides[row] == 0 else block_rows,
-        1 if scores.mask_strides[column] == 0 else block_columns,
+        1 if strides[row] == 0 else block_rows,
+        1 if strides[column] == 0 else block_columns,
     )
     blocks = triton.cdiv(size[row], block_rows)
     # Multiples of 16, so that kernels are not compiled anew for other lengths.
@@ -94,11 +108,11 @@ def with_tiles(scores: Scores, mask: torch.Tensor | None, block_m: int, block_n:
     launch(
         attention_mask_tiles_kernel,
         (len(tiles),),
-        scores.p_mask,
+        mask,
         tiles,
-        *scores.mask_strides[:2],
-        scores.mask_strides[row],
-        scores.mask_strides[column],
+        *strides[:2],
+        strides[row],
+        strides[column],
         stride,
         size[1],
         size[row],
@@ -108,51 +122,10 @@ def with_tiles(scores: Scores, mask: torch.Tensor | None, block_m: int, block_n:
         TILES=max(1, _STEP // (block_rows * block_columns)) if block_columns > 1 else 1,
         num_warps=8,
     )
-    return scores._replace(
-        p_tiles=tiles,
-        tiles_b=stride * blocks * size[1] if size[0] > 1 else 0,
-        tiles_h=stride * blocks if size[1] > 1 else 0,
-        tiles_row=stride if blocks > 1 else 0,
-        tiles_half=stride // 2,
+    return Shown(
+        tiles,
+        stride * blocks * size[1] if size[0] > 1 else 0,
+        stride * blocks if size[1] > 1 else 0,
+        stride if blocks > 1 else 0,
+        stride // 2,
     )
-
-
-@triton.jit
-def tiles_of(scores, i_b, i_h, i_block, MODE: tl.constexpr):
-    """Pointer to what was written for block ``i_block`` of the pass; anything without a mask."""
-    p_before = scores.p_tiles
-    if MODE.mask_dims is not None:
-        p_before = at_head(p_before, scores.tiles_b, scores.tiles_h, i_b, i_h)
-        p_before += tl.cast(i_block, tl.int64) * scores.tiles_row
-    return p_before
-
-
-@triton.jit
-def shown_range(p_before, i_from, i_to, columns, MODE: tl.constexpr, AXIS: tl.constexpr, BLOCK: tl.constexpr):
-    """The loop that visits what the mask shows of the tiles that begin in [i_from, i_to): first value and end.
-
-    The loop's step is 1 where the mask varies along ``AXIS``, which the tiles lie on (1 for queries, 2 for keys), else
-    BLOCK, their size; :func:`shown_tile` turns its values into places. ``i_from`` begins a tile.
-    """
-    if MODE.mask_code & AXIS:
-        last = tl.cdiv(columns, BLOCK)
-        i_from = tl.load(p_before + tl.minimum(i_from // BLOCK, last))
-        i_to = tl.load(p_before + tl.minimum(tl.cdiv(i_to, BLOCK), last))
-    elif MODE.mask_dims is not None:
-        i_to = tl.where(tl.load(p_before + 1) > 0, i_to, i_from)
-    return i_from, i_to
-
-
-@triton.jit
-def shown_tile(p_before, i_loop, scores, MODE: tl.constexpr, AXIS: tl.constexpr, BLOCK: tl.constexpr):
-    """First query or key of the tile that the loop is at."""
-    if MODE.mask_code & AXIS:
-        i_loop = tl.load(p_before + scores.tiles_half + i_loop) * BLOCK
-    return i_loop
-
-
-@triton.jit
-def is_shown(p_before, i_n, columns, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether the mask shows anything of the tile of keys that begins at ``i_n``."""
-    first, end = shown_range(p_before, i_n, tl.minimum(i_n + BLOCK, columns), columns, MODE, 2, BLOCK)
-    return first < end

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from ... import compat
+from ...backend_record import Request
 from ..call.options import Call
 from ..reference import dense as reference
-
-# PyTorch's kernel itself, which F.scaled_dot_product_attention is a name for: fusemesh.accelerate() gives that name to
-# a function that may end up here.
-_scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+from .backend import TORCH
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, None]:
@@ -21,6 +20,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
     Causal masks that are neither aligned to the first nor to the last key, or that meet a mask or a bias, are handed to
     PyTorch as a boolean tensor [Sq, Sk], because its ``is_causal`` knows no other case.
     """
+    TORCH.check(Request("attention", q.device, q.dtype, (q.shape[-1], v.shape[-1]), call))
     gqa = False
     if q.shape[1] != k.shape[1]:  # a branch: under torch.compile the comparison is a symbol, and SDPA takes a bool
         gqa = True
@@ -30,7 +30,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         # masked_fill rather than a second addition: adding -inf to a bias of -inf or inf would be no mask.
         attn_mask = seen if bias is None else bias if seen is None else bias.masked_fill(~seen, -math.inf)
         scale = call.spec.scale
-        out = _scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
+        out = compat.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     if needs_grad and not torch.compiler.is_compiling():
         out = _SecondDerivative.apply(out, q, k, v, bias, call)

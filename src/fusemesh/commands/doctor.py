@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import platform
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from fusemesh import __version__
-from fusemesh.kernels import backends, engine
-from fusemesh.kernels.runtime import proven
 
+from .options import Outcome
+
+NAME = "doctor"
+SUMMARY = "what this machine has and what auto chooses"
 _LIBRARIES = ("triton", "numpy", "safetensors", "tensorboard", "matplotlib", "tqdm")
 
 
 def _version(name: str) -> str | None:
-    """The version of an importable library; None if it is absent or broken."""
+    """Return the version of an importable library; None if it is absent or broken."""
     try:
         return getattr(importlib.import_module(name), "__version__", "unknown")
     except Exception:  # an installed library may fail with anything, and a doctor must outlive it
@@ -26,6 +26,8 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
+    import torch
+
     devices: list[dict[str, Any]] = [
         {"device": "cpu", "name": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     ]
@@ -44,7 +46,10 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _auto(kind: str) -> dict[str, str]:
-    """What ``auto`` chooses on a device, found by calling each operation, with gradients, and reading the counts."""
+    """Return the backend that ``auto`` chooses for each operation on a device, by calling it and reading the counts."""
+    import torch
+
+    from fusemesh.kernels import backends
     from fusemesh.kernels.attention.decode.api import flash_attention_decode
     from fusemesh.kernels.attention.dense.api import flash_attention
     from fusemesh.kernels.matmul.api import fused_linear
@@ -66,6 +71,8 @@ def _auto(kind: str) -> dict[str, str]:
 
 
 def _engine() -> dict[str, Any]:
+    from fusemesh.kernels import engine
+
     reason = engine.why_unavailable()
     if reason is not None:
         return {"available": False, "why_not": reason}
@@ -73,12 +80,18 @@ def _engine() -> dict[str, Any]:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that ``fusemesh doctor`` says, as plain values.
+    """Return everything that ``fusemesh doctor`` reports, as plain values.
 
     Keys: ``fusemesh``, ``python``, ``platform``, ``torch``, ``libraries`` (version or None), ``devices``, ``backends``
     (device kind to backend to None or why not), ``auto`` (device kind to operation to backend), ``proven_on_gpu``
     (where Triton kernels have been found right), ``engine``, ``process_groups`` (which of torch's are built in).
     """
+    import torch
+    import torch.distributed as dist
+
+    from fusemesh.kernels import backends
+    from fusemesh.kernels.runtime import proven
+
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
         "fusemesh": __version__,
@@ -105,7 +118,7 @@ def examine() -> dict[str, Any]:
 
 
 def describe(findings: dict[str, Any]) -> str:
-    """The findings of :func:`examine` for people."""
+    """Return the findings of :func:`examine` as text."""
     libraries = ", ".join(f"{name} {version or 'absent'}" for name, version in findings["libraries"].items())
     lines = [
         f"fusemesh {findings['fusemesh']}  python {findings['python']}  torch {findings['torch']}  "
@@ -142,3 +155,29 @@ def describe(findings: dict[str, Any]) -> str:
             "backend='triton' runs them all the same"
         )
     return "\n".join(lines)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "--trace",
+        nargs=argparse.REMAINDER,
+        metavar="SCRIPT",
+        help="SCRIPT [ARGS]: run a script with PyTorch's attention on FuseMesh, and print which call went where; "
+        "its exit status is kept. Everything after it is the script's, --json apart, unless that stands after --",
+    )
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Examine the machine, or trace a script."""
+    if options.trace is None:
+        findings = examine()
+        return Outcome(findings, describe(findings))
+    options.json = options.json or "--json" in options.trace
+    words = [word for word in options.trace if word != "--json"] + options.after_dashes
+    if not words:
+        raise ValueError("--trace: expected SCRIPT [ARGS], received nothing; name a Python script")
+    from . import tracing
+
+    findings = tracing.run(words[0], words[1:], quiet=options.json)
+    return Outcome(findings, tracing.describe(findings), findings["exit_status"])

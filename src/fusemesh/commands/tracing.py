@@ -1,4 +1,4 @@
-"""``fusemesh doctor --trace``: run a script with PyTorch's attention on FuseMesh, and say which call went where."""
+"""``fusemesh doctor --trace``: run a script with PyTorch's attention on FuseMesh, and report where each call went."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run(script: str, arguments: Sequence[str], *, quiet: bool = False) -> dict[s
 
 
 def describe(findings: dict[str, Any]) -> str:
-    """The findings of :func:`run` for people."""
+    """Return the findings of :func:`run` as text."""
     lines = [f"{findings['script']}  exit status {findings['exit_status']}"]
     if "error" in findings:
         lines.append(f"ended by        {findings['error']}")
@@ -99,7 +99,7 @@ def _shape(x: Any) -> str:
 
 
 def _run_as_main(path: Path, arguments: Sequence[str]) -> tuple[int, str | None]:
-    """The exit status that the script would have had, and the exception that ended it."""
+    """Run a script; return the exit status that it would have had, and the exception that ended it."""
     argv, folder = sys.argv, str(path.resolve().parent)
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, folder)

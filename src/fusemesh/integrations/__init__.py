@@ -1,1 +1,1 @@
-"""Doors: FuseMesh's attention behind the signatures of other libraries. Each module is imported by its own name."""
+"""FuseMesh's attention behind the interfaces of other libraries: PyTorch's, Hugging Face's and flash-attn's."""

@@ -58,7 +58,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; a last line that was cut short by a crash is left out."""
+    """Return the lines of a run's ``metrics.jsonl``, without a last line that a crash cut short."""
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -129,7 +129,7 @@ def draw_matrix(counts: np.ndarray, labels: Sequence[str], output: str | os.Path
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure without a window, and its axes."""
+    """Return a figure without a window, and its axes."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

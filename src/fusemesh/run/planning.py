@@ -1,4 +1,4 @@
-"""``fusemesh plan`` and the layout ``auto``: our run as the planner sees it, its hardware, the answer for people."""
+"""``fusemesh plan`` and the layout ``auto``: our run as the planner sees it, its hardware, the answer as text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import os
 import re
 from typing import Any
 
-from fusemesh import config as configuration
 from fusemesh.config import Config
-from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.planner import search
 from fusemesh.hybrid.planner.hardware import Hardware, find_hardware, named_hardware
-from fusemesh.hybrid.planner.job import Job
-from fusemesh.hybrid.planner.model import Model, find_model
-from fusemesh.hybrid.planner.search import Choice, Plan, Rejected, gib
+from fusemesh.hybrid.planner.job import TrainingJob
+from fusemesh.hybrid.planner.model import ModelDescription
+from fusemesh.hybrid.planner.published import find_model
+from fusemesh.hybrid.planner.search import Choice, RankedLayouts, Rejected, gib
+from fusemesh.run.settings import load_config, pipeline_options
 
 # Tokens of a step where nobody says otherwise: Llama 3's first 4 million (Dubey et al., 2024, section 3.4.1).
 DEFAULT_TOKENS = 4 * 2**20
@@ -32,34 +32,26 @@ class NoLayoutError(RuntimeError):
         self.result = result
 
 
-def model_of(config: Config) -> Model:
-    """The model that a run trains. An encoder-decoder counts as a decoder of as many blocks, without their memory."""
-    from fusemesh.tasks import task_class
-    from fusemesh.tasks.base import VOCAB_SIZE
+def model_of(config: Config) -> ModelDescription:
+    """Return the model that a run trains, as its task makes it of the configuration and the data.
 
-    shape = config.model
-    return Model(
-        name="the configured model",
-        num_layers=shape.num_layers * task_class(config.task).stacks,
-        hidden_size=shape.hidden_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.hidden_size // shape.num_heads,
-        intermediate_size=shape.intermediate_size,
-        vocab_size=VOCAB_SIZE,
-        sequence_length=config.data.sequence_length,
-        tied=shape.tie_embeddings,
-    )
+    Raises:
+        ValueError: the data cannot be used; see :func:`fusemesh.tasks.registry.build_task`.
+    """
+    from fusemesh.tasks.registry import build_task
+    from fusemesh.transformer.description import describe
+
+    return describe(build_task(config).model_config())
 
 
-def job_of(config: Config) -> Job:
-    """A step of a run."""
+def job_of(config: Config) -> TrainingJob:
+    """Return a step of a run."""
     training = config.training
-    return Job(
+    return TrainingJob(
         global_batch=training.global_batch_size,
         sequence_length=config.data.sequence_length,
         accumulation=training.accumulation,
-        pipeline=pipeline_of(config),
+        pipeline=pipeline_options(config),
         dtype=training.dtype,
         sequence_parallel=config.run.sequence_parallel,
         whole_at_start=True,
@@ -67,16 +59,10 @@ def job_of(config: Config) -> Job:
     )
 
 
-def pipeline_of(config: Config) -> PipelineOptions:
-    """How a run's batches go through a pipeline."""
-    section = config.pipeline
-    return PipelineOptions(section.microbatches, section.schedule, section.virtual_stages)
-
-
 def hardware_of(
     name: str, world: int, *, dtype: str, threads: int = 1, memory: str | None = None, per_node: int | None = None
 ) -> Hardware:
-    """Hardware by name, or this machine measured, with the memory and the node's size that the command line says.
+    """Return hardware by name, or this machine measured, with memory and node size of the command line.
 
     Raises:
         ValueError: see :func:`find_hardware`, :func:`bytes_of` and :func:`fusemesh.hybrid.planner.measure.measure`.
@@ -97,7 +83,7 @@ def hardware_of(
 
 
 def bytes_of(text: str) -> int:
-    """``80GB`` (10^9) or ``80GiB`` (2^30) in bytes.
+    """Return ``80GB`` (10^9) or ``80GiB`` (2^30) in bytes.
 
     Raises:
         ValueError: no such size.
@@ -109,8 +95,10 @@ def bytes_of(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def request(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Model, Job, Hardware, int]:
-    """What ``fusemesh plan`` was asked: model, job, hardware and ranks.
+def request(
+    options: argparse.Namespace, overrides: dict[str, str]
+) -> tuple[ModelDescription, TrainingJob, Hardware, int]:
+    """Return model, job, hardware and ranks that ``fusemesh plan`` was asked for.
 
     Args:
         options: of the command.
@@ -129,12 +117,12 @@ def request(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Mod
         if world < 1:
             raise ValueError(f"--world: expected at least 1, received {world}")
         length = options.sequence or model.sequence_length
-        job = Job(options.batch or default_batch(length, world), length)
+        job = TrainingJob(options.batch or default_batch(length, world), length)
         gpu, threads = options.gpu, 1
         if gpu is None:
             raise ValueError(f"--gpu: expected {', '.join(named_hardware())} or {LOCAL} with --model, received none")
     else:
-        config = configuration.load(options.config, overrides)
+        config = load_config(options.config, overrides)
         model, job = model_of(config), job_of(config)
         world = options.world or default_world(config)
         gpu, threads = options.gpu or LOCAL, config.run.threads or 1
@@ -160,8 +148,8 @@ def request(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Mod
     return model, job, hardware, world
 
 
-def describe_request(model: Model, job: Job, hardware: Hardware, world: int) -> str:
-    """What is planned, in a line."""
+def describe_request(model: ModelDescription, job: TrainingJob, hardware: Hardware, world: int) -> str:
+    """Return the request in a line."""
     return (
         f"{model.name}, {model.parameters:,} parameters, {job.global_batch} samples of {job.sequence_length} tokens a "
         f"step in {job.dtype}, on {world} ranks of {hardware.name} with {gib(hardware.memory)} each"
@@ -169,39 +157,39 @@ def describe_request(model: Model, job: Job, hardware: Hardware, world: int) -> 
 
 
 def default_world(config: Config) -> int:
-    """Ranks where nobody says how many: one for each GPU, or for each core where there is none."""
+    """Return the default number of ranks: one for each GPU, or for each core where there is none."""
     import torch
 
     return (torch.cuda.device_count() if config.run.device != "cpu" else 0) or os.cpu_count() or 1
 
 
 def default_batch(sequence_length: int, world: int) -> int:
-    """Samples a step of about :data:`DEFAULT_TOKENS`, a multiple of the ranks."""
+    """Return samples a step, of about :data:`DEFAULT_TOKENS`, a multiple of the ranks."""
     return max(1, round(DEFAULT_TOKENS / sequence_length / world)) * world
 
 
-def as_dict(plan: Plan, job: Job) -> dict[str, Any]:
-    """The plan as ``--json`` prints it."""
+def as_dict(plan: RankedLayouts, job: TrainingJob) -> dict[str, Any]:
+    """Return the layouts as ``--json`` prints them."""
     return {
         "layouts": [_choice(choice, job) for choice in plan.layouts],
         "rejected": [{"layout": str(r.layout), "why": r.why} for r in plan.rejected],
     }
 
 
-def _choice(choice: Choice, job: Job) -> dict[str, Any]:
+def _choice(choice: Choice, job: TrainingJob) -> dict[str, Any]:
     tokens = job.global_batch * job.sequence_length
     return {
         "layout": str(choice.layout),
         "step_s": choice.cost.seconds,
         "memory_bytes": choice.memory.total,
-        "accumulation": choice.cut.accumulation,
-        "microbatches": choice.cut.microbatches,
+        "accumulation": choice.split.accumulation,
+        "microbatches": choice.split.microbatches,
         "tokens_per_s_per_rank": tokens / choice.cost.seconds / choice.layout.world_size,
     }
 
 
-def require(plan: Plan, job: Job, what: str) -> Choice:
-    """The fastest layout.
+def require(plan: RankedLayouts, job: TrainingJob, what: str) -> Choice:
+    """Return the fastest layout.
 
     Raises:
         NoLayoutError: there is none; it names the nearest miss.
@@ -216,14 +204,14 @@ def require(plan: Plan, job: Job, what: str) -> Choice:
     raise NoLayoutError(f"no layout of {what} can run: {reason}", as_dict(plan, job))
 
 
-def table(plan: Plan, job: Job, hardware: Hardware, *, most: int = 12) -> str:
-    """The plan for people: the fastest layouts, and why others are not among them."""
+def table(plan: RankedLayouts, job: TrainingJob, hardware: Hardware, *, most: int = 12) -> str:
+    """Return the layouts as a table: the fastest, and why others cannot run."""
     lines = [f"{'layout':<24} {'step':>10} {'tokens/s/rank':>14} {'parts':>8} {'memory':>11}"]
     for choice in plan.layouts[:most]:
         row = _choice(choice, job)
         lines.append(
             f"{row['layout']:<24} {row['step_s']:>8.3f} s {row['tokens_per_s_per_rank']:>14.0f} "
-            f"{choice.cut.parts:>8} {gib(row['memory_bytes']):>11}"
+            f"{choice.split.parts:>8} {gib(row['memory_bytes']):>11}"
         )
     if len(plan.layouts) > most:
         lines.append(f"... and {len(plan.layouts) - most} slower ones (--json lists all)")
@@ -237,8 +225,8 @@ def table(plan: Plan, job: Job, hardware: Hardware, *, most: int = 12) -> str:
     return "\n".join(lines)
 
 
-def explain(choice: Choice | Rejected, job: Job) -> tuple[dict[str, Any], str]:
-    """Where the time and the memory of one layout go.
+def explain(choice: Choice | Rejected, job: TrainingJob) -> tuple[dict[str, Any], str]:
+    """Return the time and the memory of one layout by their use, for ``--json`` and as text.
 
     Raises:
         ValueError: the layout cannot run; the message is the reason.
@@ -261,7 +249,7 @@ def explain(choice: Choice | Rejected, job: Job) -> tuple[dict[str, Any], str]:
             "peak": {"phase": phase, **memory.parts},
         },
     }
-    lines = [choice.layout.describe(), f"a step of {cost.seconds:.4g} s in {choice.cut.parts} parts a replica:"]
+    lines = [choice.layout.describe(), f"a step of {cost.seconds:.4g} s in {choice.split.parts} parts a replica:"]
     lines += [
         f"  {item.seconds:>9.4f} s {item.seconds / cost.seconds:>5.1%}  {item.kind:<14} {item.name}" for item in items
     ]
@@ -273,7 +261,7 @@ def explain(choice: Choice | Rejected, job: Job) -> tuple[dict[str, Any], str]:
 
 
 def choose_layout(config: Config, world: int, hardware: Hardware) -> Choice:
-    """The fastest layout of a run.
+    """Return the fastest layout of a run.
 
     Raises:
         NoLayoutError: none can run.
@@ -283,7 +271,7 @@ def choose_layout(config: Config, world: int, hardware: Hardware) -> Choice:
 
 
 def resolve_auto(config: Config, nproc: int | None, launched: bool) -> tuple[Config, str | None]:
-    """The configuration with ``layout = "auto"`` replaced by the first of the plan, and a line that says so.
+    """Return the configuration with ``layout = "auto"`` replaced by the first of the plan, and a line that says so.
 
     Args:
         config: any configuration; one with another layout is returned as it is.

@@ -1,8 +1,7 @@
-"""A trained model's answers: to a user's lines, or as a text that goes on, in one process or any layout."""
+"""Answers of a trained model: to a user's lines, or the continuation of a text, in one process or any layout."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,14 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
-from fusemesh import config as configuration
-from fusemesh.hybrid.layout import Layout
-from fusemesh.hybrid.ranks.join import World, distributed
-from fusemesh.run.evaluator import check_layout, load_parallel, predict
-from fusemesh.tasks import build_task
+from fusemesh.run.evaluator import predict
+from fusemesh.run.setup import Run, Share, joined
 from fusemesh.tasks.base import Task
+from fusemesh.tasks.registry import build_task
 from fusemesh.transformer import Transformer
 from fusemesh.transformer.generation import Sampling, generate
 
@@ -26,47 +22,33 @@ from fusemesh.transformer.generation import Sampling, generate
 class _Loaded:
     """A model on its mesh, ready to answer."""
 
+    run: Run
     task: Task
     model: Transformer
-    mesh: DeviceMesh
-    world: World
-    layout: Layout
+    share: Share
 
     def answers(self, lines: Sequence[str]) -> list[str]:
-        """One for each line, the same on every rank; each replica answers its share."""
-        samples, replicas = self.task.examples_of(lines), self.layout.replicas
-        size = min(self.task.config.evaluation.batch_size, -(-len(lines) // replicas))
-        rows = predict(
-            self.model,
-            self.task,
-            samples,
-            len(lines),
-            size,
-            device=self.world.device,
-            mesh=self.mesh,
-            replica=self.layout.replica_of(self.world.rank),
-            replicas=replicas,
-        )
+        """Return an answer for each line, the same on every rank; each replica computes its share."""
+        samples = self.task.examples_of(lines)
+        size = min(self.task.config.evaluation.batch_size, -(-len(lines) // self.share.replicas))
+        rows = predict(self.model, self.task, samples, len(lines), size, self.share)
         return [self.task.answer(row, line) for row, line in zip(rows, lines, strict=True)]
 
 
 @contextlib.contextmanager
 def _loaded(target: str, values: dict[str, Any]) -> Iterator[_Loaded]:
-    config = configuration.load(base=values)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    with distributed(config.run.device) as world:
-        layout, task = check_layout(config, world.world_size), build_task(config)
-        model, mesh, _ = load_parallel(target, task, world)
+    with joined(values) as run:
+        task = build_task(run.config)
+        model, mesh, _ = run.load(target, task)
         model.eval()
-        yield _Loaded(task, model, mesh, world, layout)
+        yield _Loaded(run, task, model, run.share(mesh))
 
 
 def answer_rank(target: str, values: dict[str, Any], lines: list[str]) -> list[str]:
-    """One rank's part of answering lines; the answers, the same on every rank.
+    """Do one rank's part of answering lines; return the answers, the same on every rank.
 
     Args:
-        target: see :func:`fusemesh.run.evaluator.config_of`.
+        target: see :func:`fusemesh.run.setup.config_of`.
         values: the configuration, as ``config.as_dict`` gives it.
 
     Raises:
@@ -77,7 +59,7 @@ def answer_rank(target: str, values: dict[str, Any], lines: list[str]) -> list[s
 
 
 def answer_stream(target: str, values: dict[str, Any], lines: Iterable[str], write: Callable[[str], None]) -> list[str]:
-    """Each line answered as it comes, by this process alone; raises as :func:`answer_rank` does."""
+    """Answer each line as it comes, in this process alone; raise as :func:`answer_rank` does."""
     found = []
     with _loaded(target, values) as loaded:
         for line in lines:
@@ -86,46 +68,51 @@ def answer_stream(target: str, values: dict[str, Any], lines: Iterable[str], wri
     return found
 
 
-def generate_rank(
-    target: str,
-    values: dict[str, Any],
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling | None,
-    num_beams: int,
-    seed: int,
-    stream: bool,
-) -> dict[str, Any]:
-    """One rank's part of a language model's going on with a prompt; the same on every rank.
+@dataclass(frozen=True)
+class Continuation:
+    """A text to continue, and how.
+
+    prompt: its beginning; if that is too long, the end of it counts. tokens: how many to add. sampling: None takes the
+    most probable token. num_beams, seed: of :func:`generate`. stream: whether the first rank writes it to stdout.
+    """
+
+    prompt: str
+    tokens: int
+    sampling: Sampling | None = None
+    num_beams: int = 1
+    seed: int = 0
+    stream: bool = False
+
+
+def generate_rank(target: str, values: dict[str, Any], asked: Continuation) -> dict[str, Any]:
+    """Do one rank's part of continuing a text; the result is the same on every rank.
 
     Args:
         target, values: see :func:`answer_rank`.
-        prompt: if it is too long, its end.
-        stream: whether the first rank writes to stdout what is known so far.
 
     Returns:
-        ``{"prompt", "text", "tokens"}``: what the model saw, what it added, and how many bytes that is.
+        ``{"prompt", "text", "tokens"}``: the prompt as the model saw it, the text added, and its number of tokens.
     """
     with _loaded(target, values) as loaded:
-        limit = loaded.task.config.data.sequence_length - max_new_tokens
-        data = prompt.encode()[-max(1, limit) :]
-        tokens = torch.tensor(list(data), device=loaded.world.device)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        task, world = loaded.task, loaded.run.world
+        prompt = task.encode_prompt(asked.prompt, max(1, task.config.data.sequence_length - asked.tokens))
+        streaming = asked.stream and world.is_first and asked.num_beams == 1
+        decode = task.token_decoder()
 
         def write(_: int, token: int) -> None:
-            sys.stdout.write(decoder.decode(bytes([token])))
+            sys.stdout.write(decode([token], False))
             sys.stdout.flush()
 
         added = generate(
             loaded.model,
-            [tokens],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            num_beams=num_beams,
-            seed=seed,
-            on_token=write if stream and loaded.world.is_first and num_beams == 1 else None,
-        )[0]
-        if stream and loaded.world.is_first:
-            sys.stdout.write(decoder.decode(b"", final=True))
-    found = bytes(added.tolist())
-    return {"prompt": data.decode(errors="replace"), "text": found.decode(errors="replace"), "tokens": len(found)}
+            [torch.tensor(prompt, device=world.device)],
+            max_new_tokens=asked.tokens,
+            sampling=asked.sampling,
+            num_beams=asked.num_beams,
+            seed=asked.seed,
+            on_token=write if streaming else None,
+        )[0].tolist()
+        if streaming:
+            sys.stdout.write(decode([], True))
+        seen, text = (task.token_decoder()(tokens, True) for tokens in (prompt, added))
+    return {"prompt": seen, "text": text, "tokens": len(added)}

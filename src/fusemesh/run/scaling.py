@@ -85,30 +85,28 @@ def measure(config: Config, numbers: Sequence[int], *, axis: str = "dp", runs: i
 
 
 def time_steps(values: dict[str, Any]) -> list[float]:
-    """Seconds of each step on this rank; all ranks begin a step together."""
+    """Return the seconds of each step on this rank; all ranks begin a step together."""
     import torch
     import torch.distributed as dist
 
-    from fusemesh.hybrid.ranks.join import distributed
+    from fusemesh.run.setup import joined
     from fusemesh.run.trainer import Trainer
 
-    config = configuration.load(base=values)
-    torch.set_num_threads(1)
     taken = []
-    with distributed(config.run.device) as world:
-        trainer = Trainer(config, world, quiet=True)
-        for step in range(_WARM_UP + config.training.steps):
+    with joined(values) as run:
+        trainer = Trainer(run, quiet=True)
+        for step in range(_WARM_UP + run.config.training.steps):
             dist.barrier()
             began = time.perf_counter()
             trainer.train_step(step)
-            if world.device.type == "cuda":
+            if run.world.device.type == "cuda":
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - began)
     return taken[_WARM_UP:]
 
 
 def cores() -> int:
-    """Cores that this process may use; two hardware threads of one core count once where Linux tells."""
+    """Return the number of cores that this process may use; hardware threads of one core count once on Linux."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     found = set()
     for number in allowed:
@@ -121,7 +119,7 @@ def cores() -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as text, with the number of real cores, which no row can outrun for long."""
+    """Return the rows as text, with the number of cores, which limits the speed-up."""
     lines = [
         f"{result['cores']} cores; one thread a process; {result['tokens_per_step']} tokens a step in every row",
         f"{'processes':>9}  {'layout':<8}  {'step':>9}  {'tokens/s':>9}  {'speed-up':>8}  {'efficiency':>10}",
@@ -136,7 +134,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> bool:
-    """The speed-up over processes as a PNG, under the line that cores allow; False without matplotlib."""
+    """Draw the speed-up over processes as a PNG, beside the cores' limit; return False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

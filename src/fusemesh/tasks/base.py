@@ -1,15 +1,14 @@
-"""What a task is to the trainer and the evaluator: examples by number, a model's kind, and what its answers are worth.
+"""The interface of a task for the trainer, the evaluator and the predictor: examples, kind of model, and metrics.
 
-Texts are bytes of UTF-8, but where a task says otherwise. Four of them, which no text holds, mean something else:
-PAD, BEGIN, END and SEPARATOR. A text that is longer than ``data.sequence_length`` allows is cut at its end, between two
-characters.
+Texts are bytes of UTF-8 unless a task says otherwise. Four bytes, which no text holds, are control tokens: PAD, BEGIN,
+END and SEPARATOR. A text that is longer than ``data.sequence_length`` allows is cut at its end, between two characters.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,16 +40,16 @@ class Batch:
 
 
 class Dataset(Protocol):
-    """Samples, known by their number."""
+    """Samples by number."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Indices) -> Batch:
-        """These samples."""
+        """Return these samples."""
         ...
 
     def targets_in(self, indices: Indices) -> int:
-        """How many targets of these samples count."""
+        """Return the number of targets of these samples that count."""
         ...
 
 
@@ -78,25 +77,27 @@ class Task(ABC):
 
     ``train`` and ``held_out`` are datasets, and ``source`` says where they are from. ``metric`` names the first of the
     numbers that :meth:`score` makes of predictions; "" if the loss says all. ``stacks`` is 2 for an encoder-decoder,
-    which has ``model.num_layers`` blocks in each.
+    which has ``model.num_layers`` blocks in each. ``continues_texts`` says whether ``fusemesh generate`` can have the
+    task's model continue a text; then :meth:`encode_prompt` and :meth:`token_decoder` are defined.
     """
 
     metric = ""
     stacks = 1
+    continues_texts = False
     train: Dataset
     held_out: Dataset
     source: str
 
     def __init__(self, config: Config) -> None:
-        """Raises ValueError for data that cannot be used, with file, line and remedy."""
+        """Read the data; raise ValueError, with file, line and remedy, if they cannot be used."""
         self.config = config
 
     @abstractmethod
     def model_config(self) -> TransformerConfig:
-        """The sizes of the model, from the configuration and the data."""
+        """Return the sizes of the model, from the configuration and the data."""
 
     def sizes(self, *, vocab_size: int = VOCAB_SIZE, **kind: Any) -> TransformerConfig:
-        """The configured sizes, with the kind of model."""
+        """Return the configured sizes with the kind of model."""
         import dataclasses
 
         from fusemesh.transformer import TransformerConfig
@@ -107,24 +108,24 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """What the model answers, int64 [B, width], with one width for all batches.
+        """Return the model's predictions, int64 [B, width], with one width for all batches.
 
         Every rank of all replicas calls it for equally many batches of one size.
         """
 
     @abstractmethod
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
-        """Metrics of the mean loss and the predictions [count, width] for the first ``count`` held-out samples.
+        """Return the metrics of the loss and the predictions [count, width] for the first ``count`` held-out samples.
 
         Those of a baseline are among them, named for it. Without a ``metric`` there are no predictions.
         """
 
     def draw(self, predictions: np.ndarray, folder: Path) -> None:  # noqa: B027 (most tasks have nothing to show)
-        """Leave drawings of the predictions in a run's folder, where there is something to see."""
+        """Write drawings of the predictions into a run's folder, if the task has any."""
 
     @abstractmethod
     def examples_of(self, lines: Sequence[str]) -> Examples:
-        """Questions of a user, one a line, as samples without targets.
+        """Return a user's questions, one a line, as samples without targets.
 
         Raises:
             ValueError: a line that is no question, by its number.
@@ -132,23 +133,34 @@ class Task(ABC):
 
     @abstractmethod
     def answer(self, prediction: np.ndarray, line: str) -> str:
-        """What one row of :meth:`predict` means, for the line that it answers."""
+        """Return one row of :meth:`predict` as text, for the line that it answers."""
+
+    def encode_prompt(self, text: str, most: int) -> list[int]:
+        """Return the last tokens of a text to continue, at most ``most``."""
+        raise NotImplementedError(f"task {self.config.task} continues no texts")
+
+    def token_decoder(self) -> Callable[[Sequence[int], bool], str]:
+        """Return a function that turns the next tokens of a text into characters; its second argument marks the last.
+
+        Tokens of an unfinished character wait for the next call.
+        """
+        raise NotImplementedError(f"task {self.config.task} continues no texts")
 
 
 def encode(text: str, most: int) -> bytes:
-    """At most ``most`` bytes of a text, cut between characters, without the four bytes that have another meaning."""
+    """Return at most ``most`` bytes of a text, cut between characters, without the four control tokens."""
     data = text.translate({PAD: None, BEGIN: None, END: None, SEPARATOR: None}).encode()
     return data if len(data) <= most else data[:most].decode(errors="ignore").encode()
 
 
 def decode(tokens: np.ndarray) -> str:
-    """The text of tokens up to the first END or PAD."""
+    """Return the text of tokens up to the first END or PAD."""
     stop = np.flatnonzero((tokens == END) | (tokens == PAD))
     return bytes(tokens[: stop[0] if len(stop) else None].astype(np.uint8)).decode(errors="replace")
 
 
 def padded(rows: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, length], filled up with PAD, and int64 [n], how long each is."""
+    """Return rows as uint8 [n, length], filled up with PAD, and their lengths, int64 [n]."""
     found = np.full((len(rows), length), PAD, np.uint8)
     for row, data in zip(found, rows, strict=True):
         row[: len(data)] = np.frombuffer(data, np.uint8)
@@ -156,10 +168,10 @@ def padded(rows: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether what goes by this name is held out: one in :data:`HELD_OUT_ONE_IN`, by hash, the same everywhere."""
+    """Return whether the example of this name is held out: one in :data:`HELD_OUT_ONE_IN`, by a fixed hash."""
     return hash_of(name) % HELD_OUT_ONE_IN == 0
 
 
 def hash_of(name: str) -> int:
-    """64 bits that depend on the name alone."""
+    """Return 64 bits that depend on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

@@ -7,11 +7,12 @@ every run. A sample is a fixed-length window of a stream, known by its global in
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +66,12 @@ class Corpus:
 
 
 def standard_library() -> Path:
-    """The folder of the running Python's standard library."""
+    """Return the folder of the running Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _documents(root: Path) -> Iterator[tuple[str, bytes]]:
-    """(relative path, content); unreadable, empty and binary files are left out."""
+    """Yield (relative path, content) of text files; unreadable, empty and binary ones are left out."""
     if root.is_file():
         # One file has no files to split by: its paragraphs are the documents.
         for number, part in enumerate(root.read_bytes().split(b"\n\n")):
@@ -143,11 +144,11 @@ class Samples:
         return self.count
 
     def targets_in(self, indices: Indices) -> int:
-        """Every byte of a window counts."""
+        """Return the number of targets of these samples: every byte of a window counts."""
         return len(indices) * self.sequence_length
 
     def batch(self, indices: Indices) -> Batch:
-        """Tokens and targets of these samples, each int64 [len(indices), S], sharing no memory."""
+        """Return tokens and targets of these samples, each int64 [len(indices), S], sharing no memory."""
         at = np.asarray(indices, dtype=np.int64)[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         window = self.stream[at].astype(np.int64)
         return Batch(window[:, :-1].copy(), window[:, 1:].copy())
@@ -155,6 +156,8 @@ class Samples:
 
 class LanguageModel(Task):
     """See the module. Without a metric of predictions: the loss says all."""
+
+    continues_texts = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -176,13 +179,13 @@ class LanguageModel(Task):
         return {"bits_per_byte": bits_per_byte(loss)}
 
     def examples_of(self, lines: Sequence[str]) -> Examples:
-        """Beginnings of a text; half of what the model sees is kept for what it adds."""
+        """Return lines as beginnings of a text; half of the sequence length is kept for the continuation."""
         length = self.config.data.sequence_length // 2
         tokens, lengths = padded([encode(line, length) or b"\n" for line in lines], length)
         return Examples(tokens, np.full((len(lines), 1), IGNORED, np.int64), lengths=lengths)
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """The bytes that come next, up to the end of the line, [B, S / 2], filled up with PAD."""
+        """Return the bytes that come next, up to the end of the line, [B, S / 2], filled up with PAD."""
         import torch
 
         from fusemesh.transformer.generation import generate
@@ -198,11 +201,18 @@ class LanguageModel(Task):
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return decode(prediction)
 
+    def encode_prompt(self, text: str, most: int) -> list[int]:
+        return list(text.encode()[-most:])
+
+    def token_decoder(self) -> Callable[[Sequence[int], bool], str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda tokens, last: decoder.decode(bytes(tokens), last)
+
 
 def ngram_bits_per_byte(
     train: np.ndarray, text: np.ndarray, positions: np.ndarray, context: int, smoothing: float = 0.01
 ) -> float:
-    """Mean -log2 p of ``text[positions]`` under counts of the training bytes, add-``smoothing`` over 256 bytes.
+    """Return the mean -log2 p of ``text[positions]`` by counts of the training bytes, add-``smoothing`` over 256 bytes.
 
     p(byte | context) = (count(context, byte) + smoothing) / (count(context) + 256 smoothing). The context is the
     ``context`` bytes before the position in the text, however far they reach, so that the baseline never sees less
@@ -231,7 +241,7 @@ def ngram_bits_per_byte(
 
 
 def baselines(corpus: Corpus, sequence_length: int, indices: Indices) -> dict[str, float]:
-    """Bits per byte of simple models on just the bytes that these held-out samples predict.
+    """Return the bits per byte of simple models on the bytes that these held-out samples predict.
 
     Keys: ``ngram0``, ``ngram1``, ``ngram2`` (bytes of context, trained on the training bytes) and ``gzip`` (level 9, of
     those bytes together).
@@ -245,5 +255,5 @@ def baselines(corpus: Corpus, sequence_length: int, indices: Indices) -> dict[st
 
 
 def bits_per_byte(loss: float) -> float:
-    """A mean loss per byte, from nats to bits."""
+    """Convert a mean loss per byte from nats to bits."""
     return loss / math.log(2)

@@ -5,8 +5,7 @@ several ways. A question asks for one of them in words that the passage need not
 words. Who goes with which answer is held out by hash: no held-out fact was seen in training.
 
 Tokens are words and punctuation marks, each by the hash of its lower case modulo WORDS (Weinberger et al., 2009), so
-that any text has some, and which words are equal is plain to see; an answer is cut out of the passage as it is written
-there.
+that any text has some, and equal words have equal tokens; an answer is cut out of the passage as it is written there.
 
 Metrics: exact match and F1 of words, by the rules of SQuAD (Rajpurkar et al., 2016): lower case, no punctuation, no
 articles. Beside them stands a baseline that looks for words alone: the last word of the first sentence that shares
@@ -152,7 +151,7 @@ class QuestionAnswering(Task):
         for record in records:
             question, passage, answer = record.values
             at = passage.find(answer.strip())
-            words = [index for index, (start, end) in enumerate(spans_of(passage)) if _meet(start, end, at, answer)]
+            words = [index for index, (start, end) in enumerate(spans_of(passage)) if _overlap(start, end, at, answer)]
             if at < 0 or not words:
                 raise ValueError(
                     f"{record.where}: expected an answer that stands in the passage, received {answer!r}; quote it as "
@@ -166,7 +165,7 @@ class QuestionAnswering(Task):
         return self._texts([record.values[:2] for record in records], np.array(spans, np.int64))
 
     def _without_cut_answers(self, examples: Examples) -> Examples:
-        """Nothing can be learnt from a passage that was cut before its answer; held out, it counts as wrong."""
+        """Drop passages that were cut before their answers. Held out ones stay, and count as wrong."""
         kept = np.flatnonzero(examples.targets[:, 0] != IGNORED)
         if not len(kept):
             raise ValueError(
@@ -194,7 +193,7 @@ class QuestionAnswering(Task):
         return self.sizes(vocab_size=WORDS, architecture="encoder", output="span")
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """First and last word of the most probable span of at most MOST_WORDS, counted in the passage, [B, 2]."""
+        """Return first and last word, in the passage, of the most probable span of at most MOST_WORDS, [B, 2]."""
         import torch
 
         inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
@@ -228,12 +227,12 @@ class QuestionAnswering(Task):
 
 
 def spans_of(text: str) -> list[tuple[int, int]]:
-    """Where each word or mark of a text begins and ends."""
+    """Return the start and end of each word or mark of a text."""
     return [match.span() for match in _WORD.finditer(text)]
 
 
 def tokens_of(text: str) -> list[int]:
-    """The words and marks of a text by their hashes; none is a token with another meaning."""
+    """Return the words and marks of a text as hashes, none of which is a control token."""
     return [_token(word.lower()) for word in _WORD.findall(text)]
 
 
@@ -243,30 +242,30 @@ def _token(word: str) -> int:
 
 
 def cut(passage: str, span: np.ndarray) -> str:
-    """What stands from the first to the last word of a span."""
+    """Return the text from the first to the last word of a span."""
     words = spans_of(passage)
     last = min(int(span[1]), len(words) - 1)
     return passage[words[int(span[0])][0] : words[last][1]] if words else ""
 
 
-def _meet(start: int, end: int, at: int, answer: str) -> bool:
-    """Whether a word is in the answer, or a part of it."""
+def _overlap(start: int, end: int, at: int, answer: str) -> bool:
+    """Return whether two spans overlap."""
     return start < at + len(answer.strip()) and at < end
 
 
 def normalised(text: str) -> str:
-    """As SQuAD compares answers: lower case, without punctuation and articles, with single spaces."""
+    """Return an answer as SQuAD compares it: lower case, without punctuation and articles, with single spaces."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact_match(found: str, expected: str) -> float:
-    """1 if they are equal, normalised; else 0."""
+    """Return 1 if the normalised answers are equal, else 0."""
     return float(normalised(found) == normalised(expected))
 
 
 def f1(found: str, expected: str) -> float:
-    """The harmonic mean of precision and recall of words, normalised; 1 if both have none."""
+    """Return the harmonic mean of precision and recall of the normalised words; 1 if both have none."""
     a, b = normalised(found).split(), normalised(expected).split()
     if not a or not b:
         return float(a == b)
@@ -275,7 +274,7 @@ def f1(found: str, expected: str) -> float:
 
 
 def overlap_guess(question: str, passage: str) -> str:
-    """The baseline's answer."""
+    """Return the baseline's answer."""
     words = set(normalised(question).split())
     sentences = [part for part in re.split(r"(?<=[.!?])\s+", passage) if part.strip()] or [passage]
     best = max(sentences, key=lambda sentence: len(words & set(normalised(sentence).split())))
@@ -283,7 +282,7 @@ def overlap_guess(question: str, passage: str) -> str:
 
 
 def composed_facts(*, held_out: bool) -> list[Record]:
-    """The default corpus: (question, passage, answer), with facts that are held out or not."""
+    """Return the default corpus: (question, passage, answer), with facts that are held out or not."""
     draw = np.random.default_rng(hash_of("held-out facts" if held_out else "facts") % 2**32)
 
     def one_of(values: Sequence[str]) -> str:
@@ -312,5 +311,5 @@ def composed_facts(*, held_out: bool) -> list[Record]:
 
 
 def is_held_out_fact(name: str, kind: int, answer: str) -> bool:
-    """Whether nobody reads in training that this person has this answer to this question."""
+    """Return whether the training data never give this answer to this question about this person."""
     return hash_of(f"{name} {kind} {answer}") % 5 == 0

@@ -1,4 +1,4 @@
-"""A user's records from CSV, TSV, JSON lines or plain text; what is wrong is said by file, line and remedy."""
+"""A user's records from CSV, TSV, JSON lines or plain text; errors name file, line and remedy."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Record:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """File and line for messages."""
         return f"{self.file}, line {self.line}"
 
 
 def read_records(path: str, fields: Sequence[str], columns: str = "") -> list[Record]:
-    """The records of a file, by its ending: ``.csv`` or ``.tsv`` with a heading, ``.jsonl`` with an object a line; of
-    any other the fields of a line are separated by tabs.
+    """Return the records of a file: ``.csv`` or ``.tsv`` with a heading, ``.jsonl`` with one object a line; other files
+    have fields separated by tabs.
 
     Args:
         path: the file, in UTF-8.
@@ -72,7 +72,7 @@ def read_records(path: str, fields: Sequence[str], columns: str = "") -> list[Re
 def load_records(
     data: DataConfig, fields: Sequence[str], default: Callable[[], tuple[list[Record], list[Record]]], key: int = 0
 ) -> tuple[list[Record], list[Record]]:
-    """Records to train on, and held out: of the user's files, or by ``default``.
+    """Return records to train on, and held out ones: of the user's files, or by ``default``.
 
     Args:
         key: of which field the hash decides that a record is held out, where no file of them is given.
@@ -167,7 +167,7 @@ def _plain(file: Path, text: str, fields: Sequence[str]) -> Iterator[tuple[int, 
 
 
 def split_line(line: str, fields: Sequence[str], where: str) -> tuple[str, ...]:
-    """The fields of a line of plain text.
+    """Return the fields of a line of plain text.
 
     Raises:
         ValueError: it has more or fewer; begins with ``where``.

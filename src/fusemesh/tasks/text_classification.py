@@ -77,7 +77,7 @@ class TextClassification(Task):
         return self.sizes(architecture="encoder", output="class", num_classes=len(self.labels))
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """The most probable label's number, [B, 1]."""
+        """Return the number of the most probable label, [B, 1]."""
         import torch
 
         inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
@@ -95,13 +95,13 @@ class TextClassification(Task):
         }
 
     def confusion(self, predictions: np.ndarray) -> np.ndarray:
-        """int64 [labels, labels]: how often what has label i was given label j."""
+        """Return the confusion matrix, int64 [labels, labels]: texts of label i that were given label j."""
         found = np.zeros((len(self.labels), len(self.labels)), np.int64)
         np.add.at(found, (self._expected[: len(predictions)], predictions[:, 0]), 1)
         return found
 
     def draw(self, predictions: np.ndarray, folder: Path) -> None:
-        """``confusion.png``: of each label's texts, how many were taken for which."""
+        """Write the confusion matrix as ``confusion.png``."""
         from fusemesh.run.metrics import draw_matrix
 
         right = accuracy(predictions[:, 0], self._expected[: len(predictions)])
@@ -116,12 +116,12 @@ class TextClassification(Task):
 
 
 def accuracy(found: np.ndarray, expected: np.ndarray) -> float:
-    """The share of equal ones."""
+    """Return the share of equal elements."""
     return float((found == expected).mean())
 
 
 def macro_f1(found: np.ndarray, expected: np.ndarray) -> float:
-    """The mean over labels that occur in either of 2 TP / (2 TP + FP + FN)."""
+    """Return the mean, over the labels that occur in either, of 2 TP / (2 TP + FP + FN)."""
     scores = []
     for label in np.union1d(found, expected):
         hits = ((found == label) & (expected == label)).sum()
@@ -130,7 +130,7 @@ def macro_f1(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def locale_names() -> tuple[list[Record], list[Record]]:
-    """The default corpus: records (text, language) to train on, and held out.
+    """Return the default corpus: records (text, language) to train on, and held out.
 
     Raises:
         ValueError: Babel is not installed.

@@ -68,7 +68,7 @@ class Translation(Task):
         return self.sizes(architecture="encoder-decoder")
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """The bytes of the translations, [B, S], filled up with PAD."""
+        """Return the bytes of the translations, [B, S], filled up with PAD."""
         import torch
 
         from fusemesh.transformer.generation import generate
@@ -109,7 +109,7 @@ class Translation(Task):
 
 
 def text_scores(found: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """``bleu`` and ``chrf`` (0 to 100, over the whole corpus) and ``exact_match`` (0 to 1).
+    """Return ``bleu`` and ``chrf`` (0 to 100, over the whole corpus) and ``exact_match`` (0 to 1).
 
     Raises:
         ValueError: sacrebleu is not installed.
@@ -128,7 +128,7 @@ def text_scores(found: Sequence[str], expected: Sequence[str]) -> dict[str, floa
 
 
 def number_words() -> tuple[list[Record], list[Record]]:
-    """The default corpus: records (English, French) to train on, and held out.
+    """Return the default corpus: records (English, French) to train on, and held out.
 
     Raises:
         ValueError: num2words is not installed.

@@ -22,7 +22,7 @@ from fusemesh.transformer import Transformer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """The distribution that the next token is drawn from.
 
     temperature: divides the logits. top_k: only the k most probable tokens; 0: all. top_p: only the most probable
     tokens whose probabilities just reach p together; 1: all.
@@ -76,7 +76,7 @@ def generate(
     use_cache: bool = True,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[torch.Tensor]:
-    """What a decoder adds to each prompt, or an encoder-decoder answers to each source.
+    """Return the tokens that a decoder adds to each prompt, or that an encoder-decoder makes of each source.
 
     Args:
         prompts: int64 [n] each, on the model's device, at least one token; they are padded on the left.
@@ -121,7 +121,7 @@ def _check(
     on_token: Callable[[int, int], None] | None,
 ) -> None:
     config = model.config
-    if config.output != "tokens":
+    if not model.output.generates:
         raise ValueError(f"model: expected a decoder or an encoder-decoder, received a {config.architecture}")
     if not prompts or any(prompt.ndim != 1 or prompt.numel() == 0 for prompt in prompts):
         shapes = [tuple(prompt.shape) for prompt in prompts]
@@ -163,7 +163,7 @@ class _Steps:
         self.caches = model.new_caches(most + max_new_tokens, self.starts)
 
     def logits(self) -> torch.Tensor:
-        """[R, V] after the tokens so far."""
+        """Return the logits [R, V] of the next token."""
         if self.use_cache:
             return self.model.logits(self.tokens[:, self.caches.used :], caches=self.caches)[:, -1]
         # Moved to the left, rows need no mask: what is behind a row's end is not seen.
@@ -174,16 +174,16 @@ class _Steps:
         return logits.gather(1, last)[:, 0]
 
     def add(self, tokens: torch.Tensor) -> None:
-        """One token int64 [R] to each row."""
+        """Append one token, int64 [R], to each row."""
         self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was."""
+        """Put a copy of row ``rows[i]`` in the place of row i."""
         self.tokens, self.starts = self.tokens[rows], self.starts[rows]
         self.caches.reorder(rows)
 
-    def go_on(self, own: bool) -> bool:
-        """Whether any replica does."""
+    def any_replica(self, own: bool) -> bool:
+        """Return whether any replica passes True; every rank calls it."""
         if self.model.mesh is None:
             return own
         flag = torch.tensor(float(own), device=self.tokens.device)
@@ -235,7 +235,7 @@ def _rows(
                 found[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
-        if not steps.go_on(bool(running)):
+        if not steps.any_replica(bool(running)):
             break
     return [steps.tokens.new_tensor(tokens) for tokens in found]
 
@@ -276,7 +276,7 @@ def _beams(
             len(finished) < beams or scores[row, 0].item() / reach**penalty > finished[-1][0]
             for row, finished in enumerate(done)
         ]
-        if not steps.go_on(any(open_rows)):
+        if not steps.any_replica(any(open_rows)):
             break
     for row, finished in enumerate(done):
         # What has no end at the last length competes as it is.

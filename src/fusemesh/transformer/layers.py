@@ -61,7 +61,7 @@ class KeyValueCache:
 
 @dataclass
 class Caches:
-    """What a generation has computed so far, on this rank.
+    """Results of a generation's earlier steps, on this rank.
 
     layers: by the number of the block. starts: int64 [B], the first slot of each row that counts (left padding).
     used: slots that are filled. encoded: whether the encoder has run, so that the memory is in the layers.
@@ -73,7 +73,7 @@ class Caches:
     encoded: bool = False
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` (int64 [B]) was: the beams that go on."""
+        """Put a copy of row ``rows[i]``, int64 [B], in the place of row i, for the beams that are kept."""
         self.starts = self.starts[rows]
         for layer in self.layers.values():
             if layer.keys is not None and layer.values is not None:
@@ -84,11 +84,11 @@ class Caches:
 
 @dataclass(frozen=True)
 class View:
-    """What the tokens of one forward see, the same for every layer of a kind.
+    """The tokens that the tokens of one forward may see, the same for every layer of a kind.
 
     table: of the tokens' positions. causal: whether a token sees those before it alone. mask, memory_mask: bool,
     broadcast to [B, H, S, keys], True where a token may look among the tokens and in the memory; None hides nothing.
-    caches: what the tokens come after; None without generation.
+    caches: of the tokens before these; None without generation.
     """
 
     table: Table

@@ -8,16 +8,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
 
 from fusemesh.hybrid.pipeline_parallel import Pipeline, PipelinedModel
-from fusemesh.hybrid.tensor.modules import ColumnParallelLinear, RMSNorm, TensorParallelModule, VocabParallelEmbedding
-from fusemesh.kernels.matmul import parallel
+from fusemesh.hybrid.tensor.modules import RMSNorm, TensorParallelModule, VocabParallelEmbedding
 
 from .config import TransformerConfig
-from .heads import ClassHead, SpanHead
+from .heads import OUTPUTS
 from .layers import Block, Caches, KeyValueCache
-from .stage import TransformerStage, logits_shape, state_shapes
+from .stage import TransformerStage, state_shapes
 
 
 class Transformer(TransformerStage, PipelinedModel):
@@ -56,16 +54,18 @@ class Transformer(TransformerStage, PipelinedModel):
             target_embedding=None if at is None else VocabParallelEmbedding(config.vocab_size, hidden),
             encoder_norm=None if at is None else RMSNorm(hidden, eps=config.norm_eps),
             norm=RMSNorm(hidden, eps=config.norm_eps),
-            head=_head(config, backend),
+            head=OUTPUTS[config.output].head(config, backend),
         )
         self.initialise(seed)
         self.to(dtype if dtype is not None else torch.get_default_dtype())
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Give every parameter its initial value; see the class."""
+        """Give every parameter its initial value; see the class. Those on meta have none."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
@@ -95,10 +95,8 @@ class Transformer(TransformerStage, PipelinedModel):
         tokens: torch.Tensor,
         targets: torch.Tensor | None = None,
         *,
-        lengths: torch.Tensor | None = None,
-        span_starts: torch.Tensor | None = None,
-        target_tokens: torch.Tensor | None = None,
         caches: Caches | None = None,
+        **inputs: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits, or with ``targets`` the loss.
 
@@ -106,10 +104,10 @@ class Transformer(TransformerStage, PipelinedModel):
             tokens: [B, S] integer ids of this replica's samples, equal on every rank of tp and pp.
             targets: ids, -100 where one does not count: [B, S] of the next token (a decoder), [B, T] (an
                 encoder-decoder), [B, 1] of the class, [B, 2] of a span's first and last position; or None.
-            lengths: int64 [B], tokens of each text before its padding, for an encoder; None: no padding.
-            span_starts: int64 [B], the first position at which a span may start; None: 0.
-            target_tokens: [B, T], what the decoder of an encoder-decoder has seen.
             caches: see :meth:`logits`, which alone passes it.
+            inputs: ``lengths``, int64 [B], tokens of each text before its padding, for an encoder; None: no padding.
+                ``target_tokens``, [B, T], the tokens that the decoder of an encoder-decoder has seen. And what the
+                output reads: of a span ``span_starts``, int64 [B], the first position at which it may start; None: 0.
 
         Returns:
             [B, S, V_local] or [B, T, V_local]: this rank's part of the vocabulary; [B, 1, C_local] of the classes;
@@ -122,17 +120,16 @@ class Transformer(TransformerStage, PipelinedModel):
                 length that tp does not divide; or logits are asked for with pp, where one stage alone has them: see
                 :meth:`logits`.
         """
-        given = {"lengths": lengths, "span_starts": span_starts, "target_tokens": target_tokens}
-        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
-        self._check_inputs(tokens, inputs)
+        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        self._check_inputs(tokens, given)
         if self.pipeline is not None:
             if targets is None:
                 raise ValueError(
                     "targets: expected with pp, because the logits are on the last stage alone, received None; give "
                     "targets, call logits(), or use pp1"
                 )
-            return self.pipeline.loss(tokens, targets, **inputs)
-        logits = super().forward(tokens, caches=caches, **inputs)
+            return self.pipeline.loss(tokens, targets, **given)
+        logits = super().forward(tokens, caches=caches, **given)
         assert isinstance(logits, torch.Tensor)
         return logits if targets is None else self.summed_loss(logits, targets)
 
@@ -161,7 +158,7 @@ class Transformer(TransformerStage, PipelinedModel):
         if caches is not None:
             caches.used += inputs.get("target_tokens", tokens).shape[1]
             caches.encoded = True
-        return self._whole(own)
+        return self.output.whole(self.config, self._place(), own)
 
     def _flow(
         self, pipeline: Pipeline, tokens: torch.Tensor, caches: Caches | None, inputs: dict[str, torch.Tensor]
@@ -172,34 +169,14 @@ class Transformer(TransformerStage, PipelinedModel):
         encoded = caches is not None and caches.encoded
         first = next(index for index, span in enumerate(spans) if at in span) if encoded and at is not None else 0
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **inputs}.items()}
-        ranks, rank, parts = self._place()
-        leaving = [state_shapes(config, span.stop, parts, shapes) for span in spans[:-1]]
+        place = self._place()
+        leaving = [state_shapes(config, span.stop, place.parts, shapes) for span in spans[:-1]]
         if encoded:
             # h alone: nobody asks for the memory any more.
             leaving = [shapes[:1] for shapes in leaving]
-        leaving.append([logits_shape(config, ranks, rank, parts, shapes)])
+        leaving.append([self.output.shape(config, place, shapes)])
         state = pipeline.flow((tokens,), leaving, first=first, caches=caches, **inputs)
         return state[0]
-
-    def _place(self) -> tuple[int, int, int]:
-        """Ranks of tp, this one's place among them, and into how many parts the sequence is split."""
-        norm = next(module for module in self.modules() if isinstance(module, RMSNorm))
-        return norm.ranks, norm.rank, self._parts()
-
-    def _whole(self, own: torch.Tensor) -> torch.Tensor:
-        """The logits of all ranks of tp."""
-        norm = next(module for module in self.modules() if isinstance(module, RMSNorm))
-        group = norm.group
-        if group is None or norm.ranks == 1 or (self.config.output == "span" and self._parts() == 1):
-            return own
-        total = self.config.vocab_size
-        if self.config.output == "span":
-            total = own.shape[-1] * norm.ranks
-        elif self.config.output == "class":
-            total = self.config.num_classes
-        most = math.ceil(total / norm.ranks)
-        padded = nn.functional.pad(own, (0, most - own.shape[-1]))
-        return parallel.all_gather(padded, group, padded.dim() - 1)[..., :total]
 
     def new_caches(self, slots: int, starts: torch.Tensor) -> Caches:
         """Empty caches of the decoder's blocks on this rank, for sequences of at most ``slots`` tokens.
@@ -210,14 +187,15 @@ class Transformer(TransformerStage, PipelinedModel):
         Raises:
             ValueError: an encoder, which generates nothing.
         """
-        if self.config.output != "tokens":
+        if not self.output.generates:
             raise ValueError(
                 f"model: expected a decoder or an encoder-decoder, received architecture {self.config.architecture!r}; "
                 "call logits()"
             )
         decoder = range(self.config.memory_at or 0, self.config.num_blocks)
         # With pp the other stages' blocks are gone.
-        layers = {index: KeyValueCache(slots) for index in decoder if str(index) in self.blocks._modules}
+        own = dict(self.blocks.named_children())
+        layers = {index: KeyValueCache(slots) for index in decoder if str(index) in own}
         return Caches(layers, starts)
 
     @contextlib.contextmanager
@@ -234,6 +212,12 @@ class Transformer(TransformerStage, PipelinedModel):
                 module.sequence_parallel = value
 
     def _check_inputs(self, tokens: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> None:
+        legal = ("lengths", "target_tokens", *self.output.inputs)
+        for name in inputs:
+            if name not in legal:
+                raise ValueError(
+                    f"inputs: expected none but {', '.join(legal)} with output {self.config.output!r}, received {name}"
+                )
         for name, x in {"tokens": tokens, "target_tokens": inputs.get("target_tokens", tokens)}.items():
             if x.ndim != 2:
                 raise ValueError(f"{name}: expected shape [B, S], received {tuple(x.shape)}")
@@ -254,14 +238,3 @@ class Transformer(TransformerStage, PipelinedModel):
                 f"target_tokens: expected {expected}, received {'some' if 'target_tokens' in inputs else 'none'}; "
                 f"architecture is {self.config.architecture!r}"
             )
-
-
-def _head(config: TransformerConfig, backend: str) -> nn.Module | None:
-    """What turns the last h into logits; None where the embedding's weight does."""
-    if config.output == "class":
-        return ClassHead(config.hidden_size, config.num_classes, backend)
-    if config.output == "span":
-        return SpanHead(config.hidden_size)
-    return (
-        None if config.tie_embeddings else ColumnParallelLinear(config.hidden_size, config.vocab_size, backend=backend)
-    )

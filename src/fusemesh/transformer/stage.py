@@ -6,28 +6,27 @@ Shapes: B batch, S sequence, T target sequence, E hidden size, V vocabulary, C c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from fusemesh.hybrid.pipeline_parallel import StageModule
-from fusemesh.hybrid.tensor.modules import RMSNorm, VocabParallelEmbedding, VocabParallelLoss, own_rows
-from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
+from fusemesh.hybrid.tensor.modules import RMSNorm, VocabParallelEmbedding
 
 from .config import TransformerConfig
-from .heads import ClassHead, SpanHead
+from .heads import OUTPUTS, Place, Shape
 from .layers import Caches, View, rotary_table
 
-Shape = tuple[int, ...]
 State = tuple[torch.Tensor, ...]
 
 
 class TransformerStage(StageModule):
-    """Blocks ``span`` of a :class:`fusemesh.Transformer`, with what stands before, between and after them.
+    """Blocks ``span`` of a :class:`fusemesh.Transformer`, with the layers before, between and after them.
 
-    The modules are the Transformer's own, not copies. What a stage hands to the next is h; where an encoder ends, its
-    output, the memory; within the decoder behind it h and the memory. Local shapes: tokens [B, S]; h and memory
-    [B, S, E], or [B, S / tp, E] under sequence parallel; logits as :meth:`Transformer.forward` returns them.
+    The modules are the Transformer's own, not copies. The state that a stage hands to the next is h; where an encoder
+    ends, its output, the memory; within the decoder behind it h and the memory. Local shapes: tokens [B, S]; h
+    and memory [B, S, E], or [B, S / tp, E] under sequence parallel; logits as :meth:`Transformer.forward` returns them.
 
     Args:
         span: which blocks of the whole model.
@@ -57,34 +56,38 @@ class TransformerStage(StageModule):
         self.target_embedding = target_embedding
         self.norm = norm
         self.head = head
-        self.token_loss = VocabParallelLoss(_outputs(config)) if norm is not None else None
+        self.output = OUTPUTS[config.output]
+
+    def _place(self) -> Place:
+        """Return this rank's place on the tp axis, which each norm knows."""
+        norm = next(module for module in self.modules() if isinstance(module, RMSNorm))
+        return Place(norm.group, norm.ranks, norm.rank, norm.ranks if norm.sequence_parallel else 1)
 
     def _parts(self) -> int:
-        """Into how many parts the sequence is split between the matmuls."""
-        norm = next(module for module in self.modules() if isinstance(module, RMSNorm))
-        return norm.ranks if norm.sequence_parallel else 1
+        """Return into how many parts the sequence is split between the matmuls."""
+        return self._place().parts
 
     def forward(
         self,
         *state: torch.Tensor,
-        lengths: torch.Tensor | None = None,
-        span_starts: torch.Tensor | None = None,
-        target_tokens: torch.Tensor | None = None,
         caches: Caches | None = None,
+        **inputs: torch.Tensor,
     ) -> torch.Tensor | State:
-        """Tokens (in the first stage), or what the stage before handed on, to what this stage hands on.
+        """Return the logits (in the last stage) or the state for the next stage.
 
-        The other arguments are those of :meth:`Transformer.forward`, the same in every stage.
+        Args:
+            state: the tokens (in the first stage) or the state that the stage before returned.
+            caches, inputs: those of :meth:`Transformer.forward`, the same in every stage.
         """
         if self.config.memory_at is not None:
-            found = self._encoder_decoder(state, lengths, target_tokens, caches)
+            found = self._encoder_decoder(state, inputs.get("lengths"), inputs.get("target_tokens"), caches)
         else:
             h = self._embed(self.embedding, state[0]) if self.span.start == 0 else state[0]
-            is_causal = self.config.architecture == "decoder"
-            mask = None if is_causal else self._seen(h.shape[1] * self._parts(), lengths)
+            is_causal = self.config.is_causal(self.span.start)
+            mask = None if is_causal else self._seen(h.shape[1] * self._parts(), inputs.get("lengths"))
             found = (self._run(h, self.span, self._view(h, caches, is_causal, mask=mask)),)
         if self.norm is not None:
-            return self._logits(self.norm(found[0]), lengths, span_starts)
+            return self._logits(self.norm(found[0]), inputs)
         return found if len(found) > 1 else found[0]
 
     def _encoder_decoder(
@@ -94,7 +97,7 @@ class TransformerStage(StageModule):
         target_tokens: torch.Tensor | None,
         caches: Caches | None,
     ) -> State:
-        """h, or the memory where the encoder just ends, or h and the memory."""
+        """Return h, or the memory where the encoder just ends, or h and the memory."""
         at, parts = self.config.memory_at, self._parts()
         assert at is not None
         encoder = range(self.span.start, min(at, self.span.stop))
@@ -129,7 +132,7 @@ class TransformerStage(StageModule):
         return (h,) if memory is None else (h, memory)
 
     def _memory_length(self, caches: Caches | None) -> int:
-        """Positions of the memory whose keys the caches hold."""
+        """Return the number of positions of the memory whose keys the caches hold."""
         assert caches is not None
         memory = caches.layers[self.span.stop - 1].memory
         assert memory is not None
@@ -142,7 +145,7 @@ class TransformerStage(StageModule):
 
     @staticmethod
     def _seen(length: int, lengths: torch.Tensor | None) -> torch.Tensor | None:
-        """bool [B, 1, 1, length]: which of a text's tokens are not padding; None if all are."""
+        """Return bool [B, 1, 1, length], True for the tokens that are not padding; None if all are."""
         if lengths is None:
             return None
         return (torch.arange(length, device=lengths.device) < lengths[:, None])[:, None, None]
@@ -168,24 +171,13 @@ class TransformerStage(StageModule):
             h = self.blocks[index - self.span.start](h, view, memory, cache)
         return h
 
-    def _logits(self, h: torch.Tensor, lengths: torch.Tensor | None, span_starts: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(self.head, ClassHead | SpanHead):
-            length = h.shape[1] * self._parts()
-            where = self._seen(length, lengths)
-            # [B, S]
-            allowed = h.new_ones((h.shape[0], length), dtype=torch.bool) if where is None else where[:, 0, 0]
-            if isinstance(self.head, SpanHead):
-                question = allowed
-                if span_starts is not None:
-                    question = torch.arange(length, device=h.device) < span_starts[:, None]
-                    allowed = allowed & ~question
-                return self.head(h, allowed, question)
-            return self.head(h, allowed)
-        if self.head is not None:
-            return self.head(h)
-        table = self.embedding if self.config.memory_at is None else self.target_embedding
-        assert table is not None
-        return table.logits(h, self.backend)
+    def _logits(self, h: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        head = self.head
+        if head is None:
+            table = self.embedding if self.config.memory_at is None else self.target_embedding
+            assert table is not None
+            return self.output.logits(partial(table.logits, backend=self.backend), h, self._place(), inputs)
+        return self.output.logits(head, h, self._place(), inputs)
 
     def input_shapes(self, batch: Mapping[str, Shape]) -> list[Shape]:
         return state_shapes(self.config, self.span.start, self._parts(), batch)
@@ -193,26 +185,14 @@ class TransformerStage(StageModule):
     def output_shapes(self, batch: Mapping[str, Shape]) -> list[Shape]:
         if self.norm is None:
             return state_shapes(self.config, self.span.stop, self._parts(), batch)
-        return [logits_shape(self.config, self.norm.ranks, self.norm.rank, self._parts(), batch)]
+        return [self.output.shape(self.config, self._place(), batch)]
 
     def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        assert self.token_loss is not None and self.norm is not None
-        if self.config.output != "span":
-            return self.token_loss(output, targets).sum()
-        # The classes are positions: split over tp under sequence parallel, else whole on every rank.
-        is_split = self.norm.sequence_parallel
-        start = self.norm.rank * output.shape[-1] if is_split else 0
-        group = self.norm.group if is_split else None
-        return vocab_parallel_cross_entropy(output, targets, vocab_start=start, group=group).sum()
-
-
-def _outputs(config: TransformerConfig) -> int:
-    """Over how many the logits of one place go; of a span see :meth:`TransformerStage.summed_loss`."""
-    return config.num_classes if config.output == "class" else config.vocab_size
+        return self.output.summed_loss(self.config, self._place(), output, targets)
 
 
 def state_shapes(config: TransformerConfig, block: int, parts: int, batch: Mapping[str, Shape]) -> list[Shape]:
-    """The shapes on a rank of what goes into block number ``block``, for tensors of these shapes in a batch."""
+    """Return the shapes on a rank of the state before block number ``block``, for a batch of these shapes."""
     if block == 0:
         return [batch["tokens"]]
     rows, length = batch["tokens"]
@@ -220,16 +200,3 @@ def state_shapes(config: TransformerConfig, block: int, parts: int, batch: Mappi
     if config.memory_at is None or block <= config.memory_at:
         return [h]
     return [(rows, batch["target_tokens"][1] // parts, config.hidden_size), h]
-
-
-def logits_shape(config: TransformerConfig, ranks: int, rank: int, parts: int, batch: Mapping[str, Shape]) -> Shape:
-    """The shape of the logits on a rank of tp."""
-    rows, length = batch["tokens"]
-    if config.output == "span":
-        return rows, 2, length // parts
-    if config.output == "class":
-        length = 1
-    elif config.memory_at is not None:
-        length = batch["target_tokens"][1]
-    own = own_rows(_outputs(config), ranks, rank)
-    return rows, length, own.stop - own.start

@@ -222,11 +222,9 @@ def _range_kernel(
     WHOLE_ROWS: tl.constexpr,
     WHOLE_COLUMNS: tl.constexpr,
 ):
-    start, full_start, full_end, end = masks.tile_range(
-        i_start, lo, hi, rows, columns, 16, 32, HAS_LEFT, HAS_RIGHT, WHOLE_ROWS, WHOLE_COLUMNS
-    )
+    ranges = masks.tile_range(i_start, lo, hi, rows, columns, 16, 32, HAS_LEFT, HAS_RIGHT, WHOLE_ROWS, WHOLE_COLUMNS)
     for PART in tl.static_range(3):
-        i_from, i_to = masks.range_part(start, full_start, full_end, end, PART)
+        i_from, i_to = masks.range_part(ranges, PART)
         tl.store(p_out + 2 * PART, i_from)
         tl.store(p_out + 2 * PART + 1, i_to)
 

@@ -1,1 +1,1 @@
-"""What ranks run in distributed tests; ranks import it by its full name."""
+"""Functions that ranks run in distributed tests; ranks import them by their full names."""

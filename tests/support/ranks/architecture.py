@@ -135,7 +135,7 @@ def prompts(kind: str) -> list[torch.Tensor]:
 
 
 def generated(world: World, kind: str, name: str | None, dtype: torch.dtype, backend: str, options: dict) -> list:
-    """What a model adds to the prompts; sequence parallel is as it was afterwards."""
+    """Return the tokens that a model adds to the prompts; sequence parallel is as it was afterwards."""
     if name is None:
         model = build(kind, dtype, backend)
     else:

@@ -1,4 +1,4 @@
-"""What the ranks of tests/hybrid/test_checkpoint.py run: a small model, some steps, save and load."""
+"""Functions that ranks run for tests/hybrid/test_checkpoint.py: a small model, some steps, save and load."""
 
 from __future__ import annotations
 

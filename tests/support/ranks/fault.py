@@ -85,7 +85,7 @@ def drift(layout: str, spoilt: dict[int, str]) -> str:
 
 
 def not_finite(layout: str, rank: int, where: str, name: str) -> str:
-    """Where a NaN is found that ``rank`` alone puts into a parameter, a module's output or a parameter's gradient."""
+    """Return where a NaN is found that ``rank`` alone puts into a parameter, a module's output or a gradient."""
     with distributed("cpu") as world:
         model = small_model(world, layout)
         if world.rank == rank:

@@ -1,4 +1,4 @@
-"""What the ranks do in test_parallel_transformers.py: Hugging Face models on a mesh. It holds no tests."""
+"""Functions that ranks run for test_parallel_transformers.py: Hugging Face models on a mesh. It holds no tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks do in tests/hybrid/test_launch.py. Imported by the ranks, so it holds no tests.
+"""Functions that ranks run for tests/hybrid/test_launch.py. Imported by the ranks, so it holds no tests.
 
 torch is imported only where it is needed: most of what can befall a process does not need it, and starts sooner.
 """

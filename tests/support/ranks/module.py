@@ -1,4 +1,4 @@
-"""What the ranks do in tests/hybrid/test_tensor_parallel.py. Imported by the ranks, so it holds no tests."""
+"""Functions that ranks run for tests/hybrid/test_tensor_parallel.py. Imported by the ranks, so it holds no tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of tensor parallel operations. Imported by the ranks, so it holds no tests.
+"""Functions that ranks run for the tests of tensor parallel operations. Imported by the ranks, so it holds no tests.
 
 Most inputs are small integers held in floating point: every product and sum is exact, so that any order of reduction
 gives the same bits, and a sharded operation must equal the whole one to the bit, forward and backward.

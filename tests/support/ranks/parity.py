@@ -41,7 +41,7 @@ MAX_NORM = 0.05
 
 @dataclass(frozen=True)
 class Variant:
-    """What may differ from :data:`CONFIG` in a model: its runs are compared with one process's run of the same."""
+    """The options of a model that differ from :data:`CONFIG`: it is compared with one process's run of the same."""
 
     layers: int = CONFIG.num_layers
     tied: bool = False
@@ -67,7 +67,7 @@ class Case:
 
 @dataclass
 class Step:
-    """What one training step left behind on a rank: whole tensors, with pp those of its own stages."""
+    """The results of one training step on a rank: whole tensors, with pp those of its own stages."""
 
     loss: torch.Tensor
     norm: torch.Tensor

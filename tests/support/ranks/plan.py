@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of plans: plain torch models and Hugging Face's, on a mesh. It holds no tests."""
+"""Functions that ranks run for the tests of plans: plain torch models and Hugging Face's. It holds no tests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
-from fusemesh.hybrid.tensor import converted as adopted
+from fusemesh.hybrid.tensor import converted, table
 from fusemesh.hybrid.tensor import modules as tensor_parallel
-from fusemesh.hybrid.tensor import table as tensor_plan
 from fusemesh.kernels.matmul import parallel
 
 VOCABULARY, LENGTH, BATCH = 23, 8, 4
@@ -180,12 +179,12 @@ def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _heads_not_summed() -> contextlib.AbstractContextManager[None]:
-    original = adopted.WholeModule.placements
+    original = converted.WholeModule.placements
 
     def placements(self: Any) -> Any:
         return {name: (pair[0], pair[0]) for name, pair in original(self).items()}
 
-    return _replaced(adopted.WholeModule, "placements", placements)
+    return _replaced(converted.WholeModule, "placements", placements)
 
 
 def _columns_summed() -> contextlib.AbstractContextManager[None]:
@@ -200,13 +199,13 @@ def _columns_summed() -> contextlib.AbstractContextManager[None]:
 
 
 def _padding_learns() -> contextlib.AbstractContextManager[None]:
-    original = tensor_plan.embedding
+    original = table.embedding
 
     def embedding(table: nn.Embedding) -> None:
         original(table)
         table.padding_idx = None
 
-    return _replaced(tensor_plan, "embedding", embedding)
+    return _replaced(table, "embedding", embedding)
 
 
 # What a test must notice: each makes one gradient wrong and leaves the loss right.

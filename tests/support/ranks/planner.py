@@ -1,4 +1,4 @@
-"""What the ranks do in tests/hybrid/test_planner.py: a real model on a mesh, and the bytes that it really holds."""
+"""The ranks' part of tests/hybrid/test_planner*.py: a real model on a mesh, and the bytes that it really holds."""
 
 from __future__ import annotations
 
@@ -15,26 +15,67 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fusemesh.config import TrainingConfig
 from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.ranks.join import World, build_mesh
-from fusemesh.run.trainer import build_optimizer
+from fusemesh.run.optimizer import build_optimizer
 from fusemesh.transformer import Transformer, TransformerConfig
 
+# A vocabulary and a width that nothing divides evenly, and fewer kv heads than tp4 has ranks.
+_SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 92,
+    "max_sequence_length": 64,
+}
+CONFIGS = {
+    "decoder": TransformerConfig(**_SIZES),
+    "decoder-bias": TransformerConfig(**_SIZES, use_bias=True),
+    # Three classes, which leave a rank of tp4 none.
+    "class": TransformerConfig(**_SIZES, architecture="encoder", output="class", num_classes=3),
+    "span": TransformerConfig(**_SIZES, architecture="encoder", output="span", local_window=8),
+    "translation": TransformerConfig(**_SIZES, architecture="encoder-decoder", use_bias=True),
+    "translation-tied": TransformerConfig(**_SIZES, architecture="encoder-decoder", tie_embeddings=True),
+}
 
-def stored(world: World, text: str, config: TransformerConfig) -> dict[str, Any]:
-    """Bytes of this rank's parameters, gradients and optimizer states after a step, and where it stands."""
+
+def sample(config: TransformerConfig, samples: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Tokens, targets and inputs of some samples without padding; a question is one token long."""
+    tokens = torch.zeros(samples, config.max_sequence_length, dtype=torch.long)
+    if config.architecture == "decoder":
+        return tokens, tokens, {}
+    inputs = {"lengths": torch.full((samples,), config.max_sequence_length)}
+    if config.output == "class":
+        return tokens, tokens[:, :1], inputs
+    if config.output == "span":
+        return tokens, torch.ones_like(tokens[:, :2]), {**inputs, "span_starts": torch.ones(samples, dtype=torch.long)}
+    return tokens, tokens, {**inputs, "target_tokens": tokens}
+
+
+def stored(world: World, text: str, config: TransformerConfig, virtual_stages: int = 1) -> dict[str, Any]:
+    """This rank's place; after a step its parameters' shapes, and bytes of them, gradients and optimizer states."""
     layout = Layout.parse(text)
-    model = parallelize(Transformer(config), build_mesh(layout, world), layout)
+    schedule = "interleaved1f1b" if virtual_stages > 1 else "1f1b"
+    options = PipelineOptions(0, schedule, virtual_stages)
+    model = parallelize(Transformer(config), build_mesh(layout, world), layout, pipeline=options)
     optimizer = build_optimizer(model, TrainingConfig())
-    tokens = torch.zeros(1, config.max_sequence_length, dtype=torch.long)
-    model.loss(tokens, tokens).backward()
+    tokens, targets, inputs = sample(config, layout.pp)
+    model.loss_and_gradients(tokens, targets, targets.numel(), **inputs)
     optimizer.step()
-    found = {"at": layout.coordinates(world.rank), "parameters": 0, "gradients": 0, "optimizer": 0}
+    found: dict[str, Any] = {"at": layout.coordinates(world.rank), "parameters": 0, "gradients": 0, "optimizer": 0}
+    found["shapes"] = {name: _shape(parameter) for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         assert parameter.grad is not None
         found["parameters"] += _bytes(parameter)
         found["gradients"] += _bytes(parameter.grad)
         found["optimizer"] += sum(_bytes(state) for state in optimizer.state[parameter].values())
     return found
+
+
+def _shape(x: torch.Tensor) -> tuple[int, ...]:
+    return tuple((x.to_local() if isinstance(x, DTensor) else x).shape)
 
 
 def _bytes(x: torch.Tensor) -> int:
@@ -54,9 +95,9 @@ def saved(world: World, text: str, config: TransformerConfig, samples: int, sequ
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    tokens = torch.zeros(samples, config.max_sequence_length, dtype=torch.long)
+    tokens, targets, inputs = sample(config, samples)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = model(tokens, tokens)
+        loss = model(tokens, targets, **inputs)
         # One shard keeps its layers' parameters copied out from forward to backward, and these are what is kept.
         locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
         parameters = {p.untyped_storage().data_ptr() for p in locals_}

@@ -21,25 +21,19 @@ def at_head(p_tensor, stride_b, stride_h, i_b, i_h):
 
 @triton.jit
 def load_rows(
-    p_rows,
-    stride,
-    i_start,
-    rows,
-    BLOCK_ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IS_EDGE: tl.constexpr,
+    rows, i_start, length, BLOCK_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_EDGE: tl.constexpr
 ):
-    """Rows [i_start, i_start + BLOCK_ROWS) of a [rows, D] matrix with unit last stride, [BLOCK_ROWS, BLOCK_D].
+    """Rows [i_start, i_start + BLOCK_ROWS) of a [length, D] matrix with unit last stride, [BLOCK_ROWS, BLOCK_D].
 
-    Columns beyond D are 0; so are rows beyond the last one where IS_EDGE, and elsewhere there must be none.
+    ``rows``: pointer to the first one, and their stride. Columns beyond D are 0; so are rows beyond the last one where
+    IS_EDGE, and elsewhere there must be none.
     """
     o_r = tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
     # [BLOCK_ROWS, BLOCK_D]; the first sum is one scalar a tile, the second does not change from tile to tile
-    p_tile = (p_rows + tl.cast(i_start, tl.int64) * stride) + (o_r.to(tl.int64)[:, None] * stride + o_d[None, :])
+    p_tile = (rows[0] + tl.cast(i_start, tl.int64) * rows[1]) + (o_r.to(tl.int64)[:, None] * rows[1] + o_d[None, :])
     if IS_EDGE:
-        m_tile = (o_r < rows - i_start)[:, None]
+        m_tile = (o_r < length - i_start)[:, None]
         if D != BLOCK_D:
             m_tile &= (o_d < D)[None, :]
         b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
@@ -51,14 +45,14 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(p_rows, b_tile, stride, i_start, rows, BLOCK_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write [BLOCK_ROWS, BLOCK_D] to the rows from ``i_start`` on of a [rows, D] matrix, rounded to its dtype."""
+def store_rows(rows, b_tile, i_start, length, BLOCK_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write [BLOCK_ROWS, BLOCK_D] to the rows from ``i_start`` on of a [length, D] matrix, rounded to its dtype."""
     o_r = tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
     # [BLOCK_ROWS, BLOCK_D]
-    p_tile = (p_rows + tl.cast(i_start, tl.int64) * stride) + (o_r.to(tl.int64)[:, None] * stride + o_d[None, :])
-    m_tile = (o_r < rows - i_start)[:, None] & (o_d < D)[None, :]
-    tl.store(p_tile, b_tile.to(p_rows.dtype.element_ty), mask=m_tile)
+    p_tile = (rows[0] + tl.cast(i_start, tl.int64) * rows[1]) + (o_r.to(tl.int64)[:, None] * rows[1] + o_d[None, :])
+    m_tile = (o_r < length - i_start)[:, None] & (o_d < D)[None, :]
+    tl.store(p_tile, b_tile.to(rows[0].dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -68,20 +62,25 @@ def padded(Sq):
 
 
 @triton.jit
-def load_row_values(p_shift, p_delta, i_m, BLOCK_M: tl.constexpr):
-    """What to subtract from scores (``shift_of_lse``) and delta of the queries from ``i_m`` on, [BLOCK_M].
+def load_row_values(values, i_first, i_m, MODE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the queries from ``i_m`` on, [BLOCK_M] each: what to subtract before the factor and after it, and delta.
 
-    Beyond the last query stand those of a row without key, up to :func:`padded`.
+    ``values``: ``RowValues`` (mode.py), of which those of the head begin at ``i_first``. The first of the three is
+    anything unless ``MODE.is_wide``. Beyond the last query stand those of a row without key, up to :func:`padded`.
     """
     o_m = tl.arange(0, BLOCK_M)
+    i_m = tl.cast(i_m, tl.int64)
     # The block's start goes into the pointer first: what is left are constants of each thread.
-    b_shift = tl.load(p_shift + tl.cast(i_m, tl.int64) + o_m)
-    b_delta = tl.load(p_delta + tl.cast(i_m, tl.int64) + o_m)
-    return b_shift, b_delta
+    b_after = tl.load(values.p_after + i_first + i_m + o_m)
+    b_delta = tl.load(values.p_delta + i_first + i_m + o_m)
+    b_before = b_after
+    if MODE.is_wide:
+        b_before = tl.load(values.p_before + i_first + i_m + o_m)
+    return b_before, b_after, b_delta
 
 
 @triton.jit
-def load_tile(p_tile, stride_m, stride_n, o_m, o_n, Sq, Sk, DIMS: tl.constexpr, IS_EDGE: tl.constexpr):
+def load_tile(p_tile, stride_m, stride_n, o_m, o_n, place, DIMS: tl.constexpr, IS_EDGE: tl.constexpr):
     """The part of a mask or bias that belongs to queries ``o_m`` and keys ``o_n`` (blocks that broadcast).
 
     DIMS: along which of the two it varies: 1 for queries plus 2 for keys. The result has size 1 along the other, so a
@@ -92,16 +91,16 @@ def load_tile(p_tile, stride_m, stride_n, o_m, o_n, Sq, Sk, DIMS: tl.constexpr, 
     o_n64 = o_n.to(tl.int64)
     if DIMS == 3:
         p_tile += o_m64 * stride_m + o_n64 * stride_n
-        m_tile = (o_m < Sq) & (o_n < Sk)
+        m_tile = (o_m < place.Sq) & (o_n < place.Sk)
     elif DIMS == 1:
         p_tile += o_m64 * stride_m
-        m_tile = o_m < Sq
+        m_tile = o_m < place.Sq
     elif DIMS == 2:
         p_tile += o_n64 * stride_n
-        m_tile = o_n < Sk
+        m_tile = o_n < place.Sk
     else:
         p_tile += 0 * o_m64
-        m_tile = o_m < Sq
+        m_tile = o_m < place.Sq
     if IS_EDGE:
         b_tile = tl.load(p_tile, mask=m_tile, other=0)
     else:

@@ -13,44 +13,6 @@ import triton.language as tl
 
 
 @triton.jit
-def window_bounds(lo, hi, p_origin, Sq, Sk, HAS_ORIGIN: tl.constexpr):
-    """``lo`` and ``hi`` with the origins that are on the device added, as int32.
-
-    Clamping to [-Sq, Sk] changes no answer, since 0 <= i < Sq and 0 <= j < Sk, and keeps the sums below in 32 bits
-    whatever the origins are.
-    """
-    lo = tl.cast(lo, tl.int64)
-    hi = tl.cast(hi, tl.int64)
-    if HAS_ORIGIN:
-        shift = tl.load(p_origin) - tl.load(p_origin + 1)
-        lo += shift
-        hi += shift
-    lowest = -tl.cast(Sq, tl.int64)
-    highest = tl.cast(Sk, tl.int64)
-    lo = tl.minimum(tl.maximum(lo, lowest), highest).to(tl.int32)
-    hi = tl.minimum(tl.maximum(hi, lowest), highest).to(tl.int32)
-    return lo, hi
-
-
-@triton.jit
-def origins(origin_q, origin_k, origin_h, origin_b, p_origin, HAS_ORIGIN: tl.constexpr):
-    """Where element 0 of queries, keys, heads and batches stands in the whole: four int32 scalars.
-
-    ``p_origin`` adds int64 [q, k, head, batch] from the device. Positions count modulo 2^32 here.
-    """
-    q = tl.cast(origin_q, tl.int64)
-    k = tl.cast(origin_k, tl.int64)
-    h = tl.cast(origin_h, tl.int64)
-    b = tl.cast(origin_b, tl.int64)
-    if HAS_ORIGIN:
-        q += tl.load(p_origin)
-        k += tl.load(p_origin + 1)
-        h += tl.load(p_origin + 2)
-        b += tl.load(p_origin + 3)
-    return q.to(tl.int32), k.to(tl.int32), h.to(tl.int32), b.to(tl.int32)
-
-
-@triton.jit
 def tile_range(
     i_start,
     lo,
@@ -97,8 +59,9 @@ def tile_range(
 
 
 @triton.jit
-def range_part(start, full_start, full_end, end, PART: tl.constexpr):
+def range_part(ranges, PART: tl.constexpr):
     """First tile and bound of one of the three ranges of :func:`tile_range`; 1 is the one that needs no mask."""
+    start, full_start, full_end, end = ranges
     if PART == 0:
         i_from = start
         i_to = tl.minimum(full_start, end)
@@ -112,32 +75,54 @@ def range_part(start, full_start, full_end, end, PART: tl.constexpr):
 
 
 @triton.jit
-def key_range(i_m, lo, hi, Sq, Sk, MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_range(i_m, place, MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """:func:`tile_range` of the keys that a block of queries sees."""
-    return tile_range(i_m, lo, hi, Sq, Sk, BLOCK_M, BLOCK_N, MODE.has_left, MODE.has_right, MODE.has_tiles, True)
+    return tile_range(
+        i_m,
+        place.lo,
+        place.hi,
+        place.Sq,
+        place.Sk,
+        BLOCK_M,
+        BLOCK_N,
+        MODE.has_left,
+        MODE.has_right,
+        MODE.has_tiles,
+        True,
+    )
 
 
 @triton.jit
-def query_range(i_n, lo, hi, Sq, Sk, MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_range(i_n, place, MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """:func:`tile_range` of the queries that see a block of keys: j - hi <= i <= j - lo.
 
     Queries beyond the last one give nothing, because their probabilities are 0 (:func:`loads.load_row_values`).
     """
     return tile_range(
-        i_n, -hi, -lo, Sk, Sq, BLOCK_N, BLOCK_M, MODE.has_right, MODE.has_left, MODE.has_tiles, MODE.has_tiles
+        i_n,
+        -place.hi,
+        -place.lo,
+        place.Sk,
+        place.Sq,
+        BLOCK_N,
+        BLOCK_M,
+        MODE.has_right,
+        MODE.has_left,
+        MODE.has_tiles,
+        MODE.has_tiles,
     )
 
 
 @triton.jit
-def hide(b_s, o_m, o_n, lo, hi, Sk, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_END: tl.constexpr):
+def hide(b_s, o_m, o_n, place, MODE: tl.constexpr, HAS_END: tl.constexpr):
     """Scores ``b_s`` with -inf where query ``o_m`` does not see key ``o_n``; the two are blocks that broadcast.
 
     HAS_END: also hide what lies beyond the last key.
     """
     if HAS_END:
-        b_s = tl.where(o_n < Sk, b_s, float("-inf"))
-    if HAS_LEFT:
-        b_s = tl.where(o_n >= o_m + lo, b_s, float("-inf"))
-    if HAS_RIGHT:
-        b_s = tl.where(o_n <= o_m + hi, b_s, float("-inf"))
+        b_s = tl.where(o_n < place.Sk, b_s, float("-inf"))
+    if MODE.has_left:
+        b_s = tl.where(o_n >= o_m + place.lo, b_s, float("-inf"))
+    if MODE.has_right:
+        b_s = tl.where(o_n <= o_m + place.hi, b_s, float("-inf"))
     return b_s

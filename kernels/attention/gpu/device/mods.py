@@ -1,4 +1,4 @@
-"""The built-in score mods as jit functions, found by name (score_mods.py), and the chain that runs a call's mods.
+"""The built-in score mods as jit functions, found by name (mode.py), and the chain that runs a call's mods.
 
 A mod's forward takes a block of scores and gives the new one; its backward takes the gradient of what forward returned
 and the scores that it took.
@@ -6,12 +6,8 @@ and the scores that it took.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-from ...call.score_mods import ScoreMod
 
 
 @triton.jit
@@ -54,58 +50,39 @@ def alibi_backward(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
     return b_ds
 
 
-def functions(mod: ScoreMod, *, backward: bool) -> Any:
-    """The jit function of a mod; those of built-in mods are in this file under the name that stands for them."""
-    function = mod.backward if backward else mod.forward
-    return globals()[function] if isinstance(function, str) else function
+@triton.jit
+def apply_mod(b_s, mod_inputs, place, o_m, o_n, MODE: tl.constexpr, I_MOD: tl.constexpr, IS_EDGE: tl.constexpr):
+    """Scores after mod I_MOD of the call; ``mod_inputs``: pointers of all mods' tensors, then all their numbers."""
+    i_b, i_h, i_q, i_k = positions(place, o_m, o_n, MODE.local_heads[I_MOD], IS_EDGE)
+    aux = mod_inputs[MODE.aux_from[I_MOD] : MODE.aux_from[I_MOD + 1]]
+    numbers = mod_inputs[MODE.numbers_from[I_MOD] : MODE.numbers_from[I_MOD + 1]]
+    return MODE.mods[I_MOD](b_s, i_b, i_h, i_q, i_k, aux, numbers)
 
 
 @triton.jit
-def apply_mod(
-    b_s, aux, numbers, at, i_b, i_h, o_m, o_n, Sq, Sk, MODE: tl.constexpr, I_MOD: tl.constexpr, IS_EDGE: tl.constexpr
-):
-    """Scores after mod I_MOD of the call."""
-    i_b, i_h, i_q, i_k = positions(at, i_b, i_h, o_m, o_n, Sq, Sk, MODE.local_heads[I_MOD], IS_EDGE)
-    aux_mod = aux[MODE.aux_from[I_MOD] : MODE.aux_from[I_MOD + 1]]
-    numbers_mod = numbers[MODE.numbers_from[I_MOD] : MODE.numbers_from[I_MOD + 1]]
-    return MODE.mods[I_MOD](b_s, i_b, i_h, i_q, i_k, aux_mod, numbers_mod)
-
-
-@triton.jit
-def unapply_mod(
-    b_ds,
-    b_s,
-    aux,
-    numbers,
-    at,
-    i_b,
-    i_h,
-    o_m,
-    o_n,
-    Sq,
-    Sk,
-    MODE: tl.constexpr,
-    I_MOD: tl.constexpr,
-    IS_EDGE: tl.constexpr,
+def backward_of_mod(
+    b_ds, b_s, mod_inputs, place, o_m, o_n, MODE: tl.constexpr, I_MOD: tl.constexpr, IS_EDGE: tl.constexpr
 ):
     """The gradient of the scores ``b_s`` that mod I_MOD took, from that of the scores which it gave."""
-    i_b, i_h, i_q, i_k = positions(at, i_b, i_h, o_m, o_n, Sq, Sk, MODE.local_heads[I_MOD], IS_EDGE)
-    aux_mod = aux[MODE.aux_from[I_MOD] : MODE.aux_from[I_MOD + 1]]
-    numbers_mod = numbers[MODE.numbers_from[I_MOD] : MODE.numbers_from[I_MOD + 1]]
-    return MODE.mod_backwards[I_MOD](b_ds, b_s, i_b, i_h, i_q, i_k, aux_mod, numbers_mod)
+    i_b, i_h, i_q, i_k = positions(place, o_m, o_n, MODE.local_heads[I_MOD], IS_EDGE)
+    aux = mod_inputs[MODE.aux_from[I_MOD] : MODE.aux_from[I_MOD + 1]]
+    numbers = mod_inputs[MODE.numbers_from[I_MOD] : MODE.numbers_from[I_MOD + 1]]
+    return MODE.mod_backwards[I_MOD](b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers)
 
 
 @triton.jit
-def positions(at, i_b, i_h, o_m, o_n, Sq, Sk, IS_LOCAL: tl.constexpr, IS_EDGE: tl.constexpr):
+def positions(place, o_m, o_n, IS_LOCAL: tl.constexpr, IS_EDGE: tl.constexpr):
     """Batch, head, and blocks of query and key positions in the whole, int32, as a mod sees them.
 
-    ``at`` holds the origins of q, k, head and batch. Beyond the tensors, in a tile at an edge, the last position is
-    repeated, so that a mod that reads a table by position reads none that is not there.
+    Beyond the tensors, in a tile at an edge, the last position is repeated, so that a mod that reads a table by
+    position reads none that is not there.
     """
+    i_b = place.i_b
+    i_h = place.i_h
     if IS_EDGE:
-        o_m = tl.minimum(o_m, Sq - 1)
-        o_n = tl.minimum(o_n, Sk - 1)
+        o_m = tl.minimum(o_m, place.Sq - 1)
+        o_n = tl.minimum(o_n, place.Sk - 1)
     if not IS_LOCAL:
-        i_b = i_b + at[3]
-        i_h = i_h + at[2]
-    return i_b, i_h, o_m + at[0], o_n + at[1]
+        i_b = i_b + place.origin_b
+        i_h = i_h + place.origin_h
+    return i_b, i_h, o_m + place.origin_q, o_n + place.origin_k

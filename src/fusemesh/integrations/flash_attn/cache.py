@@ -36,7 +36,7 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of new queries over a cache, to which new keys and values are appended in place first.
+    """Append new keys and values to a cache in place, and return the attention of new queries over it.
 
     Args:
         q: [B, Sq, H, D], the last Sq tokens of each sequence.
@@ -136,7 +136,7 @@ def _check_indices(name: str, x: Any, q: torch.Tensor, remedy: str) -> None:
 
 
 def _lengths(cache_seqlens: Any, q: torch.Tensor, capacity: int, *, appends: bool) -> torch.Tensor:
-    """[B], on the device: the keys of each sequence before the append."""
+    """Return the number of keys of each sequence before the append, [B], on the device."""
     if cache_seqlens is None and appends:
         raise wrong("cache_seqlens", "an int or a tensor [B] with k and v", None, "say where they are to be written")
     if cache_seqlens is None:
@@ -175,7 +175,7 @@ def _check_rotary(cos: Any, sin: Any, q: torch.Tensor, k: Any, capacity: int) ->
 def _rotate(
     x: torch.Tensor, starts: torch.Tensor, steps: int, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    """x [B, S, H, D] with the pairs of its first dimensions turned; token i of sequence b by row starts[b] + steps * i.
+    """Return x [B, S, H, D] with rotary positions: token i of sequence b is at row starts[b] + steps * i.
 
     Source: Su et al., "RoFormer", arXiv:2104.09864.
     """

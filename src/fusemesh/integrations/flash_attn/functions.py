@@ -5,7 +5,7 @@
 The signatures are those of flash-attn 2.8 (Dao, arXiv:2307.08691). They leave no room for ``backend=``, so the backend
 is chosen by ``fusemesh.use_backend(...)``, by FUSEMESH_BACKEND, or automatically.
 
-What all functions share:
+Common to all functions:
 
 - Heads stand third: q [B, Sq, H, D] and k, v [B, Sk, Hkv, D], or packed [total, H, D]. H is a multiple of Hkv. Tensors
   are read where they are; nothing is copied but a last dimension that is not contiguous.
@@ -63,7 +63,7 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """Attention of q [B, Sq, H, D] over k [B, Sk, Hkv, D] and v [B, Sk, Hkv, Dv], differentiable in all three.
+    """Return the attention of q [B, Sq, H, D] over k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; differentiable in all three.
 
     Args:
         softmax_scale: factor of q k^T; None means 1 / sqrt(D).
@@ -280,7 +280,7 @@ def _check_probs(return_attn_probs: Any, dropout_p: Any) -> None:
 
 
 def _unpacked(name: str, packed: Any, letters: str) -> tuple[torch.Tensor, ...]:
-    """The tensors that stand side by side in ``packed``, as views."""
+    """Return the tensors that stand side by side in ``packed``, as views."""
     sizes = letters.strip("[]").split(", ")
     dim = next(i for i, size in enumerate(sizes) if size.isdigit())
     if not isinstance(packed, torch.Tensor) or packed.dim() != len(sizes) or packed.shape[dim] != int(sizes[dim]):
@@ -292,7 +292,7 @@ def _unpacked(name: str, packed: Any, letters: str) -> tuple[torch.Tensor, ...]:
 def _from_pages(
     k: torch.Tensor, v: torch.Tensor, cu_seqlens_k: Any, max_seqlen_k: Any, block_table: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and values of all sequences, packed; rows after the last sequence hold anything."""
+    """Return the keys and values of all sequences, packed; rows after the last sequence are undefined."""
     batch = cu_seqlens_k.numel() - 1 if isinstance(cu_seqlens_k, torch.Tensor) else None
     integers = (torch.int32, torch.int64)
     if not isinstance(block_table, torch.Tensor) or block_table.dim() != 2 or block_table.dtype not in integers:

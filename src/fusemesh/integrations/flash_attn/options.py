@@ -1,4 +1,4 @@
-"""The arguments about scores that flash-attn's functions share, as FuseMesh's functions take them."""
+"""Options of the scores that flash-attn's functions share, translated into FuseMesh's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusemesh.kernels.attention.call.validation import check_flag
 
 
 def score_options(softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, alibi_slopes: Any) -> dict[str, Any]:
-    """Keyword arguments of flash_attention, flash_attention_varlen and flash_attention_decode.
+    """Return keyword arguments of flash_attention, flash_attention_varlen and flash_attention_decode.
 
     Raises:
         ValueError: one of them has no meaning; in flash-attn's name for it.

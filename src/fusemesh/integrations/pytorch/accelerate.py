@@ -25,7 +25,7 @@ _replaced: list[tuple[Any, str, Any, Any]] = []  # (namespace, name, original, r
 
 
 def install(backend: str = "auto") -> None:
-    """:func:`accelerate` from here on, until :func:`uninstall`; called again, it changes the backend.
+    """Do as :func:`accelerate` until :func:`uninstall`; a further call changes the backend.
 
     Raises:
         ValueError: no such backend.
@@ -99,7 +99,7 @@ def accelerate(backend: str = "auto") -> Iterator[None]:
 
 
 def _apply() -> None:
-    """Bring PyTorch's namespaces into the state that _installed and _entered ask for; under the lock."""
+    """Replace or restore PyTorch's functions as _installed and _entered ask for; under the lock."""
     backend = _entered[-1][0] if _entered else _installed
     torch_routes.shared_backend = backend
     if backend is not None and not _replaced:

@@ -1,12 +1,10 @@
-"""What PyTorch's attention functions are replaced by inside ``fusemesh.accelerate()``.
+"""The functions that replace PyTorch's attention functions inside ``fusemesh.accelerate()``.
 
 PyTorch's modules reach attention by four functions, and these four are replaced (:data:`REPLACEMENTS`):
 
 - F.scaled_dot_product_attention: called by users, and by nn.MultiheadAttention that returns no weights;
-- F.multi_head_attention_forward: nn.MultiheadAttention, which computes weights that are asked for by matmuls of its
-  own;
-- torch._native_multi_head_attention: its fused inference path;
-- torch._transformer_encoder_layer_fwd: that of nn.TransformerEncoderLayer, which goes past the modules in it.
+- F.multi_head_attention_forward: nn.MultiheadAttention, which computes weights by matmuls of its own;
+- two in :mod:`fusemesh.compat`: fused inference of nn.MultiheadAttention and nn.TransformerEncoderLayer.
 
 PyTorch goes on deciding which of them a module calls, and its flag for the fused paths (``torch.backends.mha``) is left
 as it is. So hooks that switch those paths off do so still, and what nn.TransformerEncoder does around them (padding
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fusemesh import compat
 from fusemesh.kernels.attention.call.options import Options
 from fusemesh.kernels.attention.call.tensors import autocast
 from fusemesh.kernels.attention.call.validation import normalise, wrong
@@ -30,6 +29,7 @@ from fusemesh.kernels.attention.reference import dense as reference
 
 from . import sdpa as torch_sdpa
 from .routes import active_backend, automatic_backend, route
+from .signatures import FusedAttention, FusedEncoderLayer, MultiHeadAttention
 
 
 def _scaled_dot_product_attention(original: Any) -> Any:
@@ -87,7 +87,7 @@ def _collecting() -> list[torch.Tensor] | None:
 
 
 def _collect_from(run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
-    """What ``run()`` returns, and the weights of the attention in it."""
+    """Return the result of ``run()``, and the weights of the attention in it."""
     global _traced_collecting
     found: list[torch.Tensor] = []
     if torch.compiler.is_compiling():
@@ -106,7 +106,7 @@ def _collect_from(run: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
 def _with_weights(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, L, D], and what multiplies the values, [B, H, L, S], from the log-sum-exp of the same call."""
+    """Return out [B, H, L, D] and the weights [B, H, L, S], from the log-sum-exp of the same call."""
     q, k, v = autocast(q, k, v)
     head_dim, seed = v.shape[-1], None
     if dropout_p > 0:
@@ -128,79 +128,32 @@ def _averaged(weights: torch.Tensor, average: bool) -> torch.Tensor:
 
 
 def _multi_head_attention_forward(original: Any) -> Any:
-    def multi_head_attention_forward(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        embed_dim_to_check: int,
-        num_heads: int,
-        in_proj_weight: torch.Tensor | None,
-        in_proj_bias: torch.Tensor | None,
-        bias_k: torch.Tensor | None,
-        bias_v: torch.Tensor | None,
-        add_zero_attn: bool,
-        dropout_p: float,
-        out_proj_weight: torch.Tensor,
-        out_proj_bias: torch.Tensor | None,
-        training: bool = True,
-        key_padding_mask: torch.Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: torch.Tensor | None = None,
-        use_separate_proj_weight: bool = False,
-        q_proj_weight: torch.Tensor | None = None,
-        k_proj_weight: torch.Tensor | None = None,
-        v_proj_weight: torch.Tensor | None = None,
-        static_k: torch.Tensor | None = None,
-        static_v: torch.Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def run(**flags: bool) -> Any:
-            return original(
-                query,
-                key,
-                value,
-                embed_dim_to_check,
-                num_heads,
-                in_proj_weight,
-                in_proj_bias,
-                bias_k,
-                bias_v,
-                add_zero_attn,
-                dropout_p,
-                out_proj_weight,
-                out_proj_bias,
-                training=training,
-                key_padding_mask=key_padding_mask,
-                attn_mask=attn_mask,
-                use_separate_proj_weight=use_separate_proj_weight,
-                q_proj_weight=q_proj_weight,
-                k_proj_weight=k_proj_weight,
-                v_proj_weight=v_proj_weight,
-                static_k=static_k,
-                static_v=static_v,
-                average_attn_weights=average_attn_weights,
-                **flags,
-            )
+    def multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        call = MultiHeadAttention(*args, **kwargs)
 
         def theirs() -> Any:
-            return run(need_weights=need_weights, is_causal=is_causal)
+            return original(*call)
+
+        def without_weights() -> Any:
+            # The hint means the mask that it comes with, and with weights PyTorch reads the mask.
+            given = dict(zip(MultiHeadAttention._fields, call, strict=True))
+            return original(**{**given, "need_weights": False, "is_causal": False})
 
         def ours() -> Any:
-            # PyTorch's own checks and projections, with the attention in the middle ours. The hint means the mask that
-            # it comes with, and with weights PyTorch reads the mask.
-            (out, _), found = _collect_from(lambda: run(need_weights=False, is_causal=False))
+            # PyTorch's own checks and projections, with the attention in the middle ours.
+            (out, _), found = _collect_from(without_weights)
             if not found:  # F.scaled_dot_product_attention has been replaced once more, by others
                 return theirs()
-            weights = _averaged(found[0], average_attn_weights)
-            return out, weights if query.dim() == 3 else weights.squeeze(0)
+            weights = _averaged(found[0], call.average_attn_weights)
+            return out, weights if call.query.dim() == 3 else weights.squeeze(0)
 
         backend = active_backend()
-        if backend is None or not need_weights or (is_causal and attn_mask is None):
+        if backend is None or not call.need_weights or (call.is_causal and call.attn_mask is None):
             return theirs()
-        tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "out_proj": out_proj_weight}
-        head_dim = embed_dim_to_check // num_heads
-        automatic = automatic_backend(query, (head_dim, head_dim), only_fused="attention weights (need_weights)")
+        tensors = {name: getattr(call, name) for name in ("query", "key", "value", "attn_mask")}
+        tensors["out_proj"] = call.out_proj_weight
+        head_dim = call.embed_dim_to_check // call.num_heads
+        automatic = automatic_backend(call.query, (head_dim, head_dim), only_fused="attention weights (need_weights)")
         return route("F.multi_head_attention_forward", backend, tensors, automatic, ours, theirs)
 
     return multi_head_attention_forward
@@ -281,99 +234,67 @@ def _self_attention(
     return F.linear(rows.rows(out.transpose(1, 2).flatten(2)), out_weight, out_bias), weights
 
 
-def _native_multi_head_attention(original: Any) -> Any:
-    def native_multi_head_attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        embed_dim: int,
-        num_head: int,
-        qkv_weight: torch.Tensor,
-        qkv_bias: torch.Tensor,
-        proj_weight: torch.Tensor,
-        proj_bias: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        need_weights: bool = True,
-        average_attn_weights: bool = True,
-        mask_type: int | None = None,
-    ) -> Any:
-        projections = (qkv_weight, qkv_bias, proj_weight, proj_bias)
+def _fused_attention(original: Any) -> Any:
+    def fused_attention(*args: Any, **kwargs: Any) -> Any:
+        call = FusedAttention(*args, **kwargs)
+        query, mask = call.query, call.mask
+        projections = (call.qkv_weight, call.qkv_bias, call.proj_weight, call.proj_bias)
 
         def theirs() -> Any:
-            flags = (need_weights, average_attn_weights, mask_type)
-            return original(query, key, value, embed_dim, num_head, *projections, mask, *flags)
+            return original(*call)
 
         def ours() -> Any:
             assert backend is not None
-            if query is not key or key is not value:
+            if query is not call.key or call.key is not call.value:
                 raise wrong("query, key, value", "one tensor", "several", "the fused path is self-attention")
-            if query.is_nested and need_weights:
+            if query.is_nested and call.need_weights:
                 raise wrong("need_weights", "False with nested tensors", True, "they have no matrix of weights")
             rows = _Rows(query)
-            seen = _inference_mask(mask, mask_type, rows)
-            out, weights = _self_attention(rows, rows.values, num_head, projections, seen, backend, need_weights)
-            return rows.like_input(out), None if weights is None else _averaged(weights, average_attn_weights)
+            seen = _inference_mask(mask, call.mask_type, rows)
+            out, weights = _self_attention(
+                rows, rows.values, call.num_head, projections, seen, backend, call.need_weights
+            )
+            return rows.like_input(out), None if weights is None else _averaged(weights, call.average_attn_weights)
 
         backend = active_backend()
         if backend is None:
             return theirs()
-        head_dim = embed_dim // num_head
-        only_fused = "attention weights (need_weights)" if need_weights else None
+        head_dim = call.embed_dim // call.num_head
+        only_fused = "attention weights (need_weights)" if call.need_weights else None
         automatic = automatic_backend(query, (head_dim, head_dim), mask=mask, only_fused=only_fused)
-        tensors = {"query": query, "mask": mask, "qkv_weight": qkv_weight}
-        return route("torch._native_multi_head_attention", backend, tensors, automatic, ours, theirs)
+        tensors = {"query": query, "mask": mask, "qkv_weight": call.qkv_weight}
+        return route(compat.FUSED_ATTENTION.shown, backend, tensors, automatic, ours, theirs)
 
-    return native_multi_head_attention
+    return fused_attention
 
 
-def _transformer_encoder_layer_fwd(original: Any) -> Any:
-    def transformer_encoder_layer_fwd(
-        src: torch.Tensor,
-        embed_dim: int,
-        num_heads: int,
-        qkv_weight: torch.Tensor,
-        qkv_bias: torch.Tensor,
-        proj_weight: torch.Tensor,
-        proj_bias: torch.Tensor,
-        use_gelu: bool,
-        norm_first: bool,
-        eps: float,
-        norm_weight_1: torch.Tensor,
-        norm_bias_1: torch.Tensor,
-        norm_weight_2: torch.Tensor,
-        norm_bias_2: torch.Tensor,
-        ffn_weight_1: torch.Tensor,
-        ffn_bias_1: torch.Tensor,
-        ffn_weight_2: torch.Tensor,
-        ffn_bias_2: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        mask_type: int | None = None,
-    ) -> Any:
-        projections = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-        norms = (norm_weight_1, norm_bias_1, norm_weight_2, norm_bias_2)
-        ffn = (ffn_weight_1, ffn_bias_1, ffn_weight_2, ffn_bias_2)
+def _fused_encoder_layer(original: Any) -> Any:
+    def fused_encoder_layer(*args: Any, **kwargs: Any) -> Any:
+        call = FusedEncoderLayer(*args, **kwargs)
+        projections = (call.qkv_weight, call.qkv_bias, call.proj_weight, call.proj_bias)
+        norms = (call.norm_weight_1, call.norm_bias_1, call.norm_weight_2, call.norm_bias_2)
+        ffn = (call.ffn_weight_1, call.ffn_bias_1, call.ffn_weight_2, call.ffn_bias_2)
 
         def theirs() -> Any:
-            flags = (use_gelu, norm_first, eps)
-            return original(src, embed_dim, num_heads, *projections, *flags, *norms, *ffn, mask, mask_type)
+            return original(*call)
 
         def ours() -> Any:
-            rows = _Rows(src)
-            seen = _inference_mask(mask, mask_type, rows)
+            rows = _Rows(call.src)
+            seen = _inference_mask(call.mask, call.mask_type, rows)
 
             def normed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-                return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+                return F.layer_norm(x, (call.embed_dim,), weight, bias, call.eps)
 
             def attended(x: torch.Tensor) -> torch.Tensor:
                 assert backend is not None
-                return _self_attention(rows, x, num_heads, projections, seen, backend, False)[0]
+                return _self_attention(rows, x, call.num_heads, projections, seen, backend, False)[0]
 
             def fed_forward(x: torch.Tensor) -> torch.Tensor:
-                activation = F.gelu if use_gelu else F.relu
+                activation = F.gelu if call.use_gelu else F.relu
                 return F.linear(activation(F.linear(x, *ffn[:2])), *ffn[2:])
 
             x = rows.values
-            if norm_first:
+            if call.norm_first:
                 x = x + attended(normed(x, *norms[:2]))
                 x = x + fed_forward(normed(x, *norms[2:]))
             else:
@@ -384,18 +305,18 @@ def _transformer_encoder_layer_fwd(original: Any) -> Any:
         backend = active_backend()
         if backend is None:
             return theirs()
-        head_dim = embed_dim // num_heads
-        automatic = automatic_backend(src, (head_dim, head_dim), mask=mask)
-        tensors = {"src": src, "mask": mask, "qkv_weight": qkv_weight}
-        return route("torch._transformer_encoder_layer_fwd", backend, tensors, automatic, ours, theirs)
+        head_dim = call.embed_dim // call.num_heads
+        automatic = automatic_backend(call.src, (head_dim, head_dim), mask=call.mask)
+        tensors = {"src": call.src, "mask": call.mask, "qkv_weight": call.qkv_weight}
+        return route(compat.FUSED_ENCODER_LAYER.shown, backend, tensors, automatic, ours, theirs)
 
-    return transformer_encoder_layer_fwd
+    return fused_encoder_layer
 
 
 # (namespace, name, what makes the replacement of the function that stands there)
 REPLACEMENTS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (F, "scaled_dot_product_attention", _scaled_dot_product_attention),
     (F, "multi_head_attention_forward", _multi_head_attention_forward),
-    (torch, "_native_multi_head_attention", _native_multi_head_attention),
-    (torch, "_transformer_encoder_layer_fwd", _transformer_encoder_layer_fwd),
+    (torch, compat.FUSED_ATTENTION.name, _fused_attention),
+    (torch, compat.FUSED_ENCODER_LAYER.name, _fused_encoder_layer),
 )

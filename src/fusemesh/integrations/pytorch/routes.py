@@ -14,8 +14,8 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
+from fusemesh import compat
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
@@ -142,7 +142,7 @@ def automatic_backend(
 
 
 def _why_not_ours(values: Iterable[Any]) -> str | None:
-    """What custom ops on plain tensors do not do, or would do wrongly, and PyTorch's own functions do."""
+    """Return why these arguments go to PyTorch's own functions, being beyond custom ops on plain tensors; else None."""
     for x in values:
         if x is None:
             continue
@@ -153,12 +153,12 @@ def _why_not_ours(values: Iterable[Any]) -> str | None:
             continue
         plain = kind is torch.Tensor or kind is torch.nn.Parameter
         # The last are what torch.compile and torch.export trace with.
-        if not plain and not kind.__module__.startswith("torch._subclasses."):
+        if not plain and not compat.is_tracing_tensor(kind):
             return f"a tensor subclass ({kind.__name__})"
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if not torch.compiler.is_compiling() and compat.is_functorch_wrapped(x):
             return "a transform of torch.func"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if forward_ad._current_level >= 0:
+    if compat.in_forward_mode():
         return "forward-mode differentiation"
     return None

@@ -29,7 +29,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """softmax(scale * query key^T + mask) value; a drop-in for ``torch.nn.functional.scaled_dot_product_attention``.
+    """Return softmax(scale * query key^T + mask) value, as ``torch.nn.functional.scaled_dot_product_attention`` does.
 
     Differentiable in query, key, value and a float attn_mask. Source of the semantics: the formula in the docstring of
     PyTorch 2.13's function, and its C++ implementation of that formula where the docstring is silent (broadcasting).
@@ -78,7 +78,7 @@ def attend(
     enable_gqa: bool = False,
     backend: str,
 ) -> torch.Tensor:
-    """:func:`scaled_dot_product_attention` by a backend that flash_attention takes."""
+    """Return :func:`scaled_dot_product_attention` by a backend that flash_attention takes."""
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     _check(query, key, value)
@@ -113,7 +113,7 @@ def attend(
 def widened(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float | None]:
-    """q, k, v with head dims that the backend takes, and the scale of what they were before.
+    """Return q, k, v padded to head dims that the backend takes, and the scale for the original ones.
 
     Zeros up to the least head dim of flash_attention, or of the fused backend asked for, change no score.
     """
@@ -126,7 +126,7 @@ def widened(
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """What flash_attention cannot say about these, because it sees them reshaped."""
+    """Check what flash_attention, which receives reshaped tensors, could only report in other terms."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, torch.Tensor):
             raise wrong(name, "a torch.Tensor", type(x).__name__, "convert it with torch.as_tensor")
@@ -145,7 +145,7 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
 def _four_dims(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output's leading dimensions, and the three as [B, H, L, E], [B, Hkv, S, E], [B, Hkv, S, Ev]."""
+    """Return the output's leading dimensions, and the three as [B, H, L, E], [B, Hkv, S, E], [B, Hkv, S, Ev]."""
     shapes = {"query": query.shape[:-2], "key": key.shape[:-2], "value": value.shape[:-2]}
     if enable_gqa:
         if query.dim() < 3 or key.dim() < 3 or value.dim() < 3:
@@ -185,7 +185,7 @@ def _four_dims(
 def _mask(
     attn_mask: torch.Tensor | None, lead: tuple[int, ...], q: torch.Tensor, k: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """attn_mask as (mask, bias) of flash_attention, of which one is None."""
+    """Return attn_mask as (mask, bias) of flash_attention, one of which is None."""
     if attn_mask is None:
         return None, None
     if not isinstance(attn_mask, torch.Tensor):

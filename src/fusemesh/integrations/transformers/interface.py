@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from fusemesh import compat
 from fusemesh.kernels.attention.call.validation import wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
 
@@ -76,7 +77,7 @@ def attention(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One layer's attention, as transformers calls it.
+    """Return one layer's attention, as transformers calls it.
 
     Args:
         module: the layer; its ``is_causal`` (True where it has none) counts unless ``is_causal`` is given.
@@ -154,7 +155,7 @@ def attention_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask of one kind of layer: None where :func:`attention` can do without, else bool [B, 1, Sq, Sk].
+    """Return the mask of one kind of layer: None where :func:`attention` can do without, else bool [B, 1, Sq, Sk].
 
     Called by transformers with the arguments of its ``sdpa_mask``: positions q_offset to q_offset + q_length (4.57:
     ``cache_position`` [Sq]) see positions kv_offset to kv_offset + kv_length where ``mask_function(b, h, q, k)`` says
@@ -166,10 +167,8 @@ def attention_mask(
     Raises:
         ValueError: the model computes attention by itself, so it would take None for "hide nothing".
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
     transformers_models.refuse_by_config(config)
-    function: Callable[..., Any] = causal_mask_function if mask_function is None else mask_function
+    function: Callable[..., Any] = compat.causal_mask_function() if mask_function is None else mask_function
     positions: dict[str, Any] = {"kv_length": kv_length, "kv_offset": kv_offset}
     if cache_position is not None:
         positions["cache_position"] = cache_position
@@ -192,7 +191,7 @@ def attention_mask(
             return None
     if cache_position is None:
         positions["use_vmap"] = use_vmap
-    return sdpa_mask(
+    return compat.boolean_mask(
         batch_size=batch_size,
         mask_function=function,
         attention_mask=attention_mask,
@@ -221,7 +220,7 @@ class _Span:
         self.device, self.padding = device, padding
 
     def has_padding(self) -> bool:
-        """Whether a key is padding; unknown while compiling (it would read a tensor), and then True."""
+        """Return whether a key is padding; True while compiling, when the tensor cannot be read."""
         if self.padding is None:
             return False
         end = self.kv_offset + self.kv_length
@@ -230,7 +229,7 @@ class _Span:
         return not bool(self.padding[:, self.kv_offset : end].all())
 
     def values(self, mask_function: Callable[..., Any], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """What mask_function says of the pairs (q[i], k[i]), for every element of the batch; [B or 1, 1, 1, N]."""
+        """Return mask_function of the pairs (q[i], k[i]), for every element of the batch; [B or 1, 1, 1, N]."""
         batch = torch.arange(self.batch_size, device=self.device)[:, None, None, None]
         head = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=self.device)
         return mask_function(batch, head, q[None, None, None, :], k[None, None, None, :])
@@ -243,16 +242,14 @@ def _is_causal(
     local_size: int | None,
     config: Any,
 ) -> bool:
-    """Whether this mask is causal, or sliding with a window of local_size, unpadded and aligned to the last key."""
-    from transformers.masking_utils import causal_mask_function
-
+    """Return whether this mask is causal, or sliding with a window of local_size, unpadded, aligned to the last key."""
     compiling = torch.compiler.is_compiling()
     if compiling and isinstance(q_offset, torch.Tensor):
         return False
     first_q, last_k = int(q_offset), span.kv_offset + span.kv_length - 1
     if first_q + span.q_length - 1 != last_k or span.has_padding():
         return False
-    if mask_function is causal_mask_function:
+    if mask_function is compat.causal_mask_function():
         return True
     if compiling:  # the values are out of reach: go by the layers that a config can have
         window = getattr(config, "sliding_window", None)
@@ -274,12 +271,10 @@ def _is_causal(
 
 
 def _hides_nothing(span: _Span, q_offset: int | torch.Tensor, mask_function: Callable[..., Any]) -> bool:
-    """Whether every query sees every key: asked for the first and the last of both."""
-    from transformers import masking_utils
-
+    """Return whether every query sees every key, by the first and the last of both."""
     if span.has_padding():
         return False
-    if mask_function is getattr(masking_utils, "bidirectional_mask_function", None):
+    if mask_function is compat.bidirectional_mask_function():
         return True
     if torch.compiler.is_compiling():
         return False
@@ -291,14 +286,14 @@ def _hides_nothing(span: _Span, q_offset: int | torch.Tensor, mask_function: Cal
 
 
 def _layer_is_causal(module: torch.nn.Module) -> bool:
-    """A config can make an encoder of a decoder, whose layers go on calling themselves causal."""
+    """Return whether a layer is causal; a config can turn a decoder into an encoder whose layers still say they are."""
     return (
         getattr(module, "is_causal", True) and getattr(getattr(module, "config", None), "is_causal", True) is not False
     )
 
 
 def _window(module: torch.nn.Module, passed: int | None, sk: int) -> tuple[int, None] | None:
-    """(left, right) of flash_attention where the window hides a key of these, else None."""
+    """Return flash_attention's (left, right) if the window hides one of the sk keys, else None."""
     if passed is None:
         own = _own_window(module)
         if own is not None and own < sk:
@@ -313,7 +308,7 @@ def _window(module: torch.nn.Module, passed: int | None, sk: int) -> tuple[int, 
 
 
 def _own_window(module: torch.nn.Module) -> int | None:
-    """The window for which transformers makes this layer's mask, or None where it does not slide."""
+    """Return the window for which transformers makes this layer's mask, or None if the layer does not slide."""
     config = getattr(module, "config", None)
     window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
     if not isinstance(window, int):

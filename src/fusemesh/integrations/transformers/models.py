@@ -1,13 +1,15 @@
-"""Which Hugging Face models can be routed: those whose code, in the installed version, has the attention interface."""
+"""Refuse Hugging Face models whose code, in the installed version, does not have the attention interface."""
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fusemesh import compat
 from fusemesh.kernels.attention.call.validation import wrong
 
 # The first versions of transformers whose models of a type have the attention interface, where 4.57's have not.
@@ -20,21 +22,23 @@ def check_when_built(implementation: str) -> None:
     from transformers import PreTrainedModel
 
     _names.add(implementation)
-    check = PreTrainedModel.get_correct_attn_implementation
-    if getattr(check, "checks_for_fusemesh", False):
-        return
 
-    @functools.wraps(check)
-    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        # The parts of a model made of several ask for themselves.
-        if requested_attention in _names and not getattr(self.config, "sub_configs", None):
-            kinds = type(self).__mro__[: type(self).__mro__.index(PreTrainedModel)]
-            _refuse_own_attention(self.config, [kind.__module__ for kind in kinds])
-        accepted: str = check(self, requested_attention, *args, **kwargs)
-        return accepted
+    def wrap(check: Callable[..., str]) -> Callable[..., str]:
+        if getattr(check, "checks_for_fusemesh", False):
+            return check
 
-    checked.checks_for_fusemesh = True  # type: ignore[attr-defined]
-    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
+        @functools.wraps(check)
+        def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+            # The parts of a model made of several ask for themselves.
+            if requested_attention in _names and not getattr(self.config, "sub_configs", None):
+                kinds = type(self).__mro__[: type(self).__mro__.index(PreTrainedModel)]
+                _refuse_own_attention(self.config, [kind.__module__ for kind in kinds])
+            return check(self, requested_attention, *args, **kwargs)
+
+        checked.checks_for_fusemesh = True  # type: ignore[attr-defined]
+        return checked
+
+    compat.wrap_implementation_check(wrap)
 
 
 def refuse_by_config(config: Any) -> None:
@@ -60,9 +64,9 @@ def _refuse_own_attention(config: Any, modules: list[str]) -> None:
 
 @torch.compiler.assume_constant_result
 def _own_attention_of(modules: tuple[str, ...]) -> str | None:
-    """The first attention class in these modules, if none of them knows the attention interface."""
+    """Return the first attention class in these modules, if none of them has the attention interface."""
     loaded = {name: vars(sys.modules[name]) for name in modules if ".modeling_" in name and name in sys.modules}
-    if any("ALL_ATTENTION_FUNCTIONS" in names for names in loaded.values()):
+    if any(compat.ATTENTION_REGISTRY in names for names in loaded.values()):
         return None
     for name, names in loaded.items():
         for layer, kind in names.items():

@@ -1,0 +1,139 @@
+"""The private names of other libraries that this floor uses, all of them, each behind one function.
+
+A private name may change in any version. :data:`PRIVATE` says of each what it is for and what to do when it is gone;
+``tests/hybrid/test_compat.py`` checks that each still behaves as it is relied upon, and that none stands elsewhere in
+this floor. :data:`TRIED` are the versions with which that test has passed; torch 2.11 lacks one thing, see
+:func:`clear_dtensor_caches`.
+
+Nothing is imported here at import time: the parent of local ranks needs the names of variables without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+TRIED = {"torch": ("2.11.0", "2.13.0"), "transformers": ("5.24.0",)}
+
+
+class Private(NamedTuple):
+    """Why a private name is used, and what to do when it is gone."""
+
+    used_for: str
+    when_gone: str
+
+
+# Names of torch and transformers as tests/support/private_names.py reports them, and one of the standard library.
+PRIVATE = {
+    "torch.distributed.tensor._redistribute": Private(
+        "the name of the logger whose advice on flattening (fsdp, tp) is not for our users",
+        "give silence_redistribute_advice() the new logger and text; without it a warning is printed at each clipping",
+    ),
+    "torch.distributed.tensor.debug._clear_sharding_prop_cache": Private(
+        "forgetting how DTensor planned operations on meshes that no call uses any more, in ranks that serve tests",
+        "clear what takes its place in clear_dtensor_caches(), or let RankPool start new processes after some calls",
+    ),
+    "functools._lru_cache_wrapper": Private(
+        "finding DTensor's other caches, which the function above leaves alone and which keep meshes too",
+        "as above",
+    ),
+    "._parameters": Private(
+        "computing a module's own forward with local tensors where it holds DTensors: setattr takes no plain tensor",
+        "in WholeModule, delete the parameters and set attributes of their names for the time of the forward",
+    ),
+    "._tp_plan": Private(
+        "the plan by which a Hugging Face model says how its modules are split",
+        "read the plan where transformers keeps it then; until then users pass plan=",
+    ),
+    "TORCHELASTIC_USE_AGENT_STORE": Private(
+        "whether the launcher serves the store where ranks meet, which rank 0 must then not do",
+        "find another sign in agent_serves_store(); a second server on the port fails with 'address already in use'",
+    ),
+    "TORCHELASTIC_RUN_ID": Private(
+        "telling apart the runs that one store serves",
+        "any value that is equal on all ranks of a run and differs between runs, in run_id()",
+    ),
+    "TORCHELASTIC_RESTART_COUNT": Private(
+        "telling apart torchrun's restarts of one run, which share a store",
+        "as for TORCHELASTIC_RUN_ID",
+    ),
+}
+
+_LOGGER = "torch.distributed.tensor._redistribute"
+_ADVICE = "operations will be performed. This is suboptimal"
+_SERVED, _RUN, _RESTART = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"
+
+
+class _DropAdvice(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return _ADVICE not in str(record.msg)
+
+
+def silence_redistribute_advice() -> None:
+    """Drop DTensor's advice, given at every clipping and every merge, to flatten (fsdp, tp) into one mesh axis.
+
+    What is reduced there in two steps is one number, the norm, and what is gathered in two is a parameter that someone
+    looks at or saves; neither is worth a third process group.
+    """
+    logger = logging.getLogger(_LOGGER)
+    if not any(isinstance(known, _DropAdvice) for known in logger.filters):
+        logger.addFilter(_DropAdvice())
+
+
+def clear_dtensor_caches() -> None:
+    """Make DTensor forget how it planned operations, and with that the meshes and process groups of earlier calls.
+
+    With torch 2.11 they stay: something else keeps them there, and ranks that serve many calls have more threads.
+    """
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("torch.distributed.tensor")]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if name.endswith("_cache") and isinstance(value, dict):
+                value.clear()
+            for cached in (value, *vars(value).values()) if isinstance(value, type) else (value,):
+                cached = getattr(cached, "__func__", cached)  # of a static method
+                if isinstance(cached, functools._lru_cache_wrapper):
+                    cached.cache_clear()
+    if modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+
+
+def parameters_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Return the dictionary in which a module keeps its own parameters; what is put there, the module computes with."""
+    return module._parameters  # type: ignore[return-value]
+
+
+def hugging_face_plan(model: nn.Module) -> dict[str, str] | None:
+    """Return the plan that a Hugging Face model brings along, pattern to style; None where it has none."""
+    plan = getattr(model, "_tp_plan", None)
+    if isinstance(plan, dict) and plan:
+        return plan
+    plan = getattr(getattr(model, "config", None), "base_model_tp_plan", None)
+    if not plan:
+        return None
+    base = getattr(model, "base_model_prefix", "")
+    return {f"{base}.{name}" if base and hasattr(model, base) else name: style for name, style in plan.items()}
+
+
+def agent_serves_store() -> bool:
+    """Return whether what started this process, torchrun or our own launcher, serves the store where ranks meet."""
+    return os.environ.get(_SERVED) == "True"
+
+
+def run_id() -> str:
+    """Return the name of this run in the store, which may outlive it: a restart, or the next call of local ranks."""
+    return f"{os.environ.get(_RUN, '')}/{os.environ.get(_RESTART, '0')}"
+
+
+def served_run(name: str) -> dict[str, str]:
+    """Return the variables that tell ranks that their launcher serves the store, for a run of this name."""
+    return {_SERVED: "True", _RUN: name}

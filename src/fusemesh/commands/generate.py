@@ -1,0 +1,61 @@
+"""``fusemesh generate``: continue a text by a trained model, if its task does that."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fusemesh import config
+from fusemesh.tasks.names import TASKS
+
+from .options import Outcome
+from .ranks import add_target, find_target
+
+NAME = "generate"
+SUMMARY = "continue a text by a trained language model"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--prompt", metavar="TEXT", help="default: standard input")
+    parser.add_argument("--tokens", type=int, metavar="N", help="how many to add; default: half of a sample's")
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="more than 1: beam search with so many")
+    parser.add_argument("--temperature", type=float, metavar="T", help="sample; default: take the most probable")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest that reach P together")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    add_target(parser)
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Write the prompt and its continuation."""
+    from fusemesh.tasks.registry import task_class
+
+    settings, ranks = find_target(options)
+    resolved = settings.config
+    if not task_class(resolved.task).continues_texts:
+        able = " or ".join(name for name in TASKS if task_class(name).continues_texts)
+        raise ValueError(f"model: expected one of task {able}, received {resolved.task}; use fusemesh predict")
+    limit = resolved.data.sequence_length - 1
+    tokens = options.tokens if options.tokens is not None else max(1, resolved.data.sequence_length // 2)
+    if not 1 <= tokens <= limit:
+        raise ValueError(
+            f"--tokens: expected 1 to {limit}, which data.sequence_length leaves beside a prompt, received {tokens}"
+        )
+    prompt = options.prompt if options.prompt is not None else sys.stdin.read()
+    if not prompt:
+        raise ValueError("--prompt: expected a text to continue, received nothing")
+    from fusemesh.run.predictor import Continuation, generate_rank
+    from fusemesh.transformer.generation import Sampling
+
+    chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    sampling = Sampling(**given) if given else None
+    stream = not options.json and options.beams == 1
+    if stream:
+        print(prompt, end="", flush=True)
+    asked = Continuation(prompt, tokens, sampling, options.beams, options.seed, stream)
+    result = ranks.call(generate_rank, options.target, config.as_dict(resolved), asked)
+    if result is None:
+        return Outcome(None)
+    return Outcome(result, "" if stream else result["prompt"] + result["text"])

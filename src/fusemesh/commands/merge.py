@@ -1,0 +1,27 @@
+"""``fusemesh merge``: write a run's last checkpoint as one safetensors file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .options import Outcome
+
+NAME = "merge"
+SUMMARY = "write a run's last checkpoint as one safetensors file"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("target", help="run directory or checkpoint folder")
+    parser.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Merge the checkpoint."""
+    from fusemesh.hybrid.checkpoint import merge
+    from fusemesh.run.setup import checkpoint_of
+
+    output = options.output or Path(options.target, "model.safetensors")
+    result = merge(checkpoint_of(options.target), output)
+    return Outcome(result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}")

@@ -1,0 +1,94 @@
+"""Private and undocumented names of torch and transformers that this floor uses, each with the reason.
+
+Tried with torch 2.13.0 and 2.14.1, transformers 5.20.2 and 5.24.0. tests/app/test_compat.py tells by name which of them
+a new version no longer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+
+class FusedPath(NamedTuple):
+    """A function of torch that torch.nn calls and :func:`fusemesh.accelerate` replaces."""
+
+    name: str
+
+    @property
+    def shown(self) -> str:
+        """The name that routes and reports show."""
+        return f"torch.{self.name}"
+
+
+# The fused inference paths of nn.MultiheadAttention and nn.TransformerEncoderLayer call these functions: there is no
+# public hook between the module and its kernel.
+FUSED_ATTENTION = FusedPath("_native_multi_head_attention")
+FUSED_ENCODER_LAYER = FusedPath("_transformer_encoder_layer_fwd")
+
+
+def is_functorch_wrapped(x: torch.Tensor) -> bool:
+    """Return whether a transform of torch.func holds ``x``: custom ops have no rule for it, no public query exists."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def in_forward_mode() -> bool:
+    """Return whether a dual level is open: our ops have no forward-mode formula, and forward_ad has no public query."""
+    return forward_ad._current_level >= 0
+
+
+def is_tracing_tensor(kind: type) -> bool:
+    """Return whether ``kind`` is a tensor class of torch.compile or torch.export: their package is private."""
+    return kind.__module__.startswith("torch._subclasses.")
+
+
+def norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the 2-norm of each tensor by one kernel for all: torch.nn.utils has only the norm over all of them."""
+    return list(torch._foreach_norm(tensors))
+
+
+def skip_steps_where(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
+    """Have a fused optimizer do nothing in steps where the fp32 scalar ``flag``, read on the device, is not 0.
+
+    GradScaler sets this attribute; a public way would copy the flag to the host in every step.
+    """
+    optimizer.found_inf = flag  # type: ignore[attr-defined]
+
+
+# The global by which a modeling file of transformers that has the attention interface looks the attention up.
+ATTENTION_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+
+
+def causal_mask_function() -> Callable[..., Any]:
+    """Return transformers' mask function of plain causal layers, to recognise it by identity."""
+    from transformers.masking_utils import causal_mask_function as found
+
+    return found
+
+
+def bidirectional_mask_function() -> Callable[..., Any] | None:
+    """Return transformers' mask function that hides nothing; None in versions without it."""
+    from transformers import masking_utils
+
+    return getattr(masking_utils, "bidirectional_mask_function", None)
+
+
+def boolean_mask(**arguments: Any) -> torch.Tensor | None:
+    """Return the boolean mask of transformers' own sdpa attention, of which ours is a special case."""
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(**arguments)
+
+
+def wrap_implementation_check(wrap: Callable[[Callable[..., str]], Callable[..., str]]) -> None:
+    """Replace transformers' check of ``attn_implementation`` by ``wrap`` of it.
+
+    It is the only place that a model passes before it is built; AttentionInterface.register has no refusal.
+    """
+    from transformers import PreTrainedModel
+
+    check = PreTrainedModel.get_correct_attn_implementation
+    PreTrainedModel.get_correct_attn_implementation = wrap(check)  # type: ignore[method-assign]

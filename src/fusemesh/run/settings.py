@@ -1,0 +1,79 @@
+"""Settings of a run, checked in one process before torch is imported or any rank starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusemesh import config as configuration
+from fusemesh.config import Config
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.pipeline_options import PipelineOptions
+from fusemesh.tasks.registry import defaults_of, task_class
+
+
+def load_config(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the configuration as :func:`fusemesh.config.load` does, with the task's own defaults beneath.
+
+    Raises:
+        ValueError: as :func:`fusemesh.config.load`; or there is no such task.
+    """
+    return configuration.load(path, overrides, base=base, defaults=defaults_of)
+
+
+def pipeline_options(config: Config) -> PipelineOptions:
+    """Return the configured pipeline options.
+
+    Raises:
+        ValueError: they do not fit each other; named by their keys.
+    """
+    return PipelineOptions(**dataclasses.asdict(config.pipeline))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run's configuration, with its layout and pipeline options as the parallel layer takes them.
+
+    Made by :meth:`of`, the one place where the configured layout is parsed.
+    """
+
+    config: Config
+    layout: Layout
+    pipeline: PipelineOptions
+
+    @classmethod
+    def of(cls, config: Config) -> Settings:
+        """Return the settings of a configuration.
+
+        Raises:
+            ValueError: the layout is none, or the pipeline options do not fit each other.
+        """
+        return cls(config, Layout.parse(config.layout), pipeline_options(config))
+
+    def check(self, world_size: int) -> None:
+        """Check that this many ranks can run the configured model in the layout.
+
+        Raises:
+            ValueError: they cannot; named by the key to change. No communication has happened.
+        """
+        config, layout = self.config, self.layout
+        layout.validate(
+            world_size=world_size,
+            num_layers=config.model.num_layers * task_class(config.task).stacks,
+            num_heads=config.model.num_heads,
+            num_kv_heads=config.model.num_kv_heads,
+            intermediate_size=config.model.intermediate_size,
+            sequence_length=config.data.sequence_length,
+            sequence_parallel=config.run.sequence_parallel,
+            virtual_stages=self.pipeline.virtual_stages,
+        )
+        if layout.pp > 1:
+            self.pipeline.evaluating().microbatches_of(layout.pp, config.evaluation.batch_size, "evaluation.batch_size")

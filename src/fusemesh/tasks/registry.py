@@ -1,0 +1,43 @@
+"""Tasks by name: their defaults, their classes, and the configured one with its data."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .names import TASKS
+
+if TYPE_CHECKING:
+    from fusemesh.config import Config
+
+    from .base import Task
+
+
+def defaults_of(name: str) -> Mapping[str, Any]:
+    """Return a task's own defaults of the configuration, by dotted key.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, received {name!r}")
+    found: Mapping[str, Any] = importlib.import_module(f".{name}", __package__).DEFAULTS
+    return found
+
+
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task."""
+    found: type[Task] = getattr(
+        importlib.import_module(f".{name}", __package__), "".join(part.capitalize() for part in name.split("_"))
+    )
+    return found
+
+
+def build_task(config: Config) -> Task:
+    """Return the configured task with its data.
+
+    Raises:
+        ValueError: the data cannot be used; names the key, or file and line, and the remedy.
+    """
+    return task_class(config.task)(config)

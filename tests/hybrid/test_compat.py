@@ -1,0 +1,112 @@
+"""Layer: hybrid. Each private name of torch and transformers is there and behaves as this floor relies on.
+
+A failure names what is gone; ``fusemesh.hybrid.compat.PRIVATE`` says what it was for and what to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fusemesh.hybrid import compat
+from fusemesh.hybrid.ranks.testing import RankPool
+from fusemesh.hybrid.tensor.table import HUGGING_FACE
+from tests.support.private_names import private_names
+from tests.support.ranks import compat as ranks
+
+HYBRID = Path(__file__).resolve().parent.parent.parent / "hybrid"
+
+
+def gone(name: str, found: object) -> str:
+    """Return the message of a failed check: the name, what to do, and what was seen."""
+    return f"{name}, used for {compat.PRIVATE[name].used_for}, is gone or behaves otherwise in torch \
+{torch.__version__}: {compat.PRIVATE[name].when_gone}. Seen: {found}"
+
+
+def test_private_names_stand_in_compat_alone_and_in_its_table() -> None:
+    found = private_names(HYBRID)
+    assert [use for use in found if use.file != "compat.py"] == []
+    used = {use.name for use in found}
+    assert used and used | {"functools._lru_cache_wrapper"} == set(compat.PRIVATE)
+
+
+def test_the_oldest_torch_that_is_allowed_was_tried() -> None:
+    text = (HYBRID.parent / "pyproject.toml").read_text()
+    assert f'"torch>={compat.TRIED["torch"][0].rpartition(".")[0]}"' in text
+
+
+def test_the_class_of_cached_functions() -> None:
+    name = "functools._lru_cache_wrapper"
+    assert isinstance(functools.cache(len), functools._lru_cache_wrapper), gone(name, type(functools.cache(len)))
+
+
+def test_parameters_of_a_module() -> None:
+    module, name = nn.Linear(2, 2, bias=False), "._parameters"
+    held = compat.parameters_of(module)
+    assert held["weight"] is module.weight, gone(name, held)
+    held["weight"] = plain = torch.eye(2) * 3
+    x = torch.ones(1, 2)
+    assert module.weight is plain and torch.equal(module(x), 3 * x), gone(name, module(x))
+
+
+def test_the_plan_of_a_hugging_face_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        model: Any = transformers.LlamaForCausalLM(config)
+    plan = compat.hugging_face_plan(model) or {}
+    assert plan.get("model.layers.*.self_attn.q_proj") == "colwise", gone("._tp_plan", plan)
+    assert set(plan.values()) <= set(HUGGING_FACE), gone("._tp_plan", plan)
+    assert compat.hugging_face_plan(nn.Linear(1, 1)) is None
+
+
+def test_the_environment_that_torchrun_makes() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--rdzv-id", "seven", "--no-python"]
+    script = "import json, os; print(json.dumps(dict(os.environ)))"
+    done = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        assert name in made, gone(name, sorted(key for key in made if "TORCH" in key))
+    assert made["TORCHELASTIC_USE_AGENT_STORE"] == "True", gone("TORCHELASTIC_USE_AGENT_STORE", made)
+    assert made["TORCHELASTIC_RESTART_COUNT"] == "0", gone("TORCHELASTIC_RESTART_COUNT", made)
+
+
+def test_the_environment_is_read_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        monkeypatch.delenv(name)
+    assert not compat.agent_serves_store() and compat.run_id() == "/0"
+    for name, value in compat.served_run("call3").items():
+        monkeypatch.setenv(name, value)
+    assert compat.agent_serves_store() and compat.run_id() == "call3/0"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert compat.run_id() == "call3/2"
+
+
+@pytest.mark.distributed
+def test_advice_on_flattening_axes(rank_pool: RankPool) -> None:
+    name = "torch.distributed.tensor._redistribute"
+    for plain, silenced in rank_pool.run(ranks.advice):
+        assert any("suboptimal" in text for text in plain), gone(name, plain)
+        assert silenced == [], gone(name, silenced)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux tells them")
+@pytest.mark.xfail(torch.__version__.startswith("2.11."), reason="meshes are kept elsewhere, too", strict=True)
+def test_caches_that_keep_meshes(rank_pool: RankPool) -> None:
+    name = "torch.distributed.tensor.debug._clear_sharding_prop_cache"
+    for before, kept, after in rank_pool._ranks.call(ranks.free_meshes):
+        assert kept > before, f"{name} is not needed any more in torch {torch.__version__}: nothing keeps a mesh"
+        assert after <= before + 3, gone(name, f"{before} threads, with a mesh {kept}, then {after}")
