@@ -69,7 +69,7 @@ class RankPool:
 
 
 def _alone(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    _forget_meshes()
+    _free_old_groups()
     return fn(*args)
 
 
