@@ -143,6 +143,7 @@ class Interpreter(NamedTuple):
     fp_to_fp: str = "create_fp_to_fp"
     numpy_dtype: str = "_get_np_dtype"
     patch_lang: str = "_patch_lang"
+    unwrap: str = "_unwrap_if_constexpr"  # of triton.language.core
 
 
 def interpreter() -> Interpreter:

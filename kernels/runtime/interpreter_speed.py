@@ -6,6 +6,7 @@ Four fifths of an interpreted kernel's time is bookkeeping around numpy, and hal
   that only a debug build would make;
 - the numpy dtype of a Triton dtype is looked up in a table that is built anew for each look;
 - each tensor and each block type wraps and validates its shape, though few different ones exist;
+- every comparison of types, and every argument of every operation, is searched for constants inside lists and tuples;
 - ``triton.language`` is prepared anew for every call of one jit function by another, which takes longer than most such
   functions run.
 
@@ -28,7 +29,10 @@ def replacements(parts: compat.Interpreter) -> dict[tuple[Any, str], Any]:
     found: dict[tuple[Any, str], Any] = {
         (tl.block_type, "__init__"): _block_type_once(tl),
         (tl.tensor, "__init__"): _tensor_shape_once(tl),
+        (tl.dtype, "__eq__"): _equal_names(tl),
     }
+    if hasattr(tl.core, parts.unwrap):
+        found[tl.core, parts.unwrap] = _unwrap_seldom(parts, tl)
     options = getattr(parts.builder, "options", None)
     if hasattr(options, "sanitize_overflow") and not getattr(options, "debug", True):
         found[parts.builder, "options"] = dataclasses.replace(options, sanitize_overflow=False)
@@ -74,6 +78,30 @@ def _tensor_shape_once(tl: Any) -> Callable[..., None]:
         own["handle"], own["type"], own["dtype"] = handle, type, type.scalar
 
     return init
+
+
+def _equal_names(tl: Any) -> Callable[[Any, Any], bool]:
+    """``dtype.__eq__`` that compares two plain dtypes at once."""
+    original, plain = tl.dtype.__eq__, tl.dtype
+
+    def equal(self: Any, other: Any) -> bool:
+        return self.name == other.name if type(other) is plain else original(self, other)
+
+    return equal
+
+
+def _unwrap_seldom(parts: compat.Interpreter, tl: Any) -> Callable[[Any], Any]:
+    """The search for constants that looks into nothing that cannot hold one."""
+    original, constexpr = getattr(tl.core, parts.unwrap), tl.constexpr
+    plain = frozenset((tl.tensor, tl.dtype, tl.block_type, int, float, bool, str, type(None)))
+
+    def unwrap(value: Any) -> Any:
+        kind = type(value)
+        if kind in plain:
+            return value
+        return value.value if kind is constexpr else original(value)
+
+    return unwrap
 
 
 def _numpy_dtype_once(parts: compat.Interpreter, tl: Any) -> Callable[[Any], Any]:
