@@ -41,14 +41,13 @@ def as_packed(x: torch.Tensor) -> torch.Tensor:
     return x.squeeze(0).transpose(0, 1)
 
 
-def by_batch(
-    forward: Callable[..., Any], backward: Callable[..., Any]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+Function = Callable[..., Any]
+
+
+def by_batch(forward: Function, backward: Function) -> tuple[Function, Function]:
     """Return the forward and backward of packed tensors, from those that take them as one batch [1, H, total, D]."""
 
-    def packed_forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def packed_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Any) -> tuple[Any, Any]:
         """Attention of each sequence; arguments and results are those of the reference."""
         out, lse = forward(as_batch(q), as_batch(k), as_batch(v), call)
         return as_packed(out), lse.squeeze(0)
