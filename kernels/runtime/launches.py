@@ -32,8 +32,8 @@ def attention_launches(
         groups: query heads per key head.
         length: Sq and Sk.
         features: options of flash_attention. The tensors among them are made here: ``mask=True``,
-            ``alibi_slopes=True``, ``sinks=True``, and ``bias``, which names the dims, out of BHQK, in which it is not of
-            size 1; its gradient is taken, too.
+            ``alibi_slopes=True``, ``sinks=True``, and ``bias``, which names the dims, out of BHQK, in which it is not
+            of size 1; its gradient is taken, too.
     """
     from ..attention.dense.api import flash_attention
 
