@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,14 @@ if not __package__:
 import torch
 from torch.nn import functional as F
 
-import fusemesh
-from bench.cpu import peers as cpu_peers
-from fusemesh import benchmark
-from fusemesh.kernels import engine
-from fusemesh.kernels.attention.call.options import Call
-from fusemesh.kernels.attention.call.spec import AttentionSpec
-from fusemesh.kernels.testing import attention as expectations
+from bench.peers import cpu as cpu_peers
+from fusemesh.kernels import engine, measure
+from fusemesh.kernels.measure import contest
+from fusemesh.kernels.measure.cases import AttentionCase, DecodeCase, self_attention
+from fusemesh.kernels.measure.cases.common import Inputs
 
 HERE = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Run = Callable[[], Any]
+TimedCall = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -58,39 +56,22 @@ class Floor:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One shape of one operation: forward, backward or decode (one query)."""
+class Row:
+    """One row of the table: a case, forward, backward or decode (one query), in a group with a floor."""
 
     group: str
     operation: str
-    dtype: str
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    dim: int
-    causal: bool = False
+    case: AttentionCase | DecodeCase
 
     @property
     def name(self) -> str:
-        heads = f"H{self.heads}" if self.heads == self.kv_heads else f"H{self.heads}/{self.kv_heads}"
-        lengths = f"S{self.keys}" if self.queries == self.keys else f"Sq{self.queries} S{self.keys}"
-        kind = " causal" if self.causal else ""
-        return f"{self.operation} {self.dtype} B{self.batch} {heads} {lengths} D{self.dim}{kind}"
+        """The operation, and the case."""
+        return f"{self.operation} {self.case.name}"
 
     @property
-    def flops(self) -> float:
-        """4 B H Sq Sk D, half of it when causal, backward 2.5 times."""
-        forward = 4.0 * self.batch * self.heads * self.queries * self.keys * self.dim * (0.5 if self.causal else 1)
-        return 2.5 * forward if self.operation == "backward" else forward
-
-    @property
-    def bytes_moved(self) -> float:
-        """Inputs once and outputs once."""
-        size = DTYPES[self.dtype].itemsize
-        rows = 2 * self.batch * self.kv_heads * self.keys + 2 * self.batch * self.heads * self.queries
-        return size * rows * self.dim * (2 if self.operation == "backward" else 1)
+    def direction(self) -> str:
+        """``forward`` or ``backward``."""
+        return "backward" if self.operation == "backward" else "forward"
 
 
 FLOORS = {
@@ -105,79 +86,69 @@ FLOORS = {
 }
 
 
-def cases() -> list[Case]:
-    """Every row of the table."""
-    found = []
+def table() -> list[Row]:
+    """Return every row."""
+    rows = []
     for operation in ("forward", "backward"):
         for dtype in ("bf16", "fp32"):
             for dim in (64, 128):
                 for length in (1024, 2048, 4096, 8192):
                     for causal in (False, True):
-                        shape = (1, 8, 8, length, length, dim, causal)
-                        found.append(Case(f"{operation} {dtype}", operation, dtype, *shape))
-    found.append(Case("decode GQA bf16", "decode", "bf16", 1, 16, 2, 1, 32768, 128))
+                        case = self_attention(dtype, 1, 8, 8, length, dim, causal)
+                        rows.append(Row(f"{operation} {dtype}", operation, case))
+    rows.append(Row("decode GQA bf16", "decode", decode("bf16", 1, 16, 2, 32768)))
     for dtype in ("fp32", "bf16"):
-        found.append(Case(f"decode MHA {dtype}", "decode", dtype, 4, 8, 8, 1, 8192, 128))
+        rows.append(Row(f"decode MHA {dtype}", "decode", decode(dtype, 4, 8, 8, 8192)))
     for operation in ("forward", "backward"):
         for dtype in ("bf16", "fp32"):
             for length in (64, 128, 256):
-                found.append(Case("short", operation, dtype, 16, 8, 8, length, length, 64))
-            found.append(Case("short", operation, dtype, 3, 5, 5, 197, 333, 80))
-            found.append(Case("short", operation, dtype, 2, 6, 6, 1001, 1001, 72, True))
-    return found
+                rows.append(Row("short", operation, self_attention(dtype, 16, 8, 8, length, 64, False)))
+            rows.append(Row("short", operation, AttentionCase(dtype, 3, 5, 5, 197, 333, 80, 80)))
+            rows.append(Row("short", operation, self_attention(dtype, 2, 6, 6, 1001, 72, True)))
+    return rows
 
 
-def inputs(case: Case) -> dict[str, torch.Tensor]:
-    """q, k, v and the gradient of out."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = DTYPES[case.dtype]
-    shapes = {"q": (case.heads, case.queries), "k": (case.kv_heads, case.keys), "v": (case.kv_heads, case.keys)}
-    shapes["do"] = shapes["q"]
-    return {n: torch.randn(case.batch, *s, case.dim, generator=generator).to(dtype) for n, s in shapes.items()}
+def decode(dtype: str, batch: int, heads: int, kv_heads: int, keys: int) -> DecodeCase:
+    """Return the case of one query over full caches."""
+    return DecodeCase(dtype, heads, kv_heads, D=128, Dv=128, capacity=keys, lens=(keys,) * batch)
 
 
-def contenders(case: Case, x: dict[str, torch.Tensor]) -> dict[str, Run]:
-    """What is timed, by name: the engine, PyTorch, and others that are installed."""
-    found: dict[str, Run] = {}
-    align = "top_left" if case.causal else None
-    if case.operation == "decode":
-        lengths = torch.full((case.batch,), case.keys, dtype=torch.int32)
-        found["cpu"] = lambda: fusemesh.flash_attention_decode(
-            x["q"], x["k"], x["v"], cache_lens=lengths, backend="cpu"
-        )
-    else:
-        found["cpu"] = lambda: fusemesh.flash_attention(
-            x["q"], x["k"], x["v"], causal=case.causal, align=align, backend="cpu"
-        )
-    gqa = case.heads != case.kv_heads
-    found["torch"] = lambda: F.scaled_dot_product_attention(
-        x["q"], x["k"], x["v"], is_causal=case.causal, enable_gqa=gqa
-    )
-    if case.operation == "backward":
-        return {name: gradients(call, x) for name, call in found.items()}
+def contenders(row: Row, x: Inputs) -> dict[str, TimedCall]:
+    """Return the timed calls by name: the engine, PyTorch, and others that are installed."""
+    case = row.case
+    causal, gqa = isinstance(case, AttentionCase) and case.causal, case.Hkv != case.H
+    k, v = ("k_cache", "v_cache") if isinstance(case, DecodeCase) else ("k", "v")
+    found = {
+        "cpu": contest.our_backend(case, "cpu"),
+        "torch": contest.Contender(
+            "torch",
+            False,
+            lambda x: F.scaled_dot_product_attention(x["q"], x[k], x[v], is_causal=causal, enable_gqa=gqa),
+        ),
+    }
+    if row.operation == "backward":
+        return {name: contest.backward_call(case, contender, x) for name, contender in found.items()}
+    calls: dict[str, TimedCall] = {name: partial(contender.forward, x) for name, contender in found.items()}
     # Some of the others take a minute for the longest.
-    others = cpu_peers.contenders(x, case.causal, case.dtype) if case.queries * case.keys <= 2**22 else {}
-    return {**found, **others}
+    if case.Sq * x[k].shape[2] <= 2**22:
+        calls |= cpu_peers.contenders({"q": x["q"], "k": x[k], "v": x[v]}, causal, case.dtype)
+    return calls
 
 
-def gradients(forward: Run, x: dict[str, torch.Tensor]) -> Run:
-    """The backward of a forward that ran once."""
-    leaves = [x[name].requires_grad_() for name in "qkv"]
-    out = forward()
-    return lambda: torch.autograd.grad(out, leaves, x["do"], retain_graph=True)
+def expected(row: Row, x: Inputs) -> Any:
+    """Return the right results of the first head and the last, or None where they would take too long."""
+    keys = x["k_cache" if isinstance(row.case, DecodeCase) else "k"].shape[2]
+    if row.operation == "backward" and keys * row.case.Sq > 2**24:
+        return None  # the same code is checked at smaller sizes
+    return row.case.expected_at_ends(x, row.direction)
 
 
-def check(case: Case, x: dict[str, torch.Tensor], result: Any) -> None:
-    """AssertionError unless the first head of a contender's result is within the error budget."""
-    plain = {name: tensor.detach()[:1, :1] for name, tensor in x.items()}
-    spec = AttentionSpec(case.dim**-0.5, window_right=0 if case.causal else None)
-    do = plain["do"] if case.operation == "backward" else None
-    if case.keys * case.queries > 2**24 and do is not None:
-        return  # the reference's matrices would not fit the time; the same code was checked at smaller sizes
-    want = expectations.expected(plain["q"], plain["k"], plain["v"], Call(spec), do=do)
-    names = ("dq", "dk", "dv") if do is not None else ("out",)
+def check(row: Row, want: Any, result: Any) -> None:
+    """Check that a contender's result is within the error budget; AssertionError where it is not."""
+    names = ("dq", "dk", "dv") if row.operation == "backward" else ("out",)
     results = result if isinstance(result, tuple) else (result,)
-    expectations.check({n: cpu_peers.tensor_of(r)[:1, :1] for n, r in zip(names, results, strict=True)}, want)
+    if want is not None:
+        row.case.check({n: cpu_peers.tensor_of(r) for n, r in zip(names, results, strict=True)}, want)
 
 
 def probe(threads: int) -> dict[str, float]:
@@ -187,20 +158,29 @@ def probe(threads: int) -> dict[str, float]:
         raise SystemExit("bench/cpu_engine.py: expected a C++ compiler for the probe of the ceilings; install g++")
     with tempfile.TemporaryDirectory() as folder:
         built = str(Path(folder, "probe"))
-        command = [compiler, "-O3", "-march=native", "-std=c++17", "-pthread", str(HERE / "probe.cpp"), "-o", built]
+        command = [
+            compiler,
+            "-O3",
+            "-march=native",
+            "-std=c++17",
+            "-pthread",
+            str(HERE / "cpu" / "probe.cpp"),
+            "-o",
+            built,
+        ]
         subprocess.run(command, check=True)
         lines = subprocess.run([built, str(threads)], check=True, capture_output=True, text=True).stdout.split()
     return dict(zip(("fp32", "bf16", "read"), map(float, lines), strict=True))
 
 
-def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
-    """One row: each contender's seconds, and the ratio of PyTorch's time to ours."""
-    x = inputs(case)
-    calls = contenders(case, x)
+def measured(row: Row, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Return one row of results: each contender's seconds, and the ratio of PyTorch's time to ours."""
+    case, x = row.case, row.case.inputs()
+    calls, want = contenders(row, x), expected(row, x)
     wrong = {}
     for name, call in list(calls.items()):
         try:
-            check(case, x, call())
+            check(row, want, call())
         except AssertionError as error:
             wrong[name] = str(error).splitlines()[0]
             if name == "cpu":
@@ -224,22 +204,23 @@ def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, An
                 times[name].append((time.perf_counter() - start) / inner[name])
     seconds = {name: statistics.median(values) for name, values in times.items()}
     ratio = statistics.median(theirs / ours for ours, theirs in zip(times["cpu"], times["torch"], strict=True))
-    floor = FLOORS[case.group]
+    floor = FLOORS[row.group]
+    flops, moved = case.flops(row.direction), case.bytes_moved(row.direction)
     peak = ceilings["fp32"] if case.dtype == "fp32" or not ceilings["bf16"] else ceilings["bf16"]
-    percent_compute = 100 * case.flops / seconds["cpu"] / peak
-    percent_read = 100 * case.bytes_moved / seconds["cpu"] / ceilings["read"]
+    percent_compute = 100 * flops / seconds["cpu"] / peak
+    percent_read = 100 * moved / seconds["cpu"] / ceilings["read"]
     percent = percent_compute if floor.ceiling == "compute" else percent_read
     reached = (ratio >= floor.ratio, percent >= floor.percent)
     return {
-        "group": case.group,
-        "case": case.name,
+        "group": row.group,
+        "case": row.name,
         "seconds": seconds,
         "ratio": ratio,
-        "gflops": case.flops / seconds["cpu"] / 1e9,
-        "torch_gflops": case.flops / seconds["torch"] / 1e9,
+        "gflops": flops / seconds["cpu"] / 1e9,
+        "torch_gflops": flops / seconds["torch"] / 1e9,
         "percent_of_compute": percent_compute,
         "percent_of_read": percent_read,
-        "intensity": case.flops / case.bytes_moved,
+        "intensity": flops / moved,
         "floor_reached": all(reached) if floor.both else any(reached),
         "wrong": wrong,
     }
@@ -315,7 +296,7 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    record = benchmark.machine()
+    record = measure.machine()
     print(f"{record['cpu']}, {options.threads} threads, torch {record['torch']}, engine {engine.build_info()['isa']}")
     ceilings = probe(options.threads)
     print(
@@ -323,21 +304,21 @@ def main() -> None:
         f"read {ceilings['read'] / 1e9:.1f} GB/s"
     )
     rows = []
-    for case in cases():
-        if re.search(options.only, case.name) or re.search(options.only, case.group):
-            rows.append(measure(case, options.rounds, ceilings))
+    for row in table():
+        if re.search(options.only, row.name) or re.search(options.only, row.group):
+            rows.append(measured(row, options.rounds, ceilings))
             print(line(rows[-1]), flush=True)
     below = [row["case"] for row in rows if not row["floor_reached"]]
     print(f"{len(rows) - len(below)} of {len(rows)} cases at or above their floor")
     if not options.no_save:
-        folder = HERE / "results" / benchmark.machine_name(record)
+        folder = HERE / "results" / measure.machine_name(record)
         if options.only and (folder / "cpu_engine.json").is_file():  # the others stay as they were
-            measured = {row["case"]: row for row in rows}
+            renewed = {row["case"]: row for row in rows}
             earlier = json.loads((folder / "cpu_engine.json").read_text())["rows"]
-            rows = [measured.get(row["case"], row) for row in earlier]
+            rows = [renewed.get(row["case"], row) for row in earlier]
         payload = {"machine": record, "engine": engine.build_info(), "ceilings": ceilings, "rows": rows}
         print(summary(rows))
-        print(f"written to {benchmark.write_results(folder / 'cpu_engine.json', payload)}")
+        print(f"written to {measure.write_results(folder / 'cpu_engine.json', payload)}")
         plot(rows, ceilings, f"{record['cpu']}, {options.threads} threads", folder / "cpu_engine.png")
 
 

@@ -21,7 +21,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,29 +33,26 @@ if not __package__:
 
 import torch
 
-from bench.gpu import cases as gpu_cases
-from bench.gpu import decode as gpu_decode
-from bench.gpu import dry_run, memcheck
-from bench.gpu import fp8 as gpu_fp8
-from bench.gpu import varlen as gpu_varlen
-from fusemesh import benchmark, peers, tune
-from fusemesh.kernels import backends, env
+from bench.gpu import dry_run, memcheck, tables
+from bench.gpu.verification import recorded, verify
+from bench.peers import torch_ops
+from fusemesh.kernels import backends, env, measure
+from fusemesh.kernels.measure import contest, tune
+from fusemesh.kernels.measure.cases import AttentionCase, LinearCase, self_attention
 
 OURS = ("triton",)
 # What the correctness stage proves, as PROVEN_ON_GPU names it.
 OPERATIONS = ("attention", "attention_decode", "linear")
-PEERS = (*peers.PEERS, "triton tutorial")
+PEERS = (*torch_ops.NAMES, "triton tutorial")
 # torch.compile takes some 20 s for each shape of flex's, so it runs where it tells most.
 FLEX_LENGTHS, FLEX_HEAD_DIM = (4096,), 128
 
 
-def correctness(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
-    """Every case of the files gpu_*.py on the Triton backend: rows, and what there was no time for."""
+def correctness(device: torch.device, clock: measure.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
+    """Run every case of the tables on the Triton backend; return rows, and the names of cases without time."""
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    # Turn by turn, so that a stage that runs out of time has seen something of each.
-    fp8 = gpu_fp8.cases(device, is_dry)
-    for case in _alternate(gpu_cases.ATTENTION, gpu_cases.LINEAR, gpu_decode.DECODE, gpu_varlen.VARLEN, fp8):
+    for case in tables.all_cases(device, is_dry):
         if only not in f"{case.op} {case.name}":
             continue
         if not clock.allows_another():
@@ -63,13 +60,14 @@ def correctness(device: torch.device, clock: benchmark.Clock, is_dry: bool, only
             continue
         start = time.monotonic()
         row: dict[str, Any] = {"op": case.op, "case": case.name, "contender": "triton", "check": "ok"}
+        repeats = tables.REPEATS if case in tables.REPEATED and not is_dry else 0
         try:
-            measured = dry_run.verify(case.tiny(), device) if is_dry else gpu_cases.verify(case, device)
+            measured = dry_run.verify(dry_run.tiny(case), device) if is_dry else verify(case, device, repeats=repeats)
             shares = {
                 b.name: round(max(_share(b.actual_max, b.allowed_max), _share(b.actual_mean, b.allowed_mean)), 4)
                 for b in measured
             }
-            row |= {"repeats": 0 if is_dry else case.repeats, "share_of_budget": shares}
+            row |= {"repeats": repeats, "share_of_budget": shares}
         except AssertionError as error:
             row["check"] = f"WRONG: {error}"
         except Exception as error:
@@ -84,50 +82,39 @@ def _share(actual: float, allowed: float) -> float:
     return actual / allowed if allowed else float(actual > 0)
 
 
-def _alternate(*groups: Iterable[Any]) -> Iterable[Any]:
-    iterators = [iter(group) for group in groups]
-    while iterators:
-        for iterator in list(iterators):
-            try:
-                yield next(iterator)
-            except StopIteration:
-                iterators.remove(iterator)
+def sweep_cases(has_fp8: bool = True) -> list[AttentionCase | LinearCase]:
+    """Return the sweep of DESIGN: 16384 tokens, H * D = 2048, D 64, 128, 256, causal or not; GQA; linear layers."""
 
+    def attention(dtype: str, lengths: tuple[int, ...]) -> list[AttentionCase]:
+        return [
+            self_attention(dtype, 16384 // length, heads, kv_heads, length, d, causal)
+            for length in lengths
+            for heads, kv_heads, d in ((16, 16, 128), (32, 32, 64), (64, 8, 128), (8, 8, 256))
+            for causal in (True, False)
+        ]
 
-def sweep_cases(has_fp8: bool = True) -> list[peers.Case]:
-    """DESIGN's sweep: 16384 tokens, H * D = 2048, D 64, 128, 256, causal or not; 64 query heads on 8; linear layers."""
-    bf16 = torch.bfloat16
-    attention = [
-        peers.AttentionCase(16384 // length, heads, kv_heads, length, d, causal, bf16)
-        for length in (4096, 16384, 1024, 8192, 2048, 512)
-        for heads, kv_heads, d in ((16, 16, 128), (32, 32, 64), (64, 8, 128), (8, 8, 256))
-        for causal in (True, False)
-    ]
     linear = [
-        peers.LinearCase(8192, 4096, 14336, "silu", True, bf16),
-        peers.LinearCase(8192, 2048, 8192, "gelu", False, bf16),
-        peers.LinearCase(8192, 14336, 4096, None, False, bf16),
-        peers.LinearCase(8192, 8192, 8192, None, False, bf16),
-        peers.LinearCase(512, 4096, 14336, "silu", True, bf16),
+        LinearCase("bf16", 8192, 4096, 14336, "silu", gated=True),
+        LinearCase("bf16", 8192, 2048, 8192, "gelu"),
+        LinearCase("bf16", 8192, 14336, 4096),
+        LinearCase("bf16", 8192, 8192, 8192),
+        LinearCase("bf16", 512, 4096, 14336, "silu", gated=True),
     ]
-    # The forward alone, in the sizes that bf16 runs too: rows to compare.
-    fp8 = [
-        peers.AttentionCase(16384 // length, heads, kv_heads, length, d, causal, torch.float8_e4m3fn)
-        for length in (4096, 16384)
-        for heads, kv_heads, d in ((16, 16, 128), (32, 32, 64), (64, 8, 128), (8, 8, 256))
-        for causal in (True, False)
-    ]
-    return list(_alternate(linear, attention, fp8 if has_fp8 else []))
+    # The forward of fp8 alone, in sizes that bf16 runs too: rows to compare.
+    fp8 = attention("fp8", (4096, 16384)) if has_fp8 else []
+    return tables.in_turn(linear, attention("bf16", (4096, 16384, 1024, 8192, 2048, 512)), fp8)
 
 
-def sweep(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
+def sweep(device: torch.device, clock: measure.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
     """Every case of the sweep, forward and backward, every contender: rows, and what there was no time for."""
     dtype = torch.float32 if is_dry else torch.bfloat16
-    roofline = benchmark.measure_roofline(device, dtype, size=64 if is_dry else None)
-    timing: dict[str, Any] = {"seconds": 0.0, "least": 1, "pause": 0.0} if is_dry else {"seconds": 0.12, "pause": 0.05}
+    roofline = measure.measure_roofline(device, dtype, size=64 if is_dry else None)
+    times: dict[str, Any] = {"seconds": 0.12, "pause": 0.05}
+    if is_dry:
+        times = {"seconds": 0.0, "least": 1, "pause": 0.0, "outputs": dry_run.known_outputs}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    cases = sweep_cases(bool(gpu_fp8.cases(device, is_dry)))
+    cases = sweep_cases(bool(tables.fp8_cases(device, is_dry)))
     for case in dict.fromkeys(dry_run.small(case) for case in cases) if is_dry else cases:
         for direction in case.directions:
             name = f"{case.op} {direction} {case.name}"
@@ -137,12 +124,12 @@ def sweep(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str 
                 left_out.append(name)
                 continue
             start = time.monotonic()
-            contenders = [case.ours("triton"), *(c for c in case.contenders(device) if not c.ours), *_tutorial(case)]
+            contenders = [contest.our_backend(case, "triton"), *torch_ops.peers(case, device), *_tutorial(case)]
             if not _flex_tells(case) and any(c.name == "flex" for c in contenders):
                 left_out.append(f"{name}: flex (it would be compiled for this shape)")
                 contenders = [c for c in contenders if c.name != "flex"]
-            with gpu_cases.recorded() if is_dry else contextlib.nullcontext():
-                measured = peers.compare(case, direction, device, roofline, contenders, **timing)
+            with recorded() if is_dry else contextlib.nullcontext():
+                measured = contest.compare(case, direction, device, roofline, contenders, **times)
             rows += [dry_run.without_times(row) for row in measured] if is_dry else measured
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -150,34 +137,34 @@ def sweep(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str 
     return {"roofline": None if is_dry else vars(roofline), "rows": rows, "left_out": left_out}
 
 
-def _tutorial(case: peers.Case) -> list[peers.Contender]:
+def _tutorial(case: AttentionCase | LinearCase) -> list[contest.Contender]:
     """Triton's own tutorial, where it takes the case."""
-    if not isinstance(case, peers.AttentionCase) or case.directions != peers.DIRECTIONS:
+    if not isinstance(case, AttentionCase) or case.dtype == "fp8":
         return []
     # The kernel is defined on import, which needs Triton.
-    from bench.gpu import tutorial_attention
+    from bench.peers import tutorial_attention
 
     contender = tutorial_attention.contender(case)
     return [] if contender is None else [contender]
 
 
-def memory(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
+def memory(device: torch.device, clock: measure.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
     """Every kernel under compute-sanitizer; all cases, because a part of them would tell nothing of the others."""
     return memcheck.run_under_tool(clock, tool=None if is_dry else memcheck.find_tool(), is_dry=is_dry)
 
 
-def tuning(device: torch.device, clock: benchmark.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
+def tuning(device: torch.device, clock: measure.Clock, is_dry: bool, only: str = "") -> dict[str, Any]:
     """Tiles around the shipped ones."""
     chosen = [job for job in tune.jobs() if only in job.name]
     if not is_dry:
         return tune.tune_tiles(device, clock, chosen=chosen)
-    with gpu_cases.recorded():
+    with recorded():
         chosen = [tune.small(job) for job in chosen]
         return tune.tune_tiles(device, clock, chosen=chosen, measure=dry_run.measure_tile)
 
 
-def _flex_tells(case: peers.Case) -> bool:
-    return isinstance(case, peers.AttentionCase) and case.length in FLEX_LENGTHS and case.head_dim == FLEX_HEAD_DIM
+def _flex_tells(case: AttentionCase | LinearCase) -> bool:
+    return isinstance(case, AttentionCase) and case.Sq in FLEX_LENGTHS and case.D == FLEX_HEAD_DIM
 
 
 def correctness_table(rows: list[dict[str, Any]]) -> str:
@@ -192,7 +179,7 @@ def correctness_table(rows: list[dict[str, Any]]) -> str:
         repeated = sum(row["repeats"] > 0 for row in right)
         lines.append(
             f"{op:10} {dtype}  {len(right):3} of {len(members):3} right, nearest to its budget {share:.2f}, "
-            f"{repeated} bit-equal over {gpu_cases.REPEATS} repeats"
+            f"{repeated} bit-equal over {tables.REPEATS} repeats"
         )
     lines += [f"{row['op']} {row['case']}: {row['check'][:300]}" for row in rows if row["check"] != "ok"]
     return "\n".join(lines)
@@ -202,13 +189,13 @@ def correctness_table(rows: list[dict[str, Any]]) -> str:
 class Stage:
     """What a stage does, and what it prints of the result."""
 
-    run: Callable[[torch.device, benchmark.Clock, bool, str], dict[str, Any]]
+    run: Callable[[torch.device, measure.Clock, bool, str], dict[str, Any]]
     text: Callable[[dict[str, Any]], str]
 
 
 STAGES = {
     "correctness": Stage(correctness, lambda payload: correctness_table(payload["rows"])),
-    "sweep": Stage(sweep, lambda payload: benchmark.ratio_table(payload["rows"], PEERS, OURS)),
+    "sweep": Stage(sweep, lambda payload: measure.ratio_table(payload["rows"], PEERS, OURS)),
     "memcheck": Stage(memory, memcheck.line),
     "tune": Stage(tuning, lambda payload: tune.table(payload["rows"])),
 }
@@ -269,16 +256,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         # On such small tensors threads only wait for each other.
         torch.set_num_threads(1)
-    clock = benchmark.Clock(options.minutes)
-    record = benchmark.machine()
-    name = benchmark.machine_name(record)
+    clock = measure.Clock(options.minutes)
+    record = measure.machine()
+    name = measure.machine_name(record)
     out = options.out or Path(__file__).parent / "results" / (f"dry-run-{name}" if options.dry_run else name)
     payload = {"stage": options.stage, "dry_run": options.dry_run, "only": options.only, "machine": record}
     payload |= STAGES[options.stage].run(device, clock, options.dry_run, options.only)
-    payload["machine_after"] = benchmark.gpu_state()
+    payload["machine_after"] = measure.gpu_state()
     payload["seconds"] = round(clock.elapsed, 1)
     part = f"-{'-'.join(re.findall('[A-Za-z0-9]+', options.only))}" if options.only else ""
-    path = benchmark.write_results(out / f"{options.stage}{part}.json", payload)
+    path = measure.write_results(out / f"{options.stage}{part}.json", payload)
     print(STAGES[options.stage].text(payload))
     for missing in payload["left_out"]:
         print(f"left out: {missing}")

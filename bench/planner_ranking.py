@@ -28,10 +28,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusemesh import benchmark, config
+from fusemesh import config
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner import hardware as stated
 from fusemesh.hybrid.planner import measure, search
+from fusemesh.kernels.measure import results
 from fusemesh.run import planning
 
 LAYOUTS = (
@@ -141,6 +142,7 @@ def main() -> int:
         earlier = json.loads(Path(options.measured).read_text())["rows"] if options.measured else None
         names = [row["layout"] for row in earlier] if earlier else legal(options.layouts.split(","), base)
         world = max(Layout.parse(name).world_size for name in names)
+        model, job = planning.model_of(base), planning.job_of(base)
         machine = stated.find_hardware(options.hardware) if options.hardware else measure.measure(world)
         rows = earlier or measure_rows(names, base, options.runs)
         if earlier and options.memory:
@@ -151,14 +153,14 @@ def main() -> int:
 
     for row in rows:
         layout = Layout.parse(row["layout"])
-        choice = search.consider(planning.model_of(base), planning.job_of(base), machine, layout)
+        choice = search.consider(model, job, machine, layout)
         assert isinstance(choice, search.Choice), choice
         row["predicted_s"], row["by_kind"] = choice.cost.seconds, choice.cost.by_kind()
         row["predicted_bytes"], row["phases"] = choice.memory.tensors, dict(choice.memory.phases)
     result = summarise(rows)
-    record = benchmark.machine()
-    path = Path(options.output or Path("bench", "results", benchmark.machine_name(record), "planner.json"))
-    written = benchmark.write_results(
+    record = results.machine()
+    path = Path(options.output or Path("bench", "results", results.machine_name(record), "planner.json"))
+    written = results.write_results(
         path, {"stage": "planner", "machine": record, "settings": SETTINGS, "hardware": machine.as_dict(), **result}
     )
     print(table(result), f"written to {written}", sep="\n")

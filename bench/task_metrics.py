@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusemesh import benchmark
+from fusemesh.kernels.measure import results
 from fusemesh.run.settings import load_config
 
 TASKS = "text_classification,translation,question_answering"
@@ -69,12 +69,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.keep or temporary)
         found = [task_rows(task.strip(), layouts, folder) for task in options.tasks.split(",")]
-    record = benchmark.machine()
+    record = results.machine()
     # Runs that stand in the file of an earlier call stay, unless they were made again.
-    path = Path(__file__).parent / "results" / benchmark.machine_name(record) / "tasks.json"
+    path = Path(__file__).parent / "results" / results.machine_name(record) / "tasks.json"
     earlier = json.loads(path.read_text())["tasks"] if path.is_file() else []
     found += [task for task in earlier if task["task"] not in {made["task"] for made in found}]
-    print(f"written to {benchmark.write_results(path, {'machine': record, 'tasks': found})}")
+    print(f"written to {results.write_results(path, {'machine': record, 'tasks': found})}")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,50 @@ def test_the_check_allows_what_is_right(module: str, source: str) -> None:
     assert arrows_up(module, source) == []
 
 
+TESTING = ("fusemesh.kernels.testing", "fusemesh.hybrid.ranks.testing")
+MEASURING = "fusemesh.kernels.measure"
+
+
+def within(module: str, packages: tuple[str, ...]) -> bool:
+    """Return whether a module is one of ``packages``, or stands in one."""
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def imports_of_tools(module: str, source: str, is_package: bool) -> list[str]:
+    """Return the imports of testing tools by a module that is not one, and of measuring tools by one that computes.
+
+    Measuring checks a result before it is timed, so it may use the tools for tests. The application's commands measure.
+    """
+    wrong = []
+    for target, _, line in imports(module, source, is_package):
+        if within(target, TESTING) and not within(module, (*TESTING, MEASURING)):
+            wrong.append(f"{module}:{line} imports {target}")
+        if within(target, (MEASURING,)) and floor_of(module) != "fusemesh" and not within(module, (MEASURING,)):
+            wrong.append(f"{module}:{line} imports {target}")
+    return wrong
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_production_imports_no_tools(module: str) -> None:
+    path = MODULES[module]
+    assert imports_of_tools(module, path.read_text(), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fusemesh.kernels.aot", "from .testing import budget"),
+        ("fusemesh.kernels.aot", "from . import testing"),
+        ("fusemesh.kernels.runtime.launch", "def f():\n    from ..testing.poison import surround"),
+        ("fusemesh.kernels.testing.budget", "from ..measure import timing"),
+        ("fusemesh.hybrid.planner.measure", "from fusemesh.kernels.measure import time_call"),
+        ("fusemesh.run.trainer", "from fusemesh.hybrid.ranks import testing"),
+    ],
+)
+def test_the_check_finds_planted_imports_of_tools(module: str, source: str) -> None:
+    assert len(imports_of_tools(module, source, False)) == 1
+
+
 IMPLEMENTATIONS = ("reference", "engine", "gpu", "hopper")
 
 

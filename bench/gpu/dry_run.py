@@ -1,4 +1,4 @@
-"""What stands in for a GPU in a dry run: launches are recorded, and known values take the place of their results."""
+"""Stand-ins for a GPU in a dry run: launches are recorded, and known values take the place of their results."""
 
 from __future__ import annotations
 
@@ -7,19 +7,39 @@ from typing import Any
 
 import torch
 
-from bench.gpu import cases as gpu_cases
-from fusemesh import benchmark, kernel_bench, peers
+from bench.gpu.verification import recorded
+from fusemesh.kernels.measure import contest, results, tile_bench
+from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase, self_attention
+from fusemesh.kernels.measure.cases.common import Inputs, Tensors
+
+RECORDED = ("triton", "triton tutorial")
 
 
-def verify(case: gpu_cases.Case, device: torch.device) -> list[Any]:
-    """What gpu_cases.verify does, with eager PyTorch's values in place of those that no kernel has computed."""
+def tiny(case: Case) -> Case:
+    """Return the features of a case of the tables on a shape for any machine."""
+    if isinstance(case, AttentionCase):
+        return dataclasses.replace(case, Sq=min(case.Sq, 19), Sk=min(case.Sk, 23 if case.Sk != case.Sq else 19))
+    if isinstance(case, LinearCase):
+        sizes = {"rows": 19, "out_features": 17, "in_features": 23}
+        return dataclasses.replace(case, **{name: min(getattr(case, name), most) for name, most in sizes.items()})
+    if isinstance(case, PackedCase):
+        lens = {name: tuple(n % 23 for n in getattr(case, name)) for name in ("lens_q", "lens_k")}
+        return dataclasses.replace(case, **lens)
+    assert isinstance(case, DecodeCase)
+    lens = tuple(max(1, n % 41) for n in case.lens)
+    page = case.page or 1
+    return dataclasses.replace(case, lens=lens, capacity=-(-(max(lens) + case.added) // page) * page)
+
+
+def verify(case: Case, device: torch.device) -> list[Any]:
+    """Do what verification.verify does, with eager PyTorch's values in place of those that no kernel has computed."""
     x = case.inputs(device, 0)
     want = case.expected(x)
-    with gpu_cases.recorded() as names:
-        outputs = case.compute(x)
+    with recorded() as names:
+        outputs = case.compute(x, "triton")
     if len(names) < len(case.counted):
         raise AssertionError(f"expected a launch for each of {case.counted}, recorded {names}")
-    eager = case.stand_in(want)
+    eager = stand_in(case, want)
     for name, value in outputs.items():
         if value.shape != eager[name].shape or value.dtype != eager[name].dtype:
             raise AssertionError(
@@ -28,61 +48,50 @@ def verify(case: gpu_cases.Case, device: torch.device) -> list[Any]:
     return case.check({name: eager[name] for name in outputs}, want)
 
 
-class DryAttention(peers.AttentionCase):
-    """A case of the sweep whose contenders with Triton kernels only record them."""
-
-    def outputs(self, contender: peers.Contender, inputs: peers.Tensors, direction: str) -> peers.Tensors:
-        """A contender's own outputs, or a known backend's."""
-        return known_outputs(super().outputs, self.ours("reference"), contender, inputs, direction)
+def stand_in(case: Case, want: Any) -> Tensors:
+    """Return the values that stand in the place of a kernel's."""
+    return case.eager(want)
 
 
-class DryLinear(peers.LinearCase):
-    """A case of the sweep whose contenders with Triton kernels only record them."""
-
-    def outputs(self, contender: peers.Contender, inputs: peers.Tensors, direction: str) -> peers.Tensors:
-        """A contender's own outputs, or a known backend's."""
-        return known_outputs(super().outputs, self.ours("torch"), contender, inputs, direction)
-
-
-RECORDED = ("triton", "triton tutorial")
+def small(case: AttentionCase | LinearCase) -> AttentionCase | LinearCase:
+    """Return the features of a case of the sweep on a shape for any machine."""
+    if isinstance(case, AttentionCase):
+        dtype = "fp8" if case.dtype == "fp8" else "fp32"
+        return self_attention(dtype, 1, 2 * case.H // case.Hkv, 2, 128, 16, case.causal)
+    return dataclasses.replace(case, dtype="fp32", rows=33, in_features=16, out_features=24)
 
 
-def known_outputs(compute: Any, known: peers.Contender, contender: Any, inputs: Any, direction: str) -> peers.Tensors:
-    """A contender's own outputs, except those of kernels that were recorded: a known backend's, same shapes."""
-    outputs = compute(contender, inputs, direction)
+def known_outputs(case: Any, contender: contest.Contender, inputs: Inputs, direction: str) -> Tensors:
+    """Return a contender's own outputs, or those of a known backend, same shapes, where its kernels were recorded."""
+    outputs = contest.outputs(case, contender, inputs, direction)
     if contender.name not in RECORDED:
         return outputs
-    right = compute(known, inputs, direction)
+    right = contest.outputs(case, known(case), inputs, direction)
     assert {n: (x.shape, x.dtype) for n, x in outputs.items()} == {n: (x.shape, x.dtype) for n, x in right.items()}
     return right
 
 
-def small(case: peers.Case) -> peers.Case:
-    """The features of a case of the sweep on a shape for any machine."""
-    if isinstance(case, peers.AttentionCase):
-        groups = case.heads // case.kv_heads
-        dtype = case.dtype if case.dtype == torch.float8_e4m3fn else torch.float32
-        return DryAttention(1, 2 * groups, 2, 128, 16, case.causal, dtype)
-    return DryLinear(33, 16, 24, case.activation, case.gated, torch.float32)
+def known(case: Any) -> contest.Contender:
+    """Return a backend that computes the case right on a CPU."""
+    return contest.our_backend(case, "torch" if isinstance(case, LinearCase) else "reference")
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the sweep; where no kernel ran, a time says nothing."""
-    return benchmark.refused(row["op"], row["direction"], row["case"], row["contender"], row["check"])
+    """Return a row of the sweep without its times, which say nothing where no kernel ran."""
+    return results.refused(row["op"], row["direction"], row["case"], row["contender"], row["check"])
 
 
-def measure_tile(bench: kernel_bench.Bench, tile: Any, device: torch.device, timing: dict[str, Any]) -> dict[str, Any]:
-    """What kernel_bench.measure_tile does, but with known values where no kernel has computed any, and no time."""
+def measure_tile(bench: tile_bench.TileBench, tile: Any, device: torch.device, times: dict[str, Any]) -> dict[str, Any]:
+    """Do what tile_bench.measure_tile does, with known values where no kernel has computed any, and without a time."""
     case = bench.job.case
-    results, before, own = bench.record(tile)
-    kernel_bench.start([*before, own, *bench.after])
-    known: Any = case.ours("torch" if isinstance(case, peers.LinearCase) else "reference")
-    right = case.outputs(known, bench.inputs, "forward" if bench.job.is_forward else "backward")
-    for name, value in results.items():
+    recorded_results, before, own = bench.record(tile)
+    tile_bench.start([*before, own, *bench.after])
+    right = contest.outputs(case, known(case), bench.inputs, "forward" if bench.job.is_forward else "backward")
+    for name, value in recorded_results.items():
         assert (value.shape, value.dtype) == (right[name].shape, right[name].dtype), name
     row: dict[str, Any] = {"tile": dataclasses.asdict(tile), "check": "ok"}
     try:
-        case.check({name: right[name] for name in results}, bench.want)
+        case.check({name: right[name] for name in recorded_results}, bench.want)
     except AssertionError as error:
         row["check"] = f"WRONG: {error}"
     return row

@@ -29,11 +29,10 @@ if not __package__:
 
 import torch
 
-from bench.gpu import cases as gpu_cases
-from bench.gpu import decode as gpu_decode
-from bench.gpu import dry_run
-from bench.gpu import varlen as gpu_varlen
-from fusemesh import benchmark
+from bench.gpu import dry_run, tables
+from bench.gpu.verification import recorded, verify
+from fusemesh.kernels.measure import Clock
+from fusemesh.kernels.measure.cases import Case
 
 TOOL = "compute-sanitizer"
 NO_TOOL = (
@@ -46,22 +45,22 @@ _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) errors?")
 # What the tool takes to start, beside the cases' own time.
 _MARGIN = 60.0
 
-CASES: tuple[gpu_cases.Case, ...] = (
-    gpu_cases.Attention("bf16", sq=67, sk=131, heads=4, kv_heads=2, causal=True, align="bottom_right", dlse=True),
-    gpu_cases.Linear("bf16", m=67, n=113, k=131, activation="silu", gated=True),
-    gpu_cases.Attention("fp32", sq=33, sk=65, d=40, dv=72, bias="HQK", mask="BHQK"),
-    gpu_cases.Linear("fp32", m=33, n=65, k=17, activation="gelu"),
-    gpu_cases.Attention("bf16", sq=129, sk=129, d=128, softcap=3.0, alibi="BH", sinks=True, dropout=0.2, causal=True),
-    gpu_cases.Attention("fp16", sq=65, sk=33, d=80, mod=True, window=(20, 3), origin=(7, 2, 1, 0), storage="padded"),
-    gpu_cases.Attention("bf16", sq=65, sk=67, bias="K", mask="QK"),
-    gpu_cases.Attention("fp16", sq=1, sk=113, bias="BHQK", d=16),
-    gpu_cases.Attention("bf16", sq=65, sk=65, bias="BQ", d=192, dv=128, window=(None, 5), storage="bshd"),
-    gpu_cases.Linear("fp16", m=1, n=17, k=113, has_bias=False, storage="columns"),
-    gpu_cases.Linear("bf16", m=129, n=65, k=65, activation="relu2"),
-    gpu_decode.Decode("bf16", lens=(301, 1), added=1, page=16, causal=True),
-    gpu_decode.Decode("bf16", lens=(130,), d=576, dv=512, heads=16, kv_heads=1, latent=True),
-    gpu_varlen.Varlen("bf16", lens_q=(67, 0, 33), lens_k=(65, 9, 70), bias=True, causal=True, softcap=3.0),
-    gpu_cases.Attention("bf16", sq=130, sk=130, d=256, causal=True),
+CASES: tuple[Case, ...] = (
+    tables.attention(Sq=67, Sk=131, causal=True, align="bottom_right", dlse=True),
+    tables.linear(m=67, n=113, k=131, activation="silu", gated=True),
+    tables.attention("fp32", Sq=33, Sk=65, D=40, Dv=72, bias="hmn", mask="bhmn"),
+    tables.linear("fp32", m=33, n=65, k=17, activation="gelu"),
+    tables.attention(Sq=129, Sk=129, D=128, softcap=3.0, alibi="bh", sinks=True, dropout=0.2, causal=True),
+    tables.attention("fp16", Sq=65, Sk=33, D=80, mod=True, window=(20, 3), origin=(7, 2, 1, 0), layout="padded"),
+    tables.attention(Sq=65, Sk=67, bias="n", mask="mn"),
+    tables.attention("fp16", Sq=1, Sk=113, bias="bhmn", D=16),
+    tables.attention(Sq=65, Sk=65, bias="bm", D=192, Dv=128, window=(None, 5), layout="bshd"),
+    tables.linear("fp16", m=1, n=17, k=113, has_bias=False, columns=True),
+    tables.linear(m=129, n=65, k=65, activation="relu2"),
+    tables.decode(lens=(301, 1), added=1, page=16, causal=True),
+    tables.decode(lens=(130,), D=576, Dv=512, H=16, Hkv=1, latent=True),
+    tables.packed(lens_q=(67, 0, 33), lens_k=(65, 9, 70), bias="bhmn", causal=True, softcap=3.0),
+    tables.attention(Sq=130, Sk=130, D=256, causal=True),
 )
 
 
@@ -89,7 +88,7 @@ def find_tool() -> str | None:
     return shutil.which(TOOL) or shutil.which(TOOL, path=os.pathsep.join(places))
 
 
-def run_under_tool(clock: benchmark.Clock, *, tool: str | None, is_dry: bool = False) -> dict[str, Any]:
+def run_under_tool(clock: Clock, *, tool: str | None, is_dry: bool = False) -> dict[str, Any]:
     """The planted error, then every case, each in a process of its own under the tool (in a dry run without it).
 
     Returns:
@@ -166,7 +165,7 @@ def line(payload: dict[str, Any]) -> str:
     )
 
 
-def run_cases(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> None:
+def run_cases(device: torch.device, clock: Clock, is_dry: bool) -> None:
     """Run the cases and print a line for each; the program's own side."""
     for case in CASES:
         if not clock.allows_another():
@@ -174,7 +173,7 @@ def run_cases(device: torch.device, clock: benchmark.Clock, is_dry: bool) -> Non
         begin = clock.elapsed
         row = {"op": case.op, "case": case.name, "contender": "triton", "check": "ok"}
         try:
-            dry_run.verify(case, device) if is_dry else gpu_cases.verify(case, device)
+            dry_run.verify(case, device) if is_dry else verify(case, device)
         except AssertionError as error:
             row["check"] = f"WRONG: {error}"
         except Exception as error:
@@ -206,10 +205,10 @@ def main() -> int:
         # In the tool's place, and in its words.
         print(f"========= ERROR SUMMARY: {int(options.planted)} error{'' if options.planted else 's'}", flush=True)
     if options.planted:
-        with gpu_cases.recorded() if options.dry_run else contextlib.nullcontext():
+        with recorded() if options.dry_run else contextlib.nullcontext():
             plant(device)
         return 0
-    run_cases(device, benchmark.Clock(options.minutes), options.dry_run)
+    run_cases(device, Clock(options.minutes), options.dry_run)
     return 0
 
 

@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from fusemesh import benchmark as fusemesh_benchmark
-from fusemesh import peers
+from bench.peers import torch_ops
+from fusemesh.kernels import measure
+from fusemesh.kernels.measure import contest
+from fusemesh.kernels.measure.cases.common import DIRECTIONS, Inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = 0.7  # about how long one contender is measured on one case
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
-_ROOFLINES: dict[torch.dtype, fusemesh_benchmark.Roofline] = {}
+_ROOFLINES: dict[torch.dtype, measure.Roofline] = {}
 
-Contest = Callable[[peers.Case, str, peers.Contender], None]
+Contest = Callable[[contest.TimedCase, str, contest.Contender], None]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,13 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
 
 
-def contests(cases: list[peers.Case]) -> list[Any]:
+def contests(cases: list[contest.TimedCase]) -> list[Any]:
     """Every (case, direction, contender), the contenders of one case side by side."""
     return [
         pytest.param(case, direction, contender, id=f"{case.name}-{direction}-{contender.name}".replace(" ", "_"))
         for case in cases
-        for direction in peers.DIRECTIONS
-        for contender in case.contenders(DEVICE)
+        for direction in DIRECTIONS
+        for contender in torch_ops.contenders(case, DEVICE)
         if direction == "forward" or contender.differentiable
     ]
 
@@ -50,14 +52,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(case: peers.Case, direction: str) -> tuple[peers.Tensors, Any]:
+def _prepared(case: contest.TimedCase, direction: str) -> tuple[Inputs, Any]:
     inputs = case.inputs(DEVICE)
-    return inputs, case.expected(inputs, direction)
+    return inputs, case.expected_at_ends(inputs, direction)
 
 
-def _roofline(dtype: torch.dtype) -> fusemesh_benchmark.Roofline:
+def _roofline(dtype: torch.dtype) -> measure.Roofline:
     if dtype not in _ROOFLINES:
-        _ROOFLINES[dtype] = fusemesh_benchmark.measure_roofline(DEVICE, dtype)
+        _ROOFLINES[dtype] = measure.measure_roofline(DEVICE, dtype)
     return _ROOFLINES[dtype]
 
 
@@ -66,17 +68,17 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Contest]
     """Check one contender on one case, then time it; a wrong result fails the test and no time is kept."""
     rows = request.config.stash[ROWS]
 
-    def run(case: peers.Case, direction: str, contender: peers.Contender) -> None:
+    def run(case: contest.TimedCase, direction: str, contender: contest.Contender) -> None:
         where = (case.op, direction, case.name, contender.name)
         inputs, expected = _prepared(case, direction)
         try:
-            case.check(case.outputs(contender, inputs, direction), expected)
+            case.check(contest.outputs(case, contender, inputs, direction), expected)
         except AssertionError as error:
-            rows.append(fusemesh_benchmark.refused(*where, f"WRONG: {error}"))
+            rows.append(measure.refused(*where, f"WRONG: {error}"))
             raise
-        roofline = _roofline(case.dtype)
-        call = peers.timed_call(case, contender, inputs, direction)
-        flush = fusemesh_benchmark.cache_flusher(DEVICE)
+        roofline = _roofline(case.torch_dtype)
+        call = contest.timed_call(case, contender, inputs, direction)
+        flush = measure.cache_flusher(DEVICE)
 
         def timed() -> None:
             call()
@@ -91,11 +93,9 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Contest]
         benchmark.pedantic(timed, setup=flush, rounds=rounds, warmup_rounds=1)
         if benchmark.stats is None:  # --benchmark-disable: checked, not timed
             return
-        timing = fusemesh_benchmark.summarise(benchmark.stats.stats.data)
+        timing = measure.summarise(benchmark.stats.stats.data)
         rows.append(
-            fusemesh_benchmark.row(
-                *where, timing, case.flops(direction), case.bytes_moved(direction), roofline, check="ok"
-            )
+            measure.row(*where, timing, case.flops(direction), case.bytes_moved(direction), roofline, check="ok")
         )
 
     yield run
@@ -106,11 +106,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not rows:
         return
     terminalreporter.section("times, and ratios to the best of PyTorch's own ops")
-    terminalreporter.write_line(fusemesh_benchmark.ratio_table(rows, peers.PEERS, peers.OURS))
+    terminalreporter.write_line(measure.ratio_table(rows, torch_ops.NAMES, contest.OURS))
     if config.getoption("keyword") or any("::" in str(argument) for argument in config.args):
         terminalreporter.write_line("a part of the suite ran: no results file written")
         return
-    record = fusemesh_benchmark.machine()
-    path = Path(__file__).parents[1] / "results" / fusemesh_benchmark.machine_name(record) / "bench.json"
+    record = measure.machine()
+    path = Path(__file__).parents[1] / "results" / measure.machine_name(record) / "bench.json"
     payload = {"machine": record, "rooflines": [vars(roofline) for roofline in _ROOFLINES.values()], "rows": rows}
-    terminalreporter.write_line(f"written to {fusemesh_benchmark.write_results(path, payload)}")
+    terminalreporter.write_line(f"written to {measure.write_results(path, payload)}")

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
-from fusemesh.peers import AttentionCase
+from fusemesh.kernels.measure.cases import AttentionCase, self_attention
 
 if torch.cuda.is_available():
-    CASES = [AttentionCase(4, 16, 16, 4096, 128, causal, torch.bfloat16) for causal in (True, False)] + [
-        AttentionCase(4, 64, 8, 4096, 128, True, torch.bfloat16)
+    CASES = [
+        *(self_attention("bf16", 4, 16, 16, 4096, 128, causal) for causal in (True, False)),
+        self_attention("bf16", 4, 64, 8, 4096, 128, causal=True),
     ]
 else:
     CASES = [
-        AttentionCase(1, 8, 8, 1024, 64, False, torch.float32),
-        AttentionCase(1, 8, 8, 1024, 64, True, torch.float32),
-        AttentionCase(2, 8, 2, 512, 128, True, torch.float32),
+        self_attention("fp32", 1, 8, 8, 1024, 64, causal=False),
+        self_attention("fp32", 1, 8, 8, 1024, 64, causal=True),
+        self_attention("fp32", 2, 8, 2, 512, 128, causal=True),
     ]
 
 

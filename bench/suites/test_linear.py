@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from fusemesh.peers import LinearCase
+from fusemesh.kernels.measure.cases import LinearCase
 
 if torch.cuda.is_available():
     CASES = [
-        LinearCase(8192, 4096, 14336, "silu", True, torch.bfloat16),
-        LinearCase(8192, 2048, 8192, "gelu", False, torch.bfloat16),
-        LinearCase(8192, 8192, 8192, None, False, torch.bfloat16),
+        LinearCase("bf16", 8192, 4096, 14336, "silu", gated=True),
+        LinearCase("bf16", 8192, 2048, 8192, "gelu"),
+        LinearCase("bf16", 8192, 8192, 8192),
     ]
 else:
     CASES = [
-        LinearCase(1024, 512, 1408, "silu", True, torch.float32),
-        LinearCase(1024, 512, 2048, "gelu", False, torch.float32),
-        LinearCase(1024, 1024, 1024, None, False, torch.float32),
+        LinearCase("fp32", 1024, 512, 1408, "silu", gated=True),
+        LinearCase("fp32", 1024, 512, 2048, "gelu"),
+        LinearCase("fp32", 1024, 1024, 1024),
     ]
 
 

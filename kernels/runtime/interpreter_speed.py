@@ -19,9 +19,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from .. import compat
 
-def replacements(interpreter: Any) -> dict[tuple[Any, str], Any]:
-    """Return (owner, attribute) -> replacement, for what this version of ``triton.runtime.interpreter`` has."""
+
+def replacements(parts: compat.Interpreter) -> dict[tuple[Any, str], Any]:
+    """Return (owner, attribute) -> replacement, for what this version of Triton's interpreter has."""
     import triton.language as tl
 
     found: dict[tuple[Any, str], Any] = {
@@ -29,16 +31,15 @@ def replacements(interpreter: Any) -> dict[tuple[Any, str], Any]:
         (tl.tensor, "__init__"): _tensor_shape_once(tl),
         (tl.dtype, "__eq__"): _equal_names(tl),
     }
-    if hasattr(tl.core, "_unwrap_if_constexpr"):
-        found[tl.core, "_unwrap_if_constexpr"] = _unwrap_seldom(tl)
-    builder = interpreter.interpreter_builder
-    options = getattr(builder, "options", None)
+    if hasattr(tl.core, parts.unwrap):
+        found[tl.core, parts.unwrap] = _unwrap_seldom(parts, tl)
+    options = getattr(parts.builder, "options", None)
     if hasattr(options, "sanitize_overflow") and not getattr(options, "debug", True):
-        found[builder, "options"] = dataclasses.replace(options, sanitize_overflow=False)
-    if hasattr(interpreter, "_get_np_dtype"):
-        found[interpreter, "_get_np_dtype"] = _numpy_dtype_once(interpreter, tl)
-    if hasattr(interpreter, "_patch_lang"):
-        found[interpreter, "_patch_lang"] = _prepare_once(interpreter, tl)
+        found[parts.builder, "options"] = dataclasses.replace(options, sanitize_overflow=False)
+    if hasattr(parts.module, parts.numpy_dtype):
+        found[parts.module, parts.numpy_dtype] = _numpy_dtype_once(parts, tl)
+    if hasattr(parts.module, parts.patch_lang):
+        found[parts.module, parts.patch_lang] = _prepare_once(parts, tl)
     return found
 
 
@@ -89,9 +90,9 @@ def _equal_names(tl: Any) -> Callable[[Any, Any], bool]:
     return equal
 
 
-def _unwrap_seldom(tl: Any) -> Callable[[Any], Any]:
-    """``core._unwrap_if_constexpr`` that looks into nothing that cannot hold a constant."""
-    original, constexpr = tl.core._unwrap_if_constexpr, tl.constexpr
+def _unwrap_seldom(parts: compat.Interpreter, tl: Any) -> Callable[[Any], Any]:
+    """The search for constants that looks into nothing that cannot hold one."""
+    original, constexpr = getattr(tl.core, parts.unwrap), tl.constexpr
     plain = frozenset((tl.tensor, tl.dtype, tl.block_type, int, float, bool, str, type(None)))
 
     def unwrap(value: Any) -> Any:
@@ -103,9 +104,9 @@ def _unwrap_seldom(tl: Any) -> Callable[[Any], Any]:
     return unwrap
 
 
-def _numpy_dtype_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
-    """``interpreter._get_np_dtype`` that asks once for each element type."""
-    original = interpreter._get_np_dtype
+def _numpy_dtype_once(parts: compat.Interpreter, tl: Any) -> Callable[[Any], Any]:
+    """The look-up of a numpy dtype that asks once for each element type."""
+    original = getattr(parts.module, parts.numpy_dtype)
     known: dict[str, Any] = {}
 
     def numpy_dtype(dtype: Any) -> Any:
@@ -118,10 +119,9 @@ def _numpy_dtype_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
     return numpy_dtype
 
 
-def _prepare_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
-    """``interpreter._patch_lang`` that does nothing for a function called by one for which it was done already."""
-    original = interpreter._patch_lang
-    is_builtin = tl.core.is_builtin
+def _prepare_once(parts: compat.Interpreter, tl: Any) -> Callable[[Any], Any]:
+    """The preparation of ``triton.language`` that does nothing for a function called by one that was prepared."""
+    original, is_builtin = getattr(parts.module, parts.patch_lang), parts.is_builtin
     seen: dict[Any, list[Any]] = {}  # function -> those of the two modules that it sees
 
     def patch_lang(fn: Any) -> Any:
@@ -133,7 +133,7 @@ def _prepare_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
             values = list(fn.__globals__.values())
             modules = seen[fn] = [module for module in (tl, tl.core) if any(value is module for value in values)]
         if modules and not any(is_builtin(module.load) for module in modules):
-            return interpreter._LangPatchScope()
+            return parts.lang_scope()
         return original(fn)
 
     return patch_lang

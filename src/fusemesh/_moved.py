@@ -12,6 +12,7 @@ from types import ModuleType
 
 # Old name -> new name. What README, docs and examples have ever imported stands here.
 MOVED = {
+    "fusemesh.benchmark": "fusemesh.kernels.measure",
     "fusemesh.evaluator": "fusemesh.run.evaluator",
     "fusemesh.generation": "fusemesh.transformer.generation",
     "fusemesh.hybrid.launch": "fusemesh.hybrid.ranks.join",
@@ -26,6 +27,7 @@ MOVED = {
     "fusemesh.kernels.testing.interpreter": "fusemesh.kernels.runtime.interpreter",
     "fusemesh.metrics": "fusemesh.run.metrics",
     "fusemesh.trainer": "fusemesh.run.trainer",
+    "fusemesh.tune": "fusemesh.kernels.measure.tune",
 }
 
 

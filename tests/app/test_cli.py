@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fusemesh import __version__, cli, config, tune
+from fusemesh import __version__, cli, config
+from fusemesh.kernels.measure import tune
 from fusemesh.tasks.names import TASKS
 from fusemesh.tasks.registry import task_class
 from tests.support import fresh_process, tiny_run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import stat
 import sys
 import time
@@ -16,13 +15,12 @@ import pytest
 import torch
 
 from bench import on_gpu
-from bench.gpu import cases as gpu_cases
-from bench.gpu import decode as gpu_decode
-from bench.gpu import dry_run, memcheck
-from bench.gpu import fp8 as gpu_fp8
-from bench.gpu import varlen as gpu_varlen
-from fusemesh import benchmark, peers, tune
-from fusemesh.kernels import backends
+from bench.gpu import dry_run, memcheck, tables
+from fusemesh.kernels import measure
+from fusemesh.kernels.attention.gpu import backend as triton_backend
+from fusemesh.kernels.measure import contest, tune
+from fusemesh.kernels.measure.cases import AttentionCase
+from fusemesh.kernels.measure.cases.common import DIRECTIONS, DTYPES, Tensors
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 
@@ -42,21 +40,15 @@ def _dry_run(stage: str, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
 
 
 def _few(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    for module, name in (
-        (gpu_cases, "ATTENTION"),
-        (gpu_cases, "LINEAR"),
-        (gpu_decode, "DECODE"),
-        (gpu_varlen, "VARLEN"),
-        (gpu_fp8, "FP8_CASES"),
-    ):
-        monkeypatch.setattr(module, name, getattr(module, name)[:count])
+    for name in ("ATTENTION", "LINEAR", "DECODE", "PACKED", "FP8"):
+        monkeypatch.setattr(tables, name, getattr(tables, name)[:count])
 
 
-def _twice(values: peers.Tensors) -> peers.Tensors:
+def _twice(values: Tensors) -> Tensors:
     return {name: 2 * value for name, value in values.items()}
 
 
-ALL = (*gpu_cases.ATTENTION, *gpu_cases.LINEAR, *gpu_decode.DECODE, *gpu_varlen.VARLEN, *gpu_fp8.FP8_CASES)
+ALL = (*tables.ATTENTION, *tables.LINEAR, *tables.DECODE, *tables.PACKED, *tables.FP8)
 
 
 def test_correctness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,15 +65,20 @@ def test_correctness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_matrix_holds_every_feature_in_every_dtype_and_a_dozen_combinations() -> None:
     features = ("softcap", "alibi", "mod", "sinks", "dropout", "origin")
+    default = AttentionCase()
+
+    def has(case: AttentionCase, feature: str) -> bool:
+        return getattr(case, feature) != getattr(default, feature)
+
     for feature in features:
-        having = [case for case in gpu_cases.ATTENTION if getattr(case, feature)]
-        assert {case.dtype for case in having} == set(gpu_cases.DTYPES), feature
-    combined = [c for c in gpu_cases.COMBINATIONS if sum(bool(getattr(c, feature)) for feature in features) > 0]
+        assert {case.dtype for case in tables.ATTENTION if has(case, feature)} == set(DTYPES), feature
+    combined = [case for case in tables.COMBINATIONS if any(has(case, feature) for feature in features)]
     assert len(combined) >= 12
-    assert {case.d for case in combined} - {2**i for i in range(4, 9)}, "head dims that are no power of two"
-    assert any(case.dv not in (None, case.d) for case in combined)
+    assert {case.D for case in combined} - {2**i for i in range(4, 9)}, "head dims that are no power of two"
+    assert any(case.Dv != case.D for case in combined)
     assert any(case.device_origin for case in combined) and any(case.window for case in combined)
-    assert len(set(ALL)) == len(ALL)
+    assert len(set(ALL)) == len(ALL) == 170 and set(ALL) >= tables.REPEATED and len(tables.REPEATED) == 10
+    assert len({(case.op, case.name) for case in ALL}) == len(ALL), "names tell them apart"
 
 
 def test_what_is_right_on_a_gpu_is_what_auto_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +87,7 @@ def test_what_is_right_on_a_gpu_is_what_auto_asks_for(monkeypatch: pytest.Monkey
     payload = {"rows": [row], "left_out": [], "dry_run": False, "only": ""}
     status, message = on_gpu.verdict("correctness", payload, Path("bench/results/x/correctness.json"))
     assert status == 0 and message.startswith("right. ")
-    kernels = Path(backends.__file__).parent
-    asked = {
-        operation
-        for path in kernels.rglob("*.py")
-        for operation in re.findall(r'(?:backends\.proven\(|\bkernels=)"(\w+)"', path.read_text())
-    }
+    asked = set(triton_backend.KERNELS.values())
     part = on_gpu.verdict("correctness", {**payload, "only": "attention"}, Path("x"))
     assert part[0] == 0 and "PROVEN_ON_GPU" not in part[1], "a part of the cases proves no operation"
     assert asked == set(on_gpu.OPERATIONS) and all(f'("{operation}", "sm_90")' in message for operation in asked)
@@ -105,10 +97,10 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, payload = _dry_run("sweep", tmp_path)
     assert status == 0, capsys.readouterr().out
     assert {(row["op"], row["direction"]) for row in payload["rows"]} == {
-        (op, direction) for op in ("attention", "linear") for direction in peers.DIRECTIONS
+        (op, direction) for op in ("attention", "linear") for direction in DIRECTIONS
     }
     assert {row["contender"] for row in payload["rows"]} == {"triton", "sdpa", "F.linear", "triton tutorial"}
-    fp8 = [row for row in payload["rows"] if row["case"].endswith(" fp8")]
+    fp8 = [row for row in payload["rows"] if row["case"].startswith("fp8 ")]
     assert {(row["direction"], row["contender"]) for row in fp8} == {("forward", "triton")}
     tutorial = [row for row in payload["rows"] if row["contender"] == "triton tutorial"]
     assert {row["direction"] for row in tutorial} == {"forward"}
@@ -145,8 +137,8 @@ def test_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_results_fail_correctness_after_they_were_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind in (gpu_cases.Attention, gpu_cases.Linear, gpu_decode.Decode, gpu_varlen.Varlen, gpu_fp8.Fp8):
-        monkeypatch.setattr(kind, "stand_in", lambda self, want, right=kind.stand_in: _twice(right(self, want)))
+    right = dry_run.stand_in
+    monkeypatch.setattr(dry_run, "stand_in", lambda case, want: _twice(right(case, want)))
     _few(monkeypatch, 2)
     status, payload = _dry_run("correctness", tmp_path)
     assert status == 1
@@ -158,8 +150,8 @@ def test_wrong_results_fail_correctness_after_they_were_written(
 def test_a_wrong_result_fails_the_sweep_after_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = dry_run.known_outputs
 
-    def wrong(compute: Any, known: Any, contender: peers.Contender, inputs: Any, direction: str) -> peers.Tensors:
-        outputs = right(compute, known, contender, inputs, direction)
+    def wrong(case: Any, contender: contest.Contender, inputs: Any, direction: str) -> Tensors:
+        outputs = right(case, contender, inputs, direction)
         return _twice(outputs) if contender.name == "triton" else outputs
 
     monkeypatch.setattr(dry_run, "known_outputs", wrong)
@@ -196,10 +188,8 @@ def test_a_launcher_that_launches_nothing_is_noticed(tmp_path: Path, monkeypatch
     from fusemesh.kernels.matmul.gpu import linear as triton_matmul
 
     monkeypatch.setattr(triton_matmul, "launch", lambda *arguments, **options: None)
-    monkeypatch.setattr(gpu_cases, "ATTENTION", ())
-    monkeypatch.setattr(gpu_decode, "DECODE", ())
-    monkeypatch.setattr(gpu_varlen, "VARLEN", ())
-    monkeypatch.setattr(gpu_fp8, "FP8_CASES", ())
+    for name in ("ATTENTION", "DECODE", "PACKED", "FP8"):
+        monkeypatch.setattr(tables, name, ())
     status, payload = _dry_run("correctness", tmp_path)
     assert status == 1 and all("recorded []" in row["check"] for row in payload["rows"])
 
@@ -321,7 +311,7 @@ def test_what_the_tool_finds_decides(planted: str, found: str, fault: str | None
     tool = tmp_path / "tool"
     tool.write_text(FAKE_TOOL.format(python=sys.executable, planted=planted, found=found))
     tool.chmod(0o755)
-    payload = memcheck.run_under_tool(benchmark.Clock(1.0), tool=str(tool))
+    payload = memcheck.run_under_tool(measure.Clock(1.0), tool=str(tool))
     status, message = on_gpu.verdict("memcheck", {**payload, "dry_run": False, "only": ""}, Path("x.json"))
     if fault is None:
         assert status == 0 and "cases were left out" in message and len(payload["left_out"]) == len(memcheck.CASES)
@@ -339,21 +329,21 @@ def test_a_tool_that_does_not_end_is_ended_with_its_children() -> None:
 
 
 def test_the_sweep_is_that_of_the_design() -> None:
-    attention = [case for case in on_gpu.sweep_cases() if isinstance(case, peers.AttentionCase)]
-    cases = [case for case in attention if case.dtype == torch.bfloat16]
+    attention = [case for case in on_gpu.sweep_cases() if isinstance(case, AttentionCase)]
+    cases = [case for case in attention if case.dtype == "bf16"]
     fp8 = [case for case in attention if case not in cases]
-    in_bf16 = {dataclasses.replace(case, dtype=torch.bfloat16) for case in fp8}
+    in_bf16 = {dataclasses.replace(case, dtype="bf16") for case in fp8}
     assert fp8 and in_bf16 <= set(cases), "rows of the same shapes to compare with"
     without = on_gpu.sweep_cases(has_fp8=False)
     assert set(on_gpu.sweep_cases()) - set(without) == set(fp8)
-    assert {case.batch * case.length for case in cases} == {16384}
-    assert {case.heads * case.head_dim for case in cases if case.heads == case.kv_heads} == {2048}
-    assert {(case.head_dim, case.causal) for case in cases if case.heads == case.kv_heads} == {
+    assert {case.B * case.Sq for case in cases} == {16384}
+    assert {case.H * case.D for case in cases if case.Hkv == case.H} == {2048}
+    assert {(case.D, case.causal) for case in cases if case.Hkv == case.H} == {
         (d, causal) for d in (64, 128, 256) for causal in (False, True)
     }
-    assert {(c.heads, c.kv_heads, c.head_dim) for c in cases if c.heads != c.kv_heads} == {(64, 8, 128)}
+    assert {(c.H, c.Hkv, c.D) for c in cases if c.Hkv != c.H} == {(64, 8, 128)}
     assert len(set(cases)) == len(cases) == 48
-    from bench.gpu import tutorial_attention
+    from bench.peers import tutorial_attention
 
     assert all(tutorial_attention.contender(case) is not None for case in cases)
-    assert tutorial_attention.contender(dataclasses.replace(cases[0], head_dim=80)) is None
+    assert tutorial_attention.contender(dataclasses.replace(cases[0], D=80, Dv=80)) is None

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import cases as gpu_cases
-from fusemesh import benchmark, cli, kernel_bench, peers, tune
-from fusemesh.decode_bench import DecodeCase
-from fusemesh.kernels import env
-from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
+from bench.gpu.verification import recorded
+from fusemesh import cli
+from fusemesh.kernels import env, measure
+from fusemesh.kernels.attention.gpu import decode_tiles
 from fusemesh.kernels.attention.gpu import tiles as attention_tiles
 from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
+from fusemesh.kernels.measure import tile_bench, tune
+from fusemesh.kernels.measure.cases import AttentionCase, DecodeCase, LinearCase, self_attention
+from fusemesh.kernels.measure.tile_bench import TuneJob
 from fusemesh.kernels.runtime.launch import TARGETS
 
 QUICK: dict[str, Any] = {"seconds": 0.0, "least": 1, "pause": 0.0}
@@ -32,7 +34,7 @@ def test_every_kernel_and_entry_has_a_job_in_bf16() -> None:
         *(("attention", kernel, f"D{d} bias") for kernel in attention_tiles.OPS for d in attention_tiles.HEAD_DIMS),
         *(("decode", "split", f"D{d}") for d in decode_tiles.HEAD_DIMS),
     }
-    assert {job.case.dtype for job in jobs} == {torch.bfloat16} and len(set(jobs)) == len(jobs) == 40
+    assert {job.case.dtype for job in jobs} == {"bf16"} and len(set(jobs)) == len(jobs) == 40
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
@@ -44,14 +46,14 @@ def test_candidates_are_the_shipped_tile_and_valid_neighbours(target: Any) -> No
         for tile in others:
             changed = [field for field, value in dataclasses.asdict(tile).items() if value != getattr(first, field)]
             assert 1 <= len(changed) <= 2
-            if isinstance(job.case, peers.AttentionCase):
-                block = job.case.head_dim
-                assert attention_tiles.is_valid(tile, job.kernel, target, torch.bfloat16, block, block, job.case.bias)
-            elif isinstance(job.case, peers.LinearCase):
+            if isinstance(job.case, AttentionCase):
+                block, biased = job.case.D, job.case.bias is not None
+                assert attention_tiles.is_valid(tile, job.kernel, target, torch.bfloat16, block, block, biased)
+            elif isinstance(job.case, LinearCase):
                 assert linear_tiles.is_valid(tile, job.kernel, target, torch.bfloat16, job.form)
             else:
-                d, dv = job.case.head_dim, job.case.v_dim or job.case.head_dim
-                assert decode_tiles.is_valid(tile, target, torch.bfloat16, d, dv, job.case.v_dim is not None)
+                d, dv, latent = job.case.D, job.case.Dv, job.case.latent
+                assert decode_tiles.is_valid(tile, target, torch.bfloat16, d, dv, latent)
 
 
 def _tuned(times: list[float | str], minutes: float = 1.0) -> dict[str, Any]:
@@ -59,13 +61,13 @@ def _tuned(times: list[float | str], minutes: float = 1.0) -> dict[str, Any]:
     job = tune.small(tune.jobs()[0])
     left = iter(times)
 
-    def measure(bench: Any, tile: Any, device: Any, timing: Any) -> dict[str, Any]:
+    def measured(bench: Any, tile: Any, device: Any, times: Any) -> dict[str, Any]:
         found = next(left, 9.0)
         row = {"tile": dataclasses.asdict(tile), "check": found if isinstance(found, str) else "ok"}
         return row if isinstance(found, str) else {**row, "seconds": found}
 
-    with gpu_cases.recorded():
-        return tune.tune_tiles(CPU, benchmark.Clock(minutes), chosen=[job], measure=measure)
+    with recorded():
+        return tune.tune_tiles(CPU, measure.Clock(minutes), chosen=[job], measure=measured)
 
 
 def test_the_fastest_right_tile_is_the_best() -> None:
@@ -93,15 +95,15 @@ def test_no_candidate_starts_when_the_time_is_up() -> None:
     assert _tuned([1e-3], minutes=0.0)["left_out"] == ["attention forward D128"]
 
 
-ATTENTION = peers.AttentionCase(1, 4, 2, 40, 16, True, torch.float32)
+ATTENTION = self_attention("fp32", 1, 4, 2, 40, 16, causal=True)
 INTERPRETED = [
-    *(kernel_bench.Job(kernel, ATTENTION) for kernel in tune.ATTENTION_KERNELS),
-    *(kernel_bench.Job(kernel, dataclasses.replace(ATTENTION, bias=True)) for kernel in tune.BIAS_KERNELS),
-    kernel_bench.Job("split", DecodeCase(2, 4, 2, 700, 16, torch.float32)),
-    kernel_bench.Job("split", DecodeCase(2, 4, 1, 600, 48, torch.float32, v_dim=32)),
-    kernel_bench.Job("dgrad", peers.LinearCase(16, 20, 24, None, False, torch.float32)),
+    *(TuneJob(kernel, ATTENTION) for kernel in tune.ATTENTION_KERNELS),
+    *(TuneJob(kernel, dataclasses.replace(ATTENTION, bias="bhmn")) for kernel in tune.BIAS_KERNELS),
+    TuneJob("split", DecodeCase(H=4, Hkv=2, capacity=700, lens=(700, 700))),
+    TuneJob("split", DecodeCase(H=4, Hkv=1, D=48, Dv=32, capacity=600, lens=(600, 600), latent=True)),
+    TuneJob("dgrad", LinearCase("fp32", 16, 20, 24)),
     *(
-        kernel_bench.Job(kernel, peers.LinearCase(40, 20, 24, activation, gated, torch.float32))
+        TuneJob(kernel, LinearCase("fp32", 40, 20, 24, activation, gated))
         for kernel in tune.LINEAR_KERNELS
         for activation, gated in ((None, False), ("gelu", False), ("silu", True))
     ),
@@ -111,9 +113,9 @@ INTERPRETED = [
 @pytest.mark.interpreter
 @pytest.mark.parametrize("job", INTERPRETED, ids=lambda job: job.name)
 def test_a_kernel_alone_is_right_with_another_tile_and_a_wrong_one_is_found(
-    job: kernel_bench.Job, monkeypatch: pytest.MonkeyPatch
+    job: TuneJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = kernel_bench.Bench(job, CPU)
+    bench = tile_bench.TileBench(job, CPU)
     if job.op != "linear":
         tile: Any = attention_tiles.Tile(16, 32, 4, 1)
         blocks = {"BLOCK_M": 16, "BLOCK_N": 32}
@@ -123,11 +125,11 @@ def test_a_kernel_alone_is_right_with_another_tile_and_a_wrong_one_is_found(
     results, _, (kernel, _, _, options) = bench.record(tile)
     assert kernel.__name__ == f"{job.op}_{job.kernel}_kernel" and blocks.items() <= options.items()
     assert results
-    row = kernel_bench.measure_tile(bench, tile, CPU, QUICK)
+    row = tile_bench.measure_tile(bench, tile, CPU, QUICK)
     assert row["check"] == "ok" and row["seconds"] > 0
-    monkeypatch.setattr(kernel_bench, "start", lambda launches: [x.zero_() for x in results.values()])
+    monkeypatch.setattr(tile_bench, "start", lambda launches: [x.zero_() for x in results.values()])
     monkeypatch.setattr(bench, "record", lambda tile: (results, [], None))
-    row = kernel_bench.measure_tile(bench, tile, CPU, QUICK)
+    row = tile_bench.measure_tile(bench, tile, CPU, QUICK)
     assert row["check"].startswith("WRONG: ") and "seconds" not in row
 
 
@@ -163,7 +165,7 @@ def test_the_command_writes_the_table_and_says_where(
 ) -> None:
     found, clocks = _tuned([2e-3, 1e-3]), []
 
-    def tuned(device: torch.device, clock: benchmark.Clock) -> dict[str, Any]:
+    def tuned(device: torch.device, clock: measure.Clock) -> dict[str, Any]:
         assert device.type == "cuda"
         clocks.append(clock.left)
         return {**found, "left_out": ["linear dgrad gated"]}
@@ -172,7 +174,7 @@ def test_the_command_writes_the_table_and_says_where(
     monkeypatch.setattr(tune, "tune_tiles", tuned)
     monkeypatch.chdir(tmp_path)
     status, out, _ = _call(capfd, "--tune", "--minutes", "2")
-    path = Path("bench", "results", benchmark.machine_name(benchmark.machine()), "tune.json")
+    path = Path("bench", "results", measure.machine_name(measure.machine()), "tune.json")
     assert status == 0 and out.splitlines()[-1] == f"written to {path}"
     assert "left out for lack of time: linear dgrad gated" in out and 110 < clocks[0] <= 120
     saved = json.loads(path.read_text())

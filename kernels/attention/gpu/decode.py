@@ -83,12 +83,10 @@ def _attend(
     Hkv, capacity = call.k_cache.shape[1], call.capacity
     group, rows = H // max(Hkv, 1), B * H * Sq
     # Keys of pages that do not exist are read from one that does.
-    k_cache, v_cache = (
-        cache.new_zeros((1, *cache.shape[1:]))
-        if cache is not None and call.block_table is not None and cache.shape[0] == 0
-        else cache
-        for cache in (call.k_cache, call.v_cache)
-    )
+    k_cache, v_cache = call.k_cache, call.v_cache
+    if call.block_table is not None and k_cache.shape[0] == 0:
+        k_cache = k_cache.new_zeros((1, *k_cache.shape[1:]))
+        v_cache = None if v_cache is None else v_cache.new_zeros((1, *v_cache.shape[1:]))
     softmax = softmax_of(call.call, fold_scale=mode.fold_scale, natural=mode.natural)
     part = stats = None
     if splits > 1:

@@ -1,4 +1,4 @@
-"""The linear layer on Triton: launchers of triton_kernels.py, on tensors of any leading dimensions and strides."""
+"""The linear layer on Triton: launchers of linear_kernels.py, on tensors of any leading dimensions and strides."""
 
 from __future__ import annotations
 

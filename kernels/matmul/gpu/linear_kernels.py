@@ -1,4 +1,4 @@
-"""The linear layer's Triton kernels: forward, dgrad, wgrad. Their launchers are in triton_matmul.py.
+"""The linear layer's Triton kernels: forward, dgrad, wgrad. Their launchers are in linear.py.
 
 Each program computes one tile of its result, with fp32 accumulation and no atomics. M counts tokens, N out features, K
 in features, in every kernel; the tile dimension that a kernel sums over is the depth of its loop. Addresses are 64-bit.

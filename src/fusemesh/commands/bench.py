@@ -29,16 +29,17 @@ def run(options: argparse.Namespace) -> Outcome:
         raise ValueError(f"--minutes: expected more than 0, received {options.minutes:g}")
     import torch
 
-    from fusemesh import benchmark, tune
+    from fusemesh.kernels import measure
+    from fusemesh.kernels.measure import tune
 
     reason = tune.why_not_here()
     if reason is not None:
         raise ValueError(reason)
-    record = benchmark.machine()
-    path = Path(options.out or Path("runs", "bench", benchmark.machine_name(record), "tune.json"))
-    result = tune.tune_tiles(torch.device("cuda"), benchmark.Clock(options.minutes))
+    record = measure.machine()
+    path = Path(options.out or Path("runs", "bench", measure.machine_name(record), "tune.json"))
+    result = tune.tune_tiles(torch.device("cuda"), measure.Clock(options.minutes))
     result = {"stage": "tune", "dry_run": False, "machine": record, **result}
-    written = benchmark.write_results(path, result)
+    written = measure.write_results(path, result)
     wrong = [
         f"{row['op']} {row['kernel']} {row['entry']}: {row['check']}" for row in result["rows"] if row["check"] != "ok"
     ]

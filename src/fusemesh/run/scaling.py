@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusemesh import benchmark
 from fusemesh import config as configuration
 from fusemesh.config import Config
 from fusemesh.hybrid.layout import AXES
 from fusemesh.hybrid.ranks.local import LocalRanks
+from fusemesh.kernels.measure import results as benchmark
 
 # Steps that each run takes before those that count: buffers, plans and caches are made in them.
 _WARM_UP = 2

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from fusemesh import flash_attention_varlen
+from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.gpu import mask_tiles
-from fusemesh.kernels.attention.gpu.device.scores import describe
-from tests.support.attention_cases import DTYPES, Case, compare, guarded_outputs, run
+from fusemesh.kernels.attention.gpu.mode import scores_of
+from fusemesh.kernels.measure.cases import AttentionCase
+from tests.support.attention_cases import DTYPES, compare, guarded_outputs, run
 
 pytestmark = pytest.mark.interpreter
 
@@ -57,42 +59,42 @@ def test_lists(
     monkeypatch.setattr(mask_tiles, "_STEP", step)
     generator = torch.Generator().manual_seed(sum(shape))
     mask = torch.stack([blocks(*shape[2:], 0.4, generator) for _ in range(shape[0] * shape[1])]).reshape(shape)
-    scores, _ = describe(mask, None, None, None, AttentionSpec(1.0), natural=True)
-    found = mask_tiles.with_tiles(scores, mask, block_m, block_n, along_keys=along_keys)
+    scores = scores_of(Call(AttentionSpec(1.0), mask=mask))
+    found = mask_tiles.shown_tiles(scores, block_m, block_n, along_keys=along_keys)
     table = found.p_tiles
-    assert table is not None and found.tiles_row % 16 == 0
+    assert table is not None and found.stride_block % 16 == 0
     row_block, column_block = (block_m, block_n) if along_keys else (block_n, block_m)
     turned = mask if along_keys else mask.transpose(2, 3)
     for b in range(shape[0]):
         for h in range(shape[1]):
             for i in range(-(-turned.shape[2] // row_block)):
-                at = b * found.tiles_b + h * found.tiles_h + i * found.tiles_row
+                at = b * found.stride_b + h * found.stride_h + i * found.stride_block
                 part = turned[b, h, i * row_block : (i + 1) * row_block]
                 seen = [bool(tile.any()) for tile in part.split(column_block, 1)]
-                line = table.flatten()[at : at + 2 * found.tiles_half].tolist()
+                line = table.flatten()[at : at + 2 * found.half].tolist()
                 assert line[: len(seen) + 1] == [sum(seen[:j]) for j in range(len(seen) + 1)]
-                listed = line[found.tiles_half :][: sum(seen)]
+                listed = line[found.half :][: sum(seen)]
                 assert listed == [j for j, any_seen in enumerate(seen) if any_seen]
 
 
-DOCUMENTS = Case(B=2, H=2, Hkv=1, Sq=113, Sk=203, dlse=True)
+DOCUMENTS = AttentionCase(B=2, H=2, Hkv=1, Sq=113, Sk=203, dlse=True)
 CASES = {
     "mask": DOCUMENTS,
     "of_heads": replace(DOCUMENTS, H=2, Hkv=2, mask="hmn"),
-    "causal": replace(DOCUMENTS, window_right=0, origin_q=90),
-    "causal_from_the_left": replace(DOCUMENTS, window_right=0),
-    "window": replace(DOCUMENTS, window_left=40, window_right=17, origin=(60, -5)),
-    "over_keys": replace(DOCUMENTS, mask="bn", window_right=0, origin_q=90),
-    "over_queries": replace(DOCUMENTS, mask="m", window_left=100),
+    "causal": replace(DOCUMENTS, causal=True, align="bottom_right"),
+    "causal_from_the_left": replace(DOCUMENTS, causal=True),
+    "window": replace(DOCUMENTS, window=(40, 17), device_origin=(60, -5, 3, 5)),
+    "over_keys": replace(DOCUMENTS, mask="bn", causal=True, align="bottom_right"),
+    "over_queries": replace(DOCUMENTS, mask="m", window=(100, None)),
     "bias": replace(DOCUMENTS, bias="hmn", mask="bmn"),
     "bias_over_keys": replace(DOCUMENTS, bias="n", mask="bmn"),
     "all_features": replace(
-        DOCUMENTS, mask="bmn", bias="mn", softcap=3.0, alibi="h", mod=True, sinks=True, dropout=0.2, window_right=50
+        DOCUMENTS, mask="bmn", bias="mn", softcap=3.0, alibi="h", mod=True, sinks=True, dropout=0.2, window=(None, 50)
     ),
 }
 
 
-def mask_of(case: Case) -> torch.Tensor:
+def mask_of(case: AttentionCase) -> torch.Tensor:
     """A mask in the dims that the case names (default "mn"), most tiles of which are hidden whole."""
     dims = case.mask or "mn"
     generator = torch.Generator().manual_seed(7)
@@ -128,7 +130,7 @@ def test_results(name: str, dtype: str) -> None:
 )
 def test_hidden_tiles_are_not_visited(dims: str, dtype: str) -> None:
     """NaN in the keys, values, queries and gradients of tiles that the mask hides from all others changes nothing."""
-    case = Case(dtype=dtype, B=2, H=2, Hkv=2, Sq=4 * TILE, Sk=5 * TILE, mask=dims, bias="hmn")
+    case = AttentionCase(dtype=dtype, B=2, H=2, Hkv=2, Sq=4 * TILE, Sk=5 * TILE, mask=dims, bias="hmn")
     x = case.inputs()
     mask = x["mask"]
     assert mask is not None

@@ -10,19 +10,21 @@ import torch
 
 from fusemesh.kernels.attention.dense import ops
 from fusemesh.kernels.attention.dense.api import flash_attention
-from tests.support.attention_cases import Case
+from fusemesh.kernels.measure.cases import AttentionCase
 
 pytestmark = pytest.mark.interpreter
 
 CASES = {
-    "plain": Case(Sq=5, Sk=7),
-    "gqa": Case(dtype="bf16", H=4, Hkv=2, Sq=5, Sk=7, Dv=24, layout="bshd"),
-    "mask_and_bias": Case(Sq=5, Sk=7, mask="n", bias="hmn", window_right=0, origin=(40, 38)),
-    "all": Case(Sq=5, Sk=7, bias="mn", softcap=3.0, alibi="h", mod=True, sinks=True, dropout=0.2, window_left=3),
+    "plain": AttentionCase(Sq=5, Sk=7),
+    "gqa": AttentionCase(dtype="bf16", H=4, Hkv=2, Sq=5, Sk=7, Dv=24, layout="bshd"),
+    "mask_and_bias": AttentionCase(Sq=5, Sk=7, mask="n", bias="hmn", causal=True, device_origin=(40, 38, 3, 5)),
+    "all": AttentionCase(
+        Sq=5, Sk=7, bias="mn", softcap=3.0, alibi="h", mod=True, sinks=True, dropout=0.2, window=(3, None)
+    ),
 }
 
 
-def arguments(case: Case, *, requires_grad: bool) -> tuple[Any, ...]:
+def arguments(case: AttentionCase, *, requires_grad: bool) -> tuple[Any, ...]:
     """Those of attention_forward."""
     x = case.inputs()
     q, k, v = (x[name].requires_grad_(requires_grad) for name in "qkv")
@@ -63,7 +65,7 @@ def test_lengths_and_positions_cost_no_compilation() -> None:
         )
 
     for Sq, Sk in ((5, 7), (9, 20), (17, 17), (2, 33), (30, 31)):
-        x = Case(Sq=Sq, Sk=Sk).inputs()
+        x = AttentionCase(Sq=Sq, Sk=Sk).inputs()
         q, k, v = (x[name].requires_grad_() for name in "qkv")
         slopes, sinks = torch.tensor([0.1, 0.2]), torch.zeros(2, requires_grad=True)
         compiled = call(q, k, v, slopes, sinks)
@@ -85,11 +87,12 @@ def test_checkpointing_and_double_backward_with_every_feature() -> None:
 
     case = CASES["all"]
     x = case.inputs()
+    mod = case.mods(x)[-1]
     leaves = [x[name].requires_grad_() for name in ("q", "k", "v", "bias", "sinks")]
 
     def call(q: Any, k: Any, v: Any, bias: Any, sinks: Any, backend: str = "triton") -> torch.Tensor:
         options = {"window": (3, None), "align": "top_left", "dropout_p": 0.2, "seed": 5, "softcap": 3.0}
-        out = flash_attention(q, k, v, bias=bias, sinks=sinks, score_mod=case.mods()[-1], backend=backend, **options)
+        out = flash_attention(q, k, v, bias=bias, sinks=sinks, score_mod=mod, backend=backend, **options)
         assert isinstance(out, torch.Tensor)
         return out
 

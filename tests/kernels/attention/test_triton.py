@@ -22,11 +22,11 @@ from fusemesh.kernels.attention.dense.api import flash_attention
 from fusemesh.kernels.attention.gpu import forward as triton_forward
 from fusemesh.kernels.attention.gpu import tiles
 from fusemesh.kernels.attention.gpu.device import masks
+from fusemesh.kernels.measure.cases import AttentionCase
 from fusemesh.kernels.runtime.launch import launch
 from tests.support.attention_cases import (
     DTYPES,
     FEATURES,
-    Case,
     case_of,
     combinations,
     compare,
@@ -47,7 +47,7 @@ def test_each_feature(feature: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case_of(options) for options in pairwise()], ids=str)
-def test_every_pair_of_options(case: Case) -> None:
+def test_every_pair_of_options(case: AttentionCase) -> None:
     """Each value of each option meets each value of every other."""
     run_and_compare(case)
 
@@ -68,7 +68,7 @@ def test_dropout_drops_what_the_reference_drops(blocks: tuple[int, int]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", combinations(300, seed=1), ids=str)
-def test_many_combinations(case: Case) -> None:
+def test_many_combinations(case: AttentionCase) -> None:
     run_and_compare(case)
 
 
@@ -76,14 +76,12 @@ def test_many_combinations(case: Case) -> None:
 def test_sizes(Sq: int, Sk: int) -> None:
     """Bottom-right causal, so that rows without a key, whole, cut and skipped tiles all occur."""
     dtype = list(DTYPES)[(Sq + Sk) % 3]
-    run_and_compare(Case(dtype=dtype, H=1, Hkv=1, Sq=Sq, Sk=Sk, window_right=0, origin_q=Sk - Sq))
+    run_and_compare(AttentionCase(dtype=dtype, H=1, Hkv=1, Sq=Sq, Sk=Sk, causal=True, align="bottom_right"))
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 16), (128, 32)], ids=str)
 def test_every_tile_gives_the_right_answer(blocks: tuple[int, int]) -> None:
-    case = Case(
-        dtype="fp32", H=2, Hkv=1, Sq=75, Sk=90, D=24, window_left=40, window_right=2, mask="n", bias="mn", dlse=True
-    )
+    case = AttentionCase(dtype="fp32", H=2, Hkv=1, Sq=75, Sk=90, D=24, window=(40, 2), mask="n", bias="mn", dlse=True)
     with tiles.force(tiles.Tile(*blocks, num_warps=4, num_stages=2)):
         run_and_compare(case)
         run_and_compare(replace(case, mask=None, bias=None, dtype="bf16"))
@@ -91,7 +89,7 @@ def test_every_tile_gives_the_right_answer(blocks: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_twice(dtype: str) -> None:
-    case = Case(dtype=dtype, B=2, H=4, Hkv=2, Sq=17, Sk=70, mask="n", bias="hmn", window_right=30, dlse=True)
+    case = AttentionCase(dtype=dtype, B=2, H=4, Hkv=2, Sq=17, Sk=70, mask="n", bias="hmn", window=(None, 30), dlse=True)
     first, second = run(case), run(case)
     assert all(torch.equal(first[name], second[name]) for name in first), case
 
@@ -100,7 +98,7 @@ def test_the_same_bits_twice(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_a_key(why: str, dtype: str) -> None:
     """Output 0, LSE -inf and no gradient, even where the gradient of the LSE is NaN; the other rows as ever."""
-    case = Case(dtype=dtype, H=2, Hkv=1, Sq=40, Sk=35, mask="mn", bias="mn", dlse=True)
+    case = AttentionCase(dtype=dtype, H=2, Hkv=1, Sq=40, Sk=35, mask="mn", bias="mn", dlse=True)
     x = case.inputs()
     mask, bias, dlse = x["mask"], x["bias"], x["dlse"]
     assert mask is not None and bias is not None and dlse is not None
@@ -114,7 +112,7 @@ def test_rows_without_a_key(why: str, dtype: str) -> None:
         empty = slice(33, 40)
     else:
         mask[:] = True
-        case = replace(case, window_right=0, origin_k=10)
+        case = replace(case, causal=True, origin=(0, 10, 0, 0))
         empty = slice(0, 10)
     with guarded_outputs():
         result = run(case, mask=mask, bias=bias, dlse=dlse)
@@ -129,7 +127,7 @@ def test_rows_without_a_key(why: str, dtype: str) -> None:
 @pytest.mark.parametrize(("B", "Sq", "Sk"), [(1, 0, 17), (1, 17, 0), (1, 0, 0), (0, 17, 17)])
 @pytest.mark.parametrize("bias", [None, "mn", "m", "n", ""])
 def test_empty_tensors(B: int, Sq: int, Sk: int, bias: str | None) -> None:
-    case = Case(B=B, Sq=Sq, Sk=Sk, window_right=0, bias=bias, dlse=True)
+    case = AttentionCase(B=B, Sq=Sq, Sk=Sk, causal=True, bias=bias, dlse=True)
     with guarded_outputs():
         result = run(case)
     compare(case, result)
@@ -137,7 +135,7 @@ def test_empty_tensors(B: int, Sq: int, Sk: int, bias: str | None) -> None:
 
 @pytest.mark.parametrize("how", ["sliced", "expanded", "transposed", "expanded_do", "strided_lse"])
 def test_strides(how: str) -> None:
-    case = Case(dtype="bf16", B=2, H=4, Hkv=4, Sq=17, Sk=40, D=24, Dv=24, bias="mn", dlse=True)
+    case = AttentionCase(dtype="bf16", B=2, H=4, Hkv=4, Sq=17, Sk=40, D=24, Dv=24, bias="mn", dlse=True)
     x = case.inputs()
     q, k, v, do, bias, dlse = (x[name] for name in ("q", "k", "v", "do", "bias", "dlse"))
     assert q is not None and k is not None and v is not None and do is not None
@@ -167,15 +165,15 @@ def test_strides(how: str) -> None:
 
 def test_outputs_are_laid_out_as_inputs_are() -> None:
     """Heads inside positions stay so, and the projection after attention needs no copy."""
-    result = run(Case(B=2, H=4, Hkv=2, Sq=5, Sk=7, layout="bshd"))
+    result = run(AttentionCase(B=2, H=4, Hkv=2, Sq=5, Sk=7, layout="bshd"))
     for name in ("out", "dq", "dk", "dv"):
         assert result[name].transpose(1, 2).is_contiguous(), name
-    assert all(tensor.is_contiguous() for tensor in run(Case(B=2, H=4, Hkv=2, Sq=5, Sk=7)).values())
+    assert all(tensor.is_contiguous() for tensor in run(AttentionCase(B=2, H=4, Hkv=2, Sq=5, Sk=7)).values())
 
 
 def test_offsets_beyond_32_bits() -> None:
     """Rows, heads and the mask lie more than 2^31 elements apart; only touched pages of the memory exist."""
-    case = Case(dtype="fp16", H=2, Hkv=2, Sq=3, Sk=3, mask="hmn", bias="hmn", window_right=1)
+    case = AttentionCase(dtype="fp16", H=2, Hkv=2, Sq=3, Sk=3, mask="hmn", bias="hmn", window=(None, 1))
     x = case.inputs()
     far = 2**30 + 64
     changed = {}
@@ -192,7 +190,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_tiles_outside_the_window_are_not_read() -> None:
-    case = Case(Sq=20, Sk=150, D=16, window_left=10, window_right=0, origin_q=60)
+    case = AttentionCase(Sq=20, Sk=150, D=16, causal=True, window=(10, None), origin=(60, 0, 0, 0))
     x = case.inputs()
     k, v = x["k"], x["v"]
     assert k is not None and v is not None
@@ -265,7 +263,9 @@ class TestThroughTheDoor:
     """flash_attention with backend='triton': its own autograd, and no other backend does the work."""
 
     def test_gradients(self) -> None:
-        case = Case(dtype="bf16", H=4, Hkv=2, Sq=17, Sk=33, window_right=0, origin_q=16, bias="hmn", dlse=True)
+        case = AttentionCase(
+            dtype="bf16", H=4, Hkv=2, Sq=17, Sk=33, causal=True, align="bottom_right", bias="hmn", dlse=True
+        )
         x = case.inputs()
         leaves = {name: x[name].clone().requires_grad_() for name in ("q", "k", "v", "bias")}
         before = backends.call_counts()
@@ -292,10 +292,10 @@ class TestThroughTheDoor:
     @pytest.mark.parametrize("dims", ["", "h", "bm", "hm"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_bias_that_is_the_same_for_all_keys(self, dtype: str, dims: str, dlse: bool) -> None:
-        case = Case(dtype=dtype, B=2, Sq=33, Sk=17, window_right=0, origin_k=2, bias=dims, dlse=dlse)
+        case = AttentionCase(dtype=dtype, B=2, Sq=33, Sk=17, causal=True, origin=(0, 2, 0, 0), bias=dims, dlse=dlse)
         x = case.inputs()
         bias = x["bias"].requires_grad_()
-        origin = Origin(case.origin_q, case.origin_k)
+        origin = Origin(*case.origin)
         options = {"causal": True, "origin": origin, "bias": bias, "return_lse": True, "backend": "triton"}
         out, lse = flash_attention(x["q"], x["k"], x["v"], **options)
         outputs, grads = ((out, lse), (x["do"], x["dlse"])) if dlse else ((out,), (x["do"],))
@@ -303,7 +303,7 @@ class TestThroughTheDoor:
         compare(case, {"out": out.detach(), "lse": lse.detach(), "dbias": bias.grad}, bias=bias.detach())
 
     def test_only_the_lse_is_used(self) -> None:
-        case = Case(dtype="fp32", Sq=17, Sk=33)
+        case = AttentionCase(dtype="fp32", Sq=17, Sk=33)
         x = case.inputs()
         q, k, v = (x[name].requires_grad_() for name in ("q", "k", "v"))
         _, lse = flash_attention(q, k, v, return_lse=True, backend="triton")
@@ -318,7 +318,7 @@ class TestThroughTheDoor:
 
     def test_double_backward(self) -> None:
         """Second derivatives through the op equal the reference's."""
-        case = Case(dtype="fp32", H=2, Hkv=1, Sq=5, Sk=7, window_right=0, origin_q=2)
+        case = AttentionCase(dtype="fp32", H=2, Hkv=1, Sq=5, Sk=7, causal=True, align="bottom_right")
         grads = []
         for backend in ("triton", "reference"):
             q, k, v = (case.inputs()[name].requires_grad_() for name in ("q", "k", "v"))
@@ -336,7 +336,7 @@ class TestThroughTheDoor:
             return flash_attention(q, k, v, causal=True, align="top_left", backend="triton").float().square().sum()
 
         for Sq, Sk in ((5, 7), (19, 17)):
-            x = Case(Sq=Sq, Sk=Sk).inputs()
+            x = AttentionCase(Sq=Sq, Sk=Sk).inputs()
             leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
             compiled = torch.autograd.grad(loss(*leaves), leaves)
             plain = flash_attention(*leaves, causal=True, align="top_left", backend="triton").square().sum()
@@ -363,7 +363,7 @@ def test_refusals(changed: dict[str, object], message: str) -> None:
 
 def test_the_seas_of_nan_are_seen() -> None:
     """The guard itself: reading one row beyond the keys, or writing one beyond the output, is noticed."""
-    case = Case(Sq=17, Sk=20)
+    case = AttentionCase(Sq=17, Sk=20)
     x = case.inputs()
     k, v = surrounded(x["k"]), surrounded(x["v"])
     assert k is not None and v is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,15 +23,16 @@ from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.varlen import ops as varlen_ops
 from fusemesh.kernels.runtime.launch import any_device
 from fusemesh.kernels.testing import poison
-from tests.support.varlen_cases import FEATURES, IN_HALF_PRECISION, Inputs, by_loop, check_packed
+from tests.support.varlen_cases import FEATURES, IN_HALF_PRECISION, by_loop, run_and_compare
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_reference_is_a_loop_of_fixed_length_calls(feature: str) -> None:
-    inputs = Inputs(feature, torch.float64)
-    want = by_loop(inputs)
+    case = replace(FEATURES[feature], dtype="fp64")
+    x = case.inputs(index_dtype=torch.int64 if feature == "plain" else torch.int32)
+    want = by_loop(case, x)
     backends.reset_call_counts()
-    found = inputs.run("reference", torch.int64 if feature == "plain" else torch.int32)
+    found = case.compute(x, "reference")
     for name, value in want.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     assert backends.call_counts()["attention_varlen_forward", "reference"] == 1
@@ -40,20 +42,18 @@ def test_reference_is_a_loop_of_fixed_length_calls(feature: str) -> None:
 class TestTriton:
     @pytest.mark.parametrize("feature", FEATURES)
     def test_each_feature(self, feature: str) -> None:
-        inputs = Inputs(feature, torch.float32)
         with poison.poisoned_empty():
-            check_packed(inputs, inputs.run("triton"))
+            run_and_compare(FEATURES[feature], "triton")
 
     @pytest.mark.parametrize("feature", IN_HALF_PRECISION)
     def test_half_precision(self, feature: str) -> None:
-        inputs = Inputs(feature, torch.bfloat16)
         with poison.poisoned_empty():
-            check_packed(inputs, inputs.run("triton", torch.int64))
+            run_and_compare(replace(FEATURES[feature], dtype="bf16"), "triton", torch.int64)
 
     def test_same_bits_and_the_backend_meant(self) -> None:
-        inputs = Inputs("everything", torch.float32)
+        case = FEATURES["everything"]
         backends.reset_call_counts()
-        first, second = inputs.run("triton"), inputs.run("triton", torch.int64)
+        first, second = (case.compute(case.inputs(index_dtype=t), "triton") for t in (torch.int32, torch.int64))
         for name, value in first.items():
             assert torch.equal(value, second[name]), name
         counts = backends.call_counts()
@@ -61,13 +61,14 @@ class TestTriton:
 
     def test_nothing_beyond_the_tensors_is_touched(self) -> None:
         """Inputs lie in seas of NaN, with heads outside rows in memory; outputs have that order, too."""
-        inputs = Inputs("causal_bottom_right", torch.float32)
-        want = inputs.run("triton")
+        case = FEATURES["causal_bottom_right"]
+        x = case.inputs()
+        want = case.compute(x, "triton")
         for name in ("q", "k", "v", "do"):
-            inside = poison.surround(inputs.tensors[name].transpose(0, 1).contiguous())
-            inputs.tensors[name] = inside.view.transpose(0, 1)
+            inside = poison.surround(x[name].transpose(0, 1).contiguous())
+            x[name] = inside.view.transpose(0, 1)
         with poison.poisoned_empty():
-            found = inputs.run("triton")
+            found = case.compute(x, "triton")
         for name, value in want.items():
             assert torch.equal(value, found[name]), name
 

@@ -18,8 +18,9 @@ from fusemesh.kernels import backends, env
 from fusemesh.kernels.attention.decode import api as decode
 from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
 from fusemesh.kernels.attention.gpu.tiles import Tile
+from fusemesh.kernels.measure.cases import DecodeCase
 from fusemesh.kernels.runtime.launch import intercept
-from tests.support.decode_cases import FEATURES, Caches, Case, combinations, run, run_and_compare
+from tests.support.decode_cases import FEATURES, Caches, combinations, run, run_and_compare
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
@@ -51,19 +52,19 @@ def test_each_feature_in_all_dtypes(feature: str, dtype: str, splits: int) -> No
 @pytest.mark.parametrize(("D", "Dv"), [(64, 64), (128, 128), (80, 80)])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_head_dims(dtype: str, D: int, Dv: int) -> None:
-    case = Case(dtype=dtype, D=D, Dv=Dv, H=4, Hkv=2, added=1, lens=(69, 20), page=35)
+    case = DecodeCase(dtype=dtype, D=D, Dv=Dv, H=4, Hkv=2, added=1, lens=(69, 20), page=35)
     with decode_tiles.force(splits=2):
         run_and_compare(case, "triton")
 
 
 @pytest.mark.parametrize("case", combinations(60, seed=0), ids=str)
-def test_combinations_of_the_reference(case: Case) -> None:
+def test_combinations_of_the_reference(case: DecodeCase) -> None:
     run_and_compare(replace(case, dtype="fp64"), "reference")
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", combinations(20, seed=1), ids=str)
-def test_combinations(case: Case) -> None:
+def test_combinations(case: DecodeCase) -> None:
     with decode_tiles.force(splits=1 + len(str(case)) % 4):
         run_and_compare(case, "triton")
 
@@ -71,7 +72,7 @@ def test_combinations(case: Case) -> None:
 @pytest.mark.interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("case", combinations(400, seed=2), ids=str)
-def test_many_combinations(case: Case) -> None:
+def test_many_combinations(case: DecodeCase) -> None:
     with decode_tiles.force(splits=1 + len(str(case)) % 4):
         run_and_compare(case, "triton")
 
@@ -79,7 +80,7 @@ def test_many_combinations(case: Case) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("blocks", [(16, 16), (64, 32), (32, 128)], ids=str)
 def test_every_tile_and_split_count_gives_the_right_answer(blocks: tuple[int, int]) -> None:
-    case = Case(H=10, Hkv=1, Sq=3, causal=True, lens=(65, 70), sinks=True, D=33, Dv=24, mask="n")
+    case = DecodeCase(H=10, Hkv=1, Sq=3, causal=True, lens=(65, 70), sinks=True, D=33, Dv=24, mask="n")
     for splits in (1, 5, 20):
         with decode_tiles.force(tile=Tile(*blocks, num_warps=4, num_stages=2), splits=splits):
             run_and_compare(case, "triton")
@@ -88,7 +89,7 @@ def test_every_tile_and_split_count_gives_the_right_answer(blocks: tuple[int, in
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_same_bits_twice(dtype: str) -> None:
-    case = Case(dtype=dtype, H=4, Hkv=2, Sq=2, causal=True, page=14, sinks=True, added=2, lens=(60, 50))
+    case = DecodeCase(dtype=dtype, H=4, Hkv=2, Sq=2, causal=True, page=14, sinks=True, added=2, lens=(60, 50))
     for splits in (1, 3):
         with decode_tiles.force(splits=splits):
             first, second = run(case, "triton"), run(case, "triton")
@@ -98,7 +99,7 @@ def test_the_same_bits_twice(dtype: str) -> None:
 @pytest.mark.interpreter
 def test_pages_change_no_bit() -> None:
     """Where a key stands in memory is no part of the arithmetic."""
-    case = Case(dtype="bf16", H=4, Hkv=2, capacity=64, lens=(61, 30), added=1)
+    case = DecodeCase(dtype="bf16", H=4, Hkv=2, capacity=64, lens=(61, 30), added=1)
     results = [
         run(replace(case, page=page, layout=layout), "triton")
         for page in (None, 1, 16, 64)
@@ -113,7 +114,7 @@ def test_rows_of_one_query_are_those_of_flash_attention() -> None:
     """With full lengths and bottom-right alignment decode is flash_attention."""
     from fusemesh import flash_attention
 
-    case = Case(H=4, Hkv=2, Sq=5, lens=(70, 70), causal=True, softcap=3.0, sinks=True, alibi="h")
+    case = DecodeCase(H=4, Hkv=2, Sq=5, lens=(70, 70), causal=True, softcap=3.0, sinks=True, alibi="h")
     x = case.tensors()
     options = {name: x[name] for name in ("sinks", "alibi_slopes")}
     out, lse = flash_attention(
@@ -135,7 +136,7 @@ def test_rows_of_one_query_are_those_of_flash_attention() -> None:
 @pytest.mark.parametrize("splits", [1, 2])
 def test_lengths_beyond_the_cache_count_as_its_end(splits: int) -> None:
     """Without FUSEMESH_CHECK nothing is read or written beyond the cache, whatever the lengths say."""
-    case = Case(capacity=32, lens=(32, 20), Sq=2, causal=True)
+    case = DecodeCase(capacity=32, lens=(32, 20), Sq=2, causal=True)
     x = case.tensors()
     lens = torch.tensor([999, 20], dtype=torch.int32)
     new = torch.ones(2, 2, 3, 16)
@@ -155,12 +156,13 @@ def test_lengths_beyond_the_cache_count_as_its_end(splits: int) -> None:
         torch.testing.assert_close(out, want)
 
 
-def recorded(case: Case, lens: tuple[int, ...]) -> list[tuple[Any, ...]]:
+def recorded(case: DecodeCase, lens: tuple[int, ...]) -> list[tuple[Any, ...]]:
     """(kernel, grid, constants) of the launches of a call."""
     found: list[tuple[Any, ...]] = []
 
     def hook(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        numbers = tuple(x for x in args if isinstance(x, (int, tuple)))
+        flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+        numbers = tuple(x for x in flat if not isinstance(x, torch.Tensor))
         found.append((kernel.__name__, grid, numbers, tuple(sorted((k, repr(v)) for k, v in kwargs.items()))))
 
     case = replace(case, lens=lens)
@@ -181,7 +183,7 @@ def recorded(case: Case, lens: tuple[int, ...]) -> list[tuple[Any, ...]]:
 @pytest.mark.interpreter
 def test_launches_depend_on_shapes_only() -> None:
     """What a CUDA graph records holds for any lengths: grids, numbers and constants are the same."""
-    case = Case(capacity=1024, H=4, Hkv=2)
+    case = DecodeCase(capacity=1024, H=4, Hkv=2)
     first, second = recorded(case, (1000, 3)), recorded(case, (0, 512))
     assert first == second
     names = [name for name, *_ in first]
@@ -192,14 +194,14 @@ def test_launches_depend_on_shapes_only() -> None:
 def test_the_triton_kernels_do_the_work() -> None:
     before = backends.call_counts()
     with backends.use_backend("triton"):
-        run(Case(lens=(3, 4)), "auto")
+        run(DecodeCase(lens=(3, 4)), "auto")
     after = backends.call_counts()
     assert {key: after[key] - before.get(key, 0) for key in after if after[key] != before.get(key, 0)} == {
         ("attention_decode", "triton"): 1
     }
 
 
-def op_arguments(case: Case, backend: str) -> tuple[Any, ...]:
+def op_arguments(case: DecodeCase, backend: str) -> tuple[Any, ...]:
     """The op's own arguments for a call."""
     x = case.tensors()
     found: list[tuple[Any, ...]] = []
@@ -225,10 +227,10 @@ def op_arguments(case: Case, backend: str) -> tuple[Any, ...]:
 
 
 OPCHECK = {
-    "plain": Case(dtype="fp32"),
-    "append": Case(added=2, lens=(60, 30), bias="n", mask="n", softcap=4.0, alibi="h", sinks=True),
-    "pages": Case(page=35, added=1, lens=(50, 3), starts=(3, 0)),
-    "latent": Case(latent=True, H=2, Hkv=1, D=24, Dv=16, added=1, lens=(60, 30)),
+    "plain": DecodeCase(dtype="fp32"),
+    "append": DecodeCase(added=2, lens=(60, 30), bias="n", mask="n", softcap=4.0, alibi="h", sinks=True),
+    "pages": DecodeCase(page=35, added=1, lens=(50, 3), starts=(3, 0)),
+    "latent": DecodeCase(latent=True, H=2, Hkv=1, D=24, Dv=16, added=1, lens=(60, 30)),
 }
 
 
@@ -257,7 +259,7 @@ def test_generation_under_compile(backend: str) -> None:
         out = flash_attention_decode(q, k, v, cache_lens=lens, k_new=k_new, v_new=v_new, backend=backend)
         return out * 2, k.sum()
 
-    case = Case(H=4, Hkv=2, capacity=12, lens=(12, 12), Sq=12, causal=True)
+    case = DecodeCase(H=4, Hkv=2, capacity=12, lens=(12, 12), Sq=12, causal=True)
     x = case.tensors()
     want = run(replace(case, dtype="fp64"), "reference", **{n: x[n].double() for n in ("q", "keys", "values")})[0]
     k, v = torch.zeros(2, 2, 12, 16), torch.zeros(2, 2, 12, 16)
@@ -289,7 +291,7 @@ def test_functionalised_writes_arrive() -> None:
 
 def test_the_seas_of_nan_are_seen() -> None:
     """The guard itself: a length that is one too large reads a slot without a key, and a wrong write is noticed."""
-    case = Case(lens=(40, 33))
+    case = DecodeCase(lens=(40, 33))
     x = case.tensors()
     caches = Caches(case, x)
     assert caches.values is not None

@@ -20,12 +20,12 @@ from fusemesh.kernels.attention.call.spec import Origin
 from fusemesh.kernels.attention.dense.api import flash_attention
 from fusemesh.kernels.attention.engine import dense as cpu
 from fusemesh.kernels.attention.reference import dense as reference
+from fusemesh.kernels.measure.cases import AttentionCase, DecodeCase
 from fusemesh.kernels.testing import poison
 from tests.support import decode_cases, varlen_cases
 from tests.support.attention_cases import (
     DTYPES,
     FEATURES,
-    Case,
     Guard,
     case_of,
     combinations,
@@ -53,7 +53,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def run_and_compare(case: Case) -> None:
+def run_and_compare(case: AttentionCase) -> None:
     """Forward and gradients, inputs in seas of NaN, outputs poisoned and surrounded by NaN that must stay intact."""
     guard = Guard()
     with poison.poisoned_empty(), mock.patch.object(cpu, "empty_laid_out_like", guard.empty_laid_out_like):
@@ -83,11 +83,10 @@ def test_some_of_everything_on_the_others(name: str) -> None:
             run_and_compare(case_of({**options, "mod": False, "dtype": list(DTYPES)[turn % 3]}))
         for feature in ("all_at_once", "append", "pages_of_17", "latent_pages"):
             decode_cases.run_and_compare(decode_cases.FEATURES[feature], "cpu")
-        inputs = varlen_cases.Inputs("everything", torch.float32, mod=False)
-        varlen_cases.check_packed(inputs, inputs.run("cpu"))
+        varlen_cases.run_and_compare(replace(varlen_cases.FEATURES["everything"], mod=False), "cpu")
 
 
-def drawn(seed: int) -> Iterator[Case]:
+def drawn(seed: int) -> Iterator[AttentionCase]:
     """Calls that draw every option at random."""
     draw = random.Random(seed)
     for case in combinations(250, seed=seed):
@@ -98,7 +97,7 @@ def drawn(seed: int) -> Iterator[Case]:
             sinks=draw.random() < 0.3,
             dropout=draw.choice([0.0, 0.0, 0.2]),
             scale=draw.choice([None, None, None, -0.3, 0.0]),
-            origin_head=draw.choice([0, 3]),
+            origin=(case.origin[0], 0, draw.choice([0, 3]), 0),
         )
 
 
@@ -134,14 +133,16 @@ def test_fuzz(seed: int, isa: str) -> None:
 def test_sizes(dtype: str, isa: str) -> None:
     """Bottom-right causal: rows without a key; blocks of 64 rows and tiles of 96 keys whole, cut and skipped."""
     for Sq, Sk in itertools.product((1, 64, 130), (2, 95, 97, 200)):
-        run_and_compare(Case(dtype=dtype, H=2, Hkv=1, Sq=Sq, Sk=Sk, D=40, Dv=72, window_right=0, origin_q=Sk - Sq))
+        run_and_compare(
+            AttentionCase(dtype=dtype, H=2, Hkv=1, Sq=Sq, Sk=Sk, D=40, Dv=72, causal=True, align="bottom_right")
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_whatever_the_threads(dtype: str, isa: str) -> None:
     """50 runs; heads are few, so that the keys' gradients are made of several parts."""
-    case = Case(
-        dtype=dtype, B=1, H=4, Hkv=2, Sq=600, Sk=210, D=32, Dv=48, mask="n", bias="hn", window_right=30, dlse=True
+    case = AttentionCase(
+        dtype=dtype, B=1, H=4, Hkv=2, Sq=600, Sk=210, D=32, Dv=48, mask="n", bias="hn", window=(None, 30), dlse=True
     )
     threads, first = torch.get_num_threads(), run(case, cpu)
     try:
@@ -158,7 +159,7 @@ def test_the_same_bits_whatever_the_threads(dtype: str, isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_a_key(why: str, dtype: str, isa: str) -> None:
     """Output 0, LSE -inf and no gradient, even where the gradient of the LSE is NaN; the other rows as ever."""
-    case = Case(dtype=dtype, H=2, Hkv=1, Sq=40, Sk=35, mask="mn", bias="mn", dlse=True, sinks=True)
+    case = AttentionCase(dtype=dtype, H=2, Hkv=1, Sq=40, Sk=35, mask="mn", bias="mn", dlse=True, sinks=True)
     x = case.inputs()
     mask, bias, dlse = x["mask"], x["bias"], x["dlse"]
     assert mask is not None and bias is not None and dlse is not None
@@ -172,7 +173,7 @@ def test_rows_without_a_key(why: str, dtype: str, isa: str) -> None:
         empty = slice(33, 40)
     else:
         mask[:] = True
-        case = replace(case, window_right=0, origin_k=10)
+        case = replace(case, causal=True, origin=(0, 10, 0, 0))
         empty = slice(0, 10)
     result = run(case, cpu, mask=mask, bias=bias, dlse=dlse)
     compare(case, result, mask=mask, bias=bias, dlse=dlse)
@@ -217,12 +218,12 @@ def test_gradient_of_the_lse_beside_a_sink_far_from_it(sink: float, isa: str) ->
 @pytest.mark.parametrize(("B", "Sq", "Sk"), [(1, 0, 17), (1, 17, 0), (1, 0, 0), (0, 17, 17)])
 @pytest.mark.parametrize("bias", [None, "mn", "m", "n", ""])
 def test_empty_tensors(B: int, Sq: int, Sk: int, bias: str | None) -> None:
-    run_and_compare(Case(B=B, Sq=Sq, Sk=Sk, window_right=0, bias=bias, dlse=True))
+    run_and_compare(AttentionCase(B=B, Sq=Sq, Sk=Sk, causal=True, bias=bias, dlse=True))
 
 
 def test_any_stride(isa: str) -> None:
     """The last dimension, too, may lie anywhere; no copy is made by PyTorch."""
-    case = Case(dtype="bf16", B=2, H=4, Hkv=4, Sq=17, Sk=40, D=24, Dv=24, bias="mn", dlse=True)
+    case = AttentionCase(dtype="bf16", B=2, H=4, Hkv=4, Sq=17, Sk=40, D=24, Dv=24, bias="mn", dlse=True)
     x = case.inputs()
     changed = {}
     for name in ("q", "k", "v", "do", "bias"):
@@ -238,7 +239,7 @@ def test_any_stride(isa: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_offsets_beyond_32_bits(dtype: str) -> None:
     """Rows, heads and the mask lie more than 2^31 elements apart; only touched pages of the memory exist."""
-    case = Case(dtype=dtype, H=2, Hkv=2, Sq=3, Sk=3, mask="hmn", bias="hmn", window_right=1)
+    case = AttentionCase(dtype=dtype, H=2, Hkv=2, Sq=3, Sk=3, mask="hmn", bias="hmn", window=(None, 1))
     x = case.inputs()
     far = 2**30 + 64
     changed = {}
@@ -265,11 +266,11 @@ def test_dropout_drops_what_the_reference_drops(isa: str) -> None:
 
 @pytest.mark.parametrize("feature", [name for name in varlen_cases.FEATURES if name != "score_mod"])
 def test_packed_sequences(feature: str, isa: str) -> None:
-    for dtype, index in ((torch.float32, torch.int32), (torch.bfloat16, torch.int64)):
-        inputs = varlen_cases.Inputs(feature, dtype, mod=False)
+    for dtype, index in (("fp32", torch.int32), ("bf16", torch.int64)):
+        case = replace(varlen_cases.FEATURES[feature], dtype=dtype, mod=False)
         before = backends.call_counts().get(("attention_varlen_backward", "cpu"), 0)
         with poison.poisoned_empty():
-            varlen_cases.check_packed(inputs, inputs.run("cpu", index))
+            varlen_cases.run_and_compare(case, "cpu", index)
         assert backends.call_counts()["attention_varlen_backward", "cpu"] == before + 1
 
 
@@ -289,7 +290,7 @@ def test_decode_in_many_combinations(isa: str) -> None:
 def test_decode_of_any_number_of_rows(dtype: str, dims: tuple[int, int], isa: str) -> None:
     """Rows share vectors, and tiles of registers, by how many there are; 129 keys are a tile or four and then some."""
     for group, queries in ((1, 1), (2, 1), (3, 1), (5, 1), (8, 1), (3, 3), (15, 1), (17, 1), (12, 3), (21, 4)):
-        case = decode_cases.Case(
+        case = DecodeCase(
             dtype=dtype,
             H=2 * group,
             Sq=queries,
@@ -330,9 +331,7 @@ def test_decode_of_lengths_and_starts_beyond_reason(page: int | None, isa: str) 
 def test_decode_splits_long_caches(page: int | None, isa: str) -> None:
     """Thousands of keys are shared out among threads, and the parts merged; the same bits whatever the threads."""
     lengths = (3000, 1, 0) if page is None else (3000, 17, 0)
-    case = decode_cases.Case(
-        H=4, Hkv=1, Sq=2, D=32, Dv=48, causal=True, capacity=3008, lens=lengths, page=page, sinks=True
-    )
+    case = DecodeCase(H=4, Hkv=1, Sq=2, D=32, Dv=48, causal=True, capacity=3008, lens=lengths, page=page, sinks=True)
     results = []
     for threads in (1, 2, 3):
         before = torch.get_num_threads()

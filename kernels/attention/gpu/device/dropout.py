@@ -1,4 +1,4 @@
-"""Dropout's random bits in Triton: the twin of philox.py, whose docstring defines them."""
+"""Dropout's random bits in Triton: the twin of reference/philox.py, whose docstring defines them."""
 
 from __future__ import annotations
 

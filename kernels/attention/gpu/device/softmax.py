@@ -121,15 +121,18 @@ def finish(b_acc, b_m, b_l, p_sinks, i_h, MODE: tl.constexpr):
 def split_lse(b_lse, NATURAL: tl.constexpr, IS_WIDE: tl.constexpr):
     """A natural-log LSE as :func:`probabilities` subtracts it, before the factor (only if wide) and after it.
 
-    -inf, the LSE of a row without key, becomes +inf after the factor, which makes every probability of that row 0.
+    -inf, the LSE of a row without key, becomes +inf, which makes every probability of that row 0.
     """
+    b_is_empty = b_lse == float("-inf")
     b_before = b_lse
     b_after = b_lse
     if IS_WIDE:
         b_before, b_after = split_reference(b_lse, LOG2E)
+        # Before the factor, because the product with a large score would be infinite, too.
+        b_before = tl.where(b_is_empty, float("inf"), b_before)
     elif not NATURAL:
         b_after = b_lse * LOG2E
-    return b_before, tl.where(b_lse == float("-inf"), float("inf"), b_after)
+    return b_before, tl.where(b_is_empty, float("inf"), b_after)
 
 
 @triton.jit

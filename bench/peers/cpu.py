@@ -17,7 +17,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def contenders(x: Tensors, causal: bool, dtype: str) -> dict[str, Callable[[], Any]]:
-    """Those that are installed and take this case, by name. Results are tensors [B, H, Sq, D]."""
+    """Return those that are installed and take this case, by name. Results are tensors [B, H, Sq, D]."""
     found = {}
     for name, make in (("openvino", _openvino), ("jax", _jax), ("onnxruntime", _onnxruntime)):
         if importlib.util.find_spec(name) is not None:

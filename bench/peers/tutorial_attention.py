@@ -16,7 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusemesh import benchmark, peers
+from fusemesh.kernels.measure import time_call
+from fusemesh.kernels.measure.cases import AttentionCase
+from fusemesh.kernels.measure.cases.common import Tensors
+from fusemesh.kernels.measure.contest import Contender
 from fusemesh.kernels.runtime.launch import launch
 
 NAME = "triton tutorial"
@@ -126,23 +129,23 @@ def attention(
     return out
 
 
-def contender(case: peers.AttentionCase) -> peers.Contender | None:
+def contender(case: AttentionCase) -> Contender | None:
     """The tutorial as a contender in a case, or None where it cannot run; its fastest tile is found at its first call.
 
     It knows no GQA: repeating the heads is what its user pays, so it is timed.
     """
-    if case.head_dim not in HEAD_DIMS or case.length % 128:
+    if case.D not in HEAD_DIMS or case.Dv != case.D or case.Sq != case.Sk or case.Sq % 128:
         return None
-    groups = case.heads // case.kv_heads
+    groups = case.H // case.Hkv
     chosen: list[tuple[int, int, int, int]] = []
 
-    def forward(x: peers.Tensors) -> torch.Tensor:
+    def forward(x: Tensors) -> torch.Tensor:
         k, v = (x[n] if groups == 1 else x[n].repeat_interleave(groups, 1) for n in ("k", "v"))
         if not chosen:
             chosen.append(_fastest(x["q"], k, v, case.causal))
         return attention(x["q"], k, v, causal=case.causal, tile=chosen[0])
 
-    return peers.Contender(NAME, False, forward, differentiable=False)
+    return Contender(NAME, False, forward, differentiable=False)
 
 
 def _fastest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[int, int, int, int]:
@@ -152,7 +155,7 @@ def _fastest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) ->
         timing: dict[str, Any] = {"seconds": 0.02, "least": 3, "pause": 0.0}
         try:
             call = functools.partial(attention, q, k, v, causal=causal, tile=tile)
-            times[tile] = benchmark.time_call(call, q.device, **timing).median
+            times[tile] = time_call(call, q.device, **timing).median
         except Exception as error:  # more shared memory than this GPU has
             failures.append(error)
     if not times:

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from fusemesh.kernels.attention.call.options import Call
-from fusemesh.kernels.attention.call.spec import AttentionSpec
-from fusemesh.kernels.runtime import launch
-
-from . import benchmark, peers
-from .decode_bench import DecodeCase
+from ..runtime import launch
+from . import timing
+from .cases import AttentionCase, DecodeCase, LinearCase
+from .cases.common import Tensors
 
 # What each kernel computes, by the names that a case's check knows.
 _RESULTS = {
@@ -36,11 +34,11 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Job:
+class TuneJob:
     """One kernel on one case: an entry of a table of tiles."""
 
     kernel: str
-    case: peers.Case | DecodeCase
+    case: AttentionCase | DecodeCase | LinearCase
 
     @property
     def op(self) -> str:
@@ -49,16 +47,16 @@ class Job:
 
     @property
     def entry(self) -> str:
-        """Which entry of the kernel's table it is: the class of head dimension, or the linear layer's form."""
-        if isinstance(self.case, peers.LinearCase):
+        """The entry of the kernel's table of tiles: the class of head dimension, or the linear layer's form."""
+        if isinstance(self.case, LinearCase):
             return self.form + (" skinny" if self.case.rows <= SKINNY_ROWS else "")
-        tiles = isinstance(self.case, peers.AttentionCase) and self.case.bias
-        return f"D{self.case.head_dim}" + (" bias" if tiles else "")
+        tiles = isinstance(self.case, AttentionCase) and self.case.bias
+        return f"D{self.case.D}" + (" bias" if tiles else "")
 
     @property
     def form(self) -> str:
-        """Of a linear layer."""
-        assert isinstance(self.case, peers.LinearCase)
+        """``plain``, ``sloped`` (with an activation) or ``gated``, of a linear layer."""
+        assert isinstance(self.case, LinearCase)
         return "gated" if self.case.gated else "plain" if self.case.activation is None else "sloped"
 
     @property
@@ -72,21 +70,21 @@ class Job:
         return f"{self.op} {self.kernel} {self.entry}"
 
 
-class Bench:
+class TileBench:
     """The tensors of a job, its right answer, and the launch of its kernel with any tile."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: TuneJob, device: torch.device) -> None:
         self.job = job
         self.inputs = job.case.inputs(device)
-        self.want = job.case.expected(self.inputs, "forward" if job.is_forward else "backward")
+        self.want = job.case.expected_at_ends(self.inputs, "forward" if job.is_forward else "backward")
         self.after: list[Launch] = []  # what must run before the results can be read
         self._saved: Any = None
         if not job.is_forward:
             self._saved, launches = self._record(lambda: self._forward(None))
             start(launches)
 
-    def record(self, tile: Any) -> tuple[peers.Tensors, list[Launch], Launch]:
-        """(results, what must have run before, the kernel's launch) with ``tile``; nothing has run yet.
+    def record(self, tile: Any) -> tuple[Tensors, list[Launch], Launch]:
+        """Return (results, launches that must come before, the kernel's launch) with ``tile``; nothing has run yet.
 
         Raises:
             AssertionError: the launcher did not launch the kernel once.
@@ -116,19 +114,19 @@ class Bench:
 
     def _forward(self, tile: Any) -> Any:
         x, case = self.inputs, self.job.case
-        if isinstance(case, peers.AttentionCase):
-            from fusemesh.kernels.attention.gpu import forward as triton_forward
-            from fusemesh.kernels.attention.gpu import tiles
+        if isinstance(case, AttentionCase):
+            from ..attention.gpu import forward as triton_forward
+            from ..attention.gpu import tiles
 
             with contextlib.nullcontext() if tile is None else tiles.force(tile):
-                return triton_forward.forward(x["q"], x["k"], x["v"], self._call())
+                return triton_forward.forward(x["q"], x["k"], x["v"], case.call(x))
         if isinstance(case, DecodeCase):
-            from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
+            from ..attention.gpu import decode_tiles
 
             with decode_tiles.force(tile):
-                return (case.ours("triton").forward(x),)
-        from fusemesh.kernels.matmul import ops
-        from fusemesh.kernels.matmul.gpu import linear as triton_matmul
+                return (case.run(x, "triton"),)
+        from ..matmul import ops
+        from ..matmul.gpu import linear as triton_matmul
 
         return triton_matmul.forward(
             x["x"],
@@ -138,15 +136,15 @@ class Bench:
             activation=case.activation,
             save_slope=case.activation is not None,
             save_slope_up=case.gated,
-            slope_dtype=ops.slope_dtype(case.dtype, case.activation, case.gated),
+            slope_dtype=ops.slope_dtype(case.torch_dtype, case.activation, case.gated),
             tile=tile,
         )
 
     def _backward(self, tile: Any) -> Any:
         x, case = self.inputs, self.job.case
-        if isinstance(case, peers.AttentionCase):
-            from fusemesh.kernels.attention.gpu import backward as triton_backward
-            from fusemesh.kernels.attention.gpu import tiles
+        if isinstance(case, AttentionCase):
+            from ..attention.gpu import backward as triton_backward
+            from ..attention.gpu import tiles
 
             out, lse = self._saved
             with tiles.force(tile):
@@ -158,12 +156,12 @@ class Bench:
                     out,
                     lse,
                     None,
-                    self._call(),
+                    case.call(x),
                     bias_grad=self.job.kernel == "dbias",
                 )
-        from fusemesh.kernels.matmul.gpu import linear as triton_matmul
+        from ..matmul.gpu import linear as triton_matmul
 
-        assert isinstance(case, peers.LinearCase)
+        assert isinstance(case, LinearCase)
         _, slope, slope_up = self._saved
         wgrad = self.job.kernel == "wgrad"
         return triton_matmul.backward(
@@ -181,12 +179,6 @@ class Bench:
             wgrad_tile=tile if wgrad else None,
         )
 
-    def _call(self) -> Call:
-        case = self.job.case
-        assert isinstance(case, peers.AttentionCase)
-        spec = AttentionSpec(scale=case.head_dim**-0.5, window_right=0 if case.causal else None)
-        return Call(spec, bias=self.inputs.get("bias"))
-
 
 def start(launches: list[Launch]) -> None:
     """Run recorded launches."""
@@ -194,14 +186,14 @@ def start(launches: list[Launch]) -> None:
         launch.launch(kernel, grid, *args, **kwargs)
 
 
-def measure_tile(bench: Bench, tile: Any, device: torch.device, timing: dict[str, Any]) -> dict[str, Any]:
-    """One candidate's row: its tile, ``check`` ("ok", or what is wrong), and where it is right its time."""
+def measure_tile(bench: TileBench, tile: Any, device: torch.device, times: dict[str, Any]) -> dict[str, Any]:
+    """Return one candidate's row: its tile, ``check`` ("ok", or the fault), and its time where it is right."""
     row: dict[str, Any] = {"tile": dataclasses.asdict(tile), "check": "ok"}
     try:
         results, before, own = bench.record(tile)
         start([*before, own, *bench.after])
         bench.job.case.check(results, bench.want)
-        row["seconds"] = benchmark.time_call(lambda: start([own]), device, **timing).median
+        row["seconds"] = timing.time_call(lambda: start([own]), device, **times).median
     except AssertionError as error:
         row["check"] = f"WRONG: {error}"
     except Exception as error:

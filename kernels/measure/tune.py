@@ -17,82 +17,81 @@ from typing import Any
 
 import torch
 
-from fusemesh.kernels import backends, env
-from fusemesh.kernels.runtime import launch
-
-from . import benchmark, peers
-from .decode_bench import DecodeCase
-from .kernel_bench import SKINNY_ROWS, Bench, Job, measure_tile
+from .. import backends, env
+from ..runtime import launch
+from . import results, timing
+from .cases import AttentionCase, DecodeCase, LinearCase, self_attention
+from .tile_bench import SKINNY_ROWS, TileBench, TuneJob, measure_tile
 
 ATTENTION_KERNELS = ("forward", "dkdv", "dq")
 BIAS_KERNELS = (*ATTENTION_KERNELS, "dbias")
 LINEAR_KERNELS = ("forward", "dgrad", "wgrad")
 SKINNY_KERNELS = ("forward", "dgrad")
-TIMING: dict[str, Any] = {"seconds": 0.1, "pause": 0.02}
+TIMES: dict[str, Any] = {"seconds": 0.1, "pause": 0.02}
 
 
-def jobs() -> list[Job]:
+def jobs() -> list[TuneJob]:
     """Every kernel, bf16: attention of 16384 tokens with H * D = 2048, causal; linear layers of 8192 tokens.
 
     Then what has tables of its own: decode over 8192 keys, linear layers of a few tokens, and attention that reads a
     bias (or a mask) for each score, 4096 tokens. Those that most calls wait for come first, because a run whose time is
     up leaves out the end.
     """
-    bf16 = torch.bfloat16
     found = []
     linear = {
-        128: peers.LinearCase(8192, 4096, 8192, "silu", True, bf16),
-        64: peers.LinearCase(8192, 4096, 8192, None, False, bf16),
-        256: peers.LinearCase(8192, 4096, 8192, "gelu", False, bf16),
+        128: LinearCase("bf16", 8192, 4096, 8192, "silu", gated=True),
+        64: LinearCase("bf16", 8192, 4096, 8192),
+        256: LinearCase("bf16", 8192, 4096, 8192, "gelu"),
     }
     for d, layer in linear.items():
-        attention = peers.AttentionCase(4, 2048 // d, 2048 // d, 4096, d, True, bf16)
-        found += [Job(kernel, attention) for kernel in ATTENTION_KERNELS]
-        found += [Job(kernel, layer) for kernel in LINEAR_KERNELS]
-    found += [Job("split", DecodeCase(16, 32, 8, 8192, d, bf16)) for d in linear]
-    found.append(Job("split", DecodeCase(16, 16, 1, 8192, 576, bf16, v_dim=512)))
+        attention = self_attention("bf16", 4, 2048 // d, 2048 // d, 4096, d, causal=True)
+        found += [TuneJob(kernel, attention) for kernel in ATTENTION_KERNELS]
+        found += [TuneJob(kernel, layer) for kernel in LINEAR_KERNELS]
+    full: dict[str, Any] = {"dtype": "bf16", "capacity": 8192, "lens": (8192,) * 16}
+    found += [TuneJob("split", DecodeCase(H=32, Hkv=8, D=d, Dv=d, **full)) for d in linear]
+    found.append(TuneJob("split", DecodeCase(H=16, Hkv=1, D=576, Dv=512, latent=True, **full)))
     few = [dataclasses.replace(layer, rows=SKINNY_ROWS) for layer in linear.values()]
-    found += [Job(kernel, layer) for layer in few for kernel in SKINNY_KERNELS]
+    found += [TuneJob(kernel, layer) for layer in few for kernel in SKINNY_KERNELS]
     for d in linear:
-        biased = peers.AttentionCase(1, 2048 // d, 2048 // d, 4096, d, True, bf16, bias=True)
-        found += [Job(kernel, biased) for kernel in BIAS_KERNELS]
+        biased = self_attention("bf16", 1, 2048 // d, 2048 // d, 4096, d, causal=True, bias="bhmn")
+        found += [TuneJob(kernel, biased) for kernel in BIAS_KERNELS]
     return found
 
 
-def small(job: Job) -> Job:
+def small(job: TuneJob) -> TuneJob:
     """The same kernel on a shape for any machine."""
-    if isinstance(job.case, peers.AttentionCase):
-        changed: Any = dataclasses.replace(job.case, batch=1, heads=2, kv_heads=1, length=33)
+    if isinstance(job.case, AttentionCase):
+        changed: Any = dataclasses.replace(job.case, B=1, H=2, Hkv=1, Sq=33, Sk=33)
     elif isinstance(job.case, DecodeCase):
-        changed = dataclasses.replace(job.case, batch=2, heads=4, kv_heads=1, length=600)
+        changed = dataclasses.replace(job.case, H=4, Hkv=1, capacity=600, lens=(600, 600))
     else:
         rows = min(job.case.rows, 33)
         changed = dataclasses.replace(job.case, rows=rows, in_features=16, out_features=24)
     return dataclasses.replace(job, case=changed)
 
 
-def shipped(job: Job, target: launch.Target) -> Any:
+def shipped(job: TuneJob, target: launch.Target) -> Any:
     """The tile that the kernel takes today."""
     case = job.case
-    if isinstance(case, peers.AttentionCase):
-        from fusemesh.kernels.attention.gpu import tiles as attention_tiles
+    if isinstance(case, AttentionCase):
+        from ..attention.gpu import tiles as attention_tiles
 
         if job.kernel == "dbias":
-            return attention_tiles.choose_dbias(target, case.dtype, *_blocks(case))
+            return attention_tiles.choose_dbias(target, case.torch_dtype, *_blocks(case))
         choose = getattr(attention_tiles, f"choose_{job.kernel}")
-        return choose(target, case.dtype, *_blocks(case), None, "mn" if case.bias else None)
+        return choose(target, case.torch_dtype, *_blocks(case), None, "mn" if case.bias else None)
     if isinstance(case, DecodeCase):
-        from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
+        from ..attention.gpu import decode_tiles
 
-        rows, sequences = case.heads // case.kv_heads, case.batch * case.kv_heads
-        return decode_tiles.choose(target, *_decode_arguments(case), rows, sequences, case.length).tile
-    from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
+        rows, sequences = case.H // case.Hkv, len(case.lens) * case.Hkv
+        return decode_tiles.choose(target, *_decode_arguments(case), rows, sequences, case.capacity).tile
+    from ..matmul.gpu import tiles as linear_tiles
 
     shape = (case.rows, case.out_features, case.in_features)
-    return linear_tiles.choose(job.kernel, target, case.dtype, shape, job.form)
+    return linear_tiles.choose(job.kernel, target, case.torch_dtype, shape, job.form)
 
 
-def candidates(job: Job, target: launch.Target) -> list[Any]:
+def candidates(job: TuneJob, target: launch.Target) -> list[Any]:
     """The shipped tile, then its neighbours that are valid on ``target``; a dozen or fewer."""
     first = shipped(job, target)
     found = [first]
@@ -153,28 +152,30 @@ _NEIGHBOURS: dict[str, _Changes] = {
 }
 
 
-def _is_valid(tile: Any, job: Job, target: launch.Target) -> bool:
+def _is_valid(tile: Any, job: TuneJob, target: launch.Target) -> bool:
     case = job.case
-    if isinstance(case, peers.AttentionCase):
-        from fusemesh.kernels.attention.gpu import tiles as attention_tiles
+    if isinstance(case, AttentionCase):
+        from ..attention.gpu import tiles as attention_tiles
 
-        return attention_tiles.is_valid(tile, job.kernel, target, case.dtype, *_blocks(case), has_tiles=case.bias)
+        return attention_tiles.is_valid(
+            tile, job.kernel, target, case.torch_dtype, *_blocks(case), has_tiles=case.bias is not None
+        )
     if isinstance(case, DecodeCase):
-        from fusemesh.kernels.attention.gpu import decode_tiles as decode_tiles
+        from ..attention.gpu import decode_tiles
 
         return decode_tiles.is_valid(tile, target, *_decode_arguments(case))
-    from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
+    from ..matmul.gpu import tiles as linear_tiles
 
-    return linear_tiles.is_valid(tile, job.kernel, target, case.dtype, job.form)
+    return linear_tiles.is_valid(tile, job.kernel, target, case.torch_dtype, job.form)
 
 
 def _decode_arguments(case: DecodeCase) -> tuple[torch.dtype, int, int, bool]:
     """dtype, D, Dv, and whether values are columns of the keys."""
-    return case.dtype, case.head_dim, case.head_dim if case.v_dim is None else case.v_dim, case.v_dim is not None
+    return case.torch_dtype, case.D, case.Dv, case.latent
 
 
-def _blocks(case: peers.AttentionCase) -> tuple[int, int]:
-    block = 1 << (case.head_dim - 1).bit_length()
+def _blocks(case: AttentionCase) -> tuple[int, int]:
+    block = 1 << (case.D - 1).bit_length()
     return block, block
 
 
@@ -190,11 +191,11 @@ def why_not_here() -> str | None:
 
 def tune_tiles(
     device: torch.device,
-    clock: benchmark.Clock,
+    clock: timing.Clock,
     *,
-    chosen: list[Job] | None = None,
-    measure: Callable[[Bench, Any, torch.device, dict[str, Any]], dict[str, Any]] = measure_tile,
-    timing: dict[str, Any] = TIMING,
+    chosen: list[TuneJob] | None = None,
+    measure: Callable[[TileBench, Any, torch.device, dict[str, Any]], dict[str, Any]] = measure_tile,
+    times: dict[str, Any] = TIMES,
 ) -> dict[str, Any]:
     """Time the candidates of every job.
 
@@ -203,7 +204,7 @@ def tune_tiles(
         clock: no candidate starts once its time is up; jobs cut short are named in ``left_out``.
         chosen: the jobs, by default :func:`jobs`.
         measure: how a candidate is measured; a dry run gives its own.
-        timing: passed to :func:`fusemesh.benchmark.time_call`.
+        times: passed to :func:`timing.time_call`.
 
     Returns:
         {"device", "date", "target": names, "rows": one for each job (:func:`summary`), "left_out": names}.
@@ -214,14 +215,14 @@ def tune_tiles(
         tried: list[dict[str, Any]] = []
         if clock.allows_another():
             begin = time.monotonic()
-            bench = Bench(job, device)
+            bench = TileBench(job, device)
             clock.took(time.monotonic() - begin)
             for tile in candidates(job, target):
                 if not clock.allows_another():
                     left_out.append(f"{job.name}: candidates after the first {len(tried)}")
                     break
                 begin = time.monotonic()
-                tried.append(measure(bench, tile, device, timing))
+                tried.append(measure(bench, tile, device, times))
                 clock.took(time.monotonic() - begin)
         else:
             left_out.append(job.name)
@@ -229,12 +230,12 @@ def tune_tiles(
             rows.append(summary(job, tried))
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    record = benchmark.machine()
+    record = results.machine()
     name = record.get("gpu") or record["cpu"]
     return {"device": name, "date": record["date"], "target": target.name, "rows": rows, "left_out": left_out}
 
 
-def summary(job: Job, tried: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(job: TuneJob, tried: list[dict[str, Any]]) -> dict[str, Any]:
     """A job's row: the shipped tile (the first one tried), the fastest right one, and all that were tried."""
     right = [row for row in tried if "seconds" in row]
     best = min(right, key=lambda row: row["seconds"], default=None)
@@ -244,7 +245,7 @@ def summary(job: Job, tried: list[dict[str, Any]]) -> dict[str, Any]:
         "op": job.op,
         "kernel": job.kernel,
         "entry": job.entry,
-        "dtype": str(job.case.dtype).removeprefix("torch."),
+        "dtype": str(job.case.torch_dtype).removeprefix("torch."),
         "case": job.case.name,
         "contender": "triton",
         "check": wrong[0] if wrong else tried[0]["check"],
