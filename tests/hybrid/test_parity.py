@@ -43,8 +43,8 @@ CASES = [
     *(Case("pp2 x fsdp2", True, variant, INTERLEAVED) for variant in (UNTIED, TIED)),
     *(Case("pp2", True, v, PipelineOptions(4, "interleaved1f1b", 2)) for v in (UNTIED, TIED)),
 ]
-# Every layout with stages, in every schedule, is shown with a tied weight (beside replicas, tp and, interleaved, shards)
-# or without one; the other of the two waits for the long sweep.
+# Every layout with stages, in every schedule, is shown with a tied weight or without one: with it beside replicas, tp
+# and, interleaved, shards. The other of the two waits for the long sweep.
 LATER_IN_FP64 = [
     Case("pp4", True, TIED, PipelineOptions(4)),
     Case("pp2 x dp2", True, UNEVEN, PipelineOptions(2)),
