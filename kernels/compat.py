@@ -31,6 +31,10 @@ PRIVATE = {
         "letting torch.compile take a function's result as a constant, without importing torch._dynamo for it (2 s)",
         "use torch.compiler.assume_constant_result, which sets the same mark",
     ),
+    "torch._C._SetExcludeDispatchKeyGuard": Private(
+        "differentiating a score mod inside an op, where PyTorch records nothing for autograd",
+        "refuse mods with gradients where the reference runs as an op: packed calls under torch.compile",
+    ),
     "torch._C._nn.scaled_dot_product_attention": Private(
         "calling PyTorch's kernel while fusemesh.accelerate() has given its public name to a function of ours",
         "keep the function that F.scaled_dot_product_attention names when this module is imported",
@@ -76,6 +80,13 @@ def assume_constant_result(function: Callable[..., Any]) -> None:
 
 
 scaled_dot_product_attention: Callable[..., torch.Tensor] = torch._C._nn.scaled_dot_product_attention
+
+
+def recording() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autograd records also inside an op, whose own gradient is somebody else's matter."""
+    guard: contextlib.AbstractContextManager[Any]
+    guard = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    return guard
 
 
 def ragged_dim(x: Any) -> int:
