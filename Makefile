@@ -3,10 +3,12 @@
 #   PYTHON   the Python that the environment is made from        (make PYTHON=python3.12 test)
 #   JOBS     processes that share the tests                      (make JOBS=8 test)
 #   TRITONS  further versions that `make test-all` tries kernels with
+#   PART     i/n: the i-th of n parts of `make test-all`, which take about as long  (make PART=1/6 test-all)
 
 PYTHON ?= python3
 JOBS ?= 2
 TRITONS ?= 3.6.0 3.9.0
+PART ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,6 +17,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/
 
 # Ranks and test processes share the cores already: one thread of arithmetic each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+SWEEP := $(PYTEST) $(if $(PART),--part $(PART))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint bench clean $(TRITONS:%=test-triton-%)
@@ -30,8 +33,8 @@ test: $(STAMP) ## the tests, in two runs: kernels in Triton's interpreter, then 
 	$(PYTEST) -m "not interpreter and not gpu and not slow"
 
 test-all: $(STAMP) ## the long sweep: every test but those that need a GPU, and the kernels with other versions of triton
-	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter"
-	$(PYTEST) -m "not interpreter and not gpu"
+	TRITON_INTERPRET=1 $(SWEEP) -m "interpreter"
+	$(SWEEP) -m "not interpreter and not gpu"
 	@set -e; for version in $(TRITONS); do $(MAKE) --no-print-directory test-triton-$$version; done
 
 # One version of triton in a folder of its own, which stands before the environment's on Python's path. pip is told
@@ -42,8 +45,8 @@ test-all: $(STAMP) ## the long sweep: every test but those that need a GPU, and 
 
 $(TRITONS:%=test-triton-%): test-triton-%: .venvs/triton-%
 	PYTHONPATH=$< $(BIN)/python -c "import triton; print('triton', triton.__version__); assert triton.__version__ == '$*'"
-	PYTHONPATH=$< TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow"
-	PYTHONPATH=$< $(PYTEST) -m "aot and not slow"
+	PYTHONPATH=$< TRITON_INTERPRET=1 $(SWEEP) -m "interpreter and not slow"
+	PYTHONPATH=$< $(SWEEP) -m "aot and not slow"
 
 # mypy sees the package as users get it: installed whole. On the tree, and through a plain editable install, it would
 # not find fusemesh.kernels and fusemesh.hybrid, and report success on the few files it sees.

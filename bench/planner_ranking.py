@@ -142,6 +142,7 @@ def main() -> int:
         earlier = json.loads(Path(options.measured).read_text())["rows"] if options.measured else None
         names = [row["layout"] for row in earlier] if earlier else legal(options.layouts.split(","), base)
         world = max(Layout.parse(name).world_size for name in names)
+        model, job = planning.model_of(base), planning.job_of(base)
         machine = stated.find_hardware(options.hardware) if options.hardware else measure.measure(world)
         rows = earlier or measure_rows(names, base, options.runs)
         if earlier and options.memory:
@@ -152,7 +153,7 @@ def main() -> int:
 
     for row in rows:
         layout = Layout.parse(row["layout"])
-        choice = search.consider(planning.model_of(base), planning.job_of(base), machine, layout)
+        choice = search.consider(model, job, machine, layout)
         assert isinstance(choice, search.Choice), choice
         row["predicted_s"], row["by_kind"] = choice.cost.seconds, choice.cost.by_kind()
         row["predicted_bytes"], row["phases"] = choice.memory.tensors, dict(choice.memory.phases)

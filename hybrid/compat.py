@@ -44,6 +44,10 @@ PRIVATE = {
         "finding DTensor's other caches, which the function above leaves alone and which keep meshes too",
         "as above",
     ),
+    "torch._dynamo": Private(
+        "importing once, in the process that forks the ranks, what each would import at its first custom operation",
+        "leave import_before_fork() empty; the ranks' first operations then take a second longer",
+    ),
     "._parameters": Private(
         "computing a module's own forward with local tensors where it holds DTensors: setattr takes no plain tensor",
         "in WholeModule, delete the parameters and set attributes of their names for the time of the forward",
@@ -105,6 +109,12 @@ def clear_dtensor_caches() -> None:
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
+
+
+def import_before_fork() -> None:
+    """Import what the first call of a custom operation, or of an optimizer, imports, where DTensor is imported."""
+    if "torch.distributed.tensor" in sys.modules:
+        import torch._dynamo  # noqa: F401
 
 
 def parameters_of(module: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -10,7 +10,6 @@ Types, specialised values, alignment and options are therefore those of a real l
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import re
@@ -19,14 +18,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import env
+from . import compat, env
 from .runtime.launch import TARGETS, Target, assume_target, intercept
 
 # Opcodes of matrix units. NVIDIA: mma.sync (HMMA, IMMA, QMMA, OMMA), wgmma (the same with G), tcgen05 (UTC...MMA).
@@ -119,19 +118,6 @@ class _NamedTarget:
         return 0
 
 
-@contextlib.contextmanager
-def _driver_for(target: Target) -> Iterator[None]:
-    from triton.runtime import driver
-
-    # `reset_active` would look for a GPU, so what was active before is put back by hand.
-    before = driver._active
-    driver.set_active(_NamedTarget(target))
-    try:
-        yield
-    finally:
-        driver._active = before
-
-
 def record_launches(fn: Callable[[], Any], target: Target) -> list[Launch]:
     """The launches that ``fn`` makes for ``target``; none is started.
 
@@ -172,10 +158,10 @@ def compile_launches(fn: Callable[[], Any], target: Target | str) -> list[Report
         )
     found: dict[str, tuple[Any, Launch, float]] = {}
     times: Counter[str] = Counter()
-    with _driver_for(chosen):
+    with compat.driver(_NamedTarget(chosen)):
         for item in launches:
             start = time.perf_counter()
-            compiled = item.kernel.warmup(*item.args, grid=item.grid, **item.kwargs)
+            compiled = compat.compile_launch(item.kernel, item.grid, item.args, item.kwargs)
             seconds = time.perf_counter() - start
             times[compiled.hash] += 1
             found.setdefault(compiled.hash, (compiled, item, seconds))

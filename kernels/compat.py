@@ -1,24 +1,193 @@
-"""Every name of torch and triton that floor 1 uses and that their documentation does not promise (leaf).
+"""The private names of torch and triton that this floor uses, all of them, each behind one name of ours.
 
-Each has its reason here, and a test in tests/kernels/test_compat.py that says by name when it is gone. Tried with torch
-2.13.0 and triton 3.7.1.
+A private name may change in any version. :data:`PRIVATE` says of each what it is for and what to do when it is gone;
+``tests/kernels/test_compat.py`` checks that each still behaves as it is relied upon, and that none stands elsewhere in
+this floor. :data:`TRIED` are the versions with which that test has passed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-# PyTorch's kernel itself, which F.scaled_dot_product_attention is a name for: fusemesh.accelerate() gives that name to a
-# function that may end up here.
-scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+C = TypeVar("C", bound=type)
+
+TRIED = {"torch": ("2.13.0",), "triton": ("3.6.0", "3.7.1", "3.9.0")}
+
+
+class Private(NamedTuple):
+    """Why a private name is used, and what to do when it is gone."""
+
+    used_for: str
+    when_gone: str
+
+
+# Names as tests/support/private_names.py reports them.
+PRIVATE = {
+    "._dynamo_marked_constant": Private(
+        "letting torch.compile take a function's result as a constant, without importing torch._dynamo for it (2 s)",
+        "use torch.compiler.assume_constant_result, which sets the same mark",
+    ),
+    "torch._C._SetExcludeDispatchKeyGuard": Private(
+        "differentiating a score mod inside an op, where PyTorch records nothing for autograd",
+        "refuse mods with gradients where the reference runs as an op: packed calls under torch.compile",
+    ),
+    "torch._C._nn.scaled_dot_product_attention": Private(
+        "calling PyTorch's kernel while fusemesh.accelerate() has given its public name to a function of ours",
+        "keep the function that F.scaled_dot_product_attention names when this module is imported",
+    ),
+    "._ragged_idx": Private(
+        "which dimension of a jagged tensor is the jagged one",
+        "find the dimension whose size is a nested integer",
+    ),
+    "._maybe_max_seqlen": Private(
+        "the longest sequence of a jagged tensor where that is known, without waiting for the device",
+        "take the number of all rows while a graph is traced",
+    ),
+    "._get_max_seqlen": Private(
+        "the longest sequence of a jagged tensor, found once and kept with it",
+        "compute offsets().diff().max(), which waits for the device at every call",
+    ),
+    "_qkv_same_embed_dim": Private(
+        "keeping nn.TransformerEncoderLayer from computing our MultiheadAttention by kernels of its own in inference",
+        "find another attribute that the layer's why_not_sparsity_fast_path reads",
+    ),
+    "triton.runtime.driver._active": Private(
+        "compiling for a GPU that is absent: what the JIT asks of a driver is answered by an object of ours",
+        "see how triton's own tests mock a target (triton.backends.compiler.GPUTarget)",
+    ),
+    ".warmup": Private(
+        "compiling exactly what a launch would, without launching",
+        "call triton.compile with an ASTSource of the launch's types",
+    ),
+    ".cache_key": Private(
+        "telling compiled kernels apart by the source of the score mods inside, not by their names",
+        "hash the source of the jit function and of what it calls",
+    ),
+    "triton.runtime.interpreter": Private(
+        "repairing 16-bit arithmetic in the interpreter, and halving its time: see INTERPRETER",
+        "drop a repair that Triton has made itself; tests/kernels/test_interpreter.py says which",
+    ),
+}
 
 
 def assume_constant_result(function: Callable[..., Any]) -> None:
-    """Let torch.compile call ``function`` once and take its result as a constant.
-
-    torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo to do so: 2 s of every process.
-    """
+    """Let torch.compile call ``function`` once and take its result as a constant."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+scaled_dot_product_attention: Callable[..., torch.Tensor] = torch._C._nn.scaled_dot_product_attention
+
+
+def recording() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autograd records also inside an op, whose own gradient is somebody else's matter."""
+    guard: contextlib.AbstractContextManager[Any]
+    guard = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    return guard
+
+
+def ragged_dim(x: Any) -> int:
+    """Return which dimension of a jagged tensor is the jagged one."""
+    return int(x._ragged_idx)
+
+
+def longest_is_known(x: Any) -> bool:
+    """Return whether a jagged tensor knows the length of its longest sequence."""
+    return x._maybe_max_seqlen is not None
+
+
+def longest_of(x: Any) -> int:
+    """Return the length of a jagged tensor's longest sequence; waits for the device where it is not known."""
+    longest: int = x._get_max_seqlen()
+    return longest
+
+
+def keep_from_fused_path(module_class: C) -> C:
+    """Have nn.TransformerEncoderLayer call modules of this class, also in inference; return the class.
+
+    Where the attribute is true, the layer computes inference by kernels of its own from the module's parameters, past
+    forward and whatever is set beyond torch's arguments.
+    """
+    module_class._qkv_same_embed_dim = False  # type: ignore[attr-defined]
+    return module_class
+
+
+@contextlib.contextmanager
+def driver(named: Any) -> Iterator[None]:
+    """Within the block Triton's JIT asks ``named`` for the target, the device and the stream."""
+    from triton.runtime import driver as drivers
+
+    # `reset_active` would look for a GPU, so what was active before is put back by hand.
+    before = drivers._active
+    drivers.set_active(named)
+    try:
+        yield
+    finally:
+        drivers._active = before
+
+
+def compile_launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what ``kernel[grid](*args, **kwargs)`` would run, compiled and not launched."""
+    return kernel.warmup(*args, grid=grid, **kwargs)
+
+
+def source_key(function: Any) -> str:
+    """Return a hash of a jit function's source and of the source of all that it calls."""
+    return str(function.cache_key)
+
+
+class Interpreter(NamedTuple):
+    """The parts of Triton's interpreter that are replaced or called; names of attributes are strings."""
+
+    module: Any
+    builder_class: Any
+    builder: Any  # the instance that all kernels use
+    handle: Any  # the class of a block's numbers
+    nearest_even: Any  # a rounding mode
+    lang_scope: Callable[[], Any]  # a scope in which nothing of triton.language was replaced
+    is_builtin: Callable[[Any], bool]
+    dot: str = "create_dot"
+    cast: str = "cast_impl"
+    fp_to_fp: str = "create_fp_to_fp"
+    numpy_dtype: str = "_get_np_dtype"
+    patch_lang: str = "_patch_lang"
+    unwrap: str = "_unwrap_if_constexpr"  # of triton.language.core
+
+
+def interpreter() -> Interpreter:
+    """Return the interpreter's parts.
+
+    Raises:
+        RuntimeError: this version of Triton has no such parts, so that its arithmetic cannot be repaired.
+    """
+    import triton
+    from triton.runtime import interpreter as module
+
+    try:
+        found = Interpreter(
+            module,
+            module.InterpreterBuilder,
+            module.interpreter_builder,
+            module.TensorHandle,
+            module._ir.ROUNDING_MODE.RTNE,
+            module._LangPatchScope if hasattr(module, "_LangPatchScope") else lambda: None,
+            triton.language.core.is_builtin,
+        )
+    except AttributeError as error:
+        raise _cannot_repair(str(error)) from error
+    for name in (found.dot, found.cast, found.fp_to_fp):
+        if not hasattr(found.builder_class, name):
+            raise _cannot_repair(f"InterpreterBuilder has no {name}")
+    return found
+
+
+def _cannot_repair(reason: str) -> RuntimeError:
+    import triton
+
+    return RuntimeError(
+        f"triton {triton.__version__}: {reason}, so the interpreter's bfloat16 and fp8 arithmetic cannot be repaired; "
+        "use triton 3.6 to 3.9"
+    )

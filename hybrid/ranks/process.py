@@ -25,6 +25,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from .. import compat
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -116,6 +118,7 @@ def _serve_forks(control: Any, ends: list[Any], files: list[str], module: str) -
     # What cannot be imported is reported by the ranks, which try again.
     with contextlib.suppress(BaseException):
         importlib.import_module(module)
+        compat.import_before_fork()
     # What is imported stays for good: collections need not look at it, nor write into its pages, which ranks share.
     gc.freeze()
     own, pids = os.getpid(), []

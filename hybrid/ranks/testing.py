@@ -61,6 +61,17 @@ class RankPool:
         """
         return self._ranks.call(_in_group, fn, args, ranks=ranks, timeout=timeout or self.timeout)
 
+    def call(
+        self, fn: Callable[..., Any], *args: Any, ranks: int | None = None, timeout: float | None = None
+    ) -> list[Any]:
+        """``fn(*args)`` as :meth:`run` runs it, but for the process group, which ``fn`` makes if it needs one."""
+        return self._ranks.call(_alone, fn, args, ranks=ranks, timeout=timeout or self.timeout)
+
+
+def _alone(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    _free_old_groups()
+    return fn(*args)
+
 
 def _in_group(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     _free_old_groups()

@@ -29,9 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import compat
 from . import interpreter_speed
-
-_METHODS = ("create_dot", "cast_impl", "create_fp_to_fp")
 
 # (object, attribute) -> what Triton has there; empty while nothing is installed
 _originals: dict[tuple[Any, str], Any] = {}
@@ -71,13 +70,14 @@ def dot_like_matrix_units(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray,
     return accumulator
 
 
-def _replacements(interpreter: Any) -> dict[str, Callable[..., Any]]:
+def _replacements(parts: compat.Interpreter) -> dict[str, Callable[..., Any]]:
+    """Return name of a method of the builder -> its replacement."""
     import triton.language as tl
 
-    handle = interpreter.TensorHandle
-    original_cast = interpreter.InterpreterBuilder.cast_impl
-    original_dot = interpreter.InterpreterBuilder.create_dot
-    original_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+    handle = parts.handle
+    original_dot, original_cast, original_fp_to_fp = (
+        getattr(parts.builder_class, name) for name in (parts.dot, parts.cast, parts.fp_to_fp)
+    )
     # float8e4b15 has no torch counterpart and no GPU of today; Triton's own conversion stays.
     fp8 = {
         tl.float8e4nv: torch.float8_e4m3fn,
@@ -107,7 +107,7 @@ def _replacements(interpreter: Any) -> dict[str, Callable[..., Any]]:
 
     def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
-        if rounding_mode == interpreter._ir.ROUNDING_MODE.RTNE and source not in fp8:
+        if rounding_mode == parts.nearest_even and source not in fp8:
             values = decode_bf16(src.data) if source == tl.bfloat16 else src.data
             if target in fp8:
                 return handle(round_to_fp8(values, fp8[target]), target)
@@ -115,28 +115,18 @@ def _replacements(interpreter: Any) -> dict[str, Callable[..., Any]]:
                 return handle(round_to_bf16(values), target)
         return original_fp_to_fp(self, src, dst_type, rounding_mode)
 
-    return {"create_dot": create_dot, "cast_impl": cast_impl, "create_fp_to_fp": create_fp_to_fp}
+    return {parts.dot: create_dot, parts.cast: cast_impl, parts.fp_to_fp: create_fp_to_fp}
 
 
 def install() -> None:
     """Repair the interpreter of this process. Does nothing if it is repaired already, or within :func:`disabled`."""
     if _originals or _disabled:
         return
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    missing = [name for name in _METHODS if not hasattr(builder, name)]
-    if missing:
-        import triton
-
-        raise RuntimeError(
-            f"triton {triton.__version__}: InterpreterBuilder has no {', '.join(missing)}, so its bfloat16 and fp8 "
-            "arithmetic cannot be repaired; use triton 3.6 to 3.9"
-        )
+    parts = compat.interpreter()
     replacements: dict[tuple[Any, str], Any] = {
-        (builder, name): function for name, function in _replacements(interpreter).items()
+        (parts.builder_class, name): function for name, function in _replacements(parts).items()
     }
-    replacements.update(interpreter_speed.replacements(interpreter))
+    replacements.update(interpreter_speed.replacements(parts))
     for (owner, name), replacement in replacements.items():
         _originals[owner, name] = getattr(owner, name)
         setattr(owner, name, replacement)

@@ -6,6 +6,7 @@ Four fifths of an interpreted kernel's time is bookkeeping around numpy, and hal
   that only a debug build would make;
 - the numpy dtype of a Triton dtype is looked up in a table that is built anew for each look;
 - each tensor and each block type wraps and validates its shape, though few different ones exist;
+- every comparison of types, and every argument of every operation, is searched for constants inside lists and tuples;
 - ``triton.language`` is prepared anew for every call of one jit function by another, which takes longer than most such
   functions run.
 
@@ -18,23 +19,27 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from .. import compat
 
-def replacements(interpreter: Any) -> dict[tuple[Any, str], Any]:
-    """Return (owner, attribute) -> replacement, for what this version of ``triton.runtime.interpreter`` has."""
+
+def replacements(parts: compat.Interpreter) -> dict[tuple[Any, str], Any]:
+    """Return (owner, attribute) -> replacement, for what this version of Triton's interpreter has."""
     import triton.language as tl
 
     found: dict[tuple[Any, str], Any] = {
         (tl.block_type, "__init__"): _block_type_once(tl),
         (tl.tensor, "__init__"): _tensor_shape_once(tl),
+        (tl.dtype, "__eq__"): _equal_names(tl),
     }
-    builder = interpreter.interpreter_builder
-    options = getattr(builder, "options", None)
+    if hasattr(tl.core, parts.unwrap):
+        found[tl.core, parts.unwrap] = _unwrap_seldom(parts, tl)
+    options = getattr(parts.builder, "options", None)
     if hasattr(options, "sanitize_overflow") and not getattr(options, "debug", True):
-        found[builder, "options"] = dataclasses.replace(options, sanitize_overflow=False)
-    if hasattr(interpreter, "_get_np_dtype"):
-        found[interpreter, "_get_np_dtype"] = _numpy_dtype_once(interpreter, tl)
-    if hasattr(interpreter, "_patch_lang"):
-        found[interpreter, "_patch_lang"] = _prepare_once(interpreter, tl)
+        found[parts.builder, "options"] = dataclasses.replace(options, sanitize_overflow=False)
+    if hasattr(parts.module, parts.numpy_dtype):
+        found[parts.module, parts.numpy_dtype] = _numpy_dtype_once(parts, tl)
+    if hasattr(parts.module, parts.patch_lang):
+        found[parts.module, parts.patch_lang] = _prepare_once(parts, tl)
     return found
 
 
@@ -75,9 +80,33 @@ def _tensor_shape_once(tl: Any) -> Callable[..., None]:
     return init
 
 
-def _numpy_dtype_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
-    """``interpreter._get_np_dtype`` that asks once for each element type."""
-    original = interpreter._get_np_dtype
+def _equal_names(tl: Any) -> Callable[[Any, Any], bool]:
+    """``dtype.__eq__`` that compares two plain dtypes at once."""
+    original, plain = tl.dtype.__eq__, tl.dtype
+
+    def equal(self: Any, other: Any) -> bool:
+        return self.name == other.name if type(other) is plain else original(self, other)
+
+    return equal
+
+
+def _unwrap_seldom(parts: compat.Interpreter, tl: Any) -> Callable[[Any], Any]:
+    """The search for constants that looks into nothing that cannot hold one."""
+    original, constexpr = getattr(tl.core, parts.unwrap), tl.constexpr
+    plain = frozenset((tl.tensor, tl.dtype, tl.block_type, int, float, bool, str, type(None)))
+
+    def unwrap(value: Any) -> Any:
+        kind = type(value)
+        if kind in plain:
+            return value
+        return value.value if kind is constexpr else original(value)
+
+    return unwrap
+
+
+def _numpy_dtype_once(parts: compat.Interpreter, tl: Any) -> Callable[[Any], Any]:
+    """The look-up of a numpy dtype that asks once for each element type."""
+    original = getattr(parts.module, parts.numpy_dtype)
     known: dict[str, Any] = {}
 
     def numpy_dtype(dtype: Any) -> Any:
@@ -90,10 +119,9 @@ def _numpy_dtype_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
     return numpy_dtype
 
 
-def _prepare_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
-    """``interpreter._patch_lang`` that does nothing for a function called by one for which it was done already."""
-    original = interpreter._patch_lang
-    is_builtin = tl.core.is_builtin
+def _prepare_once(parts: compat.Interpreter, tl: Any) -> Callable[[Any], Any]:
+    """The preparation of ``triton.language`` that does nothing for a function called by one that was prepared."""
+    original, is_builtin = getattr(parts.module, parts.patch_lang), parts.is_builtin
     seen: dict[Any, list[Any]] = {}  # function -> those of the two modules that it sees
 
     def patch_lang(fn: Any) -> Any:
@@ -105,7 +133,7 @@ def _prepare_once(interpreter: Any, tl: Any) -> Callable[[Any], Any]:
             values = list(fn.__globals__.values())
             modules = seen[fn] = [module for module in (tl, tl.core) if any(value is module for value in values)]
         if modules and not any(is_builtin(module.load) for module in modules):
-            return interpreter._LangPatchScope()
+            return parts.lang_scope()
         return original(fn)
 
     return patch_lang

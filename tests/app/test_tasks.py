@@ -134,8 +134,10 @@ def test_an_answer_is_cut_out_as_it_is_written() -> None:
     assert question_answering.cut(passage, np.array([9, 9])) == "Rome"
 
 
-def train(name: str, folder: Path, capsys: pytest.CaptureFixture[str], layout: str = "single") -> dict:
-    options = [f"--{key}={value}" for key, value in SMALL.items()]
+def train(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str], layout: str, changed: dict[str, str] | None = None
+) -> dict:
+    options = [f"--{key}={value}" for key, value in {**SMALL, **(changed or {})}.items()]
     status = cli.main(["train", name, *options, "--layout", layout, "--out", str(folder), "--quiet", "--json"])
     output = json.loads(capsys.readouterr().out)
     assert status == 0, output
@@ -158,14 +160,19 @@ def test_one_checkpoint_has_one_metric(
 ) -> None:
     """Trained and evaluated in one layout, merged, and asked in others; lines are answered alike."""
     layout = {"translation": "pp2", "question_answering": "dp2"}.get(name, "tp2")
-    summary = train(name, tmp_path, capsys, layout)
+    changed = {}
+    if name == "translation":
+        # The default corpus takes each of eight processes more than a second, its longer texts as much again.
+        (tmp_path / "pairs.txt").write_text("".join(f"the {n}th number\tle numéro {n}\n" for n in range(900)))
+        changed = {"data.path": str(tmp_path / "pairs.txt"), "data.sequence_length": "20"}
+    summary = train(name, tmp_path / "run", capsys, layout, changed)
     keys = [key for key in summary["held_out"] if key not in ("loss", "seconds")]
-    assert build_task(load_config(None, {"task": name, **SMALL})).metric in keys
-    merged = run(capsys, "merge", str(tmp_path))["output"]
+    assert build_task(load_config(None, {"task": name, **SMALL, **changed})).metric in keys
+    merged = run(capsys, "merge", str(tmp_path / "run"))["output"]
     alone = run(capsys, "eval", merged)
     assert {key: alone[key] for key in keys} == {key: summary["held_out"][key] for key in keys}
     assert alone["loss"] == pytest.approx(summary["loss"], abs=1e-5)
-    assert (tmp_path / "confusion.png").is_file() == (name == "text_classification")
+    assert (tmp_path / "run" / "confusion.png").is_file() == (name == "text_classification")
 
     lines = "Where does Anna live?\tAnna lives in Oslo.\n" * 3 if name == "question_answering" else "one\ntwo\nthree\n"
     answers = []

@@ -12,7 +12,6 @@ from fusemesh import config
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.layout import Layout
-from fusemesh.hybrid.ranks.local import LocalRanks
 from fusemesh.run import trainer
 from fusemesh.run.evaluator import evaluate_file
 from fusemesh.run.metrics import MetricsWriter, read_metrics
@@ -57,13 +56,7 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    with LocalRanks(4, {"OMP_NUM_THREADS": "1"}) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def runs(text, ranks, tmp_path_factory):
+def runs(text, rank_pool, tmp_path_factory):
     """Runs six steps in a layout, once for each set of arguments, with a checkpoint in the middle."""
     done = {}
 
@@ -72,19 +65,19 @@ def runs(text, ranks, tmp_path_factory):
         if key not in done:
             folder = tmp_path_factory.mktemp("run") / "run"
             settings = tiny_run.settings(text, folder, layout=layout, run__checkpoint_every="3", **overrides)
-            done[key] = settings, execute(ranks, settings)
+            done[key] = settings, execute(rank_pool, settings)
         return done[key]
 
     return run
 
 
-def execute(ranks, settings, resume=False):
+def execute(rank_pool, settings, resume=False):
     """Rank 0's summary, after the others' has been found equal."""
     values = config.as_dict(settings)
     world = Layout.parse(settings.layout).world_size
     if world == 1:
         return tiny_run.train(values, resume)
-    summaries = ranks.call(tiny_run.train, values, resume, ranks=world, timeout=120)
+    summaries = rank_pool.call(tiny_run.train, values, resume, ranks=world, timeout=120)
     assert all(summary["held_out"]["loss"] == summaries[0]["held_out"]["loss"] for summary in summaries)
     return summaries[0]
 
@@ -114,10 +107,10 @@ def weights(settings, step):
     ],
     ids=["single", "dp2xtp2", "fsdp2xtp2", "pp2xtp2-tied"],
 )
-def test_resuming_equals_the_uninterrupted_run_to_the_bit(runs, ranks, tmp_path, layout, overrides):
+def test_resuming_equals_the_uninterrupted_run_to_the_bit(runs, rank_pool, tmp_path, layout, overrides):
     whole, summary = runs(layout, **overrides)
     again = killed_after_three(whole, tmp_path / "run")
-    resumed = execute(ranks, again, resume=True)
+    resumed = execute(rank_pool, again, resume=True)
     assert resumed["resumed_from"] == 3 and summary["resumed_from"] is None
     before, expected, received = weights(whole, 3), weights(whole, 6), weights(again, 6)
     assert expected.keys() == received.keys() and len(expected) >= 20
@@ -130,13 +123,13 @@ def test_resuming_equals_the_uninterrupted_run_to_the_bit(runs, ranks, tmp_path,
 
 
 @pytest.mark.distributed
-def test_resuming_in_other_layouts_gives_the_same_model(runs, ranks, tmp_path):
+def test_resuming_in_other_layouts_gives_the_same_model(runs, rank_pool, tmp_path):
     exact = dict(training__dtype="float64", run__backend="reference")
     whole, summary = runs("dp2 x tp2", **exact)
     expected = weights(whole, 6)
     for number, layout in enumerate(("single", "fsdp4", "pp2 x tp2")):
         again = killed_after_three(whole, tmp_path / str(number), layout=layout)
-        resumed = execute(ranks, again, resume=True)
+        resumed = execute(rank_pool, again, resume=True)
         assert resumed["held_out"]["loss"] == pytest.approx(summary["held_out"]["loss"], rel=1e-12)
         received = weights(again, 6)
         for name in expected:
@@ -155,13 +148,13 @@ def test_resuming_in_other_layouts_gives_the_same_model(runs, ranks, tmp_path):
         ),
     ],
 )
-def test_a_run_in_stages_goes_on_in_one_process(runs, ranks, tmp_path, pipeline):
+def test_a_run_in_stages_goes_on_in_one_process(runs, rank_pool, tmp_path, pipeline):
     """And is the run of one process from its first step: tied embeddings, clipping at every step."""
     exact = dict(training__dtype="float64", run__backend="reference", model__tie_embeddings="true", **pipeline)
     alone, _ = runs("single", **exact)
     whole, summary = runs("pp2 x fsdp2", **exact)
     again = killed_after_three(whole, tmp_path / "run", layout="single")
-    resumed = execute(ranks, again, resume=True)
+    resumed = execute(rank_pool, again, resume=True)
     assert resumed["held_out"]["loss"] == pytest.approx(summary["held_out"]["loss"], rel=1e-12)
     assert resumed["parameters"] == summary["parameters"] == sum(w.numel() for w in weights(alone, 6).values())
     for one, other in ((weights(alone, 6), weights(whole, 6)), (weights(whole, 6), weights(again, 6))):
@@ -184,7 +177,7 @@ def test_micro_batches_change_nothing_but_rounding(runs):
 
 
 @pytest.mark.distributed
-def test_one_held_out_loss_whatever_the_layout(runs, ranks, tmp_path):
+def test_one_held_out_loss_whatever_the_layout(runs, rank_pool, tmp_path):
     whole, summary = runs("dp2 x tp2")
     file = tmp_path / "model.safetensors"
     checkpoint.merge(f"{whole.run.directory}/checkpoints", file)
@@ -199,20 +192,20 @@ def test_one_held_out_loss_whatever_the_layout(runs, ranks, tmp_path):
     ):
         values = config.as_dict(config.load(base=config.as_dict(whole), overrides={"layout": layout}))
         world = Layout.parse(layout).world_size
-        answers = ranks.call(tiny_run.evaluate, target, values, ranks=world, timeout=120)
+        answers = rank_pool.call(tiny_run.evaluate, target, values, ranks=world, timeout=120)
         assert all({**a, "seconds": 0} == {**answers[0], "seconds": 0} for a in answers)
         assert answers[0]["layout"] == layout and answers[0]["targets"] == alone["targets"]
         assert answers[0]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
 @pytest.mark.distributed
-def test_one_held_out_loss_of_a_run_in_stages(runs, ranks, tmp_path):
+def test_one_held_out_loss_of_a_run_in_stages(runs, rank_pool, tmp_path):
     """The merged model in one process has the loss that the stages found together."""
     whole, summary = runs("pp2 x tp2", model__tie_embeddings="true", training__accumulation="2")
     file = tmp_path / "model.safetensors"
     checkpoint.merge(f"{whole.run.directory}/checkpoints", file)
     alone = evaluate_file(file, config.load(base=config.as_dict(whole)))
-    evaluated = ranks.call(tiny_run.evaluate, whole.run.directory, config.as_dict(whole), ranks=4, timeout=120)
+    evaluated = rank_pool.call(tiny_run.evaluate, whole.run.directory, config.as_dict(whole), ranks=4, timeout=120)
     assert {answer["loss"] for answer in evaluated} == {summary["held_out"]["loss"]}
     assert alone["targets"] == summary["held_out"]["targets"] == 21 * 16
     assert summary["held_out"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
@@ -220,13 +213,13 @@ def test_one_held_out_loss_of_a_run_in_stages(runs, ranks, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("clip", ["1.0", "0"])
-def test_a_rank_whose_loss_is_not_finite_is_named(runs, ranks, text, tmp_path, clip):
+def test_a_rank_whose_loss_is_not_finite_is_named(runs, rank_pool, text, tmp_path, clip):
     """When metrics are due, three steps later; the weights are those from before, and no checkpoint is of after."""
     whole, _ = runs("dp4", training__clip_norm=clip)
     settings = tiny_run.settings(
         text, tmp_path / "run", layout="dp4", run__checkpoint_every="3", run__log_every="6", training__clip_norm=clip
     )
-    told = ranks.call(tiny_run.train_with_a_bad_rank, config.as_dict(settings), 2, 3, timeout=120)
+    told = rank_pool.call(tiny_run.train_with_a_bad_rank, config.as_dict(settings), 2, 3, timeout=120)
     for message, _ in told:
         assert message.startswith(
             "NonFiniteError: step 4: a number is not finite, and was born on rank 2, in the gradient of parameter "
@@ -237,9 +230,9 @@ def test_a_rank_whose_loss_is_not_finite_is_named(runs, ranks, text, tmp_path, c
 
 
 @pytest.mark.distributed
-def test_replicas_that_drift_end_the_run(ranks, text, tmp_path):
+def test_replicas_that_drift_end_the_run(rank_pool, text, tmp_path):
     settings = tiny_run.settings(text, tmp_path / "run", layout="dp4", run__check_replicas_every="2")
-    for message in ranks.call(tiny_run.train_with_drift, config.as_dict(settings), 1, 2, timeout=120):
+    for message in rank_pool.call(tiny_run.train_with_drift, config.as_dict(settings), 1, 2, timeout=120):
         assert message.startswith(
             "DriftError: step 4: replicas of parameter 'embedding.weight' along dp differ: rank 1"
         )

@@ -71,6 +71,22 @@ def test_the_plan_of_a_hugging_face_model() -> None:
     assert compat.hugging_face_plan(nn.Linear(1, 1)) is None
 
 
+def test_what_is_imported_before_ranks_are_forked() -> None:
+    """Nothing without DTensor; with it the module that an operation would import, which starts no thread."""
+    script = """
+import os, sys
+from fusemesh.hybrid import compat
+compat.import_before_fork()
+assert "torch" not in sys.modules
+import torch.distributed.tensor
+compat.import_before_fork()
+print("torch._dynamo" in sys.modules, len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout.split() == ["True", "1"], gone("torch._dynamo", done.stdout + done.stderr)
+
+
 def test_the_environment_that_torchrun_makes() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--rdzv-id", "seven", "--no-python"]
     script = "import json, os; print(json.dumps(dict(os.environ)))"

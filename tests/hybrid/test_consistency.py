@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from fusemesh.hybrid.consistency import checksum
-from fusemesh.hybrid.ranks.local import LocalRanks
+from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.ranks import fault as fault_ranks
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[LocalRanks]:
-    with LocalRanks(4, {"OMP_NUM_THREADS": "1"}) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -49,8 +41,8 @@ NORM = "blocks.0.mlp_norm.weight"
         ("dp2 x tp2", {}, "none"),
     ],
 )
-def test_drift_is_named(ranks: LocalRanks, layout: str, spoilt: dict[int, str], told: str) -> None:
-    for message in ranks.call(fault_ranks.drift, layout, spoilt):
+def test_drift_is_named(rank_pool: RankPool, layout: str, spoilt: dict[int, str], told: str) -> None:
+    for message in rank_pool.call(fault_ranks.drift, layout, spoilt):
         assert told in message
 
 
@@ -66,8 +58,8 @@ def test_drift_is_named(ranks: LocalRanks, layout: str, spoilt: dict[int, str], 
         ("gradient", "embedding.weight", "in the gradient of parameter 'embedding.weight'"),
     ],
 )
-def test_a_nan_is_found_where_it_was_born(ranks: LocalRanks, layout: str, where: str, name: str, told: str) -> None:
-    assert ranks.call(fault_ranks.not_finite, layout, 3, where, name) == [f"on rank 3, {told}"] * 4
+def test_a_nan_is_found_where_it_was_born(rank_pool: RankPool, layout: str, where: str, name: str, told: str) -> None:
+    assert rank_pool.call(fault_ranks.not_finite, layout, 3, where, name) == [f"on rank 3, {told}"] * 4
 
 
 @pytest.mark.distributed
@@ -82,11 +74,11 @@ def test_a_nan_is_found_where_it_was_born(ranks: LocalRanks, layout: str, where:
         (0, "gradient", "embedding.weight", "in the gradient of parameter 'embedding.weight'"),
     ],
 )
-def test_a_nan_is_found_in_its_stage(ranks: LocalRanks, rank: int, where: str, name: str, told: str) -> None:
-    assert ranks.call(fault_ranks.not_finite, "pp2 x tp2", rank, where, name) == [f"on rank {rank}, {told}"] * 4
+def test_a_nan_is_found_in_its_stage(rank_pool: RankPool, rank: int, where: str, name: str, told: str) -> None:
+    assert rank_pool.call(fault_ranks.not_finite, "pp2 x tp2", rank, where, name) == [f"on rank {rank}, {told}"] * 4
 
 
 @pytest.mark.distributed
-def test_without_a_nan_nothing_is_found(ranks: LocalRanks) -> None:
-    (message, *_) = ranks.call(fault_ranks.not_finite, "dp2 x tp2", -1, "", "")
+def test_without_a_nan_nothing_is_found(rank_pool: RankPool) -> None:
+    (message, *_) = rank_pool.call(fault_ranks.not_finite, "dp2 x tp2", -1, "", "")
     assert message.startswith("nowhere, when the step was done again")

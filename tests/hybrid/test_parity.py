@@ -49,11 +49,12 @@ LATER_IN_FP64 = [
     Case("pp2", True, TIED, PipelineOptions(4, "interleaved1f1b", 2)),
     Case("pp2 x tp2", True, TIED, INTERLEAVED),
 ]
-# The interpreter takes a second of each rank for a step, so these products wait for the long sweep. Replicas and shards
-# of them are shown beside tp.
+# The interpreter takes a second of each rank for a step, so these products wait for the long sweep. Replicas, shards
+# of them and the sequence's are shown by dp2 x tp2 and fsdp2 x tp2.
 LATER = [
     Case("dp4"),
     Case("fsdp4"),
+    Case("tp4"),
     Case("dp2 x tp2", False),
     Case("fsdp2 x tp2", False),
     *(case for case in CASES if case.variant.tied and "pp" not in case.layout),

@@ -40,19 +40,23 @@ def test_a_parameter_that_no_module_splits_is_refused() -> None:
         weights_of(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
-STORED = [
-    *((kind, text, 1) for kind in ("decoder", "decoder-bias") for text in ("single", "dp2", "fsdp4", "tp2", "tp4")),
-    *((kind, text, 1) for kind in ("decoder", "decoder-bias") for text in ("dp2 x tp2", "fsdp2 x tp2", "dp2 x fsdp2")),
-    *((kind, text, 1) for kind in ("class", "span") for text in ("single", "tp4", "fsdp2 x tp2", "pp2 x tp2")),
-    *((kind, "pp3", 1) for kind in ("decoder", "class", "span")),
-    *(
-        (kind, text, 1)
-        for kind in ("translation", "translation-tied")
-        for text in ("single", "tp4", "fsdp2 x tp2", "pp2 x fsdp2", "pp2 x tp2", "pp4")
-    ),
-    ("translation", "pp2", 2),
+QUICK = [
+    *(("decoder-bias", text, 1) for text in ("single", "tp4", "fsdp2 x tp2", "dp2 x fsdp2")),
+    ("decoder", "pp3", 1),
+    *((kind, text, 1) for kind in ("class", "span") for text in ("tp4", "pp2 x tp2")),
+    *(("translation", text, 1) for text in ("fsdp2 x tp2", "pp4")),
+    ("translation-tied", "pp2 x fsdp2", 1),
     ("translation-tied", "pp3", 2),
 ]
+LONG = [
+    *(("decoder", text, 1) for text in ("single", "tp4", "fsdp2 x tp2", "dp2 x fsdp2")),
+    *((kind, text, 1) for kind in ("decoder", "decoder-bias") for text in ("dp2", "fsdp4", "tp2", "dp2 x tp2")),
+    *((kind, text, 1) for kind in ("class", "span") for text in ("single", "fsdp2 x tp2", "pp3")),
+    *(("translation", text, 1) for text in ("single", "tp4", "pp2 x fsdp2", "pp2 x tp2")),
+    *(("translation-tied", text, 1) for text in ("single", "tp4", "fsdp2 x tp2", "pp2 x tp2", "pp4")),
+    ("translation", "pp2", 2),
+]
+STORED = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)]
 
 
 @pytest.mark.distributed
@@ -94,7 +98,14 @@ def test_stages_of_one_rank_that_share_a_parameter_are_refused(rank_pool: RankPo
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["decoder", "class", "span", "translation", "translation-tied"])
 @pytest.mark.parametrize(
-    ("text", "sequence_parallel"), [("single", True), ("tp2", True), ("tp2", False), ("tp4", True), ("tp4", False)]
+    ("text", "sequence_parallel"),
+    [
+        ("single", True),
+        ("tp2", True),
+        pytest.param("tp2", False, marks=pytest.mark.slow),
+        pytest.param("tp4", True, marks=pytest.mark.slow),
+        ("tp4", False),
+    ],
 )
 def test_activations_are_what_autograd_keeps(
     rank_pool: RankPool, kind: str, text: str, sequence_parallel: bool

@@ -33,13 +33,13 @@ def check(found: list[dict[str, torch.Tensor]], want: dict[str, torch.Tensor]) -
         ("dp2 x tp2", "plan", True, {}),
         ("dp2 x tp2", "sequence", True, {}),
         ("fsdp2 x tp2", "sequence", True, {"tied": True}),
-        ("fsdp2 x tp2", "plan", True, {"tied": True}),
+        pytest.param("fsdp2 x tp2", "plan", True, {"tied": True}, marks=pytest.mark.slow),
         ("dp2 x tp2", "sequence", False, {}),
         ("dp2 x tp2", "gathered", True, {}),
         ("dp2 x tp2", "head_alone", True, {"tied": True}),
         ("tp4", "plan", True, {}),  # two key and value heads on four ranks
         ("tp4", "sequence", True, {"kv_heads": 1}),
-        ("fsdp4", "plan", True, {}),
+        pytest.param("fsdp4", "plan", True, {}, marks=pytest.mark.slow),  # nothing of the plan applies
     ],
     ids=lambda x: str(x).replace(" ", ""),
 )
@@ -126,7 +126,7 @@ def test_a_model_on_meta_is_cut_there_and_filled_later(rank_pool: RankPool) -> N
     check(rank_pool.run(plan_ranks.from_meta, "fsdp2 x tp2"), plan_ranks.on_one())
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_a_checkpoint_loads_into_another_layout(rank_pool: RankPool, tmp_path: Path, tied: bool) -> None:
     for found in rank_pool.run(plan_ranks.through_a_checkpoint, str(tmp_path), "dp2 x tp2", "tp4", tied):
         for name, x in plan_ranks.stepped(tied).items():

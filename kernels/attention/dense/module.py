@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ... import compat
 from ..call.options import Options
 from ..call.validation import broadcast_dims, normalise, wrong
 from ..reference import dense as reference
 from .api import flash_attention
 
 
+@compat.keep_from_fused_path
 class MultiheadAttention(nn.Module):
     """Multi-head attention as torch.nn.MultiheadAttention has it, computed by :func:`fusemesh.flash_attention`.
 
@@ -49,10 +51,6 @@ class MultiheadAttention(nn.Module):
         ValueError: an argument is wrong, or two do not go together: appended keys have no position, and so do not
             combine with window, alibi_slopes or causal.
     """
-
-    # nn.TransformerEncoderLayer reads this and, where it is true, computes inference by kernels of its own from this
-    # module's parameters, past forward and whatever is set here beyond torch's arguments.
-    _qkv_same_embed_dim = False
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ... import compat
 from ..call.options import Call
 from ..call.score_mods import split
 from ..call.spec import dropout_threshold
@@ -135,7 +136,7 @@ class Mode:
     def cache_key(self) -> str:
         """What Triton's cache on disk knows a compiled kernel by: the mods by their source, not by their name."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _FUNCTIONS}
-        return f"{fields}" + "".join(f.cache_key for f in (*self.mods, *self.mod_backwards) if f is not None)
+        return f"{fields}" + "".join(compat.source_key(f) for f in (*self.mods, *self.mod_backwards) if f is not None)
 
 
 _FUNCTIONS = ("mods", "mod_backwards")

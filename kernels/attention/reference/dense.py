@@ -25,6 +25,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from ... import compat
 from ..call.options import Call
 from ..call.score_mods import split
 from ..call.spec import out_dtype
@@ -239,7 +240,7 @@ def through_mods(
     if not call.spec.mods:
         return ds, () if aux_grad else None
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with compat.recording(), torch.enable_grad():
         x = products if create_graph and products.requires_grad else products.detach().requires_grad_()
         aux = call.aux
         if aux_grad:

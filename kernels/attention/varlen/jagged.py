@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ... import compat
 from ..call.options import Options
 from ..call.validation import wrong
 from .api import attend
@@ -39,9 +40,9 @@ def attention(q: Any, k: Any, v: Any, options: Options, *, return_lse: bool, bac
         if not x.is_nested or x.layout != torch.jagged:
             received = f"layout {x.layout}" if x.is_nested else "a dense tensor"
             raise wrong(name, expected, received, "make all three jagged, with layout=torch.jagged")
-        if x.dim() != 4 or _ragged_dim(x) != 2:
+        if x.dim() != 4 or compat.ragged_dim(x) != 2:
             remedy = "where heads stand third, pass x.transpose(1, 2)"
-            raise wrong(name, expected, f"{x.dim()} dimensions, jagged in dimension {_ragged_dim(x)}", remedy)
+            raise wrong(name, expected, f"{x.dim()} dimensions, jagged in dimension {compat.ragged_dim(x)}", remedy)
         if _has_holes(x):
             raise wrong(name, "a jagged tensor without holes", "one with lengths of its own", "call .contiguous()")
     if k.shape[2] != v.shape[2]:
@@ -66,21 +67,16 @@ def attention(q: Any, k: Any, v: Any, options: Options, *, return_lse: bool, bac
     return _as_jagged(out, q), _as_jagged(lse.transpose(0, 1), q)
 
 
-def _ragged_dim(x: Any) -> int:
-    return int(x._ragged_idx)
-
-
 def _has_holes(x: Any) -> bool:
     return x.lengths() is not None
 
 
 def _longest(x: Any) -> int:
     """The length of the longest sequence, or while a graph is traced and nobody knows it, that of all together."""
-    if torch.compiler.is_compiling() and x._maybe_max_seqlen is None:
+    if torch.compiler.is_compiling() and not compat.longest_is_known(x):
         rows: int = x.values().shape[1]
         return rows
-    longest: int = x._get_max_seqlen()
-    return longest
+    return compat.longest_of(x)
 
 
 def _as_jagged(x: torch.Tensor, like: Any) -> torch.Tensor:

@@ -180,13 +180,15 @@ class AttentionCase:
     def spec(self) -> AttentionSpec:
         """The numbers of the call, as backends take them."""
         left, right = self.window or (None, None)
-        origin_q, *origin = self.origin
+        origin_q, origin_k, origin_head, origin_batch = self.origin
         return AttentionSpec(
             self.D**-0.5 if self.scale is None else self.scale,
             left,
             0 if self.causal else right,
             origin_q + (self.Sk - self.Sq if self.align == "bottom_right" else 0),
-            *origin,
+            origin_k,
+            origin_head,
+            origin_batch,
             dropout_p=self.dropout,
             **common.numbers_of(self.mods(self._mod_tensors("cpu"))),
         )
@@ -288,8 +290,8 @@ class AttentionCase:
             parts.append(Part(batch, slice(heads.start, heads.stop), kv_head, want))
         return parts
 
-    def check(self, outputs: dict[str, Any], want: list[Part]) -> list[budget.Budget]:
-        """Return how far ``outputs`` are off.
+    def check(self, outputs: dict[str, Any], want: Any) -> list[budget.Budget]:
+        """Return how far ``outputs`` are off what :meth:`expected` returned.
 
         Raises:
             AssertionError: some of them are outside the error budget.

@@ -57,7 +57,7 @@ def table_mod(table: torch.Tensor) -> score_mods.BoundScoreMod:
     return TABLE_MOD(table, weight=0.25)
 
 
-def numbers_of(mods: list[score_mods.BoundScoreMod]) -> dict[str, tuple[Any, ...]]:
+def numbers_of(mods: list[score_mods.BoundScoreMod]) -> dict[str, Any]:
     """Return the mods as fields of an AttentionSpec."""
     return {
         "mods": tuple(bound.mod.name for bound in mods),

@@ -262,8 +262,8 @@ class DecodeCase:
         out, lse = (wanted[0][0], wanted[1][0]), (wanted[0][1], wanted[2][1])
         return {"out": out, "lse": lse, "sequences": sequences, **self.appended(x)}
 
-    def check(self, outputs: dict[str, Any], want: dict[str, Any]) -> list[budget.Budget]:
-        """Return how far ``outputs`` are off.
+    def check(self, outputs: dict[str, Any], want: Any) -> list[budget.Budget]:
+        """Return how far ``outputs`` are off what :meth:`expected` returned.
 
         Raises:
             AssertionError: one is outside the error budget, or a cache is not what the append should leave.
@@ -281,5 +281,5 @@ class DecodeCase:
 
     def eager(self, want: dict[str, Any]) -> Tensors:
         """Return eager PyTorch's values in the shapes of the results, and the caches."""
-        caches = {name: want[name] for name in ("k_cache", "v_cache") if name in want}
+        caches: Tensors = {name: want[name] for name in want if name in ("k_cache", "v_cache")}
         return {"out": want["out"][1], "lse": want["lse"][1], **caches}

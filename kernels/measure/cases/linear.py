@@ -143,8 +143,8 @@ class LinearCase:
 
     expected_at_ends = expected
 
-    def check(self, outputs: dict[str, Any], want: tuple[Tensors, Tensors]) -> list[budget.Budget]:
-        """Return how far ``outputs`` are off.
+    def check(self, outputs: dict[str, Any], want: Any) -> list[budget.Budget]:
+        """Return how far ``outputs`` are off what :meth:`expected` returned.
 
         Raises:
             AssertionError: one of them is outside the error budget.

@@ -135,8 +135,13 @@ class PackedCase:
     def run(self, x: Inputs, backend: str, *, return_lse: bool = False) -> Any:
         """Return what the public function returns."""
         return flash_attention_varlen(
-            *(x[name] for name in ("q", "k", "v", "cu_q", "cu_k")),
-            *self.most,
+            x["q"],
+            x["k"],
+            x["v"],
+            x["cu_q"],
+            x["cu_k"],
+            max(self.lens_q),
+            max(self.lens_k),
             causal=self.causal,
             align=self.align,
             window=self.window,
@@ -246,8 +251,8 @@ class PackedCase:
                 found[name] = torch.nn.functional.pad(value[0].transpose(0, 1), (0, 0, 0, 0, GAP, GAP))
         return found
 
-    def check(self, outputs: dict[str, Any], want: list[expectations.Expected]) -> list[budget.Budget]:
-        """Return how far ``outputs`` are off, all sequences together.
+    def check(self, outputs: dict[str, Any], want: Any) -> list[budget.Budget]:
+        """Return how far ``outputs`` are off what :meth:`expected` returned, all sequences together.
 
         Raises:
             AssertionError: one is outside the error budget, or the padding is not 0 (of the lse: -inf).

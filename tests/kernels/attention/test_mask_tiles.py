@@ -77,7 +77,7 @@ def test_lists(
                 assert listed == [j for j, any_seen in enumerate(seen) if any_seen]
 
 
-DOCUMENTS = AttentionCase(B=2, H=4, Hkv=2, Sq=113, Sk=203, dlse=True)
+DOCUMENTS = AttentionCase(B=2, H=2, Hkv=1, Sq=113, Sk=203, dlse=True)
 CASES = {
     "mask": DOCUMENTS,
     "of_heads": replace(DOCUMENTS, H=2, Hkv=2, mask="hmn"),
@@ -119,8 +119,9 @@ def test_results(name: str, dtype: str) -> None:
     with guarded_outputs():
         result = run(case, mask=mask)
     compare(case, result, mask=mask)
-    again = run(case, mask=mask)
-    assert all(torch.equal(result[key], again[key]) for key in result)
+    if name == "all_features":
+        again = run(case, mask=mask)
+        assert all(torch.equal(result[key], again[key]) for key in result)
 
 
 @pytest.mark.parametrize("dims", ["mn", "hmn", "n", "m", "bn", "bm", "bh"])

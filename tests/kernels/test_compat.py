@@ -1,0 +1,116 @@
+"""Floor 1: each private name of torch and triton is there and behaves as the floor relies on.
+
+A failure names what is gone; ``fusemesh.kernels.compat.PRIVATE`` says what it was for and what to do.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fusemesh.kernels import compat
+from fusemesh.kernels.attention.dense.module import MultiheadAttention
+from tests.support.private_names import ROOT, private_names
+
+KERNELS = ROOT / "kernels"
+
+
+def test_private_names_stand_in_compat_alone_and_in_its_table() -> None:
+    found = private_names(KERNELS)
+    assert [use for use in found if use.file != "compat.py"] == []
+    named = {use.name for use in found}
+    others = {"._LangPatchScope", "triton.language.core.is_builtin", "torch._C.DispatchKey.AutogradFunctionality"}
+    unexplained = {name for name in named - others if not any(known in name for known in compat.PRIVATE)}
+    assert named and unexplained == set()
+
+
+def test_torch_compile_takes_a_marked_result_as_a_constant() -> None:
+    calls = []
+
+    def answer(x: int) -> int:
+        calls.append(len(repr(torch)) + id(calls))  # which cannot be traced
+        return x + 1
+
+    compat.assume_constant_result(answer)
+    f = torch.compile(lambda x: x * answer(2), fullgraph=True, backend="eager")
+    assert torch.equal(f(torch.ones(2)), torch.full((2,), 3.0)) and calls
+
+
+def test_the_kernel_is_not_the_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 3, 8)
+    want = F.scaled_dot_product_attention(q, q, q)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    assert torch.equal(compat.scaled_dot_product_attention(q, q, q, None, 0.0, False), want)
+
+
+def test_autograd_records_inside_an_op() -> None:
+    library = torch.library.Library("fusemesh_test", "FRAGMENT")
+    library.define("derivative(Tensor x) -> Tensor")
+
+    def derivative(x: torch.Tensor) -> torch.Tensor:
+        with compat.recording(), torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad((leaf**3).sum(), leaf)[0]
+
+    library.impl("derivative", derivative, "CompositeExplicitAutograd")
+    torch.library.register_autograd("fusemesh_test::derivative", lambda ctx, g: g, lib=library)
+    x = torch.full((2,), 2.0, requires_grad=True)
+    assert torch.equal(torch.ops.fusemesh_test.derivative(x), torch.full((2,), 12.0))
+
+
+def test_jagged_tensors() -> None:
+    parts = [torch.randn(n, 2, 4) for n in (3, 5)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    assert compat.ragged_dim(x) == 1 and compat.ragged_dim(x.transpose(1, 2)) == 2
+    fresh = torch.nested.nested_tensor_from_jagged(x.values(), x.offsets().clone())
+    assert not compat.longest_is_known(fresh)
+    assert compat.longest_of(fresh) == 5 and compat.longest_is_known(fresh)
+    known = torch.nested.nested_tensor_from_jagged(x.values(), x.offsets().clone(), max_seqlen=7)
+    assert compat.longest_is_known(known) and compat.longest_of(known) == 7
+
+
+def test_encoder_layers_call_marked_modules_in_inference() -> None:
+    """A layer goes past PyTorch's own module, and calls ours, which is marked."""
+    x, seen = torch.randn(2, 3, 8), []
+    for attention in (nn.MultiheadAttention(8, 2, batch_first=True), MultiheadAttention(8, 2, batch_first=True)):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        layer.self_attn = attention  # type: ignore[assignment]
+        calls = []
+        original = attention.forward
+        attention.forward = lambda *a, original=original, calls=calls, **k: calls.append(1) or original(*a, **k)
+        with torch.inference_mode():
+            layer.eval()(x)
+        seen.append(bool(calls))
+    assert seen == [False, True]
+
+
+@pytest.mark.aot
+def test_jit_functions_have_keys_and_the_driver_can_be_named() -> None:
+    """That a launch compiles without starting is what every test of machine code shows (test_aot.py)."""
+    from triton.runtime import driver
+
+    from fusemesh.kernels.attention.gpu.device import mods
+
+    keys = {compat.source_key(function) for function in (mods.softcap, mods.alibi)}
+    assert len(keys) == 2 and all(len(key) > 16 for key in keys), keys
+    named = object()
+    before = driver._active
+    with compat.driver(named):
+        assert driver.active is named
+    assert driver._active is before
+
+
+@pytest.mark.interpreter
+def test_the_interpreter_has_the_parts_that_are_replaced() -> None:
+    parts = compat.interpreter()
+    for name in (parts.dot, parts.cast, parts.fp_to_fp):
+        assert callable(getattr(parts.builder_class, name)), name
+    for name in (parts.numpy_dtype, parts.patch_lang):
+        assert callable(getattr(parts.module, name)), name
+    assert isinstance(parts.builder, parts.builder_class)
+    assert parts.lang_scope() is not None
+    import triton.language as tl
+
+    assert parts.is_builtin(tl.load) and not parts.is_builtin(print)
