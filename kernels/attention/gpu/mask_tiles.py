@@ -102,8 +102,9 @@ def shown_tiles(scores: Scores, block_m: int, block_n: int, *, along_keys: bool)
         1 if strides[column] == 0 else block_columns,
     )
     blocks = triton.cdiv(size[row], block_rows)
-    # Multiples of 16, so that kernels are not compiled anew for other lengths.
-    stride = 2 * (triton.cdiv(triton.cdiv(size[column], block_columns) + 1, 8) * 8)
+    # Multiples of 16, both of them, so that kernels are not compiled anew for other lengths.
+    half = triton.cdiv(triton.cdiv(size[column], block_columns) + 1, 16) * 16
+    stride = 2 * half
     tiles = torch.empty(size[0] * size[1] * blocks, stride, dtype=torch.int32, device=mask.device)
     launch(
         attention_mask_tiles_kernel,
@@ -127,5 +128,5 @@ def shown_tiles(scores: Scores, block_m: int, block_n: int, *, along_keys: bool)
         stride * blocks * size[1] if size[0] > 1 else 0,
         stride * blocks if size[1] > 1 else 0,
         stride if blocks > 1 else 0,
-        stride // 2,
+        half,
     )

@@ -121,9 +121,10 @@ class Mode:
     def is_wide(self) -> bool:
         """Whether finite scores may be so large that their product with log2(e) is infinite (softmax.py).
 
-        That is where anything is added to products of q and k, or a mod makes something else of them.
+        That is where a bias or a user's mod may write a mask as a number. Softcap and ALiBi keep to the size of their
+        own numbers.
         """
-        return not self.natural and not self.fold_scale
+        return not self.natural and (self.bias_dims is not None or self.has_user_mods)
 
     @property
     def tile_dims(self) -> tuple[str | None, ...]:

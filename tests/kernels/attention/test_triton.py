@@ -347,8 +347,8 @@ class TestThroughTheDoor:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dtype": torch.float64}, r"q: backend 'triton' computes torch.float32, .*received torch.float64"),
-        ({"D": 8}, r"q: .*head dimensions from 16 to 256, received 8"),
+        ({"dtype": torch.float64}, r"q: expected float32, .* for backend='triton', received torch.float64"),
+        ({"D": 8}, r"q: .*a head dim from 16 to 256 .*received 8"),
         ({"D": 257}, r"q: .*received 257"),
         ({"Dv": 260}, r"v: .*received 260"),
     ],

@@ -8,11 +8,11 @@ maxima and LSE inside the kernels are in the units that the factor leads to:
                     LSE beyond its own: where scores reach 60, each more costs 4e-6 of p, which is what fp32 must not
                     lose and half precision does not see
 
-Scores with a bias or a mod may be any finite number, down to the lowest of the bias's dtype, with which some masks are
-written. Times log2(e) those would be infinite; and the rounding of a large maximum times the factor, which the FMA does
-not share, would leave anything of exp2. So where ``MODE.is_wide`` a large reference is subtracted before the factor,
-which is exact for the scores that count, and any other one after it, in the FMA (``split_reference``). Maxima inside
-such kernels are plain scores.
+Scores with a bias or a user's mod may be any finite number, down to the lowest of the bias's dtype, with which some
+masks are written. Times log2(e) those would be infinite; and the rounding of a large maximum times the factor, which
+the FMA does not share, would leave anything of exp2. So where ``MODE.is_wide`` a large reference is subtracted before
+the factor, which is exact for the scores that count, and any other one after it, in the FMA (``split_reference``).
+Maxima inside such kernels are plain scores.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
 """
