@@ -9,6 +9,7 @@ import torch
 
 from . import score_mods
 from .errors import short, wrong
+from .options import Options
 from .score_mods import BoundScoreMod
 from .spec import FP8, out_dtype
 
@@ -26,13 +27,14 @@ def check_dropout(p: Any) -> None:
         raise wrong("dropout_p", "a number in [0, 1)", repr(p), "0.0 switches dropout off")
 
 
-def bound_score_mods(q: torch.Tensor, alibi_slopes: Any, softcap: Any, score_mod: Any) -> list[BoundScoreMod]:
-    """Softcap, ALiBi and the user's mod, in the contract's order."""
+def bound_score_mods(q: torch.Tensor, options: Options) -> list[BoundScoreMod]:
+    """Return softcap, ALiBi and the user's mod, as far as the call has them, in the contract's order."""
     bound = []
-    if softcap is not None:
-        bound.append(score_mods.softcap(softcap))
-    if alibi_slopes is not None:
-        bound.append(score_mods.alibi(alibi_slopes, q))
+    if options.softcap is not None:
+        bound.append(score_mods.softcap(options.softcap))
+    if options.alibi_slopes is not None:
+        bound.append(score_mods.alibi(options.alibi_slopes, q))
+    score_mod = options.score_mod
     if score_mod is not None:
         if not isinstance(score_mod, BoundScoreMod):
             remedy = "pass mod(*aux, **params), with mod from fusemesh.register_score_mod"

@@ -75,7 +75,7 @@ def normalise(q: torch.Tensor, k: torch.Tensor, options: Options) -> Call:
     """Check every option, and return the call in the form that backends take."""
     check_flag("causal", options.causal)
     check_dropout(options.dropout_p)
-    bound = bound_score_mods(q, options.alibi_slopes, options.softcap, options.score_mod)
+    bound = bound_score_mods(q, options)
     left, right = _window(options.window)
     if options.causal:
         right = 0 if right is None else min(right, 0)
