@@ -21,6 +21,8 @@ from .call.tensors import empty_laid_out_like
 
 # torch.library.custom_op reads a schema with mutated arguments anew at every call, 80 us of decode's 150.
 _LIBRARY = torch.library.Library("fusemesh", "FRAGMENT")
+# What each op runs, by its name; tests run it on fake tensors too, in place of the op's fake.
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -31,6 +33,7 @@ def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[
         function: computes it, for tensors of any device.
         fake: makes results of the right shapes, dtypes and strides, without computing.
     """
+    FUNCTIONS[name] = function
     _LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusemesh::{name}", fake, lib=_LIBRARY)

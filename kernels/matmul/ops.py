@@ -59,6 +59,15 @@ def slope_dtype(dtype: torch.dtype, activation: str | None, is_gated: bool) -> t
     return {torch.bfloat16: torch.float16, torch.float16: torch.float32}.get(dtype, dtype)
 
 
+def _kernels(backend: str) -> Any:
+    """The module of a backend whose linear layers are kernels with a backward of their own."""
+    module = implementation(backend, "linear")
+    if not hasattr(module, "backward"):
+        remedy = "call fused_linear, which differentiates it by itself"
+        raise ValueError(f"backend: expected one whose linear layer is a kernel, received {backend!r}; {remedy}")
+    return module
+
+
 @torch.library.custom_op("fusemesh::linear_forward", mutates_args=(), schema=FORWARD_SCHEMA)
 def linear_forward(
     x: torch.Tensor,
@@ -71,7 +80,7 @@ def linear_forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     backends.count("linear_forward", backend)
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = implementation(backend, "linear").forward(
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _kernels(backend).forward(
         x,
         w,
         bias,
@@ -116,7 +125,7 @@ def linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     backends.count("linear_backward", backend)
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-    result = implementation(backend, "linear").backward(
+    result = _kernels(backend).backward(
         dy,
         x,
         w,

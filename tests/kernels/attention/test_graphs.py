@@ -18,12 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusemesh import Origin, flash_attention, flash_attention_decode, flash_attention_varlen
-from fusemesh.kernels.attention.decode import api as decode_ops
-from fusemesh.kernels.attention.dense import ops
+from fusemesh.kernels.attention import library
 from fusemesh.kernels.attention.gpu import backward as triton_backward
 from fusemesh.kernels.attention.gpu import decode as triton_decode
 from fusemesh.kernels.attention.gpu import forward as triton_forward
-from fusemesh.kernels.attention.varlen import ops as varlen_ops
 from fusemesh.kernels.runtime import launch
 from fusemesh.kernels.runtime.launch import TARGETS, any_device
 
@@ -33,15 +31,6 @@ FORWARD = ["attention_forward_kernel"]
 BACKWARD = [*FORWARD, "attention_delta_kernel", "attention_dkdv_kernel", "attention_dq_kernel"]
 DECODE = ["decode_append_kernel", "decode_append_kernel", "decode_split_kernel", "decode_combine_kernel"]
 Make = Callable[..., torch.Tensor]  # of shape and dtype
-OPS = {
-    name: getattr(module, name)
-    for module, names in (
-        (ops, ("attention_forward", "attention_backward")),
-        (varlen_ops, ("attention_varlen_forward", "attention_varlen_backward")),
-        (decode_ops, ("attention_decode",)),
-    )
-    for name in names
-}
 
 
 class HostOnly(TorchDispatchMode):
@@ -51,8 +40,7 @@ class HostOnly(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fusemesh":
             with self:
-                op = OPS[func._schema.name.split("::")[1]]
-                return getattr(op, "_init_fn", op)(*args, **kwargs)
+                return library.FUNCTIONS[func._schema.name.split("::")[1]](*args, **kwargs)
         # What torch.tensor and torch.as_tensor end in; on a GPU it is followed by a copy that waits.
         assert func is not torch.ops.aten.lift_fresh.default, "data of the host was made a tensor"
         return func(*args, **kwargs)
@@ -211,9 +199,9 @@ def planted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, before: Cal
 
 
 PLACES = {
-    "dense": (triton_forward, "forward", lambda *args, **options: options["seed"]),
-    "drawn_seed": (triton_backward, "backward", lambda *args, **options: options["seed"]),
-    "packed": (triton_backward, "backward", lambda *args, **options: options["packed"].cu_q),
+    "dense": (triton_forward, "describe_call", lambda q, k, v, call: call.seed),
+    "drawn_seed": (triton_backward, "describe_call", lambda q, k, v, call, **options: call.seed),
+    "packed": (triton_backward, "describe_call", lambda q, k, v, call, **options: call.packed.cu_q),
     "decode": (triton_decode, "decode", lambda call: call.cache_lens),
 }
 
@@ -246,8 +234,8 @@ def test_a_launch_that_follows_contents_is_found(monkeypatch: pytest.MonkeyPatch
     """One that came by the contents in a way that fakes do not see."""
     original = triton_forward.launch
 
-    def changed(kernel: Any, grid: tuple[int, ...], q: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        original(kernel, (grid[0] + int(q.any()),), q, *args, **kwargs)
+    def changed(kernel: Any, grid: tuple[int, ...], views: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
+        original(kernel, (grid[0] + int(views[0].any()),), views, *args, **kwargs)
 
     monkeypatch.setattr(triton_forward, "launch", changed)
     assert with_contents(masked, 0) != with_contents(masked, 300)

@@ -44,7 +44,7 @@ def test_opcheck_of_backward(wanted: tuple[bool, ...]) -> None:
 
 
 def test_ops_refuse_other_backends() -> None:
-    with pytest.raises(ValueError, match="backend: the linear ops expected 'triton', received 'torch'"):
+    with pytest.raises(ValueError, match="backend: expected one whose linear layer is a kernel, received 'torch'"):
         ops.linear_forward(*make(()), "silu", False, False, "torch")
 
 
