@@ -47,7 +47,7 @@ TimedCall = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Floor:
-    """What a row of the table promises: a ratio to PyTorch's time, or a share of a ceiling, whichever comes first."""
+    """The floor of a row of the table: a ratio to PyTorch's time, or a share of a ceiling, whichever comes first."""
 
     ratio: float
     percent: float

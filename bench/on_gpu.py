@@ -187,7 +187,7 @@ def correctness_table(rows: list[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage does, and what it prints of the result."""
+    """One stage: its function, and the one that prints its result."""
 
     run: Callable[[torch.device, measure.Clock, bool, str], dict[str, Any]]
     text: Callable[[dict[str, Any]], str]

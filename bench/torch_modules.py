@@ -21,7 +21,7 @@ from fusemesh.integrations.pytorch.routes import reset_routes, routes
 
 
 def cases(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """Return the modules to time, by name."""
     to = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     width, heads, length = options.width, options.width // 64, options.length
     layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, batch_first=True, **to)

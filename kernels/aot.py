@@ -48,7 +48,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Report:
-    """What compiling one kernel for one target came to.
+    """The result of compiling one kernel for one target.
 
     Sizes are in bytes. ``spill_stores`` and ``spill_loads`` add up the widths of the instructions, each counted once
     for one thread, as ptxas does; on AMD they are registers spilled (vector and scalar) times 4. ``loop_spills`` is the
@@ -74,7 +74,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the target has the shared memory that the kernel asks for; Triton itself checks only at launch."""
+        """Return whether the target has the shared memory that the kernel asks for; Triton checks only at launch."""
         return self.shared_memory <= self.shared_memory_limit
 
     @property
@@ -99,7 +99,7 @@ class Launch:
 
 
 class _NamedTarget:
-    """What the JIT asks of a driver before it starts a kernel, for a GPU that is not there."""
+    """Answers what the JIT asks of a driver before it starts a kernel, for a GPU that is not there."""
 
     def __init__(self, target: Target) -> None:
         from triton.backends.compiler import GPUTarget

@@ -1,4 +1,4 @@
-"""What a backend is: its name, what it computes, and what it refuses (leaf).
+"""The record of a backend: its name, the operations that it computes, and the calls that it refuses (leaf).
 
 Each backend has a folder (``attention/reference``, ``sdpa``, ``engine``, ``gpu``) with one :class:`Backend` in its
 ``backend.py``; ``backends.py`` registers them. The choice of a backend, the errors about one asked for by name, and the
@@ -49,7 +49,7 @@ class Request:
 
     @property
     def aux_needs_grad(self) -> bool:
-        """Whether a gradient of a score mod's tensors will be asked for."""
+        """Return whether a gradient of a score mod's tensors will be asked for."""
         return self.needs_grad and any(x.requires_grad for x in self.call.aux)
 
 

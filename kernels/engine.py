@@ -94,7 +94,7 @@ def view(address: int, strides: Sequence[int], dtype: str) -> Tensor:
 
 
 def library_path() -> Path:
-    """Where the engine stands if the package was built with it."""
+    """Return the path of the engine, if the package was built with it."""
     spec = importlib.util.find_spec("fusemesh.csrc")
     assert spec is not None and spec.submodule_search_locations, "fusemesh.csrc is part of every installation"
     return Path(next(iter(spec.submodule_search_locations)), "libfusemesh.so")
@@ -144,7 +144,7 @@ def _library() -> ctypes.CDLL:
 
 
 def build_info() -> dict[str, str]:
-    """What the engine says of its build: ``version``, ``sources`` (a digest), ``compiler``, ``isa``.
+    """Return what the engine says of its build: ``version``, ``sources`` (a digest), ``compiler``, ``isa``.
 
     Raises:
         ValueError: this installation has no engine.

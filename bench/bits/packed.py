@@ -58,7 +58,7 @@ PACKED: dict[str, dict[str, Any]] = {
 
 
 def borders(lengths: tuple[int, ...], dtype: torch.dtype, gap: int = GAP) -> Tensor:
-    """Where each sequence begins, and where the last one ends."""
+    """Return where each sequence begins, and where the last one ends."""
     return torch.tensor([gap + sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=dtype)
 
 

@@ -66,7 +66,7 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Findings:
-    """What the tool wrote: the errors it counted, None where it came to no end, and the first of them."""
+    """The output of the tool: the errors it counted, None where it came to no end, and the first of them."""
 
     errors: int | None
     first: tuple[str, ...]
@@ -117,7 +117,7 @@ def _program(is_dry: bool) -> list[str]:
 
 
 def _run(command: list[str], seconds: float) -> str:
-    """What the command prints, both streams in one; it and its children are ended after ``seconds``."""
+    """Return the output of the command, both streams in one; it and its children are ended after ``seconds``."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     process = subprocess.Popen(
         command,
@@ -137,7 +137,7 @@ def _run(command: list[str], seconds: float) -> str:
 
 
 def verdict(payload: dict[str, Any]) -> str | None:
-    """What is wrong, or None."""
+    """Return the fault that was found, or None."""
     if not payload["planted_errors"]:
         return (
             f"the tool did not find the planted write beyond a tensor ({payload['planted_errors']} errors), so what "

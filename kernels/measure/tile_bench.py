@@ -61,7 +61,7 @@ class TuneJob:
 
     @property
     def is_forward(self) -> bool:
-        """Whether the kernel is part of a forward."""
+        """Return whether the kernel is part of a forward."""
         return self.kernel in ("forward", "split")
 
     @property

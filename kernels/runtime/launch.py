@@ -65,7 +65,7 @@ def target_of(device: torch.device) -> Target:
 
 
 def dot_precision(target: Target, dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies fp32: the way that has matrix instructions on the target and keeps fp32's accuracy.
+    """Return the precision by which ``tl.dot`` multiplies fp32: with matrix instructions, at fp32's accuracy.
 
     Three tf32 products on NVIDIA (IEEE ones run outside the tensor cores and spill), or one where PyTorch's own flag
     allows its error; on AMD, whose matrix units take fp32, IEEE. 16-bit operands are multiplied exactly anyway.

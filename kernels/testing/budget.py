@@ -30,7 +30,7 @@ CANCELLATION = 8 * torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Budget:
-    """What was measured for one tensor, and what was allowed. ``passed`` says whether it is within."""
+    """The measured error of one tensor, and the allowed one. ``passed`` says whether it is within."""
 
     name: str
     dtype: torch.dtype

@@ -53,7 +53,7 @@ def bound_score_mods(q: torch.Tensor, options: Options) -> list[BoundScoreMod]:
 
 
 def descale_factors(descale: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-    """What fp8's q, k and v are to be multiplied by, fp32 [B, Hkv, 3] on the device; None for other dtypes."""
+    """Return the factors of fp8's q, k and v, fp32 [B, Hkv, 3] on the device; None for other dtypes."""
     if q.dtype != FP8:
         if descale is not None:
             raise wrong("descale", f"None beside q of {q.dtype}", short(descale), f"it belongs to q, k, v of {FP8}")

@@ -27,7 +27,7 @@ class Packed:
 
     @property
     def batch(self) -> int:
-        """How many sequences there are."""
+        """Return the number of sequences."""
         return self.cu_q.shape[0] - 1
 
 

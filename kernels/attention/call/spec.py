@@ -26,7 +26,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What is computed, apart from the tensors.
+    """The numbers of a call: what is computed, apart from the tensors.
 
     Query i and key j see each other iff ``-window_left <= (origin_k + j) - (origin_q + i) <= window_right``, where None
     leaves a side open; ``causal`` is ``window_right = 0``.
@@ -49,7 +49,7 @@ class AttentionSpec:
 
     @property
     def has_positions(self) -> bool:
-        """Whether anything besides masks by position needs to know where an element stands."""
+        """Return whether anything besides masks by position needs to know where an element stands."""
         return bool(self.mods) or self.dropout_p > 0
 
 

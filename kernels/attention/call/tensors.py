@@ -10,7 +10,7 @@ from .spec import out_dtype
 
 
 def autocast(*inputs: Any) -> tuple[Any, ...]:
-    """What autocast does to the inputs of F.scaled_dot_product_attention; whatever is no such tensor stays as it is."""
+    """Return the inputs in the dtypes that autocast gives F.scaled_dot_product_attention's; others as they are."""
 
     def cast(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point or x.dtype == torch.float64:

@@ -27,7 +27,7 @@ from .ops import FIELDS
 
 
 class AttentionGradients(NamedTuple):
-    """What :func:`attention_backward` returns; None where there is no such input or it was not asked for."""
+    """The results of :func:`attention_backward`; None where there is no such input or it was not asked for."""
 
     dq: torch.Tensor
     dk: torch.Tensor

@@ -220,7 +220,7 @@ class MultiheadAttention(nn.Module):
 
     @property
     def _appended(self) -> int:
-        """How many keys are appended to the sequence."""
+        """Return the number of keys that are appended to the sequence."""
         return (self.bias_k is not None) + self.add_zero_attn
 
     def _project(

@@ -201,7 +201,7 @@ def backward(
 def _row_values(
     call: GpuCall, do: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[RowValues, torch.Tensor | None]:
-    """What the passes need of each query, and with sinks what each row gives to their gradient, [B, H, Sq]."""
+    """Return the numbers of each query for the passes, and with sinks each row's part of their gradient, [B, H, Sq]."""
     B, H, Sq = do.shape[:3]
     rows_padded = triton.cdiv(call.seq_q, ROW_PADDING.value) * ROW_PADDING.value
     room = rows_padded

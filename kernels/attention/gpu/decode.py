@@ -142,14 +142,14 @@ def _view(x: torch.Tensor | None) -> tuple[Any, ...]:
 
 
 def _slots(call: DecodeCall) -> Slots:
-    """Where the kernels find a sequence's keys."""
+    """Return the places of the sequences' keys."""
     table = call.block_table
     starts = None if call.cache_starts is None else call.cache_starts.contiguous()
     return Slots(call.cache_lens.contiguous(), starts, table, *((0, 0) if table is None else table.stride()))
 
 
 def _layout(call: DecodeCall, splits: int) -> CacheLayout:
-    """How the call's keys lie in the cache and in a tile."""
+    """Return how the call's keys lie in the cache and in a tile."""
     d_first, d_rest = tiles.blocks(call.q.shape[3], call.v_dim, call.v_cache is None)
     return CacheLayout(
         page=None if call.block_table is None else call.page,
@@ -164,7 +164,7 @@ def _layout(call: DecodeCall, splits: int) -> CacheLayout:
 
 
 def _mode(call: DecodeCall, precision: str) -> Mode:
-    """What the kernels are compiled for; the columns of a key are in :class:`CacheLayout`."""
+    """Return the constants that the kernels are compiled for; the columns of a key are in :class:`CacheLayout`."""
     natural = call.q.dtype == torch.float32
     options = call.call
     return Mode(

@@ -29,7 +29,7 @@ from .device.softmax import finish, online_step, power, rescaled, split_referenc
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What the kernels are compiled for beyond :class:`Mode`: how keys lie in the cache and in a tile.
+    """The constants of decode's kernels beyond :class:`Mode`: how keys lie in the cache and in a tile.
 
     A key's columns are loaded as one block or two, each a power of two in registers: 576 are 512 and 64, not 1024.
     """
@@ -45,7 +45,7 @@ class CacheLayout:
 
 
 class Slots(NamedTuple):
-    """Where the keys of each sequence stand in the cache."""
+    """The place in the cache of each sequence's keys."""
 
     p_lens: torch.Tensor  # [B], keys before the call's own
     p_starts: torch.Tensor | None  # [B], the first one that is seen
@@ -55,7 +55,7 @@ class Slots(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the split kernel writes besides out, and the combine kernel reads and writes."""
+    """The tensors that the split kernel writes besides out, and the combine kernel reads and writes."""
 
     p_lse: torch.Tensor  # [B, H, Sq]
     p_part: torch.Tensor | None  # [splits, rows, Dv], sums over the keys of a split

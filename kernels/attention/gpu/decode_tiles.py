@@ -92,7 +92,7 @@ _TABLE: dict[tuple[str, int], tuple[_Row, _Row, _Row, _Row]] = {
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How one call is run."""
+    """The tile of a call and the number of splits of its keys."""
 
     tile: Tile
     splits: int
@@ -120,7 +120,7 @@ def padded(columns: int) -> int:
 
 
 def blocks(d: int, dv: int, latent: bool) -> tuple[int, int]:
-    """How many of a key's columns make the first block, and how many the second one (0: there is none).
+    """Return the numbers of a key's columns in the first block and in the second one (0: there is none).
 
     Latent: the first block is what the values are. Otherwise a key of up to 256 is one block, and a longer one is cut
     at a power of two, because 576 would be 1024 in registers.
@@ -169,7 +169,7 @@ def get(target: Target, dtype: torch.dtype, d: int, dv: int, rows: int) -> Tile:
 
 
 def is_valid(tile: Tile, target: Target, dtype: torch.dtype, d: int, dv: int, latent: bool) -> bool:
-    """Whether a tile can be meant to work: sizes the compiler takes, accumulators in registers, operands in memory."""
+    """Return whether a tile can work: sizes the compiler takes, accumulators in registers, operands in memory."""
     m, n = tile.block_m, tile.block_n
     if any(size < 16 or size & (size - 1) for size in (m, n)) or tile.num_stages < 1:
         return False

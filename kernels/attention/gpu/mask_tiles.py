@@ -28,7 +28,7 @@ _STEP = 16384
 
 
 class Shown(NamedTuple):
-    """Where a pass finds the lists of its blocks (device/shown.py)."""
+    """The lists of visible tiles of a pass, for each of its blocks (device/shown.py)."""
 
     p_tiles: torch.Tensor | None = None
     stride_b: int = 0

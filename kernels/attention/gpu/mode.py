@@ -1,4 +1,4 @@
-"""What a launch of the attention kernels says of its call: what is compiled in (:class:`Mode`), and flat tuples."""
+"""A call as a launch of the attention kernels describes it: :class:`Mode` is compiled in, flat tuples are arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .device import mods as builtin_mods
 
 
 class Scores(NamedTuple):
-    """What turns q k^T into scores, besides the mods.
+    """The tensors and numbers that make scores of q k^T, besides the mods.
 
     Flat, as all tuples of a launch: triton 3.6 loses constants of nested ones.
     """
@@ -41,7 +41,7 @@ class Scores(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What turns scores into the probabilities that meet v."""
+    """The tensors and numbers that make of scores the probabilities by which v is multiplied."""
 
     p_sinks: torch.Tensor | None  # [H]
     p_seed: torch.Tensor | None  # of dropout
@@ -51,7 +51,7 @@ class Softmax(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Where elements stand, as far as only the device knows."""
+    """The positions that are known on the device alone."""
 
     p_origin: torch.Tensor | None  # int64 [4]: q, k, head and batch
     p_cu_q: torch.Tensor | None  # [B + 1], where packed sequences begin
@@ -59,7 +59,7 @@ class Positions(NamedTuple):
 
 
 class RowValues(NamedTuple):
-    """What the backward's passes need of each query, one number each; packed or not, see ``first_row_value``."""
+    """The numbers of each query that the backward's passes read; packed or not, see ``first_row_value``."""
 
     p_after: torch.Tensor  # to subtract from scores after the factor (softmax.split_lse)
     p_before: torch.Tensor | None  # and before it, if ``Mode.is_wide``
@@ -68,7 +68,7 @@ class RowValues(NamedTuple):
 
 @dataclass(frozen=True)
 class Mode:
-    """What a kernel is compiled for, apart from its tile.
+    """The constants that a kernel is compiled for, apart from its tile.
 
     Lengths, positions and the width of a window are not in it: they change from call to call.
     """
@@ -109,17 +109,17 @@ class Mode:
 
     @property
     def num_mods(self) -> int:
-        """How many mods the chain has."""
+        """Return the number of mods of the chain."""
         return len(self.mods)
 
     @property
     def has_tiles(self) -> bool:
-        """Whether something is read, or hidden, by position: a tile of a mask or bias, whatever a user's mod does."""
+        """Return whether something is read or hidden by position: a tile of a mask or bias, or by a user's mod."""
         return self.mask_dims is not None or self.bias_dims is not None or self.has_user_mods
 
     @property
     def is_wide(self) -> bool:
-        """Whether finite scores may be so large that their product with log2(e) is infinite (softmax.py).
+        """Return whether finite scores may be so large that their product with log2(e) is infinite (softmax.py).
 
         That is where a bias or a user's mod may write a mask as a number. Softcap and ALiBi keep to the size of their
         own numbers.
@@ -134,7 +134,7 @@ class Mode:
 
     @property
     def cache_key(self) -> str:
-        """What Triton's cache on disk knows a compiled kernel by: the mods by their source, not by their name."""
+        """Return the key of a compiled kernel in Triton's cache on disk; mods count by source, not by name."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _FUNCTIONS}
         return f"{fields}" + "".join(compat.source_key(f) for f in (*self.mods, *self.mod_backwards) if f is not None)
 

@@ -330,7 +330,7 @@ def shipped(targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")) -
 def is_valid(
     tile: Tile, op: str, target: Target, dtype: torch.dtype, block_d: int, block_dv: int, has_tiles: bool = True
 ) -> bool:
-    """Whether a tile can be meant to work: sizes the compiler takes, accumulators in registers, operands in memory.
+    """Return whether a tile can work: sizes the compiler takes, accumulators in registers, operands in memory.
 
     The one statement of these limits, for the table's tests and for whoever tries tiles on a GPU. Necessary for code
     without spills, not sufficient: that only the compiled code shows.
@@ -363,7 +363,7 @@ def is_valid(
 
 
 def _fits_tensor_memory(tile: Tile, op: str, dtype: torch.dtype, block_d: int, block_dv: int) -> bool:
-    """Whether accumulators fit tensor memory, 512 columns on data-centre Blackwell: a kernel that needs more traps.
+    """Return whether accumulators fit tensor memory, 512 columns on data-centre Blackwell; with more a kernel traps.
 
     Blocks of fewer than 64 rows are multiplied by mma.sync, which does not use that memory.
     """

@@ -303,7 +303,7 @@ def _compute_dtype(q: torch.Tensor) -> torch.dtype:
 
 
 def _groups(q: torch.Tensor, k: torch.Tensor) -> int:
-    """How many query heads share a key head."""
+    """Return the number of query heads that share a key head."""
     return q.shape[1] // max(k.shape[1], 1)
 
 

@@ -48,7 +48,7 @@ def philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...], rounds: int = 
 def keep(
     seed: torch.Tensor, i_b: torch.Tensor, i_h: torch.Tensor, i_q: torch.Tensor, i_k: torch.Tensor, p: float
 ) -> torch.Tensor:
-    """Which elements dropout keeps: bool, the shape to which the int64 positions broadcast."""
+    """Return the elements that dropout keeps: bool, the shape to which the int64 positions broadcast."""
     i_k = (i_k + 2**31) % 2**32 - 2**31
     words = philox(seed.reshape(()), (i_k >> 2, i_q, i_h, i_b))
     lane = (i_k & 3).expand(words[0].shape)

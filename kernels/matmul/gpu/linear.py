@@ -22,7 +22,7 @@ def _strides(tensor: torch.Tensor | None) -> tuple[int, int]:
 
 
 def _is_aligned(row_lengths: tuple[int, ...], *tensors: torch.Tensor | None) -> bool:
-    """Whether the rows of tensors, and of contiguous results of these lengths, can be moved 16 bytes at a time."""
+    """Return whether rows of tensors, and of contiguous results of these lengths, can be moved 16 bytes at a time."""
     known = all(length % tiles.ALIGNMENT == 0 for length in row_lengths)
     for x in tensors:
         if x is not None and known:

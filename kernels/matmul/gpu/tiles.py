@@ -201,7 +201,7 @@ def shipped(targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")) -
 
 
 def is_valid(tile: Tile, op: str, target: Target, dtype: torch.dtype, form: str) -> bool:
-    """Whether a tile can be meant to work: sizes the compiler takes, accumulators in registers, operands in memory.
+    """Return whether a tile can work: sizes the compiler takes, accumulators in registers, operands in memory.
 
     The one statement of these limits, for the table's tests and for whoever tries tiles on a GPU. Necessary for code
     without spills, not sufficient: that only the compiled code shows.

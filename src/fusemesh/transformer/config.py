@@ -47,7 +47,7 @@ class TransformerConfig:
     rope_theta: float = field(default=10000.0, metadata=_user("base of the rotary embedding's wavelengths", least=1.0))
     norm_eps: float = field(default=1e-5, metadata=_user("added under the root in RMSNorm", least=1e-12))
     use_bias: bool = False
-    """Whether the linear layers (not the head) have biases."""
+    """Return whether the linear layers (not the head) have biases."""
     initializer_range: float = field(
         default=0.02, metadata=_user("standard deviation of the initial weights", least=1e-12)
     )

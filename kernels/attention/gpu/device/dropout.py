@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def kept(softmax, place, o_m, o_n):
-    """Which probabilities of a tile dropout keeps: bool, the shape to which the blocks ``o_m`` and ``o_n`` broadcast.
+    """Return the probabilities of a tile that dropout keeps: bool, of the shape to which ``o_m`` and ``o_n`` broadcast.
 
     Args:
         softmax: ``Softmax`` (mode.py), with the seed and the threshold below which words are dropped.

@@ -75,6 +75,6 @@ def score_gradient(b_ds, b_s, scores, mod_inputs, place, o_m, o_n, MODE: tl.cons
 
 @triton.jit
 def descale_of(p_descale, i_b, i_h, H, GROUP):
-    """What fp8's scores and outputs of a head are multiplied by: the factors of q times k, and of v."""
+    """Return the factors of fp8's scores and outputs of a head: those of q times k, and of v."""
     p_head = p_descale + 3 * (i_b * (H // GROUP) + i_h // GROUP)
     return tl.load(p_head) * tl.load(p_head + 1), tl.load(p_head + 2)

@@ -47,6 +47,6 @@ def shown_tile(p_before, i_loop, shown, MODE: tl.constexpr, AXIS: tl.constexpr, 
 
 @triton.jit
 def is_shown(p_before, i_n, columns, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether the mask shows anything of the tile of keys that begins at ``i_n``."""
+    """Return whether the mask shows anything of the tile of keys that begins at ``i_n``."""
     first, end = shown_range(p_before, i_n, tl.minimum(i_n + BLOCK, columns), columns, MODE, 2, BLOCK)
     return first < end

@@ -38,7 +38,7 @@ def power(b_exponent, NATURAL: tl.constexpr):
 
 @triton.jit
 def split_reference(b_reference, factor):
-    """What to subtract from scores before they are multiplied by ``factor``, and after it, to relate them to a score.
+    """Return the numbers to subtract from scores before and after they are multiplied by ``factor``.
 
     One of the two is 0, or for a row without key -inf after the factor.
     """

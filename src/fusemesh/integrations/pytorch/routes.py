@@ -25,7 +25,7 @@ from fusemesh.kernels.backend_record import Request
 
 
 class Route(NamedTuple):
-    """Where calls of one of PyTorch's functions went."""
+    """The destination of calls of one of PyTorch's functions."""
 
     function: str  # PyTorch's name of it
     backend: str | None  # FuseMesh's that computed it, or None for the original function
@@ -43,7 +43,7 @@ _observer: Callable[[Route, dict[str, Any]], None] | None = None
 
 
 def routes() -> dict[Route, int]:
-    """How often each function went where in this process. Compiled graphs run without being counted."""
+    """Return the calls of each function by destination in this process. Compiled graphs are not counted."""
     return dict(_routes)
 
 
