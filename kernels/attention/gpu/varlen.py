@@ -18,7 +18,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
     Raises:
         ValueError: the call is beyond the limits of these kernels.
     """
-    out, lse = forward_pass.forward(*(as_batch(x) for x in (q, k, v)), call)
+    out, lse = forward_pass.forward(as_batch(q), as_batch(k), as_batch(v), call)
     return as_packed(out), lse.squeeze(0)
 
 
