@@ -19,29 +19,21 @@ def attention_launches(
     head_dim: int,
     v_head_dim: int | None = None,
     *,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    mask: bool = False,
-    bias: str | None = None,
     groups: int = 2,
     length: int = 512,
     backward: bool = True,
-    softcap: float | None = None,
-    alibi: bool = False,
-    score_mod: Any = None,
-    sinks: bool = False,
-    dropout_p: float = 0.0,
+    **features: Any,
 ) -> Callable[[], None]:
-    """``flash_attention`` on the Triton backend: the forward and, unless switched off, the backward.
+    """Return a call of ``flash_attention`` on the Triton backend: the forward and, unless switched off, the backward.
 
     Args:
         dtype: of q, k, v.
         head_dim, v_head_dim: D and Dv (default: D).
-        causal, window, mask: features of the call.
-        bias: the dims, out of BHQK, in which a bias is not of size 1; its gradient is taken, too.
         groups: query heads per key head.
         length: Sq and Sk.
-        softcap, alibi, score_mod, sinks, dropout_p: as flash_attention takes them, tensors made here.
+        features: options of flash_attention. The tensors among them are made here: ``mask=True``,
+            ``alibi_slopes=True``, ``sinks=True``, and ``bias``, which names the dims, out of BHQK, in which it is not
+            of size 1; its gradient is taken, too.
     """
     from ..attention.dense.api import flash_attention
 
@@ -53,29 +45,23 @@ def attention_launches(
             return torch.empty(shape, dtype=dtype, requires_grad=backward)
 
         q, k, v = leaf(2, 2 * groups, length, head_dim), leaf(2, 2, length, head_dim), leaf(2, 2, length, dv)
-        b = None if bias is None else leaf(*(size if letter in bias else 1 for letter, size in sizes.items()))
-        s = leaf(2 * groups) if sinks else None
-        m = torch.empty(2, 1, length, length, dtype=torch.bool) if mask else None
+        made: dict[str, Callable[[], torch.Tensor]] = {
+            "mask": lambda: torch.empty(2, 1, length, length, dtype=torch.bool),
+            "bias": lambda: leaf(*(size if letter in features["bias"] else 1 for letter, size in sizes.items())),
+            "alibi_slopes": lambda: torch.empty(2 * groups),
+            "sinks": lambda: leaf(2 * groups),
+        }
+        # An empty string is a bias of one number.
+        asked = {name: make() for name, make in made.items() if features.get(name) not in (None, False)}
+        options = {name: value for name, value in features.items() if name not in made}
+        if options.get("dropout_p"):
+            options["seed"] = 1
         with any_device():
-            out = flash_attention(
-                q,
-                k,
-                v,
-                causal=causal,
-                window=window,
-                mask=m,
-                bias=b,
-                softcap=softcap,
-                alibi_slopes=torch.empty(2 * groups) if alibi else None,
-                score_mod=score_mod,
-                sinks=s,
-                dropout_p=dropout_p,
-                seed=1 if dropout_p else None,
-                backend="triton",
-            )
+            out = flash_attention(q, k, v, **options, **asked, backend="triton")
             assert isinstance(out, torch.Tensor)
             if backward:
-                torch.autograd.grad(out, [x for x in (q, k, v, b, s) if x is not None], torch.empty_like(out))
+                leaves = [x for x in (q, k, v, asked.get("bias"), asked.get("sinks")) if x is not None]
+                torch.autograd.grad(out, leaves, torch.empty_like(out))
 
     return run
 

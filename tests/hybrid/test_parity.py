@@ -43,11 +43,17 @@ CASES = [
     *(Case("pp2 x fsdp2", True, variant, INTERLEAVED) for variant in (UNTIED, TIED)),
     *(Case("pp2", True, v, PipelineOptions(4, "interleaved1f1b", 2)) for v in (UNTIED, TIED)),
 ]
-# A tied weight in stages is shown by the other layouts with stages, in each of the schedules.
+# Every layout with stages, in every schedule, is shown with a tied weight or without one: with it beside replicas, tp
+# and, interleaved, shards. The other of the two waits for the long sweep.
 LATER_IN_FP64 = [
+    Case("pp4", True, TIED, PipelineOptions(4)),
+    Case("pp2 x dp2", True, UNEVEN, PipelineOptions(2)),
+    Case("pp2 x tp2", True, UNTIED, PipelineOptions(4)),
     Case("pp2 x tp2", False, UNEVEN_TIED, PipelineOptions(2, "gpipe")),
-    Case("pp2", True, TIED, PipelineOptions(4, "interleaved1f1b", 2)),
     Case("pp2 x tp2", True, TIED, INTERLEAVED),
+    Case("pp2 x fsdp2", True, TIED, PipelineOptions(2)),
+    Case("pp2 x fsdp2", True, UNTIED, INTERLEAVED),
+    Case("pp2", True, TIED, PipelineOptions(4, "interleaved1f1b", 2)),
 ]
 # The interpreter takes a second of each rank for a step, so these products wait for the long sweep. Replicas, shards
 # of them and the sequence's are shown by dp2 x tp2 and fsdp2 x tp2.

@@ -43,7 +43,8 @@ class Call:
     spec: AttentionSpec  # the numbers
     mask: torch.Tensor | None = None  # bool, True = attend; 4-D, each dim 1 or that of [B, H, Sq, Sk]
     bias: torch.Tensor | None = None  # added to the scores; likewise
-    origin: torch.Tensor | None = None  # int64 [4] on the device: q, k, head, batch, added to those of spec
+    # int64 [4] on the device: q, k, head, batch, added to those of spec; [4, B] inside the reference of decode.
+    origin: torch.Tensor | None = None
     aux: tuple[torch.Tensor, ...] = ()  # tensors of the score mods of spec, in their order
     sinks: torch.Tensor | None = None  # [H], a logit of each head that joins the denominator
     seed: torch.Tensor | None = None  # int64 [1] on the device, of dropout

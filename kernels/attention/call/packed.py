@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,6 +39,29 @@ def as_batch(x: torch.Tensor) -> torch.Tensor:
 def as_packed(x: torch.Tensor) -> torch.Tensor:
     """[1, H, total, D] as [total, H, D]: the inverse of :func:`as_batch`."""
     return x.squeeze(0).transpose(0, 1)
+
+
+Function = Callable[..., Any]
+
+
+def by_batch(forward: Function, backward: Function) -> tuple[Function, Function]:
+    """Return the forward and backward of packed tensors, from those that take them as one batch [1, H, total, D]."""
+
+    def packed_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Any) -> tuple[Any, Any]:
+        """Attention of each sequence; arguments and results are those of the reference."""
+        out, lse = forward(as_batch(q), as_batch(k), as_batch(v), call)
+        return as_packed(out), lse.squeeze(0)
+
+    def packed_backward(*tensors: Any, bias_grad: bool) -> tuple[Any, ...]:
+        """The gradients; arguments and results are those of the reference."""
+        do, q, k, v, out, lse, dlse, call = tensors
+        # Kernels find a sequence's rows in these by total_q alone.
+        rows = [None if x is None else x.contiguous().unsqueeze(0) for x in (lse, dlse)]
+        inputs = [as_batch(x) for x in (do, q, k, v, out)]
+        dq, dk, dv, *rest = backward(*inputs, *rows, call, bias_grad=bias_grad)
+        return as_packed(dq), as_packed(dk), as_packed(dv), *rest
+
+    return packed_forward, packed_backward
 
 
 def check_contents(packed: Packed, total_q: int, total_k: int) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ from ... import engine
 from ...backend_record import Request
 from ..call.errors import wrong
 from ..call.options import Call
+from ..call.packed import check_contents
 from ..call.score_mods import SOFTCAP, split
 from ..call.tensors import empty_laid_out_like
 from .backend import CPU
@@ -37,9 +38,11 @@ def view(name: str, tensor: torch.Tensor) -> engine.Tensor:
 
 
 def check_limits(q: torch.Tensor, v: torch.Tensor, call: Call, *, needs_grad: bool = False) -> None:
-    """Raise ValueError unless the engine computes the call."""
+    """Raise ValueError unless the engine computes the call, and packed sequences lie within the tensors."""
     dims = (q.shape[-1], v.shape[-1])
     CPU.check(Request("attention", q.device, q.dtype, dims, call, needs_grad))
+    if call.packed is not None:
+        check_contents(call.packed, q.shape[2], v.shape[2])
 
 
 def set_options(target: engine.Attention, call: Call) -> list[torch.Tensor]:
@@ -117,7 +120,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         without a key.
 
     Raises:
-        ValueError: the call is beyond the limits of the engine, or there is no engine in this installation.
+        ValueError: the call is beyond the limits of the engine, there is no engine in this installation, or packed
+            sequences lie beyond the tensors or are longer than was said.
     """
     check_limits(q, v, call)
     packed = call.packed

@@ -1,4 +1,4 @@
-"""Attention over a cache in plain PyTorch: append, gather each sequence's keys, and attend as dense.py does.
+"""Attention over a cache in plain PyTorch: append, gather the sequences' keys, and attend as dense.py does.
 
 Every slot of the cache is a key; those that hold none are hidden by a mask. Its memory grows with Sq * S, and with
 pages it gathers the sequences; nothing waits for the device.
@@ -65,7 +65,6 @@ def _locate(call: DecodeCall, slots: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def _attend(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     q = call.q
-    batch, seq_q = q.shape[0], q.shape[2]
     slots = torch.arange(call.capacity, device=q.device)
     length = (call.cache_lens.long() + call.added).clamp(max=call.capacity)
     start = torch.zeros_like(length) if call.cache_starts is None else call.cache_starts.long()
@@ -73,21 +72,15 @@ def _attend(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     exists = (slots >= start[:, None]) & (slots < length[:, None])
     k = _gather(call, call.k_cache, exists)
     v = k[..., : call.v_dim] if call.v_cache is None else _gather(call, call.v_cache, exists)
-    out = q.new_empty((*q.shape[:3], call.v_dim))
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for b in range(batch):
-        own = dense.batch_entry(call.call, b)
-        seen = exists[b][None, None, None, :]
-        # Positions count from the start; the queries are the last tokens.
-        zero = torch.zeros_like(length[b])
-        origin = torch.stack([length[b] - seq_q - start[b], -start[b], zero, zero])
-        own = own.replace(
-            mask=seen if own.mask is None else seen & own.mask,
-            origin=origin,
-            spec=dataclasses.replace(own.spec, origin_q=0, origin_k=0),
-        )
-        out[b : b + 1], lse[b : b + 1] = dense.forward(q[b : b + 1], k[b : b + 1], v[b : b + 1], own)
-    return out, lse
+    # Positions count from the start; the queries are the last tokens.
+    zero = torch.zeros_like(length)
+    seen = exists[:, None, None, :]
+    own = call.call.replace(
+        mask=seen if call.call.mask is None else seen & call.call.mask,
+        origin=torch.stack([length - q.shape[2] - start, -start, zero, zero]),
+        spec=dataclasses.replace(call.call.spec, origin_q=0, origin_k=0),
+    )
+    return dense.forward(q, k, v, own)
 
 
 def _gather(call: DecodeCall, cache: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
@@ -98,4 +91,4 @@ def _gather(call: DecodeCall, cache: torch.Tensor, exists: torch.Tensor) -> torc
         if cache.shape[0] == 0:
             cache = cache.new_zeros((1, *cache.shape[1:]))
         cache = cache[rows, :, offsets].transpose(1, 2)
-    return torch.where(exists[:, None, :, None], cache, 0)
+    return torch.where(exists[:, None, :, None], cache, 0).contiguous()

@@ -177,23 +177,19 @@ def weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: Call) -> 
 
 
 def visible(sq: int, sk: int, call: Call, device: torch.device) -> torch.Tensor:
-    """Return which keys a query sees by position alone, bool [Sq, Sk].
+    """Return which keys a query sees by position alone, bool [Sq, Sk], or [B, 1, Sq, Sk] for an origin of each batch.
 
     Query i stands at origin_q + i and key j at origin_k + j; they see each other iff
     -window_left <= position of the key - position of the query <= window_right, None leaving a side open.
     """
-    spec, origin = call.spec, call.origin
-    i_q = torch.arange(sq, device=device) + spec.origin_q
-    i_k = torch.arange(sk, device=device) + spec.origin_k
-    if origin is not None:
-        i_q, i_k = i_q + origin[0], i_k + origin[1]
-    ahead = i_k[None, :] - i_q[:, None]
-    seen = torch.ones((sq, sk), dtype=torch.bool, device=device)
-    if spec.window_left is not None:
-        seen = seen & (ahead >= -spec.window_left)
-    if spec.window_right is not None:
-        seen = seen & (ahead <= spec.window_right)
-    return seen
+    _, _, i_q, i_k = positions((1, 1, sq, sk), call, device)
+    ahead = i_k - i_q
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if call.spec.window_left is not None:
+        seen = seen & (ahead >= -call.spec.window_left)
+    if call.spec.window_right is not None:
+        seen = seen & (ahead <= call.spec.window_right)
+    return seen if call.origin is not None and call.origin.dim() == 2 else seen[0, 0]
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
@@ -263,18 +259,20 @@ def _leaf(x: torch.Tensor) -> torch.Tensor:
 
 
 def positions(
-    shape: torch.Size, call: Call, device: torch.device
+    shape: tuple[int, ...], call: Call, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return positions in the whole of b, h, q and k: int64 [B,1,1,1], [1,H,1,1], [1,1,Sq,1], [1,1,1,Sk]."""
-    spec, origin = call.spec, call.origin
+    """Return positions in the whole of b, h, q and k: int64 [B,1,1,1], [1,H,1,1], [1,1,Sq,1], [1,1,1,Sk].
+
+    Where the call has an origin for each batch, [4, B], those of q and k are [B,1,Sq,1] and [B,1,1,Sk].
+    """
+    spec = call.spec
     starts = (spec.origin_batch, spec.origin_head, spec.origin_q, spec.origin_k)
     order = (3, 2, 0, 1)  # of origin's elements
     found = []
     for dim, (size, start) in enumerate(zip(shape, starts, strict=True)):
         index = torch.arange(size, device=device) + start
-        if origin is not None:
-            index = index + origin[order[dim]]
-        found.append(index.view([-1 if i == dim else 1 for i in range(4)]))
+        index = index.view([-1 if i == dim else 1 for i in range(4)])
+        found.append(index if call.origin is None else index + call.origin[order[dim]].view(-1, 1, 1, 1))
     i_b, i_h, i_q, i_k = found
     return i_b, i_h, i_q, i_k
 
