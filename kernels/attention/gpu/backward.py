@@ -140,9 +140,9 @@ def backward(
 
     Returns:
         dq, dk, dv in the shapes, dtypes and memory order of q, k, v; dbias in shape and dtype of bias, or None where
-        not asked for; dsinks [H] in dtype of sinks, or None without. Beyond these: 8 bytes a query and head, with sinks
-        12, and for a bias that is constant over queries or keys its gradient before the sum over broadcast dimensions,
-        4 bytes a head and key or query.
+        not asked for; dsinks [H] in dtype of sinks, or None without. Beyond these: 8 bytes a query and head, 4 more
+        with sinks and 4 more where ``Mode.is_wide``, and for a bias that is constant over queries or keys its gradient
+        before the sum over broadcast dimensions, 4 bytes a head and key or query.
 
     Raises:
         ValueError: the call is beyond the limits of these kernels (backend.py).
