@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import warnings
 
 import pytest
 
+import fusemesh
 from fusemesh import _moved
 
 # Statement, and the new name of its module if that has moved.
@@ -143,3 +146,22 @@ def test_programs_run(program: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
     assert "has moved" not in done.stderr
+
+
+def _documented(text: str) -> list[str]:
+    """The first name of each entry under Args of a docstring."""
+    block = re.search(r"\n( *)Args:\n(.*?)(?:\n\n|\Z)", text, re.DOTALL)
+    if block is None:
+        return []
+    indent = len(block[1]) + 4
+    return re.findall(rf"^ {{{indent}}}(\w+)[^:\n]*:", block[2], re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", fusemesh.__all__)
+def test_arguments_are_documented_in_the_order_of_the_signature(name: str) -> None:
+    value = getattr(fusemesh, name)
+    if not callable(value):
+        return
+    order = list(inspect.signature(value).parameters)
+    names = [argument for argument in _documented(inspect.getdoc(value) or "") if argument in order]
+    assert names == sorted(names, key=order.index)

@@ -74,14 +74,6 @@ def flash_attention(
         mask: bool, True = attend, any shape that broadcasts to [B, H, Sq, Sk], any strides. No gradient.
         bias: added to the scores, any shape that broadcasts to [B, H, Sq, Sk], any strides, q's dtype or fp32. Its
             gradient has its own shape. Combines with mask.
-        scale: factor of q k^T; None means 1 / sqrt(D).
-        origin: where element 0 of what was passed stands in the whole (:class:`fusemesh.Origin`), so that a shard
-            computes what the whole would: query i stands at origin.q + i, key j at origin.k + j. Not with ``align``.
-        return_lse: also return the log-sum-exp, through which gradients flow, too.
-        backend: ``reference`` (plain PyTorch, memory Sq * Sk), ``torch`` (F.scaled_dot_product_attention; no window, no
-            return_lse), ``triton`` (GPUs; the CPU only in Triton's interpreter) or ``cpu`` (the C++ engine; no
-            score_mod); one asked for by name runs or raises. ``auto`` takes triton on a GPU where that is proven and
-            cpu on CPUs, else torch where it can do the call, else reference, and says at INFO which.
         alibi_slopes: [H] or [B, H], ALiBi's; no gradient. Like score_mod it counts positions, and so asks for ``align``
             or ``origin`` where Sq != Sk.
         softcap: scores are limited to (-softcap, softcap) by tanh.
@@ -92,8 +84,16 @@ def flash_attention(
         seed: of dropout, an int or an int64 tensor on the device with one element: which elements are dropped depends
             on the seed and on positions (``origin``) alone, the same on every backend. None draws one from torch's
             generator.
+        scale: factor of q k^T; None means 1 / sqrt(D).
+        origin: where element 0 of what was passed stands in the whole (:class:`fusemesh.Origin`), so that a shard
+            computes what the whole would: query i stands at origin.q + i, key j at origin.k + j. Not with ``align``.
         descale: for fp8, (q's, k's, v's): numbers, or fp32 tensors of one element or [B, Hkv]; x = descale * fp8(x).
+        return_lse: also return the log-sum-exp, through which gradients flow, too.
         deterministic: False allows a faster backward; there is none so far.
+        backend: ``reference`` (plain PyTorch, memory Sq * Sk), ``torch`` (F.scaled_dot_product_attention; no window, no
+            return_lse), ``triton`` (GPUs; the CPU only in Triton's interpreter) or ``cpu`` (the C++ engine; no
+            score_mod); one asked for by name runs or raises. ``auto`` takes triton on a GPU where that is proven and
+            cpu on CPUs, else torch where it can do the call, else reference, and says at INFO which.
 
     Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). fp8
     (torch.float8_e4m3fn, on GPUs from sm_89) for the forward alone: out is bf16, bias and sinks are bf16 or fp32. Under

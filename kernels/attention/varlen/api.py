@@ -61,6 +61,7 @@ def flash_attention_varlen(
             the last one ends. Lengths may be 0. Rows before the first and after the last number are padding.
         max_seqlen_q, max_seqlen_k: ints; no sequence is longer. They size the grid: too large costs programs that
             return at once, too small is an error that only FUSEMESH_CHECK=1 and the reference report.
+        causal, window, softcap, sinks, scale, descale, deterministic: as in flash_attention.
         align: where each sequence's queries stand among its keys: ``"top_left"`` puts the first query at the first key,
             ``"bottom_right"`` the last at the last. Must be given with causal, window, alibi_slopes and score_mod.
         mask, bias: as in flash_attention, broadcast to [B, H, max_seqlen_q, max_seqlen_k] and indexed by position
@@ -73,7 +74,6 @@ def flash_attention_varlen(
         backend: ``reference`` (plain PyTorch, one sequence after the other; reads the lengths on the host), ``cpu`` or
             ``triton``; ``torch`` takes no packed sequences. ``auto`` takes triton on a GPU where that is proven, cpu on
             CPUs unless score_mod or fp64 keeps it from it, else reference.
-        causal, window, softcap, sinks, scale, descale, deterministic: as in flash_attention.
 
     Returns:
         out [total_q, H, Dv] in q's dtype; with return_lse also lse [H, total_q], natural log, fp32 (fp64 for fp64). A
