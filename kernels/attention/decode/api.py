@@ -1,8 +1,7 @@
 """flash_attention_decode: attention over a cache of keys and values, the step of generation.
 
     append k_new and v_new to the caches, in place;   n = length of the sequence, the new keys included
-    s = scale * q k^T;   softcap;   ALiBi;   + bias;   s = -inf where mask is False, or causal or window hides the key
-    lse = log sum_k exp(s);   p = exp(s) / (exp(lse) + exp(sink));   out = p v
+    out, lse = attention of q over the n keys, by the formula of dense/api.py
 
 with query i at position n - Sq + i and key j at position j. Caches, lengths and page tables stay on the device: nothing
 waits for it, and grids depend on shapes alone, so that a recorded CUDA graph holds for any lengths.
