@@ -8,7 +8,6 @@ reference can compute.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections import Counter
 from collections.abc import Collection, Iterator
 
@@ -21,14 +20,13 @@ from .attention.reference.backend import REFERENCE
 from .attention.sdpa.backend import TORCH
 from .backend_record import RECORDS, Backend, Request, register
 from .backend_record import why_unavailable as why_unavailable
+from .scoped import Scoped
 
 # The one place where backends are registered, in the order in which auto asks them.
 for _record in (TRITON, CPU, TORCH, REFERENCE):
     register(_record)
 
-_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("fusemesh_backend", default=None)
-# The same, for torch.compile, which traces no context variable but guards on a global; one for all threads.
-_traced_override: str | None = None
+_override: Scoped[str | None] = Scoped("fusemesh_backend", None)
 _counts: Counter[tuple[str, str]] = Counter()
 _announced: set[tuple[str, str, str]] = set()
 
@@ -46,7 +44,7 @@ def requested(backend: str) -> str:
     """
     source = "backend"
     if backend == "auto":
-        inner = _traced_override if torch.compiler.is_compiling() else _override.get()
+        inner = _override.get()
         if inner is not None:
             backend = inner
         elif env.BACKEND != "auto":
@@ -129,15 +127,9 @@ def use_backend(name: str) -> Iterator[None]:
     from it; for functions under ``torch.compile``, which are compiled again for it, in all threads. Spawned processes
     take FUSEMESH_BACKEND instead.
     """
-    global _traced_override
     requested(name)
-    token, outer = _override.set(name), _traced_override
-    _traced_override = name
-    try:
+    with _override.use(name):
         yield
-    finally:
-        _override.reset(token)
-        _traced_override = outer
 
 
 def _announce(operation: str, backend: str, why: str) -> None:
