@@ -183,10 +183,11 @@ class _AttentionOps:
             flags = {"bias_grad": ctx.bias_grad, "aux_grad": ctx.aux_grad}
             first = reference.backward(do, q, k, v, out, lse, dlse, call, **flags)
         *of_first, of_aux = grads
-        first, of_first = [*first[:5], *(first.daux or ())], [*of_first, *(of_aux or [None] * len(first.daux or ()))]
+        daux = first.daux or ()
+        of_first = [*of_first, *(of_aux or [None] * len(daux))]
         if ctx.aux_grad:
             tensors |= {f"aux {i}": x for i, x in enumerate(aux)}
-        found = _gradients_of_gradients(first, of_first, tensors, create_graph)
+        found = _gradients_of_gradients([*first[:5], *daux], of_first, tensors, create_graph)
         if ctx.aux_grad:
             found["aux"] = [found.get(f"aux {i}") for i in range(len(aux))]
         of_call = self.fields.gradients(found, values)

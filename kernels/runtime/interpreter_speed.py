@@ -33,7 +33,7 @@ def replacements(parts: compat.Interpreter) -> dict[tuple[Any, str], Any]:
     }
     if hasattr(tl.core, parts.unwrap):
         found[tl.core, parts.unwrap] = _unwrap_seldom(parts, tl)
-    options = getattr(parts.builder, "options", None)
+    options: Any = getattr(parts.builder, "options", None)
     if hasattr(options, "sanitize_overflow") and not getattr(options, "debug", True):
         found[parts.builder, "options"] = dataclasses.replace(options, sanitize_overflow=False)
     if hasattr(parts.module, parts.numpy_dtype):

@@ -52,7 +52,7 @@ def attention_launches(
             "sinks": lambda: leaf(2 * groups),
         }
         # An empty string is a bias of one number.
-        asked = {name: make() for name, make in made.items() if features.get(name) not in (None, False)}
+        asked: dict[str, Any] = {n: make() for n, make in made.items() if features.get(n) not in (None, False)}
         options = {name: value for name, value in features.items() if name not in made}
         if options.get("dropout_p"):
             options["seed"] = 1

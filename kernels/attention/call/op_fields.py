@@ -134,7 +134,8 @@ class OpFields:
 
     def joined(self, tensors: Sequence[torch.Tensor | None], others: Sequence[Any]) -> list[Any]:
         """Return the arguments of which :meth:`split` made these."""
-        rest, values = list(tensors), []
+        rest: list[Any] = list(tensors)
+        values: list[Any] = []
         for leaf, other in zip(self.leaves, others, strict=True):
             if leaf.hint == tuple[torch.Tensor, ...]:
                 values.append(rest[:other])

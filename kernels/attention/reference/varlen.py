@@ -90,7 +90,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         # Without a sequence, too, the results depend on q, k and v as far as autograd is concerned.
         spec = dataclasses.replace(call.spec, mods=(), params=())
         bare = call.replace(mask=None, bias=None, aux=(), packed=None, spec=spec)
-        out, _ = dense.forward(*(as_batch(x[:0]) for x in (q, k, v)), bare)
+        out, _ = dense.forward(as_batch(q[:0]), as_batch(k[:0]), as_batch(v[:0]), bare)
         outs.append(as_packed(out))
     padding(q.shape[0] - at)
     return torch.cat(outs), torch.cat(lses, 1)
