@@ -98,7 +98,7 @@ class Launch:
     kwargs: dict[str, Any]
 
 
-class _NamedTarget:
+class NamedTarget:
     """Answers what the JIT asks of a driver before it starts a kernel, for a GPU that is not there."""
 
     def __init__(self, target: Target) -> None:
@@ -158,7 +158,7 @@ def compile_launches(fn: Callable[[], Any], target: Target | str) -> list[Report
         )
     found: dict[str, tuple[Any, Launch, float]] = {}
     times: Counter[str] = Counter()
-    with compat.driver(_NamedTarget(chosen)):
+    with compat.driver(NamedTarget(chosen)):
         for item in launches:
             start = time.perf_counter()
             compiled = compat.compile_launch(item.kernel, item.grid, item.args, item.kwargs)

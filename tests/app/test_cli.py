@@ -193,7 +193,7 @@ def test_bench_writes_beneath_runs_or_where_it_is_told(tmp_path, monkeypatch, ca
     monkeypatch.setattr(tune, "table", lambda rows: "no rows")
     assert cli.main(["bench", "--tune"]) == 0
     (written,) = tmp_path.rglob("*.json")
-    assert written.relative_to(tmp_path).parts[:2] == ("runs", "bench") and written.name == "tune.json"
+    assert written.relative_to(tmp_path).parts[:2] == ("bench", "results") and written.name == "tune.json"
     assert f"written to {written.relative_to(tmp_path)}" in capfd.readouterr().out
     status, result, _ = call(capfd, "bench", "--tune", "--out", tmp_path / "other.json")
     assert status == 0 and result["written"] == str(tmp_path / "other.json") and (tmp_path / "other.json").is_file()

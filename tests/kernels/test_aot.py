@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusemesh.kernels import aot
+from fusemesh.kernels import aot, compat
 from fusemesh.kernels.attention.gpu import tiles
 from fusemesh.kernels.runtime.launch import TARGETS, Target, launch
 from fusemesh.kernels.runtime.launches import attention_launches
@@ -291,7 +291,7 @@ def test_the_driver_is_put_back() -> None:
     from triton.runtime import driver
 
     before = driver._active
-    with pytest.raises(ZeroDivisionError), aot._driver_for(TARGETS["sm_90"]):
+    with pytest.raises(ZeroDivisionError), compat.driver(aot.NamedTarget(TARGETS["sm_90"])):
         assert driver.active.get_current_target().arch == 90
         raise ZeroDivisionError
     assert driver._active is before

@@ -7,7 +7,7 @@ import io
 
 from triton import knobs
 
-from fusemesh.kernels import aot
+from fusemesh.kernels import aot, compat
 from fusemesh.kernels.runtime.launch import Target
 
 
@@ -15,7 +15,12 @@ def ptxas_log(item: aot.Launch, target: Target) -> str:
     """Compile a launch anew, whatever caches hold, and return what ptxas wrote."""
     item.kernel.device_caches.clear()
     written = io.StringIO()
-    with aot._driver_for(target), knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(written):
+    with (
+        compat.driver(aot.NamedTarget(target)),
+        knobs.compilation.scope(),
+        knobs.nvidia.scope(),
+        contextlib.redirect_stdout(written),
+    ):
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         item.kernel.warmup(*item.args, grid=item.grid, **item.kwargs)

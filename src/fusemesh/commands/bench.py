@@ -15,7 +15,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--tune", action="store_true", help="time the shipped tiles and their neighbours")
     parser.add_argument("--minutes", type=float, default=7.5, metavar="M", help="no tile starts later; default: 7.5")
-    parser.add_argument("--out", "--output", "-o", metavar="FILE", help="default: runs/bench/<machine>/tune.json")
+    parser.add_argument("--out", "--output", "-o", metavar="FILE", help="default: bench/results/<machine>/tune.json")
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> Outcome:
     if reason is not None:
         raise ValueError(reason)
     record = measure.machine()
-    path = Path(options.out or Path("runs", "bench", measure.machine_name(record), "tune.json"))
+    path = Path(options.out or Path("bench", "results", measure.machine_name(record), "tune.json"))
     result = tune.tune_tiles(torch.device("cuda"), measure.Clock(options.minutes))
     result = {"stage": "tune", "dry_run": False, "machine": record, **result}
     written = measure.write_results(path, result)

@@ -30,7 +30,7 @@ class Case:
     left: int | None = None
     right: int | None = None
     origin: tuple[int, int] = (0, 0)
-    device_origin: tuple[int, int] | None = None
+    device_origin: tuple[int, int, int, int] | None = None
     mask: str = ""
     bias: str = ""
 
@@ -53,7 +53,7 @@ CASES = [
     Case("window_right_open", left=0),
     Case("window_away_from_all_keys", left=0, right=0, origin=(100, 0)),
     Case("shard", left=2, right=0, origin=(7, 5)),
-    Case("origin_on_device", left=2, right=0, origin=(4, 0), device_origin=(3, 5)),
+    Case("origin_on_device", left=2, right=0, origin=(4, 0), device_origin=(3, 5, 0, 0)),
     Case("mask_full", mask="BHQK"),
     Case("mask_keys", mask="B11K"),
     Case("mask_queries", mask="11Q1"),
@@ -112,7 +112,7 @@ def oracle(case: Case, tensors: list[torch.Tensor], keywords: dict) -> tuple[np.
     scores = (B, case.heads, case.sq, case.sk)
     mask = np.ones(scores, dtype=bool) if mask is None else np.broadcast_to(mask, scores)
     bias = np.zeros(scores) if bias is None else np.broadcast_to(bias, scores)
-    more_q, more_k = case.device_origin or (0, 0)
+    more_q, more_k = (case.device_origin or (0, 0, 0, 0))[:2]
     out = np.zeros((B, case.heads, case.sq, case.dim_v))
     lse = np.full((B, case.heads, case.sq), -np.inf)
     for b in range(B):
