@@ -176,7 +176,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("operation", "feature", "dtype", "dim", "needs_grad"), cases())
+@pytest.mark.parametrize(("operation", "feature", "dtype", "dim", "needs_grad"), list(cases()))
 def test_refuses_exactly_what_does_not_run(
     backend: str, operation: str, feature: str, dtype: str, dim: int, needs_grad: bool
 ) -> None:

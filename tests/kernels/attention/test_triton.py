@@ -72,7 +72,7 @@ def test_many_combinations(case: AttentionCase) -> None:
     run_and_compare(case)
 
 
-@pytest.mark.parametrize(("Sq", "Sk"), itertools.product((1, 17, 113, 203), repeat=2))
+@pytest.mark.parametrize(("Sq", "Sk"), list(itertools.product((1, 17, 113, 203), repeat=2)))
 def test_sizes(Sq: int, Sk: int) -> None:
     """Bottom-right causal, so that rows without a key, whole, cut and skipped tiles all occur."""
     dtype = list(DTYPES)[(Sq + Sk) % 3]
@@ -227,7 +227,7 @@ def _range_kernel(
         tl.store(p_out + 2 * PART + 1, i_to)
 
 
-@pytest.mark.parametrize("flags", itertools.product([False, True], repeat=4), ids=str)
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_tile_ranges(flags: tuple[bool, bool, bool, bool]) -> None:
     """Every pair that is seen lies in a visited tile, none is visited twice, and the middle needs no mask."""
     has_left, has_right, whole_rows, whole_columns = flags
