@@ -35,7 +35,7 @@ def dense(length: int, window: int, position: int) -> Callable[[], None]:
     """A call with the bias and the mask that every pass reads, and its gradients."""
 
     def run() -> None:
-        q, k, v = (leaf(2, heads, length, 64) for heads in (4, 2, 2))
+        q, k, v = (leaf(2, heads, length, 16) for heads in (4, 2, 2))
         bias = leaf(1, 4, length, length)
         mask = torch.empty(2, 1, length, length, dtype=torch.bool)
         origin = Origin(q=position, k=position, head=position, batch=position)
@@ -58,7 +58,7 @@ def dense(length: int, window: int, position: int) -> Callable[[], None]:
 
 def packed(length: int, total: int) -> Callable[[], None]:
     def run() -> None:
-        q, k, v = (leaf(total, heads, 64) for heads in (4, 2, 2))
+        q, k, v = (leaf(total, heads, 16) for heads in (4, 2, 2))
         cu = torch.empty(3, dtype=torch.int32)
         with any_device():
             out = flash_attention_varlen(
