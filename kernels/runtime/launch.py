@@ -1,4 +1,4 @@
-"""The one door through which every Triton kernel starts.
+"""The one function through which every Triton kernel starts.
 
 Kernels are launched by :func:`launch` and never by ``kernel[grid](...)``, so that a test can record launches without
 running them, and :mod:`fusemesh.kernels.aot` can compile just what a launch would compile, with no GPU present.

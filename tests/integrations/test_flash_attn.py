@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusemesh
-from fusemesh.integrations.flash_attn import functions as door
+from fusemesh.integrations.flash_attn import functions as ours
 from fusemesh.kernels import backends
 from fusemesh.kernels.testing import budget
 from tests.support import flash_attn_semantics as published
@@ -88,29 +88,29 @@ def within_budget(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
         budget.check(name, found[name], x, eager[name])
 
 
-def by_door(scores: Scores) -> Callable[..., Any]:
+def dense_function(scores: Scores) -> Callable[..., Any]:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return door.flash_attn_func(q, k, v, **scores.arguments(2, q.shape[2]), return_attn_probs=True)
+        return ours.flash_attn_func(q, k, v, **scores.arguments(2, q.shape[2]), return_attn_probs=True)
 
     return function
 
 
-def by_varlen_door(scores: Scores) -> Callable[..., Any]:
+def varlen_function(scores: Scores) -> Callable[..., Any]:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         lengths = (bounds(LENS_Q), bounds(LENS_K), max(LENS_Q), max(LENS_K))
         options = scores.arguments(len(LENS_Q), q.shape[1])
-        return door.flash_attn_varlen_func(q, k, v, *lengths, **options, return_attn_probs=True)
+        return ours.flash_attn_varlen_func(q, k, v, *lengths, **options, return_attn_probs=True)
 
     return function
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_flash_attns(name: str) -> None:
-    parameters = inspect.signature(getattr(door, name)).parameters.values()
+    parameters = inspect.signature(getattr(ours, name)).parameters.values()
     text = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
     assert text == SIGNATURES[name]
     assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
-    assert name in door.__all__
+    assert name in ours.__all__
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -118,7 +118,7 @@ def test_signatures_are_flash_attns(name: str) -> None:
 def test_reference_in_fp64(name: str, shape: str) -> None:
     inputs = dense(shape)
     with fusemesh.use_backend("reference"):
-        found = results(by_door(SCORES[name]), inputs)
+        found = results(dense_function(SCORES[name]), inputs)
     assert backends.call_counts() == {("attention_forward", "reference"): 1}
     close(found, results(lambda *x: published.batched(*x, SCORES[name]), inputs))
 
@@ -126,7 +126,7 @@ def test_reference_in_fp64(name: str, shape: str) -> None:
 @pytest.mark.parametrize("name", SCORES)
 def test_packed_reference_in_fp64(name: str) -> None:
     with fusemesh.use_backend("reference"):
-        found = results(by_varlen_door(SCORES[name]), ragged())
+        found = results(varlen_function(SCORES[name]), ragged())
     assert backends.call_counts() == {("attention_varlen_forward", "reference"): 1}
     close(found, results(lambda *x: published.packed(*x, LENS_Q, LENS_K, SCORES[name]), ragged()))
 
@@ -139,7 +139,7 @@ def test_torch_in_fp64(name: str, shape: str) -> None:
     want, _ = published.batched(*inputs, SCORES[name])
     for backend in ("torch", "auto"):
         with fusemesh.use_backend(backend):
-            out = door.flash_attn_func(*inputs, **SCORES[name].arguments(2, inputs[0].shape[2]))
+            out = ours.flash_attn_func(*inputs, **SCORES[name].arguments(2, inputs[0].shape[2]))
         assert isinstance(out, torch.Tensor)
         torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
         do = new(*out.shape, seed=7)
@@ -154,7 +154,7 @@ def test_torch_in_fp64(name: str, shape: str) -> None:
 def test_triton_is_within_the_budget(name: str, shape: str) -> None:
     inputs, scores = dense(shape, torch.float32), SCORES[name]
     with fusemesh.use_backend("triton"):
-        found = results(by_door(scores), inputs)
+        found = results(dense_function(scores), inputs)
     assert backends.call_counts() == {("attention_forward", "triton"): 1, ("attention_backward", "triton"): 1}
     exact, eager = (results(lambda *x: published.batched(*x, scores), [x.to(t) for x in inputs]) for t in TWO)
     within_budget(found, exact, eager)
@@ -165,7 +165,7 @@ def test_triton_is_within_the_budget(name: str, shape: str) -> None:
 def test_packed_triton_is_within_the_budget(name: str) -> None:
     inputs, scores = ragged(torch.float32), SCORES[name]
     with fusemesh.use_backend("triton"):
-        found = results(by_varlen_door(scores), inputs)
+        found = results(varlen_function(scores), inputs)
     counts = {("attention_varlen_forward", "triton"): 1, ("attention_varlen_backward", "triton"): 1}
     assert backends.call_counts() == counts
     both = ([x.to(t) for x in inputs] for t in TWO)
@@ -182,17 +182,17 @@ def test_packed_forms_are_the_same_and_have_one_gradient() -> None:
     flat, flat_kv = new(9, 3, 4, 16, seed=4), new(9, 2, 2, 16, seed=5)
     cu, cu_q = bounds([4, 5]), bounds([2, 1])
     calls: list[tuple[list[torch.Tensor], Callable[..., Any], Callable[..., Any]]] = [
-        ([qkv], door.flash_attn_qkvpacked_func, lambda x, **o: door.flash_attn_func(*x.unbind(2), **o)),
-        ([q, kv], door.flash_attn_kvpacked_func, lambda x, y, **o: door.flash_attn_func(x, *y.unbind(2), **o)),
+        ([qkv], ours.flash_attn_qkvpacked_func, lambda x, **o: ours.flash_attn_func(*x.unbind(2), **o)),
+        ([q, kv], ours.flash_attn_kvpacked_func, lambda x, y, **o: ours.flash_attn_func(x, *y.unbind(2), **o)),
         (
             [flat],
-            lambda x, **o: door.flash_attn_varlen_qkvpacked_func(x, cu, 5, **o),
-            lambda x, **o: door.flash_attn_varlen_func(*x.unbind(1), cu, cu, 5, 5, **o),
+            lambda x, **o: ours.flash_attn_varlen_qkvpacked_func(x, cu, 5, **o),
+            lambda x, **o: ours.flash_attn_varlen_func(*x.unbind(1), cu, cu, 5, 5, **o),
         ),
         (
             [q[0], flat_kv],
-            lambda x, y, **o: door.flash_attn_varlen_kvpacked_func(x, y, cu_q, cu, 2, 5, **o),
-            lambda x, y, **o: door.flash_attn_varlen_func(x, *y.unbind(1), cu_q, cu, 2, 5, **o),
+            lambda x, y, **o: ours.flash_attn_varlen_kvpacked_func(x, y, cu_q, cu, 2, 5, **o),
+            lambda x, y, **o: ours.flash_attn_varlen_func(x, *y.unbind(1), cu_q, cu, 2, 5, **o),
         ),
     ]
     for inputs, packed, separate in calls:
@@ -218,7 +218,7 @@ def test_packed_keys_in_pages(causal: bool) -> None:
                 pages[name][own[j // page], j % page] = row
     table = torch.tensor(tables, dtype=torch.int32)
     lengths = (bounds(lens_q), bounds(lens_k), 3, 7)
-    out = door.flash_attn_varlen_func(q, pages["k"], pages["v"], *lengths, causal=causal, block_table=table)
+    out = ours.flash_attn_varlen_func(q, pages["k"], pages["v"], *lengths, causal=causal, block_table=table)
     want, _ = published.packed(q, rows["k"], rows["v"], lens_q, lens_k, Scores(causal=causal))
     torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
 
@@ -236,10 +236,10 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(packed: bool) -> None:
     def call() -> torch.Tensor:
         with fusemesh.use_backend("reference"):
             if not packed:
-                return door.flash_attn_func(q, k, v, p, causal=True, softcap=2.0)  # type: ignore[return-value]
+                return ours.flash_attn_func(q, k, v, p, causal=True, softcap=2.0)  # type: ignore[return-value]
             cu = bounds([length])
             flat = (x[0] for x in (q, k, v))
-            out = door.flash_attn_varlen_func(*flat, cu, cu, length, length, p, causal=True, softcap=2.0)
+            out = ours.flash_attn_varlen_func(*flat, cu, cu, length, length, p, causal=True, softcap=2.0)
             return out[None]  # type: ignore[index]
 
     out, again = call(), call()
@@ -257,17 +257,17 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(packed: bool) -> None:
 
 def test_probabilities_are_empty_without_dropout_and_refused_with_it() -> None:
     q, k, v = dense("few", torch.float32)
-    for result in (by_door(Scores())(q, k, v), by_varlen_door(Scores())(*ragged(torch.float32))):
+    for result in (dense_function(Scores())(q, k, v), varlen_function(Scores())(*ragged(torch.float32))):
         assert len(result) == 3 and result[2].shape == (0,) and result[2].dtype == torch.float32
     with pytest.raises(ValueError, match=r"return_attn_probs: expected False with dropout_p > 0.*softmax_lse"):
-        door.flash_attn_func(q, k, v, 0.1, return_attn_probs=True)
+        ours.flash_attn_func(q, k, v, 0.1, return_attn_probs=True)
 
 
 def test_half_precision_and_no_copies() -> None:
     """The layout of the output is the input's, so that heads go into the next projection as they are."""
     for dtype in (torch.bfloat16, torch.float16):
         inputs = dense("few", dtype)
-        out = door.flash_attn_func(*inputs, causal=True)
+        out = ours.flash_attn_func(*inputs, causal=True)
         assert isinstance(out, torch.Tensor) and out.dtype == dtype and out.is_contiguous()
         exact, _ = published.batched(*(x.double() for x in inputs), Scores(causal=True))
         assert (out.double() - exact).abs().max() < 2e-2
@@ -276,33 +276,33 @@ def test_half_precision_and_no_copies() -> None:
 Q, K = torch.zeros(2, 3, 4, 16), torch.zeros(2, 5, 2, 16)
 CU = bounds([2, 1])
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "rank": (lambda: door.flash_attn_func(Q[0], K, K), r"q: expected \[B, Sq, H, D\], received shape \(3, 4, 16\)"),
-    "tensor": (lambda: door.flash_attn_func(Q, None, K), "k: expected a torch.Tensor, received NoneType"),
-    "heads": (lambda: door.flash_attn_func(Q[:, :, :3], K, K), "k: expected .* that divides q's 3"),
-    "head dim": (lambda: door.flash_attn_func(Q[..., :8], K, K), "k: expected .* with q's head dim 8"),
-    "values": (lambda: door.flash_attn_func(Q, K, K[:, 1:]), "v: expected .* one value for each key"),
-    "batch": (lambda: door.flash_attn_func(Q, K[:1], K[:1]), "k: expected .* with q's batch size 2"),
-    "scale": (lambda: door.flash_attn_func(Q, K, K, softmax_scale="1"), "softmax_scale: expected a finite number"),
-    "window": (lambda: door.flash_attn_func(Q, K, K, window_size=3), r"window_size: expected two ints \(left, right\)"),
-    "softcap": (lambda: door.flash_attn_func(Q, K, K, softcap=None), "softcap: expected a finite number"),
-    "causal": (lambda: door.flash_attn_func(Q, K, K, causal=1), "causal: expected True or False"),
-    "dropout": (lambda: door.flash_attn_func(Q, K, K, 1.0), r"dropout_p: expected a number in \[0, 1\)"),
+    "rank": (lambda: ours.flash_attn_func(Q[0], K, K), r"q: expected \[B, Sq, H, D\], received shape \(3, 4, 16\)"),
+    "tensor": (lambda: ours.flash_attn_func(Q, None, K), "k: expected a torch.Tensor, received NoneType"),
+    "heads": (lambda: ours.flash_attn_func(Q[:, :, :3], K, K), "k: expected .* that divides q's 3"),
+    "head dim": (lambda: ours.flash_attn_func(Q[..., :8], K, K), "k: expected .* with q's head dim 8"),
+    "values": (lambda: ours.flash_attn_func(Q, K, K[:, 1:]), "v: expected .* one value for each key"),
+    "batch": (lambda: ours.flash_attn_func(Q, K[:1], K[:1]), "k: expected .* with q's batch size 2"),
+    "scale": (lambda: ours.flash_attn_func(Q, K, K, softmax_scale="1"), "softmax_scale: expected a finite number"),
+    "window": (lambda: ours.flash_attn_func(Q, K, K, window_size=3), r"window_size: expected two ints \(left, right\)"),
+    "softcap": (lambda: ours.flash_attn_func(Q, K, K, softcap=None), "softcap: expected a finite number"),
+    "causal": (lambda: ours.flash_attn_func(Q, K, K, causal=1), "causal: expected True or False"),
+    "dropout": (lambda: ours.flash_attn_func(Q, K, K, 1.0), r"dropout_p: expected a number in \[0, 1\)"),
     "slopes": (
-        lambda: door.flash_attn_func(Q, K, K, alibi_slopes=torch.ones(3)),
+        lambda: ours.flash_attn_func(Q, K, K, alibi_slopes=torch.ones(3)),
         "alibi_slopes: expected .* one slope",
     ),
-    "qkv": (lambda: door.flash_attn_qkvpacked_func(Q[:, :, None]), r"qkv: expected a tensor \[B, S, 3, H, D\]"),
-    "kv": (lambda: door.flash_attn_kvpacked_func(Q, K), r"kv: expected a tensor \[B, Sk, 2, Hkv, D\]"),
+    "qkv": (lambda: ours.flash_attn_qkvpacked_func(Q[:, :, None]), r"qkv: expected a tensor \[B, S, 3, H, D\]"),
+    "kv": (lambda: ours.flash_attn_kvpacked_func(Q, K), r"kv: expected a tensor \[B, Sk, 2, Hkv, D\]"),
     "packed rank": (
-        lambda: door.flash_attn_varlen_func(Q, K, K, CU, CU, 2, 2),
+        lambda: ours.flash_attn_varlen_func(Q, K, K, CU, CU, 2, 2),
         r"q: expected \[total_q, H, D\], received shape \(2, 3, 4, 16\)",
     ),
     "pages": (
-        lambda: door.flash_attn_varlen_func(Q[0], K, K, CU, CU, 2, 99, block_table=torch.zeros(2, 2).int()),
+        lambda: ours.flash_attn_varlen_func(Q[0], K, K, CU, CU, 2, 99, block_table=torch.zeros(2, 2).int()),
         "max_seqlen_k: expected an int from 0 to 10.*block_table",
     ),
     "table": (
-        lambda: door.flash_attn_varlen_func(Q[0], K, K, CU, CU, 2, 2, block_table=torch.zeros(3, 2).int()),
+        lambda: ours.flash_attn_varlen_func(Q[0], K, K, CU, CU, 2, 2, block_table=torch.zeros(3, 2).int()),
         "cu_seqlens_k: expected 4 numbers",
     ),
 }
@@ -319,7 +319,7 @@ def test_the_import_alone_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code written for flash-attn runs with ours under its name."""
     import sys
 
-    monkeypatch.setitem(sys.modules, "flash_attn", door)
+    monkeypatch.setitem(sys.modules, "flash_attn", ours)
     code = """
 from flash_attn import flash_attn_func, flash_attn_with_kvcache
 out = flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=True)

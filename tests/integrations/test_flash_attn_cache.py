@@ -116,7 +116,7 @@ def want(
 
 
 def run(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The call by the door; asserts that the caches hold the new rows and nothing else has changed."""
+    """The call through FuseMesh's function; asserts that the caches hold the new rows and nothing else has changed."""
     x = case.tensors(dtype)
     shape = (BATCH + 2, SLOTS) if case.page is None else (BATCH * SLOTS // case.page + 2, case.page)
     if case.page is None and case.rows is None:

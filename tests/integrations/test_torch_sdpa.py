@@ -1,4 +1,4 @@
-"""Layer: application. The door with F.scaled_dot_product_attention's signature gives what PyTorch's function gives."""
+"""Layer: application. FuseMesh's scaled_dot_product_attention gives what PyTorch's gives."""
 
 from __future__ import annotations
 

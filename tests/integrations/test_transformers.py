@@ -13,7 +13,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusemesh
-from fusemesh.integrations.transformers import interface as door
+from fusemesh.integrations.transformers import interface as ours
 from fusemesh.kernels import backends
 from fusemesh.kernels.testing import budget
 from tests.support import fresh_process
@@ -27,7 +27,7 @@ def registered(request: pytest.FixtureRequest) -> None:
     family = FAMILIES.get(getattr(request.node, "callspec", None) and request.node.callspec.params.get("name", ""))
     if family is not None and not family.is_routed():
         pytest.skip(f"transformers {family.since} or later routes it; see test_transformers_models.py")
-    door.register()
+    ours.register()
     backends.reset_call_counts()
 
 
@@ -37,14 +37,14 @@ def made_masks() -> Iterator[list[torch.Tensor | None]]:
     made: list[torch.Tensor | None] = []
 
     def record(**arguments: Any) -> torch.Tensor | None:
-        made.append(door.attention_mask(**arguments))
+        made.append(ours.attention_mask(**arguments))
         return made[-1]
 
     transformers.AttentionMaskInterface.register("fusemesh", record)
     try:
         yield made
     finally:
-        door.register()
+        ours.register()
 
 
 def equal(actual: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float = 1e-11) -> None:
@@ -269,7 +269,7 @@ def test_a_window_that_is_not_passed_on_raises(model: str, config: str, options:
 def test_what_would_be_ignored_is_refused(change: dict[str, Any], message: str) -> None:
     q = torch.randn(1, 2, 3, 16)
     with pytest.raises(ValueError, match=message):
-        door.attention(torch.nn.Module(), q, q, q, None, **change)
+        ours.attention(torch.nn.Module(), q, q, q, None, **change)
 
 
 @pytest.mark.parametrize("mask_kind", ["none", "bool", "float"])
@@ -285,7 +285,7 @@ def test_bias_softcap_sinks_and_masks_meet_in_one_call(mask_kind: str) -> None:
     layer = torch.nn.Module()
     layer.is_causal = True
     with fusemesh.use_backend("reference"):
-        out, weights = door.attention(layer, q, k, v, mask, scaling=0.5, softcap=2.0, s_aux=sinks, position_bias=bias)
+        out, weights = ours.attention(layer, q, k, v, mask, scaling=0.5, softcap=2.0, s_aux=sinks, position_bias=bias)
     assert weights is None and out.is_contiguous()
     scores = 2.0 * torch.tanh(0.5 * q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 2.0) + bias
     scores = torch.cat([scores.masked_fill(~seen, -torch.inf), sinks.view(1, 4, 1, 1).expand(2, 4, 5, 1)], -1)
@@ -328,12 +328,12 @@ def test_transformers_is_imported_by_register_alone() -> None:
     code = """
             import sys
             import fusemesh
-            import fusemesh.integrations.transformers as door
+            import fusemesh.integrations.transformers as ours
             import fusemesh.integrations.pytorch.sdpa
             print("transformers" in sys.modules)
             sys.modules["transformers"] = None  # as if it were not installed
             try:
-                door.register()
+                ours.register()
             except ImportError as error:
                 print(error)
             """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fusemesh
-from fusemesh.integrations.transformers import interface as door
+from fusemesh.integrations.transformers import interface as ours
 from fusemesh.kernels import backends
 from fusemesh.kernels.testing import budget
 from tests.support.hugging_face import KeepDouble, padding, tokens
@@ -24,7 +24,7 @@ def registered(request: pytest.FixtureRequest) -> None:
     family = MODELS.get(getattr(request.node, "callspec", None) and request.node.callspec.params.get("name", ""))
     if family is not None and not family.is_routed():
         pytest.skip(f"transformers {family.since} or later routes it; see test_transformers_models.py")
-    door.register()
+    ours.register()
     backends.reset_call_counts()
 
 

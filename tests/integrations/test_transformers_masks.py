@@ -1,4 +1,4 @@
-"""Layer: application. The masks that the Hugging Face door makes, and the None that it makes in place of some."""
+"""Layer: application. The masks that the Hugging Face integration makes, and the None in place of some."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
-from fusemesh.integrations.transformers import interface as door
+from fusemesh.integrations.transformers import interface as ours
 from tests.support.hugging_face import padding
 
 
@@ -27,7 +27,7 @@ def test_no_mask_means_what_the_attention_takes_it_for(kind: str) -> None:
             local = size
         span = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
         arguments = {"batch_size": 2, "mask_function": function, "local_size": local, **span}
-        mask = door.attention_mask(**arguments)
+        mask = ours.attention_mask(**arguments)
         whole = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
         aligned = q_offset + q_length == kv_offset + kv_length
         if mask is not None:
@@ -46,7 +46,7 @@ def test_no_mask_means_what_the_attention_takes_it_for(kind: str) -> None:
 def test_padding_and_deviations_make_the_whole_mask() -> None:
     base: dict[str, Any] = {"batch_size": 2, "q_length": 6, "kv_length": 6}
     causal = masking_utils.causal_mask_function
-    assert door.attention_mask(**base, mask_function=causal) is None
+    assert ours.attention_mask(**base, mask_function=causal) is None
     padded = padding("left", 2, 6)
     assert padded is not None
     holes = masking_utils.and_masks(causal, lambda b, h, q, k: (q != 3) | (k != 1))
@@ -57,7 +57,7 @@ def test_padding_and_deviations_make_the_whole_mask() -> None:
         {"mask_function": masking_utils.or_masks(causal, lambda b, h, q, k: k < 2)},
         {"use_vmap": True, "mask_function": holes},
     ):
-        mask = door.attention_mask(**base, **change)
+        mask = ours.attention_mask(**base, **change)
         assert mask is not None
         assert torch.equal(mask, masking_utils.sdpa_mask(**{**base, **change, "allow_is_causal_skip": False}))
 
@@ -68,7 +68,7 @@ def test_padding_counts_where_the_keys_are() -> None:
     for hidden, is_none in ((0, True), (2, True), (3, False), (5, False)):
         seen = torch.ones(2, 6, dtype=torch.bool)
         seen[1, hidden] = False
-        assert (door.attention_mask(**span, attention_mask=seen) is None) == is_none, hidden
+        assert (ours.attention_mask(**span, attention_mask=seen) is None) == is_none, hidden
 
 
 @pytest.mark.parametrize("window", range(7))
@@ -76,8 +76,8 @@ def test_bidirectional_masks_are_left_out_where_they_hide_nothing(window: int) -
     function = masking_utils.sliding_window_bidirectional_mask_function(window)
     arguments: dict[str, Any] = {"batch_size": 2, "q_length": 6, "kv_length": 6, "mask_function": function}
     arguments.update(local_size=window, allow_is_causal_skip=False)
-    mask = door.attention_mask(**arguments, allow_is_bidirectional_skip=True)
+    mask = ours.attention_mask(**arguments, allow_is_bidirectional_skip=True)
     whole = masking_utils.sdpa_mask(**arguments)
     assert whole.all() == (window >= 5)
     assert mask is None if window >= 5 else torch.equal(mask, whole)
-    assert torch.equal(door.attention_mask(**arguments), whole)
+    assert torch.equal(ours.attention_mask(**arguments), whole)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import fusemesh
-from fusemesh.integrations.transformers import interface as door
+from fusemesh.integrations.transformers import interface as ours
 from fusemesh.kernels import backends
 from tests.support.hugging_face import ENCODER, FAMILIES, VOCABULARY, Family, padding, results, tokens
 
@@ -28,7 +28,7 @@ WITHOUT_INTERFACE = {
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
-    door.register()
+    ours.register()
     backends.reset_call_counts()
 
 
@@ -107,8 +107,8 @@ def test_a_model_of_several_routes_the_parts_that_can_be() -> None:
 
 def test_register_wraps_the_check_once_and_leaves_other_names_alone() -> None:
     check = transformers.PreTrainedModel.get_correct_attn_implementation
-    door.register()
-    door.register("fusemesh_too")
+    ours.register()
+    ours.register("fusemesh_too")
     assert transformers.PreTrainedModel.get_correct_attn_implementation is check
     family = WITHOUT_INTERFACE["BloomAttention"]
     with pytest.raises(ValueError, match="BloomAttention"):

@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised Hugging Face models, and their logits and gradients, for the tests of the door."""
+"""Tiny, randomly initialised Hugging Face models, and their logits and gradients, for the tests of the integration."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def test_tile_ranges(flags: tuple[bool, bool, bool, bool]) -> None:
     assert middles > 0, "no tile in the middle: the test shows nothing"
 
 
-class TestThroughTheDoor:
+class TestPublicFunction:
     """flash_attention with backend='triton': its own autograd, and no other backend does the work."""
 
     def test_gradients(self) -> None:

@@ -12,7 +12,7 @@ import fusemesh
 from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
-from fusemesh.integrations.transformers import interface as door
+from fusemesh.integrations.transformers import interface as ours
 from fusemesh.kernels import backends
 from tests.support.hugging_face import FAMILIES, VOCABULARY, Family, KeepDouble
 from tests.support.hugging_face_families import MODELS
@@ -38,7 +38,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build(name: str, implementation: str, dtype: torch.dtype, changed: dict[str, Any]) -> Any:
-    door.register()
+    ours.register()
     return family(name).build(implementation, **{"vocab_size": ODD, **changed}).to(dtype)
 
 
