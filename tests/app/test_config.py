@@ -68,7 +68,9 @@ def test_the_models_section_is_made_of_the_transformers_fields():
     assert section.keys() < {field.name for field in sizes} and not section.keys() & {"vocab_size", "num_classes"}
     for field in sizes:
         if field.name in section and field.default is not dataclasses.MISSING:
-            assert section[field.name].default == field.default, field.name
+            assert section[field.name].default == field.metadata.get("default", field.default), field.name
+    # A Transformer of one's own keeps the eps that it has always had.
+    assert (TransformerConfig(8, 8, 1, 2, 2, 8, 8).norm_eps, config.ModelConfig().norm_eps) == (1e-6, 1e-5)
     assert pickle.loads(pickle.dumps(Config())) == Config()
 
 

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from fusemesh.transformer import Transformer, TransformerConfig
+from fusemesh.transformer import Transformer, TransformerConfig, heads
+from fusemesh.transformer import config as configuration
 from fusemesh.transformer.layers import rotary_table, rotate
 
 CONFIG = TransformerConfig(
@@ -143,6 +144,14 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ({"rope_theta": 0}, "rope_theta: expected a positive number, received 0"),
         ({"tie_embeddings": 1}, "tie_embeddings: expected True or False, received 1"),
         ({"norm_eps": float("nan")}, "norm_eps: expected a positive number, received nan"),
+        ({"output": "span"}, "output: expected tokens of architecture 'decoder', received 'span'"),
+        ({"output": "words"}, "output: expected one of tokens, class, span, received 'words'"),
+        ({"architecture": "encoder"}, "output: expected class or span of architecture 'encoder', received 'tokens'"),
+        ({"architecture": "encoder", "output": "class"}, "num_classes: expected at least 2, received 0"),
+        (
+            {"architecture": "encoder", "output": "span", "tie_embeddings": True},
+            "tie_embeddings: expected False with output 'span', received True",
+        ),
     ],
 )
 def test_config_refuses(change: dict, message: str) -> None:
@@ -161,3 +170,7 @@ def test_tokens_refused() -> None:
         model(torch.zeros(16, dtype=torch.long))
     with pytest.raises(ValueError, match="tokens: expected at most max_sequence_length = 16 a sample, received 17"):
         model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_every_output_of_the_configuration_is_a_class() -> None:
+    assert heads.OUTPUTS.keys() == configuration.OUTPUTS.keys()

@@ -47,11 +47,6 @@ class AttentionSpec:
     params: tuple[float, ...] = ()  # their parameters, those of the first mod first
     dropout_p: float = 0.0
 
-    @property
-    def has_positions(self) -> bool:
-        """Return whether anything besides masks by position needs to know where an element stands."""
-        return bool(self.mods) or self.dropout_p > 0
-
 
 FP8 = torch.float8_e4m3fn
 

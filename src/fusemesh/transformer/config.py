@@ -16,6 +16,8 @@ from typing import Any
 from fusemesh.hybrid.layout import check_heads
 
 ARCHITECTURES = ("decoder", "encoder", "encoder-decoder")
+# The architectures that can make each output. How one is computed is a class of heads.py under the same name.
+OUTPUTS = {"tokens": ("decoder", "encoder-decoder"), "class": ("encoder",), "span": ("encoder",)}
 
 
 def _user(text: str, *, least: float | None = None, **default: Any) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def _user(text: str, *, least: float | None = None, **default: Any) -> dict[str,
     Args:
         text: what the command line says of it.
         least: the smallest legal value.
-        default: the section's ``default``, where the Transformer itself has none.
+        default: the section's ``default``, where the Transformer itself has none or another.
     """
     return {"doc": text, "least": least, **default}
 
@@ -45,9 +47,9 @@ class TransformerConfig:
     intermediate_size: int = field(metadata=_user("width inside the gated feed-forward", least=1, default=384))
     max_sequence_length: int
     rope_theta: float = field(default=10000.0, metadata=_user("base of the rotary embedding's wavelengths", least=1.0))
-    norm_eps: float = field(default=1e-5, metadata=_user("added under the root in RMSNorm", least=1e-12))
+    norm_eps: float = field(default=1e-6, metadata=_user("added under the root in RMSNorm", least=1e-12, default=1e-5))
     use_bias: bool = False
-    """Return whether the linear layers (not the head) have biases."""
+    """Whether the linear layers (not the head) have biases."""
     initializer_range: float = field(
         default=0.02, metadata=_user("standard deviation of the initial weights", least=1e-12)
     )
@@ -69,8 +71,6 @@ class TransformerConfig:
     """With ``output="class"``."""
 
     def __post_init__(self) -> None:
-        from .heads import OUTPUTS
-
         for name in (
             "vocab_size",
             "hidden_size",
@@ -95,14 +95,18 @@ class TransformerConfig:
         for name, legal in (("architecture", ARCHITECTURES), ("output", tuple(OUTPUTS))):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}: expected one of {', '.join(legal)}, received {getattr(self, name)!r}")
-        if self.architecture not in OUTPUTS[self.output].architectures:
-            legal_output = " or ".join(
-                name for name, output in OUTPUTS.items() if self.architecture in output.architectures
-            )
+        if self.architecture not in OUTPUTS[self.output]:
+            legal_output = " or ".join(name for name, makers in OUTPUTS.items() if self.architecture in makers)
             raise ValueError(
                 f"output: expected {legal_output} of architecture {self.architecture!r}, received {self.output!r}"
             )
-        OUTPUTS[self.output].check(self)
+        if self.output == "class" and self.num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, received {self.num_classes!r}")
+        if self.output != "tokens" and self.tie_embeddings:
+            raise ValueError(
+                f"tie_embeddings: expected False with output {self.output!r}, received True; it has no "
+                "weight of the vocabulary's size"
+            )
         check_sizes(self)
 
     @property

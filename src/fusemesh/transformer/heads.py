@@ -1,7 +1,7 @@
 """The outputs of a Transformer, one class each: how the last h becomes logits, and logits become a loss.
 
-Everything that depends on ``TransformerConfig.output`` is here: another output is another :class:`Output` in
-:data:`OUTPUTS`. Shapes: B batch, S sequence, T target sequence, E hidden size, V vocabulary, C classes.
+Another output is another :class:`Output` in :data:`OUTPUTS`, and its name in the table of the configuration. Shapes: B
+batch, S sequence, T target sequence, E hidden size, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,8 +20,7 @@ from fusemesh.hybrid.tensor.modules import ColumnParallelLinear, TensorParallelM
 from fusemesh.kernels.matmul import parallel
 from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
 
-if TYPE_CHECKING:
-    from .config import TransformerConfig
+from .config import TransformerConfig
 
 Shape = tuple[int, ...]
 
@@ -44,25 +42,12 @@ class Place:
 class Output:
     """One kind of prediction.
 
-    architectures: those that can make it. inputs: names of inputs of a sample that it reads, besides ``lengths``.
+    inputs: names of inputs of a sample that it reads, besides ``lengths``.
     generates: whether its logits are of the next token.
     """
 
-    architectures: tuple[str, ...] = ("encoder",)
     inputs: tuple[str, ...] = ()
     generates = False
-
-    def check(self, config: TransformerConfig) -> None:
-        """Check that the configuration has the sizes that this output needs, and no others.
-
-        Raises:
-            ValueError: it has not.
-        """
-        if config.tie_embeddings:
-            raise ValueError(
-                f"tie_embeddings: expected False with output {config.output!r}, received True; it has no "
-                "weight of the vocabulary's size"
-            )
 
     def head(self, config: TransformerConfig, backend: str) -> nn.Module | None:
         """Return the module with the parameters of this output; None where the embedding has them."""
@@ -112,11 +97,7 @@ class Output:
 class Tokens(Output):
     """The next token: logits [B, S, V / tp], or [B, T, V / tp] of an encoder-decoder."""
 
-    architectures = ("decoder", "encoder-decoder")
     generates = True
-
-    def check(self, config: TransformerConfig) -> None:
-        pass
 
     def head(self, config: TransformerConfig, backend: str) -> nn.Module | None:
         if config.tie_embeddings:
@@ -145,11 +126,6 @@ class Tokens(Output):
 
 class Class(Output):
     """The class of a text: logits [B, 1, C / tp]."""
-
-    def check(self, config: TransformerConfig) -> None:
-        if config.num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, received {config.num_classes!r}")
-        super().check(config)
 
     def head(self, config: TransformerConfig, backend: str) -> nn.Module:
         return ClassHead(config.hidden_size, config.num_classes, backend)
