@@ -1,4 +1,4 @@
-"""The record of backend ``cpu``: the C++ engine."""
+"""The record of backend ``cpu``: what the C++ engine computes, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of backend ``triton``: kernels for GPUs, on CPU tensors in Triton's interpreter."""
+"""The record of backend ``triton``: what its kernels compute, on CPU tensors in the interpreter, and what they refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of backend ``torch``: PyTorch's own kernels, where they compute what is asked."""
+"""The record of backend ``torch``: what PyTorch's own kernels compute of this, and what they refuse."""
 
 from __future__ import annotations
 
