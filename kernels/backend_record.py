@@ -8,6 +8,7 @@ implementation itself ask the same :meth:`Backend.refuse`.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ class Backend:
     def refuse(self, request: Request) -> Refusal | None:
         """Return why this backend cannot do the call, or None where it runs."""
         if not self.computes(request.operation):
-            names = ", ".join(other.name for other in reversed(RECORDS.values()) if other.computes(request.operation))
+            names = ", ".join(other.name for other in reversed(records().values()) if other.computes(request.operation))
             why = f"{self.name} does not compute {request.operation}"
             return Refusal("backend", f"one that computes {request.operation} ({names})", repr(self.name), why)
         refusal = self.limits(request)
@@ -105,25 +106,59 @@ class Backend:
             raise refusal.error(self.name, "use backend='auto' or backend='reference'")
 
 
-# By name, in the order in which auto asks them.
-RECORDS: dict[str, Backend] = {}
+# By name, in the order in which auto asks them. Never changed in place: other threads read it meanwhile.
+_records: dict[str, Backend] = {}
+_changing = threading.Lock()
+
+
+def records() -> dict[str, Backend]:
+    """Return the registered backends by name, in the order in which ``auto`` asks them; do not change it."""
+    return _records
 
 
 def register(backend: Backend, *, before: str | None = None) -> Backend:
-    """Make a backend known under its name, for auto before another one or last; return it."""
-    names = [name for name in RECORDS if name != backend.name]
-    names.insert(len(names) if before is None else names.index(before), backend.name)
-    found = {**RECORDS, backend.name: backend}
-    RECORDS.clear()
-    RECORDS.update((name, found[name]) for name in names)
+    """Make a backend known under its name, and return it.
+
+    Args:
+        backend: replaces the one of its name, if there is one.
+        before: the backend before which ``auto`` asks it. None leaves it where it is, a new one last.
+
+    Raises:
+        ValueError: a name that calls cannot give, or no backend of the name ``before``.
+    """
+    global _records
+    if not isinstance(backend.name, str) or not backend.name.isidentifier() or backend.name == "auto":
+        raise ValueError(f"backend.name: expected an identifier other than 'auto', received {backend.name!r}")
+    with _changing:
+        names = list(_records)
+        if before is not None or backend.name not in names:
+            names = [name for name in names if name != backend.name]
+            if before is not None and before not in names:
+                raise ValueError(f"before: expected None or one of {tuple(names)}, received {before!r}")
+            names.insert(len(names) if before is None else names.index(before), backend.name)
+        _forget_modules(backend.name)
+        found = {**_records, backend.name: backend}
+        _records = {name: found[name] for name in names}
     return backend
 
 
 def unregister(name: str) -> None:
-    """Forget a backend."""
-    del RECORDS[name]
+    """Forget a backend.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    global _records
+    with _changing:
+        if name not in _records:
+            raise ValueError(f"name: expected one of {tuple(_records)}, received {name!r}")
+        _records = {other: record for other, record in _records.items() if other != name}
+        _forget_modules(name)
+
+
+def _forget_modules(backend: str) -> None:
     for loaded in _LOADED.values():
-        loaded.pop(name, None)
+        loaded.pop(backend, None)
 
 
 _LOADED: dict[str, dict[str, Any]] = {}  # operation -> backend -> its module
@@ -142,10 +177,10 @@ def implementation(backend: str, operation: str) -> Any:
 def _load(backend: str, operation: str) -> bool:
     """Import the module of an operation, if that has not been done."""
     loaded = _LOADED.setdefault(operation, {})
-    record = RECORDS.get(backend)
+    record = _records.get(backend)
     found = None if record is None else record.implementations.get(operation)
     if found is None:
-        names = tuple(name for name, other in RECORDS.items() if operation in other.implementations)
+        names = tuple(name for name, other in _records.items() if operation in other.implementations)
         raise ValueError(
             f"backend: expected one of {names} for {operation}, received {backend!r}; call the public function"
         )
@@ -163,9 +198,9 @@ def why_unavailable(backend: str, device: torch.device | str) -> str | None:
     Raises:
         ValueError: no such backend.
     """
-    if backend not in RECORDS:
-        raise ValueError(f"backend: expected one of {('auto', *RECORDS)}, received {backend!r}")
-    return RECORDS[backend].unavailable(torch.device(device))
+    if backend not in _records:
+        raise ValueError(f"backend: expected one of {('auto', *_records)}, received {backend!r}")
+    return _records[backend].unavailable(torch.device(device))
 
 
 # torch.compile takes the answers as constants: it cannot trace an import, and a process does not change its mind.

@@ -18,7 +18,7 @@ from .attention.engine.backend import CPU
 from .attention.gpu.backend import TRITON
 from .attention.reference.backend import REFERENCE
 from .attention.sdpa.backend import TORCH
-from .backend_record import RECORDS, Backend, Request, register
+from .backend_record import Backend, Request, records, register
 from .backend_record import why_unavailable as why_unavailable
 from .scoped import Scoped
 
@@ -33,7 +33,7 @@ _announced: set[tuple[str, str, str]] = set()
 
 def names() -> tuple[str, ...]:
     """Return the names of all backends, the plainest first."""
-    return tuple(reversed(RECORDS))
+    return tuple(reversed(records()))
 
 
 def requested(backend: str) -> str:
@@ -49,7 +49,7 @@ def requested(backend: str) -> str:
             backend = inner
         elif env.BACKEND != "auto":
             backend, source = env.BACKEND, "FUSEMESH_BACKEND"
-    if backend != "auto" and backend not in RECORDS:
+    if backend != "auto" and backend not in records():
         raise ValueError(f"{source}: expected one of {('auto', *names())}, received {backend!r}")
     return backend
 
@@ -70,10 +70,10 @@ def choose(backend: str, request: Request) -> Backend:
         if not torch.compiler.is_compiling():
             _announce(request.operation, record.name, why)
     else:
-        record = RECORDS[name]
+        record = records()[name]
         check(record, request)
     if request.operation in record.instead:
-        record = RECORDS[record.instead[request.operation]]
+        record = records()[record.instead[request.operation]]
     return record
 
 
@@ -87,7 +87,7 @@ def automatic(request: Request, without: Collection[str] = ()) -> tuple[Backend,
         ValueError: every backend refuses, with the last one's reason.
     """
     last, why_not = None, ""
-    for record in RECORDS.values():
+    for record in records().values():
         if record.name in without:
             continue
         willing = record.automatic(request)
@@ -114,7 +114,7 @@ def check(record: Backend, request: Request) -> None:
     others = [
         name
         for name in ("reference", "torch")
-        if name in RECORDS and name != record.name and RECORDS[name].refuse(request) is None
+        if name in records() and name != record.name and records()[name].refuse(request) is None
     ]
     raise refusal.error(record.name, "use backend=" + " or ".join(repr(name) for name in ("auto", *others)))
 

@@ -96,7 +96,7 @@ def test_what_it_refuses_is_an_error_before_anything_runs() -> None:
 def test_auto_takes_it_where_it_is_willing() -> None:
     backend_record.unregister("mine")
     willing = Backend("mine", {"attention": Mine}, automatic=lambda request: "it is ours")
-    register(willing, before=next(iter(backend_record.RECORDS)))
+    register(willing, before=next(iter(backend_record.records())))
     q = torch.randn(1, 1, 4, 8)
     fusemesh.flash_attention(q, q, q)
     assert ran() == {"attention_forward"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import inspect
+import pickle
 import pkgutil
 import re
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 import fusemesh
 from fusemesh import _moved
@@ -165,3 +167,32 @@ def test_arguments_are_documented_in_the_order_of_the_signature(name: str) -> No
     order = list(inspect.signature(value).parameters)
     names = [argument for argument in _documented(inspect.getdoc(value) or "") if argument in order]
     assert names == sorted(names, key=order.index)
+
+
+@pytest.mark.parametrize("name", ["Origin", "MultiheadAttention", "merge_attention"])
+def test_pickles_of_version_0_1_0_load(name: str) -> None:
+    """They name the module in which a public class or function lived."""
+    homes = {"Origin": "spec", "MultiheadAttention": "module", "merge_attention": "merge"}
+    old = f"cfusemesh.kernels.attention.{homes[name]}\n{name}\n.".encode()
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        for module in [module for module in sys.modules if module == old.decode().split()[0][1:]]:
+            del sys.modules[module]
+        assert pickle.loads(old) is getattr(fusemesh, name)
+
+
+# Of saved programs of inference; torch.export finds arguments by name.
+ARGUMENTS = {
+    "attention_forward": "q k v mask bias origin aux sinks seed scale window_left window_right origin_q origin_k "
+    "origin_head origin_batch mods params dropout_p backend descale",
+    "attention_varlen_forward": "q k v cu_q cu_k mask bias aux sinks seed max_q max_k is_bottom_right scale "
+    "window_left window_right origin_q origin_k origin_head origin_batch mods params dropout_p backend",
+    "attention_decode": "q k_cache v_cache cache_lens block_table cache_starts k_new v_new mask bias sinks aux scale "
+    "window_left window_right mods numbers v_dim backend",
+    "linear_forward": "x w bias w_up activation save_slope save_slope_up backend",
+}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_programs_saved_by_version_0_1_0_find_the_arguments_of_ops(op: str) -> None:
+    arguments = getattr(torch.ops.fusemesh, op).default._schema.arguments
+    assert {argument.name for argument in arguments} == set(ARGUMENTS[op].split())

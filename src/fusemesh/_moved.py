@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-# Old name -> new name. What README, docs and examples have ever imported stands here.
+# Old name -> new name. What README, docs and examples have ever imported stands here, and where public classes and
+# functions lived: pickles of them name it.
 MOVED = {
     "fusemesh.benchmark": "fusemesh.kernels.measure",
     "fusemesh.evaluator": "fusemesh.run.evaluator",
@@ -22,7 +23,10 @@ MOVED = {
     "fusemesh.integrations.torch_routes": "fusemesh.integrations.pytorch.routes",
     "fusemesh.integrations.torch_sdpa": "fusemesh.integrations.pytorch.sdpa",
     "fusemesh.kernels.attention.api": "fusemesh.kernels.attention.dense.api",
+    "fusemesh.kernels.attention.merge": "fusemesh.kernels.attention.dense.merge",
+    "fusemesh.kernels.attention.module": "fusemesh.kernels.attention.dense.module",
     "fusemesh.kernels.attention.score_mods": "fusemesh.kernels.attention.call.score_mods",
+    "fusemesh.kernels.attention.spec": "fusemesh.kernels.attention.call.spec",
     "fusemesh.kernels.launch": "fusemesh.kernels.runtime.launch",
     "fusemesh.kernels.testing.interpreter": "fusemesh.kernels.runtime.interpreter",
     "fusemesh.metrics": "fusemesh.run.metrics",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.backend_record import OPERATIONS, Backend, Refusal, Request
 from fusemesh.kernels.runtime import launch, proven
+from fusemesh.kernels.scoped import Scoped
 
 CPU = torch.device("cpu")
 PLAIN = Call(AttentionSpec(1.0))
@@ -25,13 +30,11 @@ def request(operation: str = "attention", **changes: object) -> Request:
 
 
 @pytest.fixture
-def records() -> Iterator[dict[str, Backend]]:
+def records(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Backend]]:
     """Only what the test registers."""
-    before = dict(backend_record.RECORDS)
-    backend_record.RECORDS.clear()
-    yield backend_record.RECORDS
-    backend_record.RECORDS.clear()
-    backend_record.RECORDS.update(before)
+    monkeypatch.setattr(backend_record, "_records", {})
+    monkeypatch.setattr(backend_record, "_LOADED", {})
+    return backend_record.records
 
 
 def willing(name: str, why: str, **options: object) -> Backend:
@@ -39,12 +42,12 @@ def willing(name: str, why: str, **options: object) -> Backend:
     return Backend(name, implementations, automatic=lambda request: why, **options)  # type: ignore[arg-type]
 
 
-def test_auto_takes_the_first_willing_record_that_does_not_refuse(records: dict[str, Backend]) -> None:
+def test_auto_takes_the_first_willing_record_that_does_not_refuse(records: Callable[[], dict[str, Backend]]) -> None:
     backend_record.register(Backend("silent", {"attention": object()}))
     backend_record.register(willing("refusing", "fast", limits=lambda request: TOO_LARGE))
     backend_record.register(willing("absent", "fast", unavailable=lambda device: f"not on {device}"))
     backend_record.register(willing("plain", "the plain formula"))
-    assert list(records) == ["silent", "refusing", "absent", "plain"]
+    assert list(records()) == ["silent", "refusing", "absent", "plain"]
     assert backends.choose("auto", request()).name == "plain"
     backend_record.register(willing("other", "faster"), before="plain")
     assert backends.choose("auto", request()).name == "other"
@@ -52,7 +55,7 @@ def test_auto_takes_the_first_willing_record_that_does_not_refuse(records: dict[
 
 
 def test_auto_says_what_and_why_once(
-    records: dict[str, Backend], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    records: Callable[[], dict[str, Backend]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(backends, "_announced", set())
     limited = Refusal("backend", "another", "this one", "it does not express X")
@@ -123,7 +126,7 @@ def test_implementations_check_by_the_same_function(monkeypatch: pytest.MonkeyPa
 
 class TestTriton:
     def test_dtype_and_each_head_dim(self) -> None:
-        refuse = backend_record.RECORDS["triton"].refuse
+        refuse = backend_record.records()["triton"].refuse
         with launch.any_device():
             assert refuse(request(dtype=torch.bfloat16)) is None
             assert refuse(request(dtype=torch.float64))[:3] == ("q", "float32, bfloat16 or float16", torch.float64)
@@ -133,7 +136,7 @@ class TestTriton:
             assert too_large[:3] == ("v_dim", "a head dim from 16 to 512", 513)
 
     def test_fp8_by_the_gpu(self) -> None:
-        refuse = backend_record.RECORDS["triton"].refuse
+        refuse = backend_record.records()["triton"].refuse
         for name, is_there in (("sm_80", False), ("sm_90", True), ("gfx942", False)):
             with launch.any_device(), launch.assume_target(launch.TARGETS[name]):
                 refusal = refuse(request(dtype=torch.float8_e4m3fn))
@@ -157,3 +160,72 @@ def test_the_engine_refuses_dtypes_and_user_mods() -> None:
     assert ENGINE.limits(request(dtype=torch.float64))[:3] == ("q", "float32, bfloat16 or float16", torch.float64)
     refusal = ENGINE.limits(request(call=Call(AttentionSpec(1.0, mods=("softcap", "mine")))))
     assert refusal[:3] == ("score_mod", "softcap and alibi_slopes alone", "'mine'")
+
+
+def test_registering_again_takes_the_new_record_in_the_old_place(
+    records: Callable[[], dict[str, Backend]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = ModuleType("first_attention"), ModuleType("second_attention")
+    for module in (first, second):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    backend_record.register(Backend("mine", {"attention": first.__name__}))
+    backend_record.register(willing("last", "it is here"))
+    assert backend_record.implementation("mine", "attention") is first
+    backend_record.register(Backend("mine", {"attention": second.__name__}))
+    assert backend_record.implementation("mine", "attention") is second and list(records()) == ["mine", "last"]
+    backend_record.register(records()["last"], before="mine")
+    assert list(records()) == ["last", "mine"]
+
+
+@pytest.mark.parametrize("name", ["auto", "", "a b", None])
+def test_names_that_calls_cannot_give_are_refused(name: object) -> None:
+    with pytest.raises(ValueError, match=r"backend\.name: expected an identifier other than 'auto', received"):
+        backend_record.register(willing(name, "it is here"))  # type: ignore[arg-type]
+
+
+def test_unknown_places_and_names_are_refused(records: Callable[[], dict[str, Backend]]) -> None:
+    backend_record.register(willing("first", "it is here"))
+    with pytest.raises(ValueError, match=r"before: expected None or one of \('first',\), received 'ghost'"):
+        backend_record.register(willing("second", "it is here"), before="ghost")
+    with pytest.raises(ValueError, match=r"name: expected one of \('first',\), received 'ghost'"):
+        backend_record.unregister("ghost")
+    assert list(records()) == ["first"]
+
+
+def test_calls_of_other_threads_go_on_while_backends_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed, ended = [], threading.Event()
+
+    def choose() -> None:
+        while not ended.is_set():
+            try:
+                backends.choose("reference", request())
+                backends.choose("auto", request())
+            except Exception as error:
+                failed.append(error)
+
+    before, interval = backend_record.records(), sys.getswitchinterval()
+    thread = threading.Thread(target=choose)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for _ in range(2000):
+            backend_record.register(Backend("guest", {"attention": object()}), before="reference")
+            backend_record.unregister("guest")
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+    assert failed == [] and backend_record.records() == before
+
+
+def test_overlapping_blocks_of_two_threads_leave_nothing_behind() -> None:
+    value: Scoped[str] = Scoped("overlapping", "default")
+    first, second = value.use("first"), value.use("second")
+    contexts = contextvars.copy_context(), contextvars.copy_context()
+    contexts[0].run(first.__enter__)
+    contexts[1].run(second.__enter__)
+    assert value.traced == "second"
+    contexts[0].run(first.__exit__, None, None, None)
+    assert value.traced == "second" and value.get() == "default"
+    contexts[1].run(second.__exit__, None, None, None)
+    assert value.traced == value.get() == "default"

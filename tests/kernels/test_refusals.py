@@ -181,7 +181,7 @@ def test_refuses_exactly_what_does_not_run(
     backend: str, operation: str, feature: str, dtype: str, dim: int, needs_grad: bool
 ) -> None:
     trial = TRIALS[operation](feature, DTYPES[dtype], dim, needs_grad)
-    record = backend_record.RECORDS[backend]
+    record = backend_record.records()[backend]
     if record.unavailable(torch.device("cpu")) is not None:
         pytest.skip(f"{backend} is not in this installation")
     refusal = record.refuse(trial.request)
@@ -205,7 +205,7 @@ def test_linear_layers_refuse_exactly_what_does_not_run(backend: str, dtype: str
     from fusemesh.kernels.matmul.api import fused_linear
 
     x, w = torch.randn(3, 16, dtype=DTYPES[dtype]), torch.randn(5, 16, dtype=DTYPES[dtype])
-    refusal = backend_record.RECORDS[backend].refuse(Request("linear", x.device, x.dtype))
+    refusal = backend_record.records()[backend].refuse(Request("linear", x.device, x.dtype))
     if refusal is None:
         torch.testing.assert_close(fused_linear(x, w, backend=backend), x @ w.t(), rtol=1e-3, atol=1e-3)
     else:
@@ -220,7 +220,7 @@ def test_the_cases_see_both_answers() -> None:
     for operation, feature, dtype, dim, needs_grad in (case.values for case in cases()):
         trial = TRIALS[operation](feature, DTYPES[dtype], dim, needs_grad)
         for name, arguments in seen.items():
-            refusal = backends.RECORDS[name].refuse(trial.request)
+            refusal = backends.records()[name].refuse(trial.request)
             arguments.add("none" if refusal is None else refusal.argument)
     assert seen["torch"] == {"none", "backend"}
     assert seen["cpu"] >= {"none", "q", "score_mod"} or "backend" in seen["cpu"]

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,7 @@ class OpFields:
         record: a dataclass whose fields are of the types above.
         without: fields that this op never has; they keep their defaults.
         mutable: tensor fields that the op changes.
+        names: of op arguments that are not called as their fields; saved programs find arguments by name.
 
     Attributes:
         schema: the arguments in the language of torch.library.
@@ -73,7 +75,14 @@ class OpFields:
         unpack: ``unpack(arguments)`` returns the instance.
     """
 
-    def __init__(self, record: type, *, without: Sequence[str] = (), mutable: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        record: type,
+        *,
+        without: Sequence[str] = (),
+        mutable: Sequence[str] = (),
+        names: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.leaves: list[_Leaf] = []
         # Written out and compiled, as dataclasses do with __init__: a loop over fields would cost each call 10 us.
         namespace: dict[str, Any] = {}
@@ -86,7 +95,7 @@ class OpFields:
         letters = dict(zip(mutable, "abcdefgh", strict=False))
         self.schema = ", ".join(
             _TYPES[leaf.hint].replace("Tensor", f"Tensor({letters[leaf.name]}!)" if leaf.name in letters else "Tensor")
-            + f" {leaf.name}"
+            + f" {names.get(leaf.name, leaf.name)}"
             for leaf in self.leaves
         )
 

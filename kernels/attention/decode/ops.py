@@ -15,7 +15,15 @@ from . import validation
 from .spec import DecodeCall
 
 # There are no positions of a whole, no dropout, no fp8 and no packed sequences in decode.
-FIELDS = OpFields(DecodeCall, without=("origin", "seed", "descale", "packed"), mutable=("k_cache", "v_cache"))
+FIELDS = OpFields(
+    DecodeCall,
+    without=(
+        *("origin", "origin_q", "origin_k", "origin_head", "origin_batch"),
+        *("seed", "dropout_p", "descale", "packed"),
+    ),
+    mutable=("k_cache", "v_cache"),
+    names={"params": "numbers"},
+)
 
 
 def _decode(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

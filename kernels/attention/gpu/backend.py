@@ -1,4 +1,4 @@
-"""The record of backend ``triton``: what its kernels compute, on CPU tensors in the interpreter, and what they refuse."""
+"""The record of backend ``triton``: what its kernels compute (CPU tensors: in the interpreter) and refuse."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ def _limits(request: Request) -> Refusal | None:
             return Refusal(name, f"a head dim from {low} to {high}", size)
     if request.dtype == FP8 and not _takes_fp8(request.device):
         return Refusal("q", f"a dtype other than {FP8}, which needs a GPU from sm_89", request.dtype)
+    if request.dtype == FP8 and request.needs_grad:
+        return Refusal("q", f"a dtype other than {FP8} where a gradient is asked for", request.dtype)
     return _mod_limits(request) or (_decode_limits(request) if is_decode else None)
 
 

@@ -117,7 +117,7 @@ def widened(
 
     Zeros up to the least head dim of flash_attention, or of the fused backend asked for, change no score.
     """
-    record = backend_record.RECORDS.get(backends.requested(backend))
+    record = backend_record.records().get(backends.requested(backend))
     least = 1 if record is None else record.least_head_dim
     if min(q.shape[-1], v.shape[-1]) < least:
         scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
