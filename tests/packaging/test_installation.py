@@ -97,7 +97,7 @@ def test_constraints_can_be_met(version: str, tmp_path: Path) -> None:
     python = environment(tmp_path / "env", interpreter)
     command = ("-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "-c", ROOT / "constraints.txt")
     tree = copy_tree(tmp_path / "tree")
-    output = run(python, *command, f"{tree}[app,test,lint]", cwd=tmp_path, timeout=1800).stdout
+    output = run(python, *command, f"{tree}[app,mpi,test,lint]", cwd=tmp_path, timeout=1800).stdout
     (found,) = (line for line in output.splitlines() if line.startswith("Would install"))
     for pin in re.findall(r"^[a-z-]+==[0-9.]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE):
         name, number = pin.split("==")
