@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -35,18 +36,18 @@ def poisoned_empty() -> Iterator[None]:
 class Surrounded:
     """A tensor that is the interior of a larger buffer; made by :func:`surround`."""
 
-    def __init__(self, buffer: torch.Tensor, view: torch.Tensor, outside: torch.Tensor) -> None:
+    def __init__(self, buffer: torch.Tensor, inside: tuple[slice, ...], fill: float) -> None:
         self.buffer = buffer
-        self.view = view  # shape and values of the tensor that was surrounded
-        self._outside = outside  # bool, shape of buffer: True where the view is not
-        self._before = buffer[outside].clone()
+        self.view = buffer[inside]  # shape and values of the tensor that was surrounded
+        self._inside = inside
+        self._fill = fill  # what stands everywhere else
 
     def assert_intact(self, name: str = "tensor") -> None:
         """Raise AssertionError if anything outside the view was written since."""
-        now = self.buffer[self._outside]
-        same = (now == self._before) | (now.isnan() & self._before.isnan())
-        if not same.all():
-            raise AssertionError(f"{name}: {int((~same).sum())} elements outside the view were written")
+        written = ~self.buffer.isnan() if math.isnan(self._fill) else self.buffer != self._fill
+        written[self._inside] = False
+        if written.any():
+            raise AssertionError(f"{name}: {int(written.sum())} elements outside the view were written")
 
 
 def surround(tensor: torch.Tensor, *, margin: int | Sequence[int] = 3, fill: float | None = None) -> Surrounded:
@@ -76,6 +77,4 @@ def surround(tensor: torch.Tensor, *, margin: int | Sequence[int] = 3, fill: flo
     inside = tuple(slice(extra, extra + size) for size, extra in zip(tensor.shape, margins, strict=True))
     buffer = torch.full(shape, fill, dtype=tensor.dtype, device=tensor.device)
     buffer[inside] = tensor.detach()
-    outside = torch.ones(shape, dtype=torch.bool, device=tensor.device)
-    outside[inside] = False
-    return Surrounded(buffer, buffer[inside], outside)
+    return Surrounded(buffer, inside, fill)
