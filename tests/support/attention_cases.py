@@ -8,6 +8,7 @@ import math
 import random
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -287,3 +288,29 @@ def combinations(count: int, seed: int) -> list[AttentionCase]:
             )
         )
     return cases
+
+
+def without_a_key(why: str, **options: Any) -> tuple[AttentionCase, dict[str, torch.Tensor], slice]:
+    """Return a call of 40 queries some of which see no key, its mask, bias and dlse, and which queries these are.
+
+    Args:
+        why: what hides every key from them: ``mask``, ``bias`` or ``window``.
+        options: of the case.
+    """
+    case = AttentionCase(H=2, Hkv=1, Sq=40, Sk=35, mask="mn", bias="mn", dlse=True, **options)
+    x = case.inputs()
+    mask, bias, dlse = x["mask"], x["bias"], x["dlse"]
+    assert mask is not None and bias is not None and dlse is not None
+    mask |= torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.9
+    if why == "mask":
+        mask[:, :, 5:20] = False
+        empty = slice(5, 20)
+    elif why == "bias":
+        mask[:] = True
+        bias[:, :, 33:] = -math.inf
+        empty = slice(33, 40)
+    else:
+        mask[:] = True
+        case = replace(case, causal=True, origin=(0, 10, 0, 0))
+        empty = slice(0, 10)
+    return case, {"mask": mask, "bias": bias, "dlse": dlse}, empty

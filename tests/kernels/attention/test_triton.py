@@ -35,6 +35,7 @@ from tests.support.attention_cases import (
     run,
     run_and_compare,
     surrounded,
+    without_a_key,
 )
 
 pytestmark = pytest.mark.interpreter
@@ -98,29 +99,14 @@ def test_the_same_bits_twice(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_a_key(why: str, dtype: str) -> None:
     """Output 0, LSE -inf and no gradient, even where the gradient of the LSE is NaN; the other rows as ever."""
-    case = AttentionCase(dtype=dtype, H=2, Hkv=1, Sq=40, Sk=35, mask="mn", bias="mn", dlse=True)
-    x = case.inputs()
-    mask, bias, dlse = x["mask"], x["bias"], x["dlse"]
-    assert mask is not None and bias is not None and dlse is not None
-    mask |= torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.9
-    if why == "mask":
-        mask[:, :, 5:20] = False
-        empty = slice(5, 20)
-    elif why == "bias":
-        mask[:] = True
-        bias[:, :, 33:] = -math.inf
-        empty = slice(33, 40)
-    else:
-        mask[:] = True
-        case = replace(case, causal=True, origin=(0, 10, 0, 0))
-        empty = slice(0, 10)
+    case, changed, empty = without_a_key(why, dtype=dtype)
     with guarded_outputs():
-        result = run(case, mask=mask, bias=bias, dlse=dlse)
-    compare(case, result, mask=mask, bias=bias, dlse=dlse)
+        result = run(case, **changed)
+    compare(case, result, **changed)
     assert (result["out"][:, :, empty] == 0).all() and (result["lse"][:, :, empty] == -math.inf).all()
     assert (result["dq"][:, :, empty] == 0).all() and (result["dbias"][:, :, empty] == 0).all()
-    dlse[:, :, empty] = math.nan
-    again = run(case, mask=mask, bias=bias, dlse=dlse)
+    changed["dlse"][:, :, empty] = math.nan
+    again = run(case, **changed)
     assert all(torch.equal(result[name], again[name]) for name in result)
 
 
