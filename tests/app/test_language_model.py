@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fusemesh.tasks import language_model
-from fusemesh.tasks.language_model import Corpus, Samples, baselines, is_held_out, load_corpus, ngram_bits_per_byte
+from fusemesh.tasks.base import is_held_out
+from fusemesh.tasks.language_model import Corpus, Samples, baselines, load_corpus, ngram_bits_per_byte
 
 
 @pytest.fixture(scope="module")
