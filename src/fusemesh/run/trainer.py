@@ -27,7 +27,7 @@ from fusemesh.run.optimizer import build_optimizer, learning_rate
 from fusemesh.run.progress import StepMetrics, StepResult, progress_bar
 from fusemesh.run.settings import Settings
 from fusemesh.run.setup import Run, joined, plain_model
-from fusemesh.tasks.registry import build_task
+from fusemesh.tasks.registry import build_task, with_length
 
 logger = logging.getLogger("fusemesh")
 
@@ -103,6 +103,9 @@ class Trainer:
         self.config, self.world, self.layout, self.quiet = config, world, run.layout, quiet
         self.folder = Path(config.run.directory)
         self.task = build_task(config)
+        if world.is_first:
+            for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
+                logger.warning("%s", line)
         self.order = _order(run.settings, len(self.task.train))
         model = plain_model(self.task)
         # Counted before a rank of pp gives the other stages' away.
@@ -169,6 +172,7 @@ class Trainer:
             "training_loss": training_loss,
             "loss": evaluation.loss,
             "held_out": evaluation.as_dict(),
+            "cut": {part: self.task.cuts(part) for part in ("train", "held_out")},
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_s": round(tokens / seconds, 1) if tokens else None,
@@ -278,6 +282,7 @@ def train_rank(values: dict[str, Any], resume: bool = False, quiet: bool = False
         values: the configuration, as ``config.as_dict`` gives it.
         resume, quiet: see :class:`Trainer`.
     """
+    values = configuration.as_dict(with_length(configuration.load(base=values)))
     with joined(values) as run:
         trainer = Trainer(run, resume=resume, quiet=quiet)
         summary = trainer.run()

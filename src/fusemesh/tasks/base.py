@@ -28,6 +28,7 @@ PAD, BEGIN, END, SEPARATOR = 0, 1, 2, 3
 IGNORED = -100  # target that does not count
 HELD_OUT_ONE_IN = 16
 
+_PARTS = {"train": "records to train on", "held_out": "held-out records"}
 Indices = Sequence[int] | np.ndarray
 
 
@@ -133,6 +134,18 @@ class Task(ABC):
             return {}
         cut = int((samples.whole > self.config.data.sequence_length).sum())
         return {"records": len(samples.whole), "cut": cut, "longest": int(samples.whole.max()), **samples.counts}
+
+    def say_cuts(self, part: str) -> str:
+        """Return :meth:`cuts` as a sentence, "" if nothing is cut or counted."""
+        counts, said = self.cuts(part), []
+        if counts.get("cut"):
+            said.append(
+                f"{counts['cut']} of {counts['records']} are cut at data.sequence_length = "
+                f"{self.config.data.sequence_length} tokens (the longest takes {counts['longest']})"
+            )
+        more = {name: counts[name] for name in counts if name not in ("records", "cut", "longest")}
+        said += [f"{count} {name.replace('_', ' ')}" for name, count in more.items() if count]
+        return f"{_PARTS[part]}: {'; '.join(said)}" if said else ""
 
     def find_metadata(self) -> Mapping[str, Any]:
         """Return the metadata that the data to train on give; see the class."""

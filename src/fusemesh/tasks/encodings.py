@@ -1,4 +1,4 @@
-"""Bytes to text: UTF-8, by a byte order mark or a named encoding; of other bytes an error says which encoding they have."""
+"""Bytes to text: UTF-8, by a byte order mark or a named encoding; errors say which encoding other bytes may have."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Of each encoding the two-byte codes of its common characters, as ranges of the first byte (second byte from 0xA1 if the
-# flag is set), and its most frequent characters: they decide where another encoding would give common ones, too.
+# Of each encoding the two-byte codes of its common characters, as ranges of the first byte (second byte from 0xA1 on if
+# the flag is set), and its most frequent characters: they decide where another encoding would give common ones, too.
+_KANA = "のにはをたがでとしれさるいないこあるすらりもかっなよン"
 _TWO_BYTES: dict[str, tuple[tuple[tuple[int, int], ...], bool, str]] = {
     "gb18030": (((0xA1, 0xA3), (0xB0, 0xD7)), True, "的一是不了在人有我他这中大来上个国和地到说们为子出要时会可也你"),
     "big5": (((0xA1, 0xA3), (0xA4, 0xC6)), False, "的一是不了在人有我他這中大來上個國和地到說們為子出要時會可也你"),
-    "shift_jis": (((0x81, 0x83), (0x88, 0x97)), False, "のにはをたがでてとしれさるいないこあるすらりもかっなよン"),
-    "euc_jp": (((0xA1, 0xA1), (0xA3, 0xA5), (0xB0, 0xCF)), True, "のにはをたがでてとしれさるいないこあるすらりもかっなよン"),
+    "shift_jis": (((0x81, 0x83), (0x88, 0x97)), False, _KANA),
+    "euc_jp": (((0xA1, 0xA1), (0xA3, 0xA5), (0xB0, 0xCF)), True, _KANA),
     "euc_kr": (((0xA1, 0xA3), (0xB0, 0xC8)), True, "이다의는에가을를하고한은로도지사기대서리나어자아라시"),
 }
+# Quotation marks, dashes, ellipsis, euro; guillemets, signs of Latin-1, numero sign.
+_PUNCTUATION = "\u2018\u2019\u201c\u201d\u201e\u2013\u2014\u2026\u20ac\xab\xbb\xb0\xa7\xa9\xae\xa1\xbf\xb7\xa0\u2116"
 _ONE_BYTE = {"cp1252": (0xC0, 0x24F), "cp1251": (0x400, 0x45F)}  # the letters that they are for
 _WIDER = {"big5": "big5hkscs", "shift_jis": "cp932", "euc_kr": "cp949"}  # tried where the narrower one fails
 _LEAST_LIKELY = 0.75
@@ -135,7 +138,7 @@ def _one_byte_score(text: str, name: str) -> float:
         found += 1
         before = text[at - 1 : at]
         if not letter.isalpha():
-            right += letter in "‘’“”„–—…€«»°§©®¡¿·\xa0№"
+            right += letter in _PUNCTUATION
         elif first <= ord(letter) <= last or letter in "ŠšŽžŒœŸƒ":
             # A capital within a word is another letter's byte; so is the third letter beyond ASCII in a row of Latin
             # ones, and a Cyrillic letter beside a Latin one.

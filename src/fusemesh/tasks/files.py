@@ -71,7 +71,9 @@ def read_bytes(path: Path, key: str, accepted: str) -> bytes:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: expected a whole gzip file, received a broken one ({error}); copy it") from None
-    found = next((ending for begin, ending in _BEGINNINGS if content.startswith(begin)), kind_of(path))
+    found = kind_of(path)
+    if found not in _UNREAD:
+        found = next((ending for begin, ending in _BEGINNINGS if content.startswith(begin)), "")
     if found in _UNREAD:
         raise ValueError(
             f"{key}: expected {accepted}, each also as .gz, received {str(path)!r}, which is {found}; {_UNREAD[found]}"

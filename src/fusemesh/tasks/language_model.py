@@ -143,7 +143,7 @@ def _read(path: str, key: str, encoding: str) -> dict[str, bytes]:
             raise ValueError(f"{key}: expected text in {encoding or 'UTF-8'}, received other files: {line}")
         logger.warning("%s: %s", key, line)
     if not found:
-        raise ValueError(f"{key}: expected a folder of text files, received {path!r}, which holds no text; give another")
+        raise ValueError(f"{key}: expected a folder of text files, received {path!r}, which has no text; give another")
     return found
 
 
@@ -173,7 +173,7 @@ def _utf8(content: bytes, encoding: str, name: str) -> bytes:
 def _parts(name: str, text: bytes) -> dict[str, bytes]:
     """Return the paragraphs of a text as documents by name."""
     blank = b"\r\n\r\n" if b"\r\n" in text else b"\n\n"
-    return {f"{name}#{number}": part + blank for number, part in enumerate(text.split(blank)) if part}
+    return {f"{name}#{number}": part + blank for number, part in enumerate(text.split(blank)) if part.strip()}
 
 
 def _at_least_two(documents: dict[str, bytes]) -> dict[str, bytes]:

@@ -4,9 +4,9 @@ A passage of the default corpus is a short life of somebody: six things out of e
 several ways. A question asks for one of them in words that the passage need not share, and the answer is one to three
 words. Who goes with which answer is held out by hash: no held-out fact was seen in training.
 
-Tokens are words and punctuation marks, see spans.py, each by the hash of its lower case modulo WORDS (Weinberger et al.,
-2009), so that any text has some, and equal words have equal tokens; an answer is cut out of the passage as it is written
-there. A record may say where it stands, by ``answer_start``; without, it has to stand in one place.
+Tokens are words and punctuation marks, see spans.py, each by the hash of its lower case modulo WORDS (Weinberger et
+al., 2009), so that any text has some, and equal words have equal tokens; an answer is cut out of the passage as it is
+written there. A record may say where it stands, by ``answer_start``; without, it has to stand in one place.
 
 Metrics: exact match and F1 of words, by the rules of SQuAD (Rajpurkar et al., 2016): lower case, no punctuation, no
 articles; of characters in scripts without spaces, as for CMRC (Cui et al., 2019). Beside them stands a baseline that

@@ -16,8 +16,9 @@ _COVERED = 0.99  # of the records
 
 
 class RecordTask(Task):
-    """``fields`` names the values of a record, and ``optional_fields`` those that it may have; ``split_by`` is the one
-    whose hash decides that a record is held out, where no file of them is given; ``corpus`` names the default corpus."""
+    """``fields`` names the values of a record, and ``optional_fields`` those that it may have; ``split_by`` is the
+    number of the one whose hash decides that a record is held out, where no file of them is given; ``corpus`` names the
+    default corpus."""
 
     fields: Sequence[str]
     optional_fields: Sequence[str] = ()

@@ -266,9 +266,7 @@ def _values_of(found: Any, names: Fields, where: str, form: str) -> tuple[str, .
                 f"{shown if len(shown) < 60 else shown[:56] + ' ...'}; write it as a text, or drop the record"
             )
     values = [found.get(name, "") for name in (*names.needed, *names.optional)]
-    return tuple(
-        "" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values
-    )
+    return tuple("" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values)
 
 
 def _plain(file: Path, text: str, fields: Fields) -> Iterator[_Row]:

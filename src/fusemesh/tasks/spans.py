@@ -22,6 +22,7 @@ _ALONE = (
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+|[^\w\s]")
 _IS_ALONE = re.compile(rf"[{_ALONE}]")
 _PIECE = re.compile(rf"[{_ALONE}]|[^\s{_ALONE}]+")
+_STOPS = "\u3002\uff01\uff1f"
 _JOINERS = "\u200c\u200d"
 
 
@@ -81,9 +82,10 @@ def find_answer(passage: str, answer: str, start: str, where: str) -> tuple[int,
             ) from None
         at += len(answer) - len(answer.lstrip())
         if at < 0 or not passage.startswith(text, at):
+            there = passage[max(0, at) :][: len(text)]
             raise ValueError(
-                f"{where}: expected {text!r} at answer_start, received {passage[max(0, at) : max(0, at) + len(text)]!r} "
-                f"at character {at} of the passage; count characters, from 0"
+                f"{where}: expected {text!r} at answer_start, received {there!r} at character {at} of the passage; "
+                "count characters, from 0"
             )
         inside = [index for index, (begin, end) in enumerate(words) if begin < at + len(text) and at < end]
         if inside:
@@ -145,6 +147,6 @@ def f1(found: str, expected: str) -> float:
 def overlap_guess(question: str, passage: str) -> str:
     """Return the answer of a baseline: the last word of the first sentence that shares most words with the question."""
     words = set(pieces_of(normalised(question)))
-    sentences = [part for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？])\s*", passage) if part.strip()] or [passage]
+    sentences = [part for part in re.split(rf"(?<=[.!?])\s+|(?<=[{_STOPS}])\s*", passage) if part.strip()] or [passage]
     best = max(sentences, key=lambda sentence: len(words & set(pieces_of(normalised(sentence)))))
     return (pieces_of(normalised(best)) or [""])[-1]
