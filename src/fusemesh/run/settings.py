@@ -29,6 +29,23 @@ def load_config(
     return configuration.load(path, overrides, base=base, defaults=defaults_of)
 
 
+# Keys that decide what a model is.
+MODEL_KEYS = ("task", "model.", "data.sequence_length")
+
+
+def check_as_saved(config: Config, saved: Mapping[str, Any], keys: tuple[str, ...], remedy: str) -> None:
+    """Check that these keys, or those that begin so, are as in a saved configuration.
+
+    Raises:
+        ValueError: one is not; ends with the remedy.
+    """
+    before = configuration.load(base=saved)
+    for key in configuration.fields_of(Config):
+        old, new = configuration.get(before, key), configuration.get(config, key)
+        if key.startswith(keys) and old != new:
+            raise ValueError(f"{key}: expected {old!r}, {remedy.format(new=repr(new))}")
+
+
 def pipeline_options(config: Config) -> PipelineOptions:
     """Return the configured pipeline options.
 

@@ -83,7 +83,7 @@ class Task(ABC):
     ``metric`` names the first of the numbers that :meth:`score` makes of predictions; "" if the loss says all.
     ``stacks`` is 2 for an encoder-decoder, which has ``model.num_layers`` blocks in each. ``continues_texts`` says
     whether ``fusemesh generate`` can have the task's model continue a text; then :meth:`encode_prompt` and
-    :meth:`token_decoder` are defined.
+    :meth:`token_decoder` are defined. ``draws`` says whether :meth:`draw` makes drawings.
     """
 
     metric = ""
@@ -91,6 +91,7 @@ class Task(ABC):
     old_metadata: Mapping[str, Any] | None = {}
     stacks = 1
     continues_texts = False
+    draws = False
 
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         """Read all data and find the metadata in them; or take those of a trained model, and read nothing yet.

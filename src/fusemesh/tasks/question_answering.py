@@ -138,7 +138,7 @@ class QuestionAnswering(RecordTask):
     fields = FIELDS
     split_by = 1  # the passage: no question about a held-out one was trained on
     corpus = "composed facts"
-    old_metadata = {"words": WORDS}
+    old_metadata: Mapping[str, Any] | None = {"words": WORDS}
 
     @staticmethod
     def default_records() -> tuple[list[Record], list[Record]]:

@@ -47,6 +47,7 @@ class TextClassification(RecordTask):
     """See the module. The metadata are the labels in the model's order, and how often each was in the training data."""
 
     metric = "accuracy"
+    draws = True
     fields = FIELDS
     corpus = "locale data of Babel"
     old_metadata = None
