@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusemesh import config as configuration
+
 from .options import add_configuration, overrides
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def find_target(options: argparse.Namespace) -> Target:
     Raises:
         ValueError: there is no such model, the ranks cannot run it, or the command line says that it is another.
     """
-    from fusemesh.run.settings import MODEL_KEYS, Settings, check_as_saved, load_config
+    from fusemesh.run.settings import MODEL_KEYS, Settings, first_change, load_config
     from fusemesh.run.setup import checkpoint_of, state_of
 
     given, path = overrides(options), Path(options.target)
@@ -129,7 +131,9 @@ def find_target(options: argparse.Namespace) -> Target:
     state = state_of(path)
     # A merged file is no longer spread over ranks, unless the command line asks for it.
     config = load_config(None, {**({"layout": "single"} if merged else {}), **given}, base=state["config"])
-    check_as_saved(config, state["config"], MODEL_KEYS, "as the model was trained, received {new}; leave it out")
+    if change := first_change(configuration.load(base=state["config"]), config, MODEL_KEYS):
+        key, old, new = change
+        raise ValueError(f"{key}: expected {old!r}, as the model was trained, received {new!r}; leave it out")
     settings = Settings.of(config)
     ranks = find_ranks(options, settings.layout)
     settings.check(ranks.count)

@@ -17,7 +17,7 @@ from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.outputs import make_folder
 from fusemesh.run.fingerprint import changes, fingerprint, with_absolute_paths
-from fusemesh.run.settings import Settings, check_as_saved
+from fusemesh.run.settings import Settings, first_change
 from fusemesh.tasks.registry import build_task
 
 logger = logging.getLogger("fusemesh")
@@ -129,11 +129,12 @@ def check_resumable(config: Config, state: dict[str, Any]) -> None:
         # The files' content is compared, not their places.
         places = {key.partition(".")[2]: configuration.get(config, key) for key in _FILES}
         saved = dataclasses.replace(saved, data=dataclasses.replace(saved.data, **places))
-    remedy = (
-        "with which the run began (it decides what the model is and which samples each step takes), received {new}; "
-        "leave it, or start a new run in another run.directory"
-    )
-    check_as_saved(config, configuration.as_dict(with_absolute_paths(saved)), _FIXED_ON_RESUME, remedy)
+    if change := first_change(with_absolute_paths(saved), config, _FIXED_ON_RESUME):
+        key, old, new = change
+        raise ValueError(
+            f"{key}: expected {old!r}, with which the run began (it decides what the model is and which samples each "
+            f"step takes), received {new!r}; leave it, or start a new run in another run.directory"
+        )
     done, steps = state["step"], config.training.steps
     if steps < done:
         raise ValueError(

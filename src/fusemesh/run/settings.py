@@ -33,17 +33,13 @@ def load_config(
 MODEL_KEYS = ("task", "model.", "data.sequence_length")
 
 
-def check_as_saved(config: Config, saved: Mapping[str, Any], keys: tuple[str, ...], remedy: str) -> None:
-    """Check that these keys, or those that begin so, are as in a saved configuration.
-
-    Raises:
-        ValueError: one is not; ends with the remedy.
-    """
-    before = configuration.load(base=saved)
+def first_change(saved: Config, config: Config, keys: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+    """Return the first of these keys, or of those that begin so, whose values differ, with both; None if none does."""
     for key in configuration.fields_of(Config):
-        old, new = configuration.get(before, key), configuration.get(config, key)
+        old, new = configuration.get(saved, key), configuration.get(config, key)
         if key.startswith(keys) and old != new:
-            raise ValueError(f"{key}: expected {old!r}, {remedy.format(new=repr(new))}")
+            return key, old, new
+    return None
 
 
 def pipeline_options(config: Config) -> PipelineOptions:
