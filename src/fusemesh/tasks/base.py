@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -95,12 +95,15 @@ class Task(ABC):
     ``metric`` names the first of the numbers that :meth:`score` makes of predictions; "" if the loss says all.
     ``stacks`` is 2 for an encoder-decoder, which has ``model.num_layers`` blocks in each. ``continues_texts`` says
     whether ``fusemesh generate`` can have the task's model continue a text; then :meth:`encode_prompt` and
-    :meth:`token_decoder` are defined.
+    :meth:`token_decoder` are defined. ``draws`` says whether :meth:`draw` makes drawings.
     """
 
     metric = ""
+    # The metadata of models that were saved without any (format 2 of checkpoints); None if only the data have them.
+    old_metadata: Mapping[str, Any] | None = {}
     stacks = 1
     continues_texts = False
+    draws = False
 
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         """Read all data and find the metadata in them; or take those of a trained model, and read nothing yet.
@@ -121,6 +124,24 @@ class Task(ABC):
     @abstractmethod
     def source(self) -> str:
         """Where the data are from, for reports."""
+
+    @staticmethod
+    @abstractmethod
+    def default_version() -> str:
+        """Return the name and the version of what the default corpus is made from."""
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of the files that ``data.path`` or ``data.held_out`` stands for, in a fixed order; a
+        single file has the name ""."""
+        yield "", Path(path).expanduser().read_bytes()
+
+    def check_packages(self) -> None:  # noqa: B027 (most tasks need nothing more)
+        """Check that the packages are there that the task needs at the end of a run.
+
+        Raises:
+            ValueError: one is not; says how to install it.
+        """
 
     @abstractmethod
     def choose_length(self) -> int:

@@ -13,6 +13,7 @@ import gzip
 import logging
 import math
 import os
+import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def _library() -> str:
+    """Return the name and the version of the default corpus."""
+    return f"Python {platform.python_version()} standard library"
+
+
 def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Corpus:
     """Read a corpus.
 
@@ -105,7 +111,7 @@ def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Co
         # In the order of the hash: the first part of a stream is then a random choice of documents.
         found = b"".join(part[name] + bytes([SEPARATOR]) for name in sorted(part, key=lambda name: hash_of(name)))
         streams.append(np.frombuffer(found, dtype=np.uint8))
-    source = str(_root(path)) if path else f"Python {sysconfig.get_python_version()} standard library"
+    source = str(_root(path)) if path else _library()
     return Corpus(streams[0], streams[1], len(parts[0]), len(parts[1]), source)
 
 
@@ -243,6 +249,19 @@ class LanguageModel(Task):
                 f"{config.data.columns!r}"
             )
         super().__init__(config, metadata)
+
+    @staticmethod
+    def default_version() -> str:
+        return _library()
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        root = _root(path)
+        if not root.is_dir():
+            yield "", root.read_bytes()
+        for name, content in sorted(_files(root)):
+            if content and (b"\0" not in content or is_wide(content, "")):
+                yield name, content
 
     @functools.cached_property
     def _corpus(self) -> Corpus:

@@ -138,10 +138,15 @@ class QuestionAnswering(RecordTask):
     optional_fields = OPTIONAL_FIELDS
     split_by = 1  # the passage: no question about a held-out one was trained on
     corpus = "composed facts"
+    old_metadata: Mapping[str, Any] | None = {"words": WORDS, "answer_words": MOST_WORDS}
 
     @staticmethod
     def default_records() -> tuple[list[Record], list[Record]]:
         return composed_facts(held_out=False), composed_facts(held_out=True)
+
+    @staticmethod
+    def default_version() -> str:
+        return "composed facts, version 1"
 
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
         """Return how many words tokens tell apart, and how many an answer may have."""
@@ -165,7 +170,8 @@ class QuestionAnswering(RecordTask):
             fits = before + last < self.config.data.sequence_length
             spans.append((before + first, before + last) if fits else (IGNORED, IGNORED))
             cut_off += not fits
-            within += cut(record.values[1], (first, last)) != record.values[2].strip()
+            # Without an offset they stand at its borders.
+            within += bool(record.values[3:]) and cut(record.values[1], (first, last)) != record.values[2].strip()
         found = self._texts([record.values[:2] for record in records], np.array(spans, np.int64))
         found.counts = {"answers_cut_off": cut_off, "answers_within_words": within}
         return found

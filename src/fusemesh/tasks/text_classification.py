@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,18 @@ class TextClassification(RecordTask):
     """See the module. The metadata are the labels in the model's order, and how often each was in the training data."""
 
     metric = "accuracy"
+    draws = True
     fields = FIELDS
     corpus = "locale data of Babel"
+    old_metadata = None
 
     @staticmethod
     def default_records() -> tuple[list[Record], list[Record]]:
         return locale_names()
+
+    @staticmethod
+    def default_version() -> str:
+        return f"Babel {version('babel')}"
 
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
         counts = Counter(record.values[1] for record in records)
