@@ -9,6 +9,7 @@ from .options import Outcome
 
 NAME = "bench"
 SUMMARY = "which tiles of the Triton kernels are fastest on this GPU"
+USAGE = "--tune [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from .ranks import add_target, find_target
 
 NAME = "generate"
 SUMMARY = "continue a text by a trained language model"
+USAGE = "TARGET [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

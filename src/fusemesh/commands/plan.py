@@ -9,6 +9,7 @@ from .options import Outcome, add_configuration, overrides
 
 NAME = "plan"
 SUMMARY = "rank the layouts that a model could train in, before paying for them"
+USAGE = "[options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -7,16 +7,17 @@ import sys
 
 from fusemesh import config
 
-from .options import Outcome
+from .options import ASKING_NAMES, Outcome
 from .ranks import add_target, find_target
 
 NAME = "predict"
 SUMMARY = "answer lines of standard input: one in, one out"
+USAGE = "TARGET [options] < FILE"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_target(parser)
+    add_target(parser, shown=("evaluation.batch_size", "evaluation.num_beams"), short=ASKING_NAMES)
 
 
 def run(options: argparse.Namespace) -> Outcome:

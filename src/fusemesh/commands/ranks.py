@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_configuration, overrides
+from .options import LOADING, add_configuration, overrides
 
 if TYPE_CHECKING:
     from fusemesh.hybrid.layout import Layout
@@ -61,11 +62,18 @@ def find_ranks(options: argparse.Namespace, layout: Layout) -> Ranks:
     return Ranks(nproc, nproc > 1)
 
 
-def add_target(command: argparse.ArgumentParser) -> None:
-    """Add what :func:`find_target` reads: a trained model, ``--nproc`` and the configuration."""
-    command.add_argument("target", help="run directory, checkpoint folder or .safetensors file")
+def add_target(
+    command: argparse.ArgumentParser, *, shown: Sequence[str] = (), short: Mapping[str, str] | None = None
+) -> None:
+    """Add what :func:`find_target` reads: a trained model, ``--nproc`` and the configuration.
+
+    Args:
+        shown: beginnings of the keys that the help shows beside those of every trained model.
+        short: short names by key.
+    """
+    command.add_argument("target", metavar="TARGET", help="run directory, checkpoint folder or .safetensors file")
     add_nproc(command)
-    add_configuration(command)
+    add_configuration(command, shown=(*LOADING, *shown), short=short)
 
 
 def find_target(options: argparse.Namespace) -> tuple[Settings, Ranks]:

@@ -14,6 +14,7 @@ from .ranks import add_nproc, find_ranks, metrics_text
 
 NAME = "train"
 SUMMARY = "train a model for a task in any layout"
+USAGE = "[TASK] [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
