@@ -8,6 +8,7 @@ every run. A sample is a fixed-length window of a stream, known by its global in
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import math
 import os
@@ -159,18 +160,29 @@ class LanguageModel(Task):
 
     continues_texts = True
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         for key in ("columns", "held_out"):
             if getattr(config.data, key):
                 raise ValueError(
                     f"data.{key}: expected nothing with task language_model, whose text has no records, received "
                     f"{getattr(config.data, key)!r}"
                 )
-        corpus = load_corpus(config.data.path)
-        self.source = corpus.source
-        self.train = Samples(corpus.train, config.data.sequence_length)
-        self.held_out = Samples(corpus.held_out, config.data.sequence_length)
+        super().__init__(config, metadata)
+
+    @functools.cached_property
+    def _corpus(self) -> Corpus:
+        return load_corpus(self.config.data.path)
+
+    @property
+    def source(self) -> str:
+        """Where the text is from."""
+        return self._corpus.source
+
+    def read_train(self) -> Samples:
+        return Samples(self._corpus.train, self.config.data.sequence_length)
+
+    def read_held_out(self) -> Samples:
+        return Samples(self._corpus.held_out, self.config.data.sequence_length)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes()
