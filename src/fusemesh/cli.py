@@ -12,7 +12,6 @@ for a request that cannot work; 130 after an interruption; 141 where the reader 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -20,9 +19,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from fusemesh import __version__
+from fusemesh import __version__, standard_output
 from fusemesh.commands import bench, doctor, evaluate, generate, merge, plan, predict, scaling, train
 from fusemesh.commands.options import Parser
+from fusemesh.hybrid.outputs import UserError
 from fusemesh.spelling import suggestion
 
 COMMANDS = (doctor, train, evaluate, predict, generate, merge, plan, scaling, bench)
@@ -44,20 +44,21 @@ fusemesh COMMAND --help lists the options of a command"""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, see above."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    shown: SystemExit | None = None
     try:
-        status = _run(words)
+        try:
+            status = _run(words)
+        except SystemExit as end:  # of --help and --version
+            shown = end
         sys.stdout.flush()
     except BrokenPipeError:
-        return _reader_gone()
-    except SystemExit as end:  # --help, --version
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            return _reader_gone()
-        raise end
+        standard_output.drop()
+        return _NO_READER
     except OSError as error:
-        _drop_stdout()
-        return _fail(_name(words), 2, f"standard output: expected to write to it, received: {error.strerror or error}")
+        standard_output.drop()
+        return _fail(_name(words), 2, str(standard_output.cannot_write(error)))
+    if shown is not None:
+        raise shown
     return status
 
 
@@ -73,7 +74,7 @@ def _run(words: list[str]) -> int:
         result, text, status = options.command(options)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UserError) as error:
         return _fail(name, 2, str(error), as_json=as_json)
     except RuntimeError as error:
         return _fail(name, 1, str(error), as_json=as_json, result=getattr(error, "result", None))
@@ -111,7 +112,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser of all commands; the words of the command line say which task's defaults its help shows."""
     top = Parser(prog="fusemesh", usage="%(prog)s COMMAND [options]", description=__doc__, allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"fusemesh {__version__}")
-    commands = top.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="name", required=True, metavar="COMMAND", prog="fusemesh")
     for module in COMMANDS:
         command = commands.add_parser(module.NAME, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
         command.usage, command.words = f"%(prog)s {module.USAGE}", words
@@ -124,7 +125,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 def _unknown(word: str, options: argparse.Namespace) -> str:
     """Return the message for a word that the command does not know."""
     if not word.startswith("-"):
-        return f"{options.name}: expected options alone from here on, received {word!r}; see fusemesh {options.name} --help"
+        return f"expected only options from here on, received {word!r}; see fusemesh {options.name} --help"
     name = word.partition("=")[0]
     guess = suggestion(name, options.known)
     return f"{name}: no option of fusemesh {options.name}{guess or f'; see fusemesh {options.name} --help'}"
@@ -144,9 +145,7 @@ def _name(words: Sequence[str]) -> str:
     return f"fusemesh {words[0]}" if known else "fusemesh"
 
 
-def _fail(
-    name: str, status: int, message: str, *, as_json: bool = False, result: dict[str, Any] | None = None
-) -> int:
+def _fail(name: str, status: int, message: str, *, as_json: bool = False, result: dict[str, Any] | None = None) -> int:
     print(f"{name}: error: {message}", file=sys.stderr)
     if as_json and _is_first():
         print(json.dumps({**(result or {}), "error": message}))
@@ -164,17 +163,3 @@ def _is_first() -> bool:
     except ValueError:
         return True
     return place is None or place.rank == 0
-
-
-def _reader_gone() -> int:
-    """End quietly, as a process does that SIGPIPE ends: nobody reads on."""
-    _drop_stdout()
-    return _NO_READER
-
-
-def _drop_stdout() -> None:
-    """Send what is left in stdout's buffer nowhere, so that Python does not complain of it at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

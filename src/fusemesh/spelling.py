@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LEAST = 0.74
+
 
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that a misspelt one most likely means; None if none is near.
@@ -12,21 +14,16 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     Case, leading dashes, and ``-`` for ``_`` make no difference. A dotted name is also found by its last part.
     """
     wanted = _plain(name)
-    whole = {_plain(candidate): candidate for candidate in known}
     # Of two keys with the same last part the first counts.
-    last: dict[str, str] = {}
-    for plain, candidate in whole.items():
+    whole, last = {}, {}
+    for candidate in known:
+        plain = _plain(candidate)
+        whole[plain] = candidate
         last.setdefault(plain.rpartition(".")[2], candidate)
-    for table, text in ((whole, wanted), (last, wanted.rpartition(".")[2])):
-        if text in table:
-            return table[text]
-    scored = [
-        (difflib.SequenceMatcher(None, text, plain).ratio(), candidate)
-        for table, text in ((whole, wanted), (last, wanted.rpartition(".")[2]))
-        for plain, candidate in table.items()
-    ]
-    ratio, best = max(scored, key=lambda pair: pair[0], default=(0.0, ""))
-    return best if ratio >= 0.65 else None
+    tables = ((whole, wanted), (last, wanted.rpartition(".")[2]))
+    scored = [(_likeness(text, plain), candidate) for table, text in tables for plain, candidate in table.items()]
+    likeness, best = max(scored, key=lambda pair: pair[0], default=(0.0, ""))
+    return best if likeness >= _LEAST else None
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -37,3 +34,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def _plain(name: str) -> str:
     return name.lstrip("-").lower().replace("-", "_")
+
+
+def _likeness(a: str, b: str) -> float:
+    # Letters in another order are the commonest slip, and difflib's smallest likeness.
+    return 0.99 if a != b and sorted(a) == sorted(b) else difflib.SequenceMatcher(None, a, b).ratio()

@@ -22,7 +22,8 @@ ASKING_NAMES = {"evaluation.batch_size": "--batch-size"}
 LOADING = (
     "layout",
     "training.dtype",
-    "pipeline.",
+    "pipeline.schedule",
+    "pipeline.virtual_stages",
     "run.device",
     "run.backend",
     "run.sequence_parallel",
@@ -52,14 +53,18 @@ class Parser(argparse.ArgumentParser):
     words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
+        message = message.removeprefix("argument ").replace("expected one argument", "expected a value, received none")
+        message = re.sub(
+            "^the following arguments are required: (.*)$", r"\1: expected a value, received none", message
+        )
         for kind, expected in _NUMBERS.items():
             message = re.sub(rf": invalid {kind} value: ", f": expected {expected}, received ", message)
         raise ValueError(f"{message}; see {self.prog} --help")
 
     def option_names(self) -> list[str]:
-        """Return the options that begin with two dashes."""
-        return [name for name in self._option_string_actions if name.startswith("--")]
+        """Return the options that the help shows, without those of one dash."""
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        return [name for action in shown for name in action.option_strings if name.startswith("--")]
 
 
 def add_configuration(
@@ -91,7 +96,8 @@ def add_configuration(
         name = (short or {}).get(key)
         doc = spec.doc + (f" ({', '.join(spec.choices)})" if spec.choices else "")
         if shown is None:
-            doc += f"; default {values.get(key, task if key == 'task' and task else spec.default)!r}"
+            default = values.get(key, task if key == "task" and task else spec.default)
+            doc += f"; default {default!r}" if spec.type is str else f"; default {default}"
         keys.add_argument(
             *([name] if name else []),
             f"--{key}",

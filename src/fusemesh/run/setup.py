@@ -142,7 +142,7 @@ def config_of(target: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: it is none of these.
     """
-    path = Path(target)
+    path = _existing(target)
     if path.is_file():
         return checkpoint.read_merged_state(path)["config"]
     if not path.is_dir():
@@ -152,11 +152,21 @@ def config_of(target: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint.read_state(checkpoint_of(path))["config"]
 
 
+def _existing(target: str | os.PathLike[str]) -> Path:
+    path = Path(target)
+    if not path.exists():
+        raise ValueError(
+            f"model: expected a run directory, a checkpoint or a .safetensors file, received {str(path)!r}, which does "
+            "not exist"
+        )
+    return path
+
+
 def checkpoint_of(target: str | os.PathLike[str]) -> Path:
     """Return the checkpoint of a run directory (its latest), of a folder of checkpoints (the latest), or ``target``.
 
     Raises:
         ValueError: there is none.
     """
-    path = Path(target)
+    path = _existing(target)
     return checkpoint.latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)

@@ -19,10 +19,11 @@ from fusemesh import config as configuration
 from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint, consistency
 from fusemesh.hybrid.data import BatchOrder
+from fusemesh.hybrid.outputs import make_folder, writing
 from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
 from fusemesh.run.evaluator import Evaluation, evaluate, on_device
-from fusemesh.run.metrics import MetricsWriter
+from fusemesh.run.metrics import OUT, MetricsWriter
 from fusemesh.run.optimizer import build_optimizer, learning_rate
 from fusemesh.run.progress import StepMetrics, StepResult, progress_bar
 from fusemesh.run.settings import Settings
@@ -155,7 +156,7 @@ class Trainer:
         if evaluation.predictions is not None and self.world.is_first:
             try:
                 self.task.draw(evaluation.predictions, self.folder)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 logger.warning("%s", error)
         return {
             "task": self.config.task,
@@ -238,9 +239,10 @@ class Trainer:
         indices = self.order.micro_batches(step, self.share.replica).flatten().tolist()
         line = {"step": step + 1, "attempt": self.attempt, "replica": self.share.replica, "samples": indices}
         path = self.folder / "samples" / f"rank-{self.world.rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(path, what=OUT):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _evaluate(self) -> Evaluation:
         return evaluate(self.model, self.task, self.share)
@@ -258,12 +260,12 @@ class Trainer:
     @contextlib.contextmanager
     def _outputs(self) -> Iterator[StepMetrics]:
         if self.world.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, what=OUT)
             configuration.save(self.config, self.folder / "config.toml")
         writer = MetricsWriter(self.folder, self.first_step) if self.world.is_first else None
         bar = progress_bar(self.first_step, self.config.training.steps, self.world.is_first and not self.quiet)
         try:
-            yield StepMetrics(self.config.training, self.tokens_per_step, writer, bar, self._diagnose)
+            yield StepMetrics(self.config.training, self.tokens_per_step, writer, bar, self._diagnose, self.folder)
         finally:
             if writer is not None:
                 writer.close()
@@ -282,5 +284,7 @@ def train_rank(values: dict[str, Any], resume: bool = False, quiet: bool = False
         trainer = Trainer(run, resume=resume, quiet=quiet)
         summary = trainer.run()
         if run.world.is_first:
-            (trainer.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            path = trainer.folder / "summary.json"
+            with writing(path, what=OUT):
+                path.write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -173,6 +173,16 @@ class Task(ABC):
     def answer(self, prediction: np.ndarray, line: str) -> str:
         """Return one row of :meth:`predict` as text, for the line that it answers."""
 
+    @abstractmethod
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return predictions as :meth:`predict` does, and their scores, fp64 [B, n] with one n for all batches."""
+
+    def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
+        """Return one row of the scores of :meth:`predict_scored` as JSON."""
+        return {"log_likelihood": float(scores[0])}
+
     def encode_prompt(self, text: str, most: int) -> list[int]:
         """Return the last tokens of a text to continue, at most ``most``."""
         raise NotImplementedError(f"task {self.config.task} continues no texts")
