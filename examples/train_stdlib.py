@@ -18,8 +18,8 @@ from fusemesh import config
 from fusemesh.hybrid.checkpoint import merge
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import launch_local
-from fusemesh.run.drawing import draw_loss_curve
 from fusemesh.run.evaluator import checkpoint_of, evaluate_file
+from fusemesh.run.metrics import draw_loss_curve
 from fusemesh.run.trainer import prepare, train_rank
 from fusemesh.tasks.language_model import baselines, load_corpus
 

@@ -15,7 +15,8 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     """
     wanted = _plain(name)
     # Of two keys with the same last part the first counts.
-    whole, last = {}, {}
+    whole: dict[str, str] = {}
+    last: dict[str, str] = {}
     for candidate in known:
         plain = _plain(candidate)
         whole[plain] = candidate

@@ -155,8 +155,8 @@ WRONG = [
     (["train", "--layout", "ep2"], "received 'ep2' with the unknown axis 'ep'"),
     (["train", "--config", "/nowhere.toml"], "config: expected a TOML file, received '/nowhere.toml'"),
     (["train", "--resume", "--run.directory", "/nowhere"], "checkpoint: expected a folder step-* with checkpoint.json"),
-    (["eval", "/nowhere"], "model: expected a run directory, a checkpoint or a .safetensors file, received '/nowhere'"),
-    (["merge", "/nowhere"], "checkpoint: expected a folder step-*"),
+    (["eval", "/nowhere"], "or a .safetensors file, received '/nowhere', which does not exist"),
+    (["merge", "/nowhere"], "received '/nowhere', which does not exist"),
 ]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from fusemesh import cli
 from fusemesh.run import scaling
+from fusemesh.run.drawing import draw_speed_up
 from tests.support import tiny_run
 
 

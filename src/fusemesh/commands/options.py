@@ -54,9 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("expected one argument", "expected a value, received none")
-        message = re.sub(
-            "^the following arguments are required: (.*)$", r"\1: expected a value, received none", message
-        )
+        message = re.sub("^the following arguments are required: (.*)", r"\1: expected a value, received none", message)
         for kind, expected in _NUMBERS.items():
             message = re.sub(rf": invalid {kind} value: ", f": expected {expected}, received ", message)
         raise ValueError(f"{message}; see {self.prog} --help")
@@ -84,7 +82,7 @@ def add_configuration(
     from fusemesh.tasks.registry import defaults_of
 
     task = _named_task(getattr(command, "words", ()))
-    values = {**defaults_of(task or "language_model"), **(defaults or {})}
+    values = {**(defaults_of(task) if task else {}), **(defaults or {})}
     if shown is not None:
         title, text = "configuration", "as the model was trained, where no other value is given"
     elif task is None:

@@ -102,7 +102,7 @@ def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
 
 def _draw_loss(summary: dict[str, Any], folder: Path) -> None:
     """Draw the loss over the steps; a run is none the worse for a drawing that cannot be made."""
-    from fusemesh.run.drawing import BITS_PER_BYTE, draw_loss_curve
+    from fusemesh.run.metrics import BITS_PER_BYTE, draw_loss_curve
 
     unit = BITS_PER_BYTE if "bits_per_byte" in summary["held_out"] else "nats per target"
     title = f"{summary['task']}: {summary['data']}, layout {summary['layout']}"

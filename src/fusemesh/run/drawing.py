@@ -29,18 +29,18 @@ _LONGEST_LABEL = 32
 _NO_FONTS = ("Last Resort",)
 
 
-def draw_loss_curve(
-    folder: str | os.PathLike[str],
+def draw_losses(
+    lines: Sequence[Mapping[str, Any]],
     output: str | os.PathLike[str],
     *,
     baselines: Mapping[str, float],
     title: str,
     unit: str = BITS_PER_BYTE,
 ) -> None:
-    """Draw a run's loss over its steps, beside horizontal lines for the baselines.
+    """Draw the losses of a run's metrics over its steps, beside horizontal lines for the baselines.
 
     Args:
-        folder: the run's.
+        lines: the metrics.
         output: the PNG.
         baselines: label to a loss in the same unit.
         title: above the drawing.
@@ -50,9 +50,6 @@ def draw_loss_curve(
         ValueError: matplotlib is not installed.
         OutputError: the PNG cannot be written.
     """
-    from fusemesh.run.metrics import read_metrics
-
-    lines = read_metrics(folder)
     nats = math.log(2) if unit == BITS_PER_BYTE else 1.0
     with _new_axes(8, 5, [title, *baselines]) as (figure, axes):
         for key, label, color in (("loss", "training", "tab:blue"), ("held_out_loss", "held out", "black")):

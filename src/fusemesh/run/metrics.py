@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemesh.hybrid.outputs import writing
-from fusemesh.run.drawing import draw_loss_curve as draw_loss_curve  # public here
+from fusemesh.run.drawing import BITS_PER_BYTE, draw_losses
 
 logger = logging.getLogger("fusemesh")
 
@@ -78,3 +78,15 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def draw_loss_curve(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    baselines: Mapping[str, float],
+    title: str,
+    unit: str = BITS_PER_BYTE,
+) -> None:
+    """Draw the losses of the run in ``folder``; arguments and errors are those of :func:`drawing.draw_losses`."""
+    draw_losses(read_metrics(folder), output, baselines=baselines, title=title, unit=unit)
