@@ -28,8 +28,9 @@ def run(options: argparse.Namespace) -> Outcome:
     """Answer each line as it comes in one process, and all lines together on several ranks."""
     from fusemesh.run.predictor import answer_rank, answer_stream
 
-    settings, ranks = find_target(options)
-    values = config.as_dict(settings.config)
+    target = find_target(options)
+    ranks, values = target.ranks, config.as_dict(target.settings.config)
+    path, verify = str(target.path), target.verify
     # A text stream is cut at newlines alone; str.splitlines would cut at form feeds, too.
     lines = (line.rstrip("\r\n") for line in sys.stdin)
     if ranks.count == 1:
@@ -38,9 +39,9 @@ def run(options: argparse.Namespace) -> Outcome:
             if not options.json:
                 standard_output.write(answer.text)
 
-        return _outcome(answer_stream(options.target, values, lines, write), None)
+        return _outcome(answer_stream(path, values, lines, write, verify), None)
     questions = list(lines)
-    answers = ranks.call(answer_rank, options.target, values, questions) if questions else []
+    answers = ranks.call(answer_rank, path, values, questions, verify) if questions else []
     return Outcome(None) if answers is None else _outcome(answers, "\n".join(answer.text for answer in answers))
 
 

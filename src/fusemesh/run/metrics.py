@@ -14,8 +14,8 @@ from fusemesh.run.drawing import BITS_PER_BYTE, draw_losses
 
 logger = logging.getLogger("fusemesh")
 
-# The option that names the folder, for errors.
-OUT = "--out (run.directory)"
+# The key that names the folder, for errors.
+OUT = "run.directory"
 
 
 class MetricsWriter:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -87,6 +87,8 @@ class Task(ABC):
     """
 
     metric = ""
+    # The metadata of models that were saved without any (format 2 of checkpoints); None if only the data have them.
+    old_metadata: Mapping[str, Any] | None = {}
     stacks = 1
     continues_texts = False
 
@@ -106,6 +108,24 @@ class Task(ABC):
     @abstractmethod
     def source(self) -> str:
         """Where the data are from, for reports."""
+
+    @staticmethod
+    @abstractmethod
+    def default_version() -> str:
+        """Return the name and the version of what the default corpus is made from."""
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of the files that ``data.path`` or ``data.held_out`` stands for, in a fixed order; a
+        single file has the name ""."""
+        yield "", Path(path).expanduser().read_bytes()
+
+    def check_packages(self) -> None:  # noqa: B027 (most tasks need nothing more)
+        """Check that the packages are there that the task needs at the end of a run.
+
+        Raises:
+            ValueError: one is not; says how to install it.
+        """
 
     def find_metadata(self) -> Mapping[str, Any]:
         """Return the metadata that the data to train on give; see the class."""

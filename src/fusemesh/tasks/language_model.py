@@ -12,6 +12,7 @@ import functools
 import gzip
 import math
 import os
+import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def _library() -> str:
+    """Return the name and the version of the default corpus."""
+    return f"Python {platform.python_version()} standard library"
+
+
 def _documents(root: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (relative path, content) of text files; unreadable, empty and binary ones are left out."""
     if root.is_file():
@@ -117,7 +123,7 @@ def load_corpus(path: str = "") -> Corpus:
             f"{len(parts[False])} to train on and {len(parts[True])} held out in {root}; give more text"
         )
     train, held_out = (np.frombuffer(b"".join(parts[key]), dtype=np.uint8) for key in (False, True))
-    source = str(root) if path else f"Python {sysconfig.get_python_version()} standard library"
+    source = str(root) if path else _library()
     return Corpus(train, held_out, len(parts[False]), len(parts[True]), source)
 
 
@@ -168,6 +174,15 @@ class LanguageModel(Task):
                     f"{getattr(config.data, key)!r}"
                 )
         super().__init__(config, metadata)
+
+    @staticmethod
+    def default_version() -> str:
+        return _library()
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        root = Path(path).expanduser().resolve()
+        yield from sorted(_documents(root)) if root.is_dir() else [("", root.read_bytes())]
 
     @functools.cached_property
     def _corpus(self) -> Corpus:

@@ -138,10 +138,15 @@ class QuestionAnswering(RecordTask):
     fields = FIELDS
     split_by = 1  # the passage: no question about a held-out one was trained on
     corpus = "composed facts"
+    old_metadata: Mapping[str, Any] | None = {"words": WORDS}
 
     @staticmethod
     def default_records() -> tuple[list[Record], list[Record]]:
         return composed_facts(held_out=False), composed_facts(held_out=True)
+
+    @staticmethod
+    def default_version() -> str:
+        return "composed facts, version 1"
 
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
         return {"words": WORDS}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,15 @@ class TextClassification(RecordTask):
     metric = "accuracy"
     fields = FIELDS
     corpus = "locale data of Babel"
+    old_metadata = None
 
     @staticmethod
     def default_records() -> tuple[list[Record], list[Record]]:
         return locale_names()
+
+    @staticmethod
+    def default_version() -> str:
+        return f"Babel {version('babel')}"
 
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
         counts = Counter(record.values[1] for record in records)

@@ -10,6 +10,7 @@ translations that are exactly right; beside them those of copying the source.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,13 @@ class Translation(RecordTask):
     @staticmethod
     def default_records() -> tuple[list[Record], list[Record]]:
         return number_words()
+
+    @staticmethod
+    def default_version() -> str:
+        return f"num2words {version('num2words')}"
+
+    def check_packages(self) -> None:
+        text_scores(["a"], ["a"])
 
     def examples(self, records: Sequence[Record]) -> Examples:
         length = self.config.data.sequence_length
