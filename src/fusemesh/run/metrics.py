@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ class MetricsWriter:
         for line in kept:
             self._append(line)
         self.board: Any = None
+        self._excepthook = threading.excepthook
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             logger.warning("TensorBoard is not installed (pip install 'fusemesh[app]'); metrics go to %s alone", path)
         else:
             self.board_path = folder / "tensorboard"
+            threading.excepthook = self._quiet_about_board
             with writing(self.board_path, what=OUT):
                 self.board = SummaryWriter(str(self.board_path), purge_step=first_step + 1 if first_step else None)
 
@@ -62,8 +65,16 @@ class MetricsWriter:
         with writing(self.path, what=OUT):
             self.file.close()
         if self.board is not None:
-            with writing(self.board_path, what=OUT):
-                self.board.close()
+            try:
+                with writing(self.board_path, what=OUT):
+                    self.board.close()
+            finally:
+                threading.excepthook = self._excepthook
+
+    def _quiet_about_board(self, failure: threading.ExceptHookArgs) -> None:
+        """Print how a thread ended, but for a full disk seen by TensorBoard's, which comes as an error of ours."""
+        if not (issubclass(failure.exc_type, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
+            self._excepthook(failure)
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
