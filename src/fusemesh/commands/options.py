@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -58,6 +59,10 @@ class Parser(argparse.ArgumentParser):
         for kind, expected in _NUMBERS.items():
             message = re.sub(rf": invalid {kind} value: ", f": expected {expected}, received ", message)
         raise ValueError(f"{message}; see {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own says nothing where it cannot write.
+        print(message, end="", file=file or sys.stdout)
 
     def option_names(self) -> list[str]:
         """Return the options that the help shows, without those of one dash."""
