@@ -29,7 +29,7 @@ from fusemesh.run.metrics import OUT, MetricsWriter
 from fusemesh.run.optimizer import build_optimizer, learning_rate
 from fusemesh.run.progress import StepMetrics, StepResult, progress_bar
 from fusemesh.run.setup import Run, joined, plain_model
-from fusemesh.tasks.registry import build_task
+from fusemesh.tasks.registry import build_task, with_length
 
 logger = logging.getLogger("fusemesh")
 
@@ -56,6 +56,9 @@ class Trainer:
             state = checkpoint.read_state(source)
             check_resumable(config, state)
         self.task = build_task(config, state.get("metadata"))
+        if world.is_first:
+            for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
+                logger.warning("%s", line)
         self.data = checkpoint.on_first_rank(lambda: self._identify(how, state))
         self.order = order_of(run.settings, len(self.task.train))
         model = plain_model(self.task)
@@ -138,6 +141,7 @@ class Trainer:
             "training_loss": training_loss,
             "loss": evaluation.loss,
             "held_out": evaluation.as_dict(),
+            "cut": {part: self.task.cuts(part) for part in ("train", "held_out")},
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_s": round(tokens / seconds, 1) if tokens else None,
@@ -262,6 +266,7 @@ def train_rank(values: dict[str, Any], resume: bool | Resume | None = None, quie
         values: the configuration, as ``config.as_dict`` gives it.
         resume, quiet: see :class:`Trainer`.
     """
+    values = configuration.as_dict(with_length(configuration.load(base=values)))
     with joined(values) as run:
         trainer = Trainer(run, resume=resume, quiet=quiet)
         summary = trainer.run()

@@ -43,3 +43,11 @@ def build_task(config: Config, metadata: Mapping[str, Any] | None = None) -> Tas
         ValueError: the data cannot be used; names the key, or file and line, and the remedy.
     """
     return task_class(config.task)(config, metadata)
+
+
+def with_length(config: Config) -> Config:
+    """Return the configuration with a ``data.sequence_length`` of 0 decided by the data; raise as :func:`build_task`.
+
+    Once, before any rank starts: what a run saves holds the number.
+    """
+    return config if config.data.sequence_length else build_task(config).config
