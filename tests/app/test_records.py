@@ -264,7 +264,7 @@ def test_a_length_is_chosen_from_the_data(tmp_path: Path) -> None:
     assert sum(found["records"] for found in cuts.values()) == 300
     assert sum(found["cut"] for found in cuts.values()) == 1 and cuts["train"]["longest"] == 1999
     said = task.say_cuts("train")
-    assert said.endswith("1 of 285 are cut at data.sequence_length = 48 tokens (the longest takes 1999)"), said
+    assert said.endswith("1 of 285 is cut at data.sequence_length = 48 tokens (the longest takes 1999)"), said
     assert task.say_cuts("held_out") == ""
     for longest, chosen in ((1, 16), (17, 32), (5000, 1024)):
         path.write_text(f"{'a' * longest}\tx\nb\ty\n")
