@@ -12,6 +12,7 @@ from torch import nn
 from ... import compat
 from ...autocast import autocast_dtype
 from ..call.options import Options
+from ..call.place import place_of
 from ..call.validation import broadcast_dims, normalise, wrong
 from ..reference import dense as reference
 from .api import flash_attention
@@ -187,9 +188,13 @@ class MultiheadAttention(nn.Module):
         if dropout_p > 0:
             # Drawn here, so that the weights lose what the output does.
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+        place, origin = place_of(self) if dropout_p > 0 else None, None
+        if place is not None and (align is not None or q.shape[2] == k.shape[2]):
+            origin, align = place.origin(q, k, align), None
         options: dict[str, Any] = {
             "causal": causal,
             "align": align,
+            "origin": origin,
             "window": self.window,
             "mask": mask,
             "bias": bias,

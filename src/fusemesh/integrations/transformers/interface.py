@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from fusemesh import compat
+from fusemesh.kernels.attention.call.place import place_of
 from fusemesh.kernels.attention.call.tensors import has_values
 from fusemesh.kernels.attention.call.validation import wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
@@ -121,12 +122,19 @@ def attention(
     if query.shape[0] != key.shape[0]:  # learned queries with a batch of 1
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    align = "bottom_right" if causal or window is not None else None
+    place = place_of(module) if dropout > 0 else None
+    origin = None
+    if place is not None:
+        # The seed is drawn alike on every rank; a rank's heads and samples drop what they would in one process.
+        origin, align = place.origin(query, key, align), None
     out = flash_attention(
         query,
         key,
         value,
         causal=causal,
-        align="bottom_right" if causal or window is not None else None,
+        align=align,
+        origin=origin,
         window=window,
         mask=mask,
         bias=_in_dtype_of(query, bias),
