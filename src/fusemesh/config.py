@@ -55,13 +55,17 @@ class DataConfig:
 
     path: str = _doc(
         "",
-        "a file of records (.csv, .tsv, .jsonl, or text with tabs), for a language model a text file or a folder of "
-        "them; empty: the task's own corpus",
+        "a file of records (.csv, .tsv, .jsonl, .json, or text with tabs; also .gz), for a language model a text file "
+        "or a folder of them; empty: the task's own corpus",
     )
-    held_out: str = _doc("", "a file of records to evaluate on; empty: one in 16 of those of data.path, by hash")
+    held_out: str = _doc("", "what to evaluate on, as data.path; empty: one in 16 of the records of data.path, by hash")
     columns: str = _doc("", "names of the columns that hold a record, in the task's order; empty: the task's names")
+    encoding: str = _doc("", "of these files, such as gb18030 or cp1252; empty: UTF-8, or as a byte order mark says")
     sequence_length: int = _doc(
-        256, "tokens (bytes, of a question words) per sample, of source and target each; longer texts are cut", least=1
+        0,
+        "tokens (bytes, of a question words) per sample, of source and target each; longer texts are cut; 0: chosen "
+        "from the data",
+        least=0,
     )
 
 
@@ -279,7 +283,8 @@ def load(
         path: a TOML file; None for the defaults.
         overrides: dotted key to text, as ``{"training.steps": "100"}``.
         base: a configuration as :func:`as_dict` gives it, beneath the file.
-        defaults: given the name of the task, dotted key to value, beneath all others.
+        defaults: given the name of the task, dotted key to value, beneath all others; a length of samples is that of
+            the task's own corpus, and left out where there is a data.path.
 
     Raises:
         ValueError: an unknown key or an illegal value, named by its key; or the file cannot be read.
@@ -291,7 +296,10 @@ def load(
     for key, text in (overrides or {}).items():
         values[key] = _parse(key, known[key], text) if key in known else text
     if defaults is not None:
-        values = {**defaults(values.get("task", known["task"].default)), **values}
+        beneath = dict(defaults(values.get("task", known["task"].default)))
+        if values.get("data.path"):
+            beneath.pop("data.sequence_length", None)
+        values = {**beneath, **values}
     return _build(values)
 
 

@@ -102,7 +102,7 @@ WRONG_OVERRIDES = [
         r"model\.hidden_size: expected a multiple of 2 \* model\.num_heads = 8 .*received 100",
     ),
     ({"model.num_layers": "0"}, r"model\.num_layers: expected a number of at least 1, received 0"),
-    ({"data.sequence_length": "0"}, r"data\.sequence_length: expected a number of at least 1, received 0"),
+    ({"data.sequence_length": "-1"}, r"data\.sequence_length: expected a number of at least 0, received -1"),
 ]
 
 
@@ -174,7 +174,11 @@ def test_a_tasks_defaults_stand_beneath_everything_else(tmp_path):
     assert (found.training.steps, found.evaluation.samples) == (7, 3)
     assert found.data.sequence_length == defaults["data.sequence_length"]
     assert load_config(base=config.as_dict(Config(task="translation"))) == Config(task="translation")
-    assert load_config() == config.load() == Config()
+    length = defaults_of("language_model")["data.sequence_length"]
+    assert load_config() == config.load(None, {"data.sequence_length": str(length)})
+    assert config.load() == Config()
+    # The length of samples suits the task's own corpus; that of other data is chosen.
+    assert load_config(None, {"task": "translation", "data.path": "a.csv"}).data.sequence_length == 0
 
 
 @pytest.mark.parametrize("load", [config.load, load_config])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ... import compat
+from ...autocast import autocast_dtype
 from ..call.errors import short
 from ..call.option_checks import checked_dropout, seed_tensor, without_keys
 from ..call.options import Options
@@ -326,7 +327,7 @@ class MultiheadAttention(nn.Module):
             if x.shape[-1] != features:
                 shape = f"{x.shape[-1]} (shape {tuple(x.shape)})"
                 raise wrong(name, f"{features} features", shape, "see embed_dim, kdim and vdim of the constructor")
-            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
                 raise wrong(name, f"the parameters' dtype {weight.dtype}", x.dtype, "convert it or the module by .to()")
         sequence = -2 if self.batch_first or query.dim() == 2 else 0
         L, S = query.shape[sequence], key.shape[sequence]

@@ -6,9 +6,11 @@ END and SEPARATOR. A text that is longer than ``data.sequence_length`` allows is
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +28,7 @@ PAD, BEGIN, END, SEPARATOR = 0, 1, 2, 3
 IGNORED = -100  # target that does not count
 HELD_OUT_ONE_IN = 16
 
+_PARTS = {"train": "records to train on", "held_out": "held-out records"}
 Indices = Sequence[int] | np.ndarray
 
 
@@ -56,8 +59,18 @@ class Dataset(Protocol):
 class Examples:
     """A dataset in memory: each array's rows are the samples'."""
 
-    def __init__(self, tokens: np.ndarray, targets: np.ndarray, **inputs: np.ndarray) -> None:
+    def __init__(
+        self, tokens: np.ndarray, targets: np.ndarray, *, whole: Sequence[int] = (), **inputs: np.ndarray
+    ) -> None:
+        """Keep the samples.
+
+        Args:
+            whole: of each text that the samples were made of, the tokens that it takes uncut.
+        """
         self.tokens, self.targets, self.inputs = tokens, targets, inputs
+        # ``counts`` is what else a task says of them, by name.
+        self.whole = np.array(whole, np.int64)
+        self.counts: dict[str, int] = {}
         self._counted = (targets != IGNORED).sum(axis=1)
 
     def __len__(self) -> int:
@@ -75,31 +88,115 @@ class Examples:
 class Task(ABC):
     """Data, model and metric of one use.
 
-    ``train`` and ``held_out`` are datasets, and ``source`` says where they are from. ``metric`` names the first of the
-    numbers that :meth:`score` makes of predictions; "" if the loss says all. ``stacks`` is 2 for an encoder-decoder,
-    which has ``model.num_layers`` blocks in each. ``continues_texts`` says whether ``fusemesh generate`` can have the
-    task's model continue a text; then :meth:`encode_prompt` and :meth:`token_decoder` are defined.
+    ``metadata`` is JSON: everything beside weights and configuration that a trained model needs to answer. It is saved
+    with the model, and from it and the configuration a task is made without any data. ``train`` and ``held_out`` are
+    datasets, read when they are first asked for, and ``source`` says where they are from.
+
+    ``metric`` names the first of the numbers that :meth:`score` makes of predictions; "" if the loss says all.
+    ``stacks`` is 2 for an encoder-decoder, which has ``model.num_layers`` blocks in each. ``continues_texts`` says
+    whether ``fusemesh generate`` can have the task's model continue a text; then :meth:`encode_prompt` and
+    :meth:`token_decoder` are defined. ``draws`` says whether :meth:`draw` makes drawings.
     """
 
     metric = ""
+    # The metadata of models that were saved without any (format 2 of checkpoints); None if only the data have them.
+    old_metadata: Mapping[str, Any] | None = {}
     stacks = 1
     continues_texts = False
-    train: Dataset
-    held_out: Dataset
-    source: str
+    draws = False
 
-    def __init__(self, config: Config) -> None:
-        """Read the data; raise ValueError, with file, line and remedy, if they cannot be used."""
+    def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
+        """Read all data and find the metadata in them; or take those of a trained model, and read nothing yet.
+
+        Raises:
+            ValueError: the data cannot be used; names file, line and remedy.
+        """
         self.config = config
+        if not config.data.sequence_length:
+            data = dataclasses.replace(config.data, sequence_length=self.choose_length())
+            self.config = dataclasses.replace(config, data=data)
+        self.metadata: dict[str, Any] = dict(self.find_metadata() if metadata is None else metadata)
+        if metadata is None:
+            # Whatever is wrong with the data comes out now.
+            _ = self.train, self.held_out
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Where the data are from, for reports."""
+
+    @staticmethod
+    @abstractmethod
+    def default_version() -> str:
+        """Return the name and the version of what the default corpus is made from."""
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of the files that ``data.path`` or ``data.held_out`` stands for, in a fixed order; a
+        single file has the name ""."""
+        yield "", Path(path).expanduser().read_bytes()
+
+    def check_packages(self) -> None:  # noqa: B027 (most tasks need nothing more)
+        """Check that the packages are there that the task needs at the end of a run.
+
+        Raises:
+            ValueError: one is not; says how to install it.
+        """
+
+    @abstractmethod
+    def choose_length(self) -> int:
+        """Return a ``data.sequence_length`` that suits the data; that of the task's defaults for its own corpus."""
+
+    def cuts(self, part: str) -> dict[str, int]:
+        """Return how many records ``train`` or ``held_out`` was made of, how many of them are cut, how many tokens the
+        longest takes, and what the task counts beside; nothing if it has no records."""
+        samples = getattr(self, part)
+        if not isinstance(samples, Examples) or not len(samples.whole):
+            return {}
+        cut = int((samples.whole > self.config.data.sequence_length).sum())
+        return {"records": len(samples.whole), "cut": cut, "longest": int(samples.whole.max()), **samples.counts}
+
+    def say_cuts(self, part: str) -> str:
+        """Return :meth:`cuts` as a sentence, "" if nothing is cut or counted."""
+        counts, said = self.cuts(part), []
+        if counts.get("cut"):
+            said.append(
+                f"{counts['cut']} of {counts['records']} are cut at data.sequence_length = "
+                f"{self.config.data.sequence_length} tokens (the longest takes {counts['longest']})"
+            )
+        more = {name: counts[name] for name in counts if name not in ("records", "cut", "longest")}
+        said += [f"{count} {name.replace('_', ' ')}" for name, count in more.items() if count]
+        return f"{_PARTS[part]}: {'; '.join(said)}" if said else ""
+
+    def find_metadata(self) -> Mapping[str, Any]:
+        """Return the metadata that the data to train on give; see the class."""
+        return {}
+
+    @functools.cached_property
+    def train(self) -> Dataset:
+        """The samples to train on."""
+        return self.read_train()
+
+    @functools.cached_property
+    def held_out(self) -> Dataset:
+        """The samples to evaluate on."""
+        return self.read_held_out()
+
+    @abstractmethod
+    def read_train(self) -> Dataset:
+        """Return the samples to train on, in terms of the metadata; raise ValueError as the constructor does."""
+
+    @abstractmethod
+    def read_held_out(self) -> Dataset:
+        """Return the samples to evaluate on, in terms of the metadata, without the data to train on if they are in a
+        file of their own; raise ValueError as the constructor does."""
 
     @abstractmethod
     def model_config(self) -> TransformerConfig:
-        """Return the sizes of the model, from the configuration and the data."""
+        """Return the sizes of the model, from the configuration and the metadata."""
 
     def sizes(self, *, vocab_size: int = VOCAB_SIZE, **kind: Any) -> TransformerConfig:
         """Return the configured sizes with the kind of model."""
-        import dataclasses
-
         from fusemesh.transformer import TransformerConfig
 
         shape = dataclasses.asdict(self.config.model)
@@ -147,9 +244,14 @@ class Task(ABC):
         raise NotImplementedError(f"task {self.config.task} continues no texts")
 
 
-def encode(text: str, most: int) -> bytes:
-    """Return at most ``most`` bytes of a text, cut between characters, without the four control tokens."""
+def encode(text: str, most: int | None = None) -> bytes:
+    """Return the bytes of a text, without the four control tokens; all, or :func:`shortened` to ``most``."""
     data = text.translate({PAD: None, BEGIN: None, END: None, SEPARATOR: None}).encode()
+    return data if most is None else shortened(data, most)
+
+
+def shortened(data: bytes, most: int) -> bytes:
+    """Return at most ``most`` bytes of a text, cut between characters."""
     return data if len(data) <= most else data[:most].decode(errors="ignore").encode()
 
 
@@ -170,6 +272,18 @@ def padded(rows: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
 def is_held_out(name: str) -> bool:
     """Return whether the example of this name is held out: one in :data:`HELD_OUT_ONE_IN`, by a fixed hash."""
     return hash_of(name) % HELD_OUT_ONE_IN == 0
+
+
+def held_out_names(names: Iterable[str]) -> set[str]:
+    """Return which of some names are held out: by :func:`is_held_out`, but at least one, and not all.
+
+    Where the rule takes none, it is the one with the smallest hash; where it takes all, the one with the largest stays.
+    """
+    ordered = sorted(set(names), key=lambda name: (hash_of(name), name))
+    found = {name for name in ordered if is_held_out(name)}
+    if not found:
+        return set(ordered[:1]) if len(ordered) > 1 else set()
+    return found - set(ordered[-1:]) if len(found) == len(ordered) else found
 
 
 def hash_of(name: str) -> int:

@@ -34,10 +34,18 @@ def task_class(name: str) -> type[Task]:
     return found
 
 
-def build_task(config: Config) -> Task:
-    """Return the configured task with its data.
+def build_task(config: Config, metadata: Mapping[str, Any] | None = None) -> Task:
+    """Return the configured task with its data; or, given the metadata of a trained model, without them.
 
     Raises:
         ValueError: the data cannot be used; names the key, or file and line, and the remedy.
     """
-    return task_class(config.task)(config)
+    return task_class(config.task)(config, metadata)
+
+
+def with_length(config: Config) -> Config:
+    """Return the configuration with a ``data.sequence_length`` of 0 decided by the data; raise as :func:`build_task`.
+
+    Once, before any rank starts: what a run saves holds the number.
+    """
+    return config if config.data.sequence_length else build_task(config).config

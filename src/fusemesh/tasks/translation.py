@@ -10,17 +10,18 @@ translations that are exactly right; beside them those of copying the source.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, Task, decode, encode, hash_of, is_held_out, padded
-from .records import Record, load_records
+from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, decode, encode, hash_of, is_held_out, padded, shortened
+from .record_task import RecordTask
+from .records import Record
 
 if TYPE_CHECKING:
     import torch
 
-    from fusemesh.config import Config
     from fusemesh.transformer import Transformer, TransformerConfig
 
 FIELDS = ("source", "target")
@@ -37,32 +38,48 @@ DEFAULTS: Mapping[str, Any] = {
 LARGEST = 9999
 
 
-class Translation(Task):
+class Translation(RecordTask):
     """See the module."""
 
     metric = "bleu"
     stacks = 2
+    fields = FIELDS
+    corpus = "number words, English to French"
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        train, held_out = load_records(config.data, FIELDS, number_words)
-        self.source = config.data.path or "number words, English to French"
-        self.train, self.held_out = self._examples(train), self._examples(held_out)
-        self._records = held_out
+    @staticmethod
+    def default_records() -> tuple[list[Record], list[Record]]:
+        return number_words()
 
-    def _examples(self, records: Sequence[Record]) -> Examples:
+    @staticmethod
+    def default_version() -> str:
+        return f"num2words {version('num2words')}"
+
+    def check_packages(self) -> None:
+        text_scores(["a"], ["a"])
+
+    def examples(self, records: Sequence[Record]) -> Examples:
         length = self.config.data.sequence_length
-        targets = [encode(record.values[1].strip(), length - 1) for record in records]
+        data = [encode(record.values[1].strip()) for record in records]
+        targets = [shortened(target, length - 1) for target in data]
         seen, lengths = padded([bytes([BEGIN]) + target for target in targets], length)
         expected, _ = padded([target + bytes([END]) for target in targets], length)
         counted = np.arange(length) < lengths[:, None]
         labels = np.where(counted, expected.astype(np.int64), IGNORED)
-        return self._sources([record.values[0] for record in records], labels, seen)
+        return self._sources([record.values[0] for record in records], labels, seen, [len(target) for target in data])
 
-    def _sources(self, sources: Sequence[str], targets: np.ndarray, seen: np.ndarray) -> Examples:
+    def length_of(self, record: Record) -> int:
+        source, target = (len(encode(value.strip())) for value in record.values)
+        return max(source, target + 1)
+
+    def _sources(
+        self, sources: Sequence[str], targets: np.ndarray, seen: np.ndarray, target_lengths: Sequence[int]
+    ) -> Examples:
         length = self.config.data.sequence_length
-        tokens, lengths = padded([encode(source.strip(), length) for source in sources], length)
-        return Examples(tokens, targets, lengths=lengths, target_tokens=seen)
+        data = [encode(source.strip()) for source in sources]
+        tokens, lengths = padded([shortened(source, length) for source in data], length)
+        # A target keeps room for its end.
+        whole = [max(len(source), target + 1) for source, target in zip(data, target_lengths, strict=True)]
+        return Examples(tokens, targets, whole=whole, lengths=lengths, target_tokens=seen)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes(architecture="encoder-decoder")
@@ -92,7 +109,7 @@ class Translation(Task):
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
         found = [decode(row) for row in predictions]
-        records = self._records[:count]
+        records = self.held_out_records[:count]
         expected = [record.values[1].strip() for record in records]
         sources = [record.values[0].strip() for record in records]
         result = {}
@@ -102,7 +119,8 @@ class Translation(Task):
 
     def examples_of(self, lines: Sequence[str]) -> Examples:
         shape = (len(lines), self.config.data.sequence_length)
-        return self._sources(lines, np.full(shape, IGNORED, np.int64), np.full(shape, PAD, np.uint8))
+        nothing = np.full(shape, IGNORED, np.int64), np.full(shape, PAD, np.uint8)
+        return self._sources(lines, *nothing, [0] * len(lines))
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return decode(prediction)

@@ -22,6 +22,7 @@ from fusemesh.kernels.attention.call.scalars import as_number
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.call.validation import wrong
 from fusemesh.kernels.attention.sdpa.backend import inexpressible
+from fusemesh.kernels.autocast import autocast_dtype
 from fusemesh.kernels.backend_record import Request
 
 
@@ -127,9 +128,9 @@ def automatic_backend(
     """
     if not isinstance(query, torch.Tensor):
         return None, f"an argument of type {type(query).__name__}"
-    dtype, kind = query.dtype, query.device.type
-    if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = query.dtype
+    if dtype.is_floating_point and dtype != torch.float64:
+        dtype = autocast_dtype(query.device.type) or dtype
     bias = mask if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool else None
     # Where everything is dropped, there is nothing to draw; what is no number is refused when the call is computed.
     share = as_number(dropout_p)
