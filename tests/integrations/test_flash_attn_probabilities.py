@@ -47,7 +47,8 @@ def probabilities(name: str, packed: bool, dtype: torch.dtype, p: float) -> tupl
 @pytest.mark.parametrize("backend, name", [*(("reference", name) for name in SCORES), ("cpu", "plain"), ("cpu", "all")])
 def test_probabilities_with_dropout_are_signed(backend: str, name: str, packed: bool) -> None:
     """The size is that before dropout; the sign is negative exactly where this very call dropped."""
-    dtype, p = (torch.float64, 0.4) if backend == "reference" else (torch.float32, 0.4)
+    dtype, p = torch.float64 if backend == "reference" else torch.float32, 0.4
+    torch.manual_seed(0)
     with fusemesh.use_backend(backend):
         signed, weights, want = probabilities(name, packed, dtype, p)
     assert signed.shape == want.shape and signed.dtype == dtype and not signed.requires_grad
@@ -61,6 +62,7 @@ def test_probabilities_with_dropout_are_signed(backend: str, name: str, packed: 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_probabilities_of_tritons_calls(packed: bool) -> None:
+    torch.manual_seed(0)
     with fusemesh.use_backend("triton"):
         signed, weights, want = probabilities("causal-window", packed, torch.float32, 0.4)
     torch.testing.assert_close(signed.abs().double(), want, rtol=1e-5, atol=1e-6)
