@@ -15,11 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusemesh.hybrid.outputs import writing
 from fusemesh.hybrid.pipeline_options import SCHEDULES
+from fusemesh.spelling import suggestion
 from fusemesh.tasks.names import TASKS
 from fusemesh.transformer.config import TransformerConfig, check_sizes, user_fields
 
 DTYPES = ("float32", "bfloat16", "float64")
+_DTYPE_NAMES = {
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("fp64", "f64", "double"), "float64"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    "bf16": "bfloat16",
+}
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
@@ -85,6 +93,15 @@ class TrainingConfig:
     clip_norm: float = _doc(1.0, "gradients are scaled down to this norm; 0: never", least=0.0)
     dtype: str = _doc("float32", "of compute; parameters stay float32 unless float64", choices=DTYPES)
     seed: int = _doc(0, "of weights and data order", least=0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.dtype == "float16":
+            raise ValueError(
+                "training.dtype: expected bfloat16, float32 or float64, received float16, whose small gradients become "
+                "0 unless the loss is scaled, which is not built; use bfloat16"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,6 +173,13 @@ class Config:
                 raise ValueError(f"training.{name}: expected below 1, received {getattr(training, name)}")
 
 
+def dtype_name(text: str) -> str:
+    """Return the name of a dtype by which we know it: bf16, torch.bfloat16 and BFloat16 are bfloat16."""
+    plain = text.strip().lower().removeprefix("torch.")
+    name = _DTYPE_NAMES.get(plain, plain)
+    return name if name in (*DTYPES, "float16") else text
+
+
 @dataclass(frozen=True)
 class Field:
     """One key of the configuration: its type, default, meaning and bounds."""
@@ -194,7 +218,8 @@ def _check(key: str, spec: Field, value: Any) -> None:
     if not isinstance(value, spec.type) or (spec.type is not bool and isinstance(value, bool)):
         raise ValueError(f"{key}: expected {spec.type.__name__}, received {value!r} ({type(value).__name__})")
     if spec.choices is not None and value not in spec.choices:
-        raise ValueError(f"{key}: expected one of {spec.choices}, received {value!r}")
+        guess = suggestion(str(value), spec.choices)
+        raise ValueError(f"{key}: expected one of {spec.choices}, received {value!r}{guess}")
     number: Any = value
     # Written so that nan fails too.
     if spec.least is not None and not (spec.least <= number < float("inf")):
@@ -221,7 +246,8 @@ def _build(values: Mapping[str, Any]) -> Config:
     known = fields_of(Config)
     for key in values:
         if key not in known:
-            raise ValueError(f"{key}: not a key of the configuration; the keys are: {', '.join(known)}")
+            guess = suggestion(key, known) or f"; the keys are: {', '.join(known)}"
+            raise ValueError(f"{key}: not a key of the configuration{guess}")
     sections: dict[str, Any] = {}
     for key, value in values.items():
         # TOML writes 1 where a float is meant, and nobody is misled by it.
@@ -321,4 +347,5 @@ def to_toml(config: Config) -> str:
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
     """Write the configuration as TOML."""
-    Path(path).write_text(to_toml(config), encoding="utf-8")
+    with writing(path):
+        Path(path).write_text(to_toml(config), encoding="utf-8")

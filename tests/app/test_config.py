@@ -77,9 +77,10 @@ def test_the_models_section_is_made_of_the_transformers_fields():
 WRONG_OVERRIDES = [
     (
         {"trainin.steps": "3"},
-        r"trainin\.steps: not a key of the configuration; the keys are: task, layout, model\.hidden_size",
+        r"trainin\.steps: not a key of the configuration; did you mean training\.steps\?",
     ),
-    ({"steps": "3"}, "steps: not a key"),
+    ({"optimizer.lr": "3"}, r"not a key of the configuration; the keys are: task, layout, model\.hidden_size"),
+    ({"steps": "3"}, r"steps: not a key .*; did you mean training\.steps\?"),
     ({"training.steps": "many"}, r"--training\.steps: expected a whole number, received 'many'"),
     ({"training.steps": "1.5"}, r"--training\.steps: expected a whole number, received '1\.5'"),
     ({"training.steps": "0"}, r"training\.steps: expected a number of at least 1, received 0"),
@@ -116,7 +117,7 @@ WRONG_FILES = [
     ("layout = 3", r"layout: expected str, received 3 \(int\)"),
     ("[training]\nsteps = true", r"training\.steps: expected int, received True \(bool\)"),
     ("[training]\nsteps = 1.0", r"training\.steps: expected int, received 1\.0 \(float\)"),
-    ("[training]\nspets = 1", r"training\.spets: not a key"),
+    ("[training]\nspets = 1", r"training\.spets: not a key of the configuration; did you mean training\.steps\?"),
     ("training = 5", r"training: expected a section \[training\], received 5"),
     ("[run]\nsequence_parallel = 1", r"run\.sequence_parallel: expected bool, received 1 \(int\)"),
     ("[optimizer]\nlr = 1", "optimizer: not a key"),

@@ -75,7 +75,7 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
     task.check_packages()
     if how is not None and not how.allow_changed_data and (message := changed_data(config, state)):
         raise ValueError(message)
-    if task.draws and importlib.util.find_spec("matplotlib") is None:
+    if importlib.util.find_spec("matplotlib") is None:
         logger.warning("matplotlib is not installed (pip install 'fusemesh[app]'): the run will draw nothing")
     make_folder(config.run.directory, what="run.directory")
     return int(state.get("step", 0))

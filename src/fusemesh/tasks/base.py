@@ -95,7 +95,7 @@ class Task(ABC):
     ``metric`` names the first of the numbers that :meth:`score` makes of predictions; "" if the loss says all.
     ``stacks`` is 2 for an encoder-decoder, which has ``model.num_layers`` blocks in each. ``continues_texts`` says
     whether ``fusemesh generate`` can have the task's model continue a text; then :meth:`encode_prompt` and
-    :meth:`token_decoder` are defined. ``draws`` says whether :meth:`draw` makes drawings.
+    :meth:`token_decoder` are defined.
     """
 
     metric = ""
@@ -103,7 +103,6 @@ class Task(ABC):
     old_metadata: Mapping[str, Any] | None = {}
     stacks = 1
     continues_texts = False
-    draws = False
 
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         """Read all data and find the metadata in them; or take those of a trained model, and read nothing yet.
@@ -231,6 +230,16 @@ class Task(ABC):
     @abstractmethod
     def answer(self, prediction: np.ndarray, line: str) -> str:
         """Return one row of :meth:`predict` as text, for the line that it answers."""
+
+    @abstractmethod
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return predictions as :meth:`predict` does, and their scores, fp64 [B, n] with one n for all batches."""
+
+    def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
+        """Return one row of the scores of :meth:`predict_scored` as JSON."""
+        return {"log_likelihood": float(scores[0])}
 
     def encode_prompt(self, text: str, most: int) -> list[int]:
         """Return the last tokens of a text to continue, at most ``most``."""

@@ -302,6 +302,12 @@ class LanguageModel(Task):
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return the bytes that come next, up to the end of the line, [B, S / 2], filled up with PAD."""
+        return self.predict_scored(model, batch, device)[0]
+
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same, and the log-likelihood of each, [B, 1]."""
         import torch
 
         from fusemesh.transformer.generation import generate
@@ -311,8 +317,10 @@ class LanguageModel(Task):
             torch.from_numpy(row[:size]).to(device)
             for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
         ]
-        found = generate(model, prompts, max_new_tokens=length, end=ord("\n"))
-        return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        scores = [0.0] * len(prompts)
+        found = generate(model, prompts, max_new_tokens=length, end=ord("\n"), on_score=scores.__setitem__)
+        rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        return rows, torch.tensor([[score] for score in scores], dtype=torch.float64, device=device)
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return decode(prediction)

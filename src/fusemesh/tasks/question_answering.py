@@ -211,6 +211,12 @@ class QuestionAnswering(RecordTask):
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return first and last word, in the passage, of the most probable span of no more words than answers have,
         [B, 2]."""
+        return self.predict_scored(model, batch, device)[0]
+
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same, and the span's probability among all of no more words in the passage, [B, 1]."""
         import torch
 
         inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
@@ -219,8 +225,14 @@ class QuestionAnswering(RecordTask):
         # [B, start, end]
         pairs = logits[:, 0, :, None] + logits[:, 1, None, :]
         near = torch.ones((length, length), dtype=torch.bool, device=device).triu().tril(most - 1)
-        best = pairs.masked_fill(~near, float("-inf")).flatten(1).argmax(-1)
-        return torch.stack((best // length, best % length), dim=-1) - inputs["span_starts"][:, None]
+        pairs = pairs.masked_fill(~near, float("-inf")).flatten(1)
+        best = pairs.argmax(-1)
+        # An empty passage has no span, and every probability in it is NaN.
+        probability = pairs.double().softmax(-1).gather(1, best[:, None]).nan_to_num()
+        return torch.stack((best // length, best % length), dim=-1) - inputs["span_starts"][:, None], probability
+
+    def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
+        return {"probability": float(scores[0])}
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fusemesh.spelling import suggestion
+
 from .names import TASKS
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def defaults_of(name: str) -> Mapping[str, Any]:
         ValueError: there is no such task.
     """
     if name not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, received {name!r}")
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, received {name!r}{suggestion(name, TASKS)}")
     found: Mapping[str, Any] = importlib.import_module(f".{name}", __package__).DEFAULTS
     return found
 

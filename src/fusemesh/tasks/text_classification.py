@@ -47,7 +47,6 @@ class TextClassification(RecordTask):
     """See the module. The metadata are the labels in the model's order, and how often each was in the training data."""
 
     metric = "accuracy"
-    draws = True
     fields = FIELDS
     corpus = "locale data of Babel"
     old_metadata = None
@@ -117,10 +116,20 @@ class TextClassification(RecordTask):
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return the number of the most probable label, [B, 1]."""
+        return self.predict_scored(model, batch, device)[0]
+
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the number of the most probable label, and the probabilities of all, [B, labels]."""
         import torch
 
         inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
-        return model.logits(torch.from_numpy(batch.tokens).to(device), **inputs).argmax(-1)
+        logits = model.logits(torch.from_numpy(batch.tokens).to(device), **inputs)
+        return logits.argmax(-1), logits[:, 0].double().softmax(-1)
+
+    def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
+        return {"probabilities": dict(zip(self.labels, scores.tolist(), strict=True))}
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
@@ -145,7 +154,7 @@ class TextClassification(RecordTask):
 
     def draw(self, predictions: np.ndarray, folder: Path) -> None:
         """Write the confusion matrix as ``confusion.png``."""
-        from fusemesh.run.metrics import draw_matrix
+        from fusemesh.run.drawing import draw_matrix
 
         right = accuracy(predictions[:, 0], self._expected(len(predictions)))
         title = f"{len(predictions)} held-out texts of {self.source}: {right:.1%} right"

@@ -86,6 +86,12 @@ class Translation(RecordTask):
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return the bytes of the translations, [B, S], filled up with PAD."""
+        return self.predict_scored(model, batch, device)[0]
+
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same, and the log-likelihood of each, [B, 1]."""
         import torch
 
         from fusemesh.transformer.generation import generate
@@ -96,6 +102,7 @@ class Translation(RecordTask):
             torch.from_numpy(row[: max(1, size)]).to(device)
             for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
         ]
+        scores = [0.0] * len(sources)
         found = generate(
             model,
             sources,
@@ -103,8 +110,10 @@ class Translation(RecordTask):
             begin=BEGIN,
             end=END,
             num_beams=self.config.evaluation.num_beams,
+            on_score=scores.__setitem__,
         )
-        return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        return rows, torch.tensor([[score] for score in scores], dtype=torch.float64, device=device)
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
