@@ -60,7 +60,7 @@ class Examples:
     """A dataset in memory: each array's rows are the samples'."""
 
     def __init__(
-        self, tokens: np.ndarray, targets: np.ndarray, *, whole: Sequence[int] = (), **inputs: np.ndarray
+        self, tokens: np.ndarray, targets: np.ndarray, *, whole: Sequence[int] | np.ndarray = (), **inputs: np.ndarray
     ) -> None:
         """Keep the samples.
 
