@@ -44,9 +44,13 @@ class MetricsWriter:
             logger.warning("TensorBoard is not installed (pip install 'fusemesh[app]'); metrics go to %s alone", path)
         else:
             self.board_path = folder / "tensorboard"
-            with writing(self.board_path, what=OUT):
-                self.board = SummaryWriter(str(self.board_path), purge_step=first_step + 1 if first_step else None)
             threading.excepthook = self._quiet_about_board
+            try:
+                with writing(self.board_path, what=OUT):
+                    self.board = SummaryWriter(str(self.board_path), purge_step=first_step + 1 if first_step else None)
+            except BaseException:
+                threading.excepthook = self._excepthook
+                raise
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with writing(self.path, what=OUT):
