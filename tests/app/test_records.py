@@ -109,6 +109,11 @@ def test_columns_may_have_other_names_and_a_byte_order_mark(tmp_path: Path) -> N
         ("a.csv", b"text,label\na,x\nb, c,x\n", "a.csv, line 3: expected 2 values, as in the heading, received 3"),
         ("a.csv", b'text,label\na,x\n"b,x\n', "a.csv, line 3: expected a record, received what is broken"),
         (
+            "a.txt",
+            "这家餐厅的服务很好,还\n".encode() + b"\xe4\tx\n",
+            "a.txt, line 2: expected UTF-8, received the byte 0xe4; the r",
+        ),
+        (
             "a.jsonl",
             b'{"text": "a", "label": "x"}\n{"text": \n',
             "a.jsonl, line 2: expected a JSON object, received wh",

@@ -85,6 +85,9 @@ def check_encoding(encoding: str) -> None:
 
 def remedy(content: bytes) -> str:
     """Return what to do about bytes that are no UTF-8: the encodings that they may have, the likeliest first."""
+    text = content.decode(errors="replace")
+    if sum(letter > "\x7f" for letter in text) > 10 * text.count("\ufffd"):
+        return "the rest of the file is UTF-8: mend the line"
     found = likely_encodings(content)
     if not found:
         return "no encoding that is tried decodes it as text; give its own by --data.encoding, if it is text"
@@ -180,9 +183,12 @@ def check_characters(text: str, where: str) -> None:
     with contextlib.suppress(UnicodeEncodeError):
         text.encode()
         return
-    half = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
+    half = ord(next(letter for letter in text if "\ud800" <= letter <= "\udfff"))
+    if 0xDC80 <= half <= 0xDCFF:
+        # By this Python stands for a byte of the command line that it could not decode.
+        raise ValueError(f"{where}: expected UTF-8, received the byte 0x{half - 0xDC00:02x}; write the text in UTF-8")
     raise ValueError(
-        f"{where}: expected characters, received \\u{ord(half):04x}, one half of a surrogate pair; write the character "
+        f"{where}: expected characters, received \\u{half:04x}, one half of a surrogate pair; write the character "
         "itself, or both halves"
     )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import functools
 import gzip
-import logging
 import math
 import os
 import platform
@@ -55,7 +54,6 @@ _EXCLUDED_PREFIX = "_sysconfigdata"
 _SOURCE_SUFFIX = ".py"
 _SHOWN = 3  # files in a message
 _LEAST_LENGTH = 16  # that is chosen
-logger = logging.getLogger("fusemesh")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ class Corpus:
     """Two streams of bytes; each document is followed by one separator byte.
 
     train, held_out: uint8 [bytes]. train_documents, held_out_documents: how many documents each holds.
-    source: where the text came from, for reports.
+    source: where the text came from, for reports. train_left_out, held_out_left_out: files of each that have another
+    encoding, and why.
     """
 
     train: np.ndarray
@@ -71,6 +70,8 @@ class Corpus:
     train_documents: int
     held_out_documents: int
     source: str
+    train_left_out: tuple[str, ...] = ()
+    held_out_left_out: tuple[str, ...] = ()
 
 
 def standard_library() -> Path:
@@ -94,9 +95,10 @@ def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Co
     Raises:
         ValueError: nothing is there, it is in another encoding, or one document has no two lines to divide.
     """
-    documents = _read(path, "data.path", encoding)
+    (documents, left_out), others = _read(path, "data.path", encoding), ()
     if held_out:
-        parts = [documents, _read(held_out, "data.held_out", encoding)]
+        held_out_documents, others = _read(held_out, "data.held_out", encoding)
+        parts = [documents, held_out_documents]
     else:
         documents = _at_least_two(documents)
         chosen = held_out_names(documents)
@@ -112,22 +114,22 @@ def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Co
         found = b"".join(part[name] + bytes([SEPARATOR]) for name in sorted(part, key=lambda name: hash_of(name)))
         streams.append(np.frombuffer(found, dtype=np.uint8))
     source = str(_root(path)) if path else _library()
-    return Corpus(streams[0], streams[1], len(parts[0]), len(parts[1]), source)
+    return Corpus(streams[0], streams[1], len(parts[0]), len(parts[1]), source, left_out, others)
 
 
 def _root(path: str) -> Path:
     return Path(path).expanduser().resolve() if path else standard_library()
 
 
-def _read(path: str, key: str, encoding: str) -> dict[str, bytes]:
-    """Return the documents of a file or a folder by name, in UTF-8; say which files have another encoding."""
+def _read(path: str, key: str, encoding: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Return the documents of a file or a folder by name, in UTF-8, and which files have another encoding."""
     root = _root(path)
     if root.is_file():
         text = decode_text(read_bytes(root, key, "text"), encoding, str(root)).encode()
         if not text or b"\0" in text:
             what = "which holds bytes of 0" if text else "an empty file"
             raise ValueError(f"{key}: expected text, received {path!r}, {what}; give another")
-        return _parts(root.name, text)
+        return _parts(root.name, text), ()
     if not root.is_dir():
         is_there = "neither file nor folder" if root.exists() else "not found"
         raise ValueError(f"{key}: expected a text file or a folder of text files, received {path!r}: {is_there}")
@@ -141,16 +143,18 @@ def _read(path: str, key: str, encoding: str) -> dict[str, bytes]:
         # A NUL byte marks a binary file, and would be taken for the end of a document.
         if text and b"\0" not in text:
             found[name] = text
-    if undecoded:
-        more = f"; and {len(undecoded) - _SHOWN} others" if len(undecoded) > _SHOWN else ""
-        line = f"{len(undecoded)} of {len(undecoded) + len(found)} files of {path!r} cannot be read and are left out: "
-        line += "; ".join(sorted(undecoded)[:_SHOWN]) + more
-        if len(undecoded) > len(found):
-            raise ValueError(f"{key}: expected text in {encoding or 'UTF-8'}, received other files: {line}")
-        logger.warning("%s: %s", key, line)
+    if len(undecoded) > len(found):
+        files = f"{len(undecoded)} of {len(undecoded) + len(found)} files in {path!r} that are not: {_some(undecoded)}"
+        raise ValueError(f"{key}: expected text in {encoding or 'UTF-8'}, received {files}")
     if not found:
         raise ValueError(f"{key}: expected a folder of text files, received {path!r}, which has no text; give another")
-    return found
+    return found, tuple(undecoded)
+
+
+def _some(errors: Sequence[str]) -> str:
+    """Return the first of some errors, and how many others there are."""
+    more = f"; and {len(errors) - _SHOWN} others" if len(errors) > _SHOWN else ""
+    return "; ".join(sorted(errors)[:_SHOWN]) + more
 
 
 def _files(root: Path) -> Iterator[tuple[str, bytes]]:
@@ -273,6 +277,18 @@ class LanguageModel(Task):
         default: int = DEFAULTS["data.sequence_length"]
         fits = (len(self._corpus.train) - 1) // _LEAST_LENGTH * _LEAST_LENGTH
         return min(default, max(fits, _LEAST_LENGTH))
+
+    def cuts(self, part: str) -> dict[str, int]:
+        found = self._left_out(part)
+        return {"files_left_out": len(found)} if found else {}
+
+    def say_cuts(self, part: str) -> str:
+        """Return which files of the data have another encoding; a stream is cut into windows, and nothing is lost."""
+        found = self._left_out(part)
+        return f"{len(found)} {'file is' if len(found) == 1 else 'files are'} left out: {_some(found)}" if found else ""
+
+    def _left_out(self, part: str) -> tuple[str, ...]:
+        return self._corpus.train_left_out if part == "train" else self._corpus.held_out_left_out
 
     @property
     def source(self) -> str:
