@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.planner import search
+from fusemesh.hybrid.planner.hardware import find_hardware
+from fusemesh.hybrid.planner.job import TrainingJob
+from fusemesh.hybrid.planner.published import FAMILIES
 from fusemesh.hybrid.ranks.testing import RankPool
+from fusemesh.transformer.description import describe
 from tests.support.ranks import hugging_face as ranks
 from tests.support.ranks import parity
 
@@ -99,6 +105,21 @@ def test_generation_on_a_mesh_equals_one_process(rank_pool: RankPool) -> None:
         assert torch.equal(found, want)
 
 
+def test_the_planner_leaves_out_what_parallelize_refuses_and_says_the_same(rank_pool: RankPool) -> None:
+    """Of every family that it knows and of our own models, over each axis alone."""
+    texts = ("fsdp2", "tp2", "pp2")
+    verdicts, *others = rank_pool.run(ranks.verdicts, texts, ranks=2)
+    assert others == [verdicts]
+    described = {name: sizes.describe() for name, sizes in ranks.published().items()}
+    described |= {kind: describe(config) for kind, config in ranks.OWN.items()}
+    assert verdicts.keys() == {(name, text) for name in described for text in texts}
+    for (name, text), message in verdicts.items():
+        found = search.consider(described[name], TrainingJob(8, 64), find_hardware("h100"), Layout.parse(text))
+        assert (found.why if isinstance(found, search.Rejected) else "") == message, (name, text)
+    refused = {key for key, message in verdicts.items() if message}
+    assert refused == {*((name, "pp2") for name in FAMILIES), ("gpt2", "tp2")}
+
+
 @pytest.mark.parametrize(
     ("layout", "name", "changed", "styles", "parts"),
     [
@@ -117,8 +138,14 @@ def test_generation_on_a_mesh_equals_one_process(rank_pool: RankPool) -> None:
             {"model.layers.*.mlp.up_proj": "local_colwise"},
             ["model._tp_plan: expected styles", "'local_colwise'", "model.layers.*.mlp.up_proj", "plan="],
         ),
-        ("tp2", "gpt2", {}, {}, ["say by plan= how tp splits them"]),
-        ("pp2", "llama", {}, {}, ["model: pp2 expects", "PipelinedModel"]),
+        (
+            "tp2",
+            "gpt2",
+            {},
+            {},
+            ["GPT2LMHeadModel brings no tensor-parallel table; pass one", "plan=, or use fsdp"],
+        ),
+        ("pp2", "llama", {}, {}, ["pp: LlamaForCausalLM brings no stage()", "use fsdp or tp in the place of pp"]),
     ],
     ids=["heads", "intermediate", "style", "no-plan", "pipeline"],
 )

@@ -11,11 +11,15 @@ from torch.distributed.tensor import DTensor
 import fusemesh
 from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.planner.published import FAMILIES as PLANNED
+from fusemesh.hybrid.planner.published import PublishedDecoder
 from fusemesh.hybrid.ranks.join import World, build_mesh
 from fusemesh.integrations.transformers import interface as ours
 from fusemesh.kernels import backends
+from fusemesh.transformer import Transformer
 from tests.support.hugging_face import FAMILIES, VOCABULARY, Family, KeepDouble
 from tests.support.hugging_face_families import MODELS
+from tests.support.ranks import planner as planner_ranks
 from tests.support.ranks.plan import learned, own
 
 BATCH, LENGTH = 4, 9
@@ -109,3 +113,30 @@ def refused(world: World, text: str, name: str, changed: dict[str, Any], styles:
     except ValueError as error:
         return str(error)
     return ""
+
+
+OWN = {kind: planner_ranks.CONFIGS[kind] for kind in ("decoder", "span", "translation-tied")}
+
+
+def published() -> dict[str, PublishedDecoder]:
+    """A small decoder of each family that the planner knows, by the name of the family."""
+    common: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "sequence_length": 64}
+    common |= {"num_kv_heads": 2, "intermediate_size": 48, "vocab_size": ODD}
+    return {name: PublishedDecoder(name=name, family=name, **common) for name in PLANNED}
+
+
+def verdicts(world: World, texts: tuple[str, ...]) -> dict[tuple[str, str], str]:
+    """The messages with which parallelize refuses each family, and our own models, on layouts; "" where it does not."""
+    found = {}
+    for text in texts:
+        layout = Layout.parse(text)
+        mesh = build_mesh(layout, world)
+        for name in (*PLANNED, *OWN):
+            with torch.device("meta"):
+                model = Transformer(OWN[name]) if name in OWN else family(name).build("eager")
+            try:
+                fusemesh.parallelize(model, mesh, layout)
+                found[name, text] = ""
+            except ValueError as error:
+                found[name, text] = str(error)
+    return found
