@@ -17,6 +17,7 @@ from .data_parallel import shard_data_parallel
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
+from .placed import mark
 from .tensor.modules import TensorParallelModule
 from .tensor.table import convert, find_table
 
@@ -104,6 +105,8 @@ def parallelize(
         model.mesh = mesh
     if mine is not None:
         mine.model.pipeline = Pipeline(mine, mesh, options, dtype)
+    # 5. What would save, copy or grow the whole model knows that there are parts.
+    mark(model, sharded=layout.fsdp > 1)
     return model
 
 

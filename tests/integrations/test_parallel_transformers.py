@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner import search
@@ -103,6 +106,44 @@ def test_generation_on_a_mesh_equals_one_process(rank_pool: RankPool) -> None:
     assert want.shape == (ranks.BATCH, ranks.LENGTH + 5)
     for found in rank_pool.run(ranks.generated, "llama", {}, ranks=2):
         assert torch.equal(found, want)
+
+
+def test_shards_generate_until_all_ranks_are_done(rank_pool: RankPool) -> None:
+    for rank, found in enumerate(rank_pool.run(ranks.generated_apart, 0, ranks=2)):
+        assert torch.equal(found, ranks.generated_apart(None, rank))
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "changed"),
+    [
+        ("fsdp2 x tp2", "llama", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("dp2 x fsdp2", "gpt2", {}),
+        slow("dp2 x tp2", "llama", {}),
+        slow("tp4", "gemma2", {}),
+        slow("fsdp4", "mistral", {}),
+    ],
+)
+def test_what_is_saved_on_a_mesh_loads_in_one_process(
+    rank_pool: RankPool, tmp_path: Path, layout: str, name: str, changed: dict[str, Any]
+) -> None:
+    """To the bit, under Hugging Face's names, with tied weights stored once."""
+    first, *others = rank_pool.run(ranks.saved, layout, name, changed, str(tmp_path))
+    kind = getattr(transformers, ranks.family(name).model)
+    model, loaded = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loaded.values())
+    found = dict(model.named_parameters(remove_duplicate=False))
+    for want in (first, *others):
+        assert want.keys() == found.keys() and all(torch.equal(found[key], x) for key, x in want.items())
+    stored = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(stored.values())) > 1 and set(stored) == {key for key, _ in model.named_parameters()}
+    assert model.config.architectures == [kind.__name__]
+
+
+def test_saving_that_fails_on_one_rank_fails_on_all(rank_pool: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    first, second = rank_pool.run(ranks.not_saved, str(tmp_path / "file" / "model"), ranks=2)
+    assert first[0].startswith("NotADirectoryError") and "rank 0 could not save: NotADirectoryError" in second[0]
+    assert "resize_token_embeddings: expected a whole model" in first[1] and "before parallelize()" in second[1]
 
 
 def test_the_planner_leaves_out_what_parallelize_refuses_and_says_the_same(rank_pool: RankPool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -100,6 +101,46 @@ def generated(world: World | None, name: str, changed: dict[str, Any]) -> torch.
         mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
         mask[0, :3] = 0
         return model.generate(batch()[0], attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+
+def generated_apart(world: World | None, rank: int) -> torch.Tensor:
+    """The same on shards, where each rank has a prompt of its own and asks for another number of tokens."""
+    with in_dtype(torch.float64), fusemesh.use_backend("reference"), torch.no_grad():
+        model = build("llama", "eager" if world is None else "fusemesh", torch.float64, {})
+        if world is not None:
+            layout = Layout(fsdp=world.world_size)
+            fusemesh.parallelize(model, build_mesh(layout, world), layout)
+        rank = rank if world is None else world.rank
+        return model.generate(batch()[0][rank : rank + 1], max_new_tokens=2 + 3 * rank, do_sample=False)
+
+
+def saved(world: World, text: str, name: str, changed: dict[str, Any], folder: str) -> dict[str, torch.Tensor]:
+    """The weights, whole, of a model that has learned a step on a mesh and is saved there in several files."""
+    layout = Layout.parse(text)
+    model = fusemesh.parallelize(build(name, "sdpa", torch.float32, changed), build_mesh(layout, world), layout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss(model, *(own(x, layout, world.rank) for x in batch())).backward()
+    optimizer.step()
+    model.save_pretrained(folder, is_main_process=world.rank == 0, max_shard_size="30KB")
+    assert os.path.isfile(os.path.join(folder, "model.safetensors.index.json")), "a rank went on too early"
+    return {name: whole(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def not_saved(world: World, folder: str) -> tuple[str, str]:
+    """The errors of saving where rank 0 cannot write, and of resizing."""
+    layout = Layout(fsdp=world.world_size)
+    model = fusemesh.parallelize(build("llama", "sdpa", torch.float32, {}), build_mesh(layout, world), layout)
+    found = []
+    for call in (lambda: model.save_pretrained(folder), lambda: model.resize_token_embeddings(60)):
+        try:
+            call()
+        except (OSError, ValueError, RuntimeError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found[0], found[1]
 
 
 def refused(world: World, text: str, name: str, changed: dict[str, Any], styles: dict[str, str]) -> str:
