@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import runpy
 from typing import Any
 
 import torch
@@ -181,3 +183,11 @@ def verdicts(world: World, texts: tuple[str, ...]) -> dict[tuple[str, str], str]
             except ValueError as error:
                 found[name, text] = str(error)
     return found
+
+
+def example(script: str, arguments: list[str]) -> tuple[int, str]:
+    """The status of a script's main() on this rank, and what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = runpy.run_path(script)["main"](arguments)
+    return status, printed.getvalue()
