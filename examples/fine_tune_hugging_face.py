@@ -1,7 +1,7 @@
 """Fine-tune a Hugging Face model in a layout, save it, and load it in one process.
 
-The model is a small Llama with random weights, the text this file; with from_pretrained(...) in the place of `build` and
-your own batches it is a real run. One process, or as many as the layout has ranks:
+The model is a small Llama with random weights, the text this file; with from_pretrained(...) in the place of `build`
+and your own batches it is a real run. One process, or as many as the layout has ranks:
 
     python examples/fine_tune_hugging_face.py
     torchrun --nproc-per-node 4 examples/fine_tune_hugging_face.py --layout "fsdp2 x tp2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.support.ranks import parity
 pytestmark = pytest.mark.distributed
 
 FP64, FP32 = 1e-12, 5e-6
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def check(found: list[Any], want: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -137,6 +139,19 @@ def test_what_is_saved_on_a_mesh_loads_in_one_process(
     stored = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(stored.values())) > 1 and set(stored) == {key for key, _ in model.named_parameters()}
     assert model.config.architectures == [kind.__name__]
+
+
+def test_the_example_fine_tunes_saves_and_loads(rank_pool: RankPool, tmp_path: Path) -> None:
+    arguments = ["--layout", "fsdp2 x tp2", "--steps", "6", "--out", str(tmp_path)]
+    script = str(EXAMPLES / "fine_tune_hugging_face.py")
+    (status, printed), *others = rank_pool.call(ranks.example, script, arguments)
+    assert status == 0 and others == [(0, "")] * 3
+    first, second = printed.splitlines()
+    found = re.fullmatch(r"layout fsdp2 x tp2: loss (\d\.\d+) at first, (\d\.\d+) after 6 steps", first)
+    assert found is not None and float(found[2]) < float(found[1]) - 0.3
+    found = re.fullmatch(r"the next batch: (\d\.\d+) on 4 ranks, (\d\.\d+) from .* in one process", second)
+    assert found is not None and float(found[1]) == pytest.approx(float(found[2]), rel=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 def test_saving_that_fails_on_one_rank_fails_on_all(rank_pool: RankPool, tmp_path: Path) -> None:
