@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -77,9 +78,10 @@ def parallelize(
     plain = _plain_parameters(model, parts)
     assert not plain or layout.tp == 1, plain
 
-    # 0. What is about to be cut is the same on every rank: replicas and parts of different models would train silently.
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else _CPU
-    check_same_model(model, device)
+    # What is about to be cut is the same on every rank: replicas and parts of different models would train silently.
+    if mesh.size() == dist.get_world_size():
+        check_same_model(model, device)
 
     # 1. Pipeline parallel: the rank keeps its stages alone, before anything else takes memory.
     mine = None

@@ -36,7 +36,7 @@ ONE = Curve(((1.0, 1.0),))
 
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # Plain numbers below these (bytes, bytes/s, FLOP/s) or, of latencies, above (s) were meant in another unit.
-_LEAST = {"memory": 2**20, "bandwidth": 1e6, "peak": 1e6}
+_LEAST = {"memory": 2**20, "reserved": 2**20, "bandwidth": 1e6, "peak": 1e6}
 _MOST_LATENCY = 1.0
 
 
@@ -207,8 +207,9 @@ def _in_bytes(key: str, value: Any) -> Any:
     """Return the value of ``memory``, ``reserved`` or ``bandwidth``, of which a text has a unit; any other as it is."""
     if key in ("memory", "reserved", "bandwidth") and isinstance(value, str):
         return bytes_of(value.removesuffix("/s"), f"--gpu: {key}")
-    if key in ("memory", "bandwidth"):
-        _check_unit(key, value, "bytes" if key == "memory" else "bytes/s", _LEAST[key])
+    # Nothing may be reserved.
+    if key in ("memory", "bandwidth") or (key == "reserved" and value != 0):
+        _check_unit(key, value, "bytes/s" if key == "bandwidth" else "bytes", _LEAST[key])
     return value
 
 

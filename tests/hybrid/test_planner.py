@@ -372,6 +372,7 @@ def test_hardware_from_a_file(tmp_path: Path) -> None:
 UNITS = [
     ({"memory": 80}, r"--gpu: memory: expected bytes, such as 80e9 \(or of bytes \"80GB\"\), received 80"),
     ({"memory": "80"}, "--gpu: memory: expected a size with its unit, received '80'; write 80GB"),
+    ({"reserved": 2}, "--gpu: reserved: expected bytes, .*received 2"),
     ({"bandwidth": 3350}, "--gpu: bandwidth: expected bytes/s, .*received 3350"),
     ({"peak": {"bfloat16": 989}}, r"--gpu: peak\.bfloat16: expected FLOP/s, .*received 989"),
     ({"intra": {"latency": 5, "bandwidth": 4e11}}, r"--gpu: intra\.latency: expected seconds, received 5; 5 micro"),
