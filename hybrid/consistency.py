@@ -22,7 +22,7 @@ class DriftError(RuntimeError):
     """Replicas of a parameter are no longer equal; the message names the parameter and the ranks."""
 
 
-_ROW = 1024
+_ROW = 64  # integers
 
 
 class NonFiniteError(RuntimeError):
@@ -42,7 +42,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 def quick_sum(tensor: torch.Tensor) -> int:
     """Return a number of a tensor's bits at the speed of memory: a change of one element always changes it.
 
-    Rows of 8 KiB are added as integers, and the sums within a row weighed: of the elements that change places only
+    Rows of 512 bytes are added as integers, and the sums within a row weighed: of the elements that change places only
     those are seen that come to stand in another column.
     """
     bits = tensor.detach().contiguous().flatten().view(torch.uint8)

@@ -21,7 +21,7 @@ def test_checksum(dtype: torch.dtype) -> None:
     assert len({int(checksum(y)) for y in (x, other, swapped)}) == 3
 
 
-@pytest.mark.parametrize("size", [1, 7, 1024, 2048, 5000])
+@pytest.mark.parametrize("size", [1, 7, 128, 256, 500])
 def test_a_quick_sum_sees_a_change_of_any_element(size: int) -> None:
     x = torch.randn(size + 1)
     for y in (x[:size], x[1:]):  # which begins where eight bytes do not
