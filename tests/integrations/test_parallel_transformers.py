@@ -110,6 +110,14 @@ def test_generation_on_a_mesh_equals_one_process(rank_pool: RankPool) -> None:
         assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_transformers_own_attention_on_more_ranks_than_keys(rank_pool: RankPool, implementation: str) -> None:
+    """It repeats keys by the number of its query heads that share one, which is the rank's."""
+    want = ranks.logits_on_more_ranks_than_keys(None, implementation)
+    for found in rank_pool.run(ranks.logits_on_more_ranks_than_keys, implementation):
+        assert parity.error(found, want) <= FP32
+
+
 def test_shards_generate_until_all_ranks_are_done(rank_pool: RankPool) -> None:
     for rank, found in enumerate(rank_pool.run(ranks.generated_apart, 0, ranks=2)):
         assert torch.equal(found, ranks.generated_apart(None, rank))

@@ -106,20 +106,31 @@ def generated(world: World | None, name: str, changed: dict[str, Any]) -> torch.
 
 
 def generated_apart(world: World | None, rank: int) -> torch.Tensor:
-    """The same on shards, where each rank has a prompt of its own and asks for another number of tokens."""
-    with in_dtype(torch.float64), fusemesh.use_backend("reference"), torch.no_grad():
-        model = build("llama", "eager" if world is None else "fusemesh", torch.float64, {})
-        if world is not None:
-            layout = Layout(fsdp=world.world_size)
-            fusemesh.parallelize(model, build_mesh(layout, world), layout)
-        rank = rank if world is None else world.rank
-        return model.generate(batch()[0][rank : rank + 1], max_new_tokens=2 + 3 * rank, do_sample=False)
+    """Greedy tokens on shards, where each rank has a prompt of its own and asks for another number of them."""
+    model = build("llama", "sdpa", torch.float32, {})
+    if world is not None:
+        layout = Layout(fsdp=world.world_size)
+        fusemesh.parallelize(model, build_mesh(layout, world), layout)
+    rank = rank if world is None else world.rank
+    return model.generate(batch()[0][rank : rank + 1], max_new_tokens=2 + 3 * rank, do_sample=False)
+
+
+def logits_on_more_ranks_than_keys(world: World | None, implementation: str) -> torch.Tensor:
+    """Logits of a Llama with two key and value heads, on a mesh of tp or (world None) alone, with padding."""
+    model = build("llama", implementation, torch.float32, {})
+    if world is not None:
+        layout = Layout(tp=world.world_size)
+        fusemesh.parallelize(model, build_mesh(layout, world), layout)
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.int64)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        return model(batch()[0], attention_mask=mask).logits[mask.bool()]
 
 
 def saved(world: World, text: str, name: str, changed: dict[str, Any], folder: str) -> dict[str, torch.Tensor]:
     """The weights, whole, of a model that has learned a step on a mesh and is saved there in several files."""
     layout = Layout.parse(text)
-    model = fusemesh.parallelize(build(name, "sdpa", torch.float32, changed), build_mesh(layout, world), layout)
+    model = fusemesh.parallelize(build(name, "eager", torch.float32, changed), build_mesh(layout, world), layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loss(model, *(own(x, layout, world.rank) for x in batch())).backward()
     optimizer.step()
