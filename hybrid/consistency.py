@@ -191,8 +191,8 @@ def _raise_together(drifted: tuple[str, str, list[int]] | None, step: int) -> No
         ranks = sorted({rank for other, _, ranks in told if other == name for rank in ranks})
         raise DriftError(
             f"step {step}: replicas of parameter {name!r} along {axis} differ: rank {', '.join(map(str, ranks))} from "
-            "the rest, or of two from each other. Go on from the last checkpoint with --resume; if it comes again on "
-            "the same rank, suspect its hardware"
+            "the rest, or of two from each other. Go on from the last checkpoint, if there is one, with --resume; if "
+            "it comes again on the same rank, suspect its hardware"
         )
 
 

@@ -161,3 +161,9 @@ def test_models_that_differ_among_ranks_are_refused(
             assert "set the same seed on every rank" in message and "load the same weights" in message
         else:
             assert message == ""
+
+
+def test_replicas_drop_what_one_process_drops(rank_pool: RankPool) -> None:
+    want = plan_ranks.dropped(None, "")
+    found = torch.cat(rank_pool.run(plan_ranks.dropped, "dp2", ranks=2))
+    assert parity.error(found, want) <= FP64
