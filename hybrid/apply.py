@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fusemesh.kernels.attention.call.place import Place
+
 from .data_parallel import shard_data_parallel
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
-from .tensor.modules import TensorParallelModule
+from .tensor.modules import ColumnParallelLinear, TensorParallelModule
 from .tensor.table import convert, find_table
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +95,10 @@ def parallelize(
         shard_data_parallel(
             root, mesh, blocks=_blocks(root), prepare=split, dtype=dtype, keep_gathered=mine is not None
         )
-    # 4. The stages are connected.
+    # 4. What attends knows its heads and samples, so that dropout is that of one process.
+    for root in roots:
+        _set_places(root, layout.replica_of(mesh.get_rank()))
+    # 5. The stages are connected.
     if isinstance(model, PipelinedModel):
         model.mesh = mesh
     if mine is not None:
@@ -114,6 +119,15 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, nn.ModuleList):
         return list(model)
     return [block for child in model.children() for block in _blocks(child)]
+
+
+def _set_places(model: nn.Module, replica: int) -> None:
+    """Set on every module that contains others which part of the heads and samples is its own."""
+    for module in model.modules():
+        columns = [child for child in module.children() if isinstance(child, ColumnParallelLinear)]
+        heads = next((column.rank for column in columns if not column.gather_output), 0)
+        if any(True for _ in module.children()):
+            vars(module)["fusemesh_place"] = Place(heads, replica)
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:

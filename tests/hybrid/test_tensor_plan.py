@@ -131,3 +131,9 @@ def test_a_checkpoint_loads_into_another_layout(rank_pool: RankPool, tmp_path: P
     for found in rank_pool.run(plan_ranks.through_a_checkpoint, str(tmp_path), "dp2 x tp2", "tp4", tied):
         for name, x in plan_ranks.stepped(tied).items():
             torch.testing.assert_close(found[name], x, rtol=1e-11, atol=1e-13)
+
+
+def test_replicas_drop_what_one_process_drops(rank_pool: RankPool) -> None:
+    want = plan_ranks.dropped(None, "")
+    found = torch.cat(rank_pool.run(plan_ranks.dropped, "dp2", ranks=2))
+    assert parity.error(found, want) <= FP64

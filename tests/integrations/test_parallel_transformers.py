@@ -38,6 +38,10 @@ def slow(*values: Any) -> Any:
         ("dp2 x tp2", "gemma2", {}),  # tied embeddings, softcap, window
         ("fsdp2 x tp2", "llama", {"tie_word_embeddings": True}),
         ("tp4", "llama", {}),  # two key and value heads on four ranks
+        ("dp2 x tp2", "llama", {"attention_dropout": 0.5}),
+        slow("fsdp2 x tp2", "mistral", {"attention_dropout": 0.5}),
+        slow("tp4", "phi3", {"attention_dropout": 0.5}),
+        slow("dp4", "llama", {"attention_dropout": 0.5}),
         slow("fsdp4", "llama", {}),
         slow("dp2 x tp2", "mistral", {}),
         slow("dp2 x tp2", "qwen2", {}),
@@ -47,12 +51,16 @@ def slow(*values: Any) -> Any:
     ids=lambda x: str(x).replace(" ", "") if isinstance(x, str) else "-".join(x),
 )
 def test_fp64_on_the_reference_backend(rank_pool: RankPool, layout: str, name: str, changed: dict[str, Any]) -> None:
-    """Against eager attention in one process."""
+    """Against eager attention in one process, and with dropout against our own, of the same seed."""
     if not ranks.family(name).is_routed():
         pytest.skip("not routed by this version of transformers")
-    want = ranks.on_one(name, "eager", torch.float64, "reference", changed)
+    alone = "fusemesh" if ranks.drops(changed) else "eager"
+    want = ranks.on_one(name, alone, torch.float64, "reference", changed)
     found = rank_pool.run(ranks.on_layout, layout, name, torch.float64, "reference", changed)
     check(found, want, FP64)
+    if ranks.drops(changed):
+        without = ranks.on_one(name, alone, torch.float64, "reference", {**changed, "attention_dropout": 0.0})
+        assert abs(without["loss"] - want["loss"]) > 1e-3
     for _, counts, _ in found:
         assert counts[("attention_forward", "reference")] == 2
         assert {backend for _, backend in counts} == {"reference"}

@@ -14,6 +14,7 @@ from ...autocast import autocast_dtype
 from ..call.errors import short
 from ..call.option_checks import checked_dropout, seed_tensor, without_keys
 from ..call.options import Options
+from ..call.place import place_of
 from ..call.scalars import as_integer, element
 from ..call.score_mods import checked_softcap
 from ..call.validation import broadcast_dims, check_flag, check_truth, normalise, window_sides, wrong
@@ -200,9 +201,13 @@ class MultiheadAttention(nn.Module):
         if dropout_p > 0:
             # Drawn here, so that the weights lose what the output does.
             seed = seed_tensor(None, q)
+        place, origin = place_of(self) if dropout_p > 0 else None, None
+        if place is not None and (align is not None or q.shape[2] == k.shape[2]):
+            origin, align = place.origin(q, k, align), None
         options: dict[str, Any] = {
             "causal": causal,
             "align": align,
+            "origin": origin,
             "window": self.window,
             "mask": mask,
             "bias": bias,

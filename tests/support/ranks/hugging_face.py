@@ -39,7 +39,13 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def build(name: str, implementation: str, dtype: torch.dtype, changed: dict[str, Any]) -> Any:
     ours.register()
-    return family(name).build(implementation, **{"vocab_size": ODD, **changed}).to(dtype)
+    model = family(name).build(implementation, **{"vocab_size": ODD, **changed})
+    return model.train(drops(changed)).to(dtype)
+
+
+def drops(changed: dict[str, Any]) -> bool:
+    """Return whether a model with these options drops attention weights."""
+    return "attention_dropout" in changed
 
 
 def in_dtype(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
@@ -49,6 +55,7 @@ def in_dtype(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
 def loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """transformers' own: the sum over a replica's tokens divided by the count of all replicas'."""
     count = (batch()[1][:, 1:] != -100).sum()
+    torch.manual_seed(3)  # of dropout, the same on every rank
     return model(ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
 
 

@@ -289,3 +289,16 @@ def stepped(tied: bool) -> dict[str, torch.Tensor]:
     plain_loss(model, *batch()).backward()
     optimizer.step()
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def dropped(world: World | None, text: str) -> torch.Tensor:
+    """The output of a MultiheadAttention with dropout for a replica's samples, or in one process for all."""
+    torch.manual_seed(0)
+    model: Any = fusemesh.MultiheadAttention(16, 2, dropout=0.5, batch_first=True, backend="reference").double()
+    x = torch.randn(BATCH, 5, 16, dtype=torch.float64)
+    if world is not None:
+        layout = Layout.parse(text)
+        model = fusemesh.parallelize(model, build_mesh(layout, world), layout)
+        x = own(x, layout, world.rank)
+    torch.manual_seed(1)  # the same on every rank
+    return model(x, x, x)[0].detach()

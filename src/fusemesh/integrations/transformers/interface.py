@@ -29,6 +29,7 @@ import torch
 from fusemesh import compat
 from fusemesh.kernels.attention.call.errors import short
 from fusemesh.kernels.attention.call.option_checks import checked_dropout, checked_scale, without_keys
+from fusemesh.kernels.attention.call.place import place_of
 from fusemesh.kernels.attention.call.scalars import as_integer, element
 from fusemesh.kernels.attention.call.score_mods import checked_softcap
 from fusemesh.kernels.attention.call.tensors import has_values
@@ -128,12 +129,19 @@ def attention(
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     if dropout_p == 1:
         dropout_p, mask = 0.0, without_keys(query)
+    align = "bottom_right" if causal or window is not None else None
+    place = place_of(module) if dropout_p > 0 else None
+    origin = None
+    if place is not None:
+        # The seed is drawn alike on every rank; a rank's heads and samples drop what they would in one process.
+        origin, align = place.origin(query, key, align), None
     out = flash_attention(
         query,
         key,
         value,
         causal=causal,
-        align="bottom_right" if causal or window is not None else None,
+        align=align,
+        origin=origin,
         window=window,
         mask=mask,
         bias=_in_dtype_of(query, bias),
