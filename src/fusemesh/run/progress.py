@@ -97,6 +97,22 @@ class StepMetrics:
         self.since = time.perf_counter()
 
 
+class _Lines:
+    """Shows progress where no bar can be drawn: a line whenever metrics are due."""
+
+    def __init__(self, first: int, steps: int) -> None:
+        self.done, self.steps = first, steps
+
+    def update(self, steps: int) -> None:
+        self.done += steps
+
+    def set_postfix_str(self, text: str) -> None:
+        print(f"step {self.done} of {self.steps}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """Return the name of the last checkpoint of the run in ``folder``; None if it has saved none."""
     saved = checkpoint.all_checkpoints(folder / "checkpoints")
@@ -104,11 +120,14 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def progress_bar(first: int, steps: int, wanted: bool) -> Any:
-    """Return a progress bar if stderr is a terminal; None elsewhere, where it would fill a log file."""
-    if not wanted or not sys.stderr.isatty():
+    """Return a progress bar if stderr is a terminal; elsewhere, where it would fill a log file, lines; None if neither
+    is wanted."""
+    if not wanted:
         return None
     try:
         from tqdm import tqdm
     except ImportError:
-        return None
+        tqdm = None
+    if tqdm is None or not sys.stderr.isatty():
+        return _Lines(first, steps)
     return tqdm(total=steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)
