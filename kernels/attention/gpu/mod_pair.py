@@ -55,7 +55,7 @@ def mod_pair_kernel(
 def run(
     s: torch.Tensor, ds: torch.Tensor, call: Call, *, is_transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the scores s [B, H, Sq, Sk], fp32, after the call's one mod, and the gradient of s, if it has a backward."""
+    """Return the scores s [B, H, Sq, Sk], fp32, after the call's mod, and the gradient of s if it has a backward."""
     spec, (B, H, Sq, Sk) = call.spec, s.shape
     constants = {"d": 16, "dv": 16, "block_d": 16, "block_dv": 16, "mask_dims": None, "bias_dims": None}
     flags = dict.fromkeys(("has_left", "has_right", "has_origin", "fold_scale", "natural"), False)
