@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 C = TypeVar("C", bound=type)
 
@@ -38,6 +39,14 @@ PRIVATE = {
     "torch._C._nn.scaled_dot_product_attention": Private(
         "calling PyTorch's kernel while fusemesh.accelerate() has given its public name to a function of ours",
         "keep the function that F.scaled_dot_product_attention names when this module is imported",
+    ),
+    "torch._C._functorch": Private(
+        "which transforms of torch.func a call runs under, and whether vmap maps a tensor or hides its requires_grad",
+        "take `torch.func` calls for ordinary ones: ops without a rule then fail by PyTorch's own messages",
+    ),
+    "torch.autograd.forward_ad._current_level": Private(
+        "whether a level of forward-mode differentiation is open, which no op of ours has a rule for",
+        "raise in a jvp rule, if torch.library takes one by then: without either, tangents are silently zero",
     ),
     "._ragged_idx": Private(
         "which dimension of a jagged tensor is the jagged one",
@@ -87,6 +96,41 @@ def recording() -> contextlib.AbstractContextManager[Any]:
     guard: contextlib.AbstractContextManager[Any]
     guard = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     return guard
+
+
+# The transforms of torch.func, as :func:`transforms` names them.
+VMAP, GRADIENT, FORWARD = "vmap", "grad", "jvp"
+_NAMES = {"Vmap": VMAP, "Grad": GRADIENT, "Jvp": FORWARD}
+
+
+def transforms() -> tuple[str, ...]:
+    """Return which transforms the code runs under, each once; torch.autograd.forward_ad's open level is FORWARD."""
+    if torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0:
+        return ()
+    found = {_NAMES.get(level.key().name) for level in torch._C._functorch.get_interpreter_stack() or ()}
+    if forward_ad._current_level >= 0:
+        found.add(FORWARD)
+    return tuple(name for name in _NAMES.values() if name in found)
+
+
+# torch.compile enters the transforms that it traces, and guards on those around the graph.
+assume_constant_result(transforms)
+
+
+def requires_grad(x: torch.Tensor) -> bool:
+    """Return ``x.requires_grad``, also of a tensor inside vmap, which shows False whatever it was made of."""
+    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
+def is_mapped(x: torch.Tensor) -> bool:
+    """Return whether vmap maps ``x``, so that it has other contents for each sample."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 def ragged_dim(x: Any) -> int:

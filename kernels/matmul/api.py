@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..backend_record import Request, implementation
+from .. import compat
+from ..backend_record import Request, implementation, needs_gradient
 from ..backends import choose, count
 from . import ops, reference
 
@@ -70,7 +71,8 @@ def fused_linear(
     _check_tensors(x, w, bias, w_up)
     x, w, bias, w_up = _autocast(x, w, bias, w_up)
     _check(x, w, bias, activation, w_up)
-    record = choose(backend, Request("linear", x.device, x.dtype))
+    needs_grad = bool(compat.transforms()) and needs_gradient(x, w, bias, w_up)
+    record = choose(backend, Request("linear", x.device, x.dtype, needs_grad=needs_grad))
     if "linear" not in record.differentiable:
         return ops.linear(x, w, bias, w_up, activation, record.name)
     count("linear_forward", record.name)

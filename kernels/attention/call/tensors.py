@@ -23,11 +23,6 @@ def autocast(*inputs: Any) -> tuple[Any, ...]:
     return tuple(cast(x) for x in inputs)
 
 
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Return whether autograd will ask for a gradient of one of the tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last stride is 1, else a contiguous copy, which autograd sees."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

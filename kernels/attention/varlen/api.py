@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ... import env
-from ...backend_record import Request, implementation
+from ... import compat, env
+from ...backend_record import Request, implementation, needs_gradient
 from ...backends import choose, count
 from ..call.errors import short, wrong
 from ..call.options import Options
 from ..call.packed import Packed, check_contents
 from ..call.spec import Origin
-from ..call.tensors import autocast, needs_gradient, unit_last_stride
+from ..call.tensors import autocast, unit_last_stride
 from ..call.validation import ALIGN, DTYPES, check_flag, check_qkv, normalise
 from .ops import FIELDS
 
@@ -137,7 +137,8 @@ def attend(
     if env.CHECK and not torch.compiler.is_compiling():
         check_contents(packed, q.shape[0], k.shape[0])
     # The reference reads lengths on the host, which a compiled graph holds only inside an op.
-    if "attention_varlen" in record.differentiable and not torch.compiler.is_compiling():
+    is_formula = "attention_varlen" in record.differentiable
+    if is_formula and (not torch.compiler.is_compiling() or compat.transforms()):
         count("attention_varlen_forward", record.name)
         found: tuple[torch.Tensor, torch.Tensor]
         found = implementation(record.name, "attention_varlen").forward(q, k, v, call)
@@ -199,6 +200,9 @@ def _check_starts(name: str, cu: Any, q: torch.Tensor) -> None:
         raise wrong(name, expected, type(cu).__name__, remedy)
     if cu.dim() != 1 or cu.shape[0] == 0 or cu.dtype not in INDEX_DTYPES or cu.device != q.device:
         raise wrong(name, expected, f"shape {tuple(cu.shape)}, {cu.dtype} on {cu.device}", remedy)
+    if compat.VMAP in compat.transforms() and not torch.compiler.is_compiling() and compat.is_mapped(cu):
+        remedy = "pack the sequences of all samples into one call, or call it for each sample"
+        raise wrong(name, "lengths that all samples of torch.func.vmap share", "lengths that vmap maps", remedy)
     if cu.stride(0) != 1 and cu.shape[0] > 1:
         raise wrong(name, "a contiguous tensor", f"strides {cu.stride()}", "call .contiguous()")
 
