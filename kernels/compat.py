@@ -44,6 +44,14 @@ PRIVATE = {
         "which transforms of torch.func a call runs under, and whether vmap maps a tensor or hides its requires_grad",
         "take `torch.func` calls for ordinary ones: ops without a rule then fail by PyTorch's own messages",
     ),
+    "torch._C._vmapmode": Private(
+        "the level of the older vmap in which torch.autograd.grad(is_grads_batched=True) calls backward ops",
+        "drop the rule of op_rules.py for it where torch.autograd uses torch.func.vmap, whose rule is another",
+    ),
+    "_batch_dim": Private(
+        "taking the samples of the older vmap apart, and putting results together",
+        "as for torch._C._vmapmode",
+    ),
     "torch.autograd.forward_ad._current_level": Private(
         "whether a level of forward-mode differentiation is open, which no op of ours has a rule for",
         "raise in a jvp rule, if torch.library takes one by then: without either, tangents are silently zero",
@@ -131,6 +139,27 @@ def is_mapped(x: torch.Tensor) -> bool:
             return True
         x = torch._C._functorch.get_unwrapped(x)
     return False
+
+
+def older_vmap_level() -> int:
+    """Return how many calls of the older vmap, that of is_grads_batched, are around."""
+    level: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def samples_of(x: torch.Tensor, level: int) -> torch.Tensor | None:
+    """Return the samples of the older vmap one after the other, [samples, ...]; None if it does not map ``x``."""
+    if not torch._C._functorch.is_legacy_batchedtensor(x):
+        return None
+    samples: torch.Tensor = torch._remove_batch_dim(x, level, 0, 0)
+    return samples
+
+
+def as_mapped(samples: torch.Tensor, level: int) -> torch.Tensor:
+    """Return [samples, ...] as the older vmap shows it to what it maps."""
+    mapped: torch.Tensor = torch._add_batch_dim(samples, 0, level)
+    return mapped
 
 
 def ragged_dim(x: Any) -> int:

@@ -45,6 +45,7 @@ def define(
     _LIBRARY.impl(name, op_rules.without_tangents(name)(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusemesh::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"fusemesh::{name}", vmap or op_rules.by_sample(name), lib=_LIBRARY)
+    _LIBRARY.impl(name, op_rules.by_sample_of_gradients(name), "Batched")
 
 
 def register_attention(operation: str, fields: OpFields, reference: Callable[[], Any]) -> None:

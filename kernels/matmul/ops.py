@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import backends
+from .. import backends, op_rules
 from ..backend_record import implementation, needs_gradient
-from ..op_rules import by_sample, without_tangents
 
 # slope = dy/dz and slope_up = dy/du are what backward needs of the pre-activations z = x w^T + bias and u = x w_up^T.
 # An output that was not asked for is a tensor of shape [0].
@@ -66,7 +65,7 @@ def _kernels(backend: str) -> Any:
 
 
 @torch.library.custom_op("fusemesh::linear_forward", mutates_args=(), schema=FORWARD_SCHEMA)
-@without_tangents("linear_forward")
+@op_rules.without_tangents("linear_forward")
 def linear_forward(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -108,7 +107,7 @@ def _(
 
 
 @torch.library.custom_op("fusemesh::linear_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-@without_tangents("linear_backward")
+@op_rules.without_tangents("linear_backward")
 def linear_backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -202,9 +201,6 @@ def _backward(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
 
 linear_forward.register_autograd(_backward, setup_context=_setup_context)
 
-linear_forward.register_vmap(by_sample("linear_forward"))
-linear_backward.register_vmap(by_sample("linear_backward"))
-
 
 def _backward_twice(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
     raise RuntimeError(
@@ -214,3 +210,9 @@ def _backward_twice(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...
 
 
 linear_backward.register_autograd(_backward_twice)
+
+# An op that custom_op has defined takes no rule for the older vmap but in a library's fragment.
+_LIBRARY = torch.library.Library("fusemesh", "FRAGMENT")
+for _op, _name in ((linear_forward, "linear_forward"), (linear_backward, "linear_backward")):
+    _op.register_vmap(op_rules.by_sample(_name))
+    _LIBRARY.impl(_name, op_rules.by_sample_of_gradients(_name), "Batched")
