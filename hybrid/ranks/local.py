@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import compat
+from ..outputs import UserError
 from .process import fork_ranks, serve
 
 # Seconds that the ranks get to import what they are to run.
@@ -99,6 +100,7 @@ class LocalRanks:
 
         Raises:
             RankError: a rank raised, died or hung; it holds what every rank has to say.
+            UserError: every rank raised the same one.
             ValueError: ``fn`` or ``args`` cannot be sent to another process.
         """
         count = self.nproc if ranks is None else ranks
@@ -171,6 +173,7 @@ class LocalRanks:
 
     def _collect(self, count: int, timeout: float | None) -> list[Any]:
         results: dict[int, Any] = {}
+        refusals: dict[int, UserError] = {}
         # Who died or was stopped comes first: the others' errors follow from that, and are often told sooner.
         failed: list[tuple[bool, float, int, str]] = []
         dead = False
@@ -208,12 +211,16 @@ class LocalRanks:
                 if kind == "returned":
                     results[rank] = answer
                 else:
+                    if kind == "refused":
+                        refusals[rank], answer = answer, f"{type(answer).__name__}: {answer}"
                     failed.append((kind != "died", at, rank, answer))
                     # The others may wait for this rank for ever.
                     limit = time.monotonic() + self.grace
                     deadline = limit if deadline is None else min(deadline, limit)
         if not failed and not waiting:
             return [results[rank] for rank in range(count)]
+        if len(refusals) == count and len({str(error) for error in refusals.values()}) == 1:
+            raise refusals[0]
         failures = {rank: reason for *_, rank, reason in sorted(failed)}
         unfinished = self._stacks_of(waiting)
         if waiting or dead:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import compat
+from ..outputs import UserError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -189,7 +190,10 @@ def _run_calls(connection: Any, stack_file: str, forked_by: int | None) -> None:
                 answer = pickle.dumps(("returned", time.time(), fn(*args)))
             except BaseException as error:
                 at = getattr(error, "failed_at", time.time())
-                answer = pickle.dumps(("raised", at, traceback.format_exc()))
+                if isinstance(error, UserError):
+                    answer = pickle.dumps(("refused", at, error))
+                else:
+                    answer = pickle.dumps(("raised", at, traceback.format_exc()))
             connection.send_bytes(answer)
             # Models, meshes and process groups refer to each other in cycles, and a group that lives on has threads.
             del answer

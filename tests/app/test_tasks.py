@@ -180,6 +180,8 @@ def test_one_checkpoint_has_one_metric(
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         answers.append(run(capsys, "predict", merged, *more)["answers"])
     assert len(answers[0]) == 3 and answers[0] == answers[1]
+    assert cli.main(["generate", merged, "--prompt", "one"]) == 2
+    assert f"expected one of task language_model, received {name}; use fusemesh predict" in capsys.readouterr().err
 
 
 def test_a_language_model_goes_on_with_a_text(

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ... import compat
+from ...autocast import autocast_dtype
 from .spec import out_dtype
 
 
@@ -15,12 +17,17 @@ def autocast(*inputs: Any) -> tuple[Any, ...]:
     def cast(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point or x.dtype == torch.float64:
             return x
-        kind = x.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return x
-        return x.to(torch.get_autocast_dtype(kind))
+        dtype = autocast_dtype(x.device.type)
+        return x if dtype is None else x.to(dtype)
 
     return tuple(cast(x) for x in inputs)
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Return whether ``x`` has elements to read: not on meta, of fake tensors, in a traced graph, or mapped by vmap."""
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return not (compat.transforms() and compat.is_mapped(x))
 
 
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:

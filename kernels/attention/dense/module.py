@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ... import compat
+from ...autocast import autocast_dtype
 from ..call.options import Options
 from ..call.validation import broadcast_dims, normalise, wrong
 from ..reference import dense as reference
@@ -320,7 +321,7 @@ class MultiheadAttention(nn.Module):
             if x.shape[-1] != features:
                 shape = f"{x.shape[-1]} (shape {tuple(x.shape)})"
                 raise wrong(name, f"{features} features", shape, "see embed_dim, kdim and vdim of the constructor")
-            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
                 raise wrong(name, f"the parameters' dtype {weight.dtype}", x.dtype, "convert it or the module by .to()")
         sequence = -2 if self.batch_first or query.dim() == 2 else 0
         L, S = query.shape[sequence], key.shape[sequence]

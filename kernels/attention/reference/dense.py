@@ -26,6 +26,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 
 from ... import compat
+from ...autocast import autocast_dtype
 from ..call.options import Call
 from ..call.score_mods import split
 from ..call.spec import out_dtype
@@ -37,7 +38,7 @@ R = TypeVar("R")
 
 def without_autocast(kind: str) -> contextlib.AbstractContextManager[None]:
     """A context in which autocast on devices of ``kind`` is off; it would make half precision of fp32 matmuls."""
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocast_dtype(kind) is not None:
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 

@@ -14,7 +14,7 @@ from ..call.errors import short, wrong
 from ..call.options import Options
 from ..call.packed import Packed, check_contents
 from ..call.spec import Origin
-from ..call.tensors import autocast, unit_last_stride
+from ..call.tensors import autocast, has_values, unit_last_stride
 from ..call.validation import ALIGN, DTYPES, check_flag, check_qkv, normalise
 from .ops import FIELDS
 
@@ -134,11 +134,13 @@ def attend(
     needs_grad = needs_gradient(q, k, v, *call.differentiable)
     dims = (q.shape[2], v.shape[2])
     record = choose(backend, Request("attention_varlen", q.device, q.dtype, dims, call, needs_grad, return_lse))
-    if env.CHECK and not torch.compiler.is_compiling():
+    can_read = has_values(lengths[0])
+    if env.CHECK and can_read:
         check_contents(packed, q.shape[0], k.shape[0])
-    # The reference reads lengths on the host, which a compiled graph holds only inside an op.
+    # The reference reads lengths on the host, which a compiled graph holds only inside an op; and that has no rule for
+    # a transform.
     is_formula = "attention_varlen" in record.differentiable
-    if is_formula and (not torch.compiler.is_compiling() or compat.transforms()):
+    if is_formula and (can_read or (torch.compiler.is_compiling() and compat.transforms())):
         count("attention_varlen_forward", record.name)
         found: tuple[torch.Tensor, torch.Tensor]
         found = implementation(record.name, "attention_varlen").forward(q, k, v, call)

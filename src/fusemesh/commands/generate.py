@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> Outcome:
     """Write the prompt and its continuation."""
     from fusemesh.tasks.registry import task_class
 
-    settings, ranks = find_target(options)
-    resolved = settings.config
+    target = find_target(options)
+    resolved = target.settings.config
     if not task_class(resolved.task).continues_texts:
         able = " or ".join(name for name in TASKS if task_class(name).continues_texts)
         raise ValueError(f"model: expected one of task {able}, received {resolved.task}; use fusemesh predict")
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> Outcome:
     if stream:
         print(prompt, end="", flush=True)
     asked = Continuation(prompt, tokens, sampling, options.beams, options.seed, stream)
-    result = ranks.call(generate_rank, options.target, config.as_dict(resolved), asked)
+    result = target.ranks.call(generate_rank, str(target.path), config.as_dict(resolved), asked, target.verify)
     if result is None:
         return Outcome(None)
     return Outcome(result, "" if stream else result["prompt"] + result["text"])

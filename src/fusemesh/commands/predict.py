@@ -23,17 +23,17 @@ def run(options: argparse.Namespace) -> Outcome:
     """Answer each line as it comes in one process, and all lines together on several ranks."""
     from fusemesh.run.predictor import answer_rank, answer_stream
 
-    settings, ranks = find_target(options)
-    values = config.as_dict(settings.config)
+    target = find_target(options)
+    ranks, values = target.ranks, config.as_dict(target.settings.config)
     if ranks.count == 1:
 
         def write(answer: str) -> None:
             if not options.json:
                 print(answer, flush=True)
 
-        return Outcome({"answers": answer_stream(options.target, values, sys.stdin, write)})
+        return Outcome({"answers": answer_stream(str(target.path), values, sys.stdin, write, target.verify)})
     lines = sys.stdin.read().splitlines()
     if not lines:
         raise ValueError("standard input: expected a question a line, received nothing")
-    answers = ranks.call(answer_rank, options.target, values, lines)
+    answers = ranks.call(answer_rank, str(target.path), values, lines, target.verify)
     return Outcome(None) if answers is None else Outcome({"answers": answers}, "\n".join(answers))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from fusemesh import config
 from fusemesh.tasks.names import TASKS
 
 from .options import Outcome, add_config_file, add_configuration, overrides
-from .ranks import add_nproc, find_ranks, metrics_text
+from .ranks import add_checks, add_nproc, find_ranks, metrics_text, say
 
 NAME = "train"
 SUMMARY = "train a model for a task in any layout"
@@ -25,7 +26,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of run.directory, in any layout"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="with --resume: go on although the data have changed; samples may be left out or taken twice",
+    )
+    add_checks(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no lines of progress")
     add_nproc(parser)
     add_configuration(parser, short=True)
 
@@ -40,21 +47,39 @@ def run(options: argparse.Namespace) -> Outcome:
         given.setdefault("run.directory", config.fields_of(config.Config)["run.directory"].default)
         saved = Path(given["run.directory"], "config.toml")
         source = saved if saved.is_file() else None
+    for option in ("from_step", "no_verify", "allow_changed_data"):
+        if getattr(options, option) and not options.resume:
+            raise ValueError(f"--{option.replace('_', '-')}: expected with --resume alone, received it without")
     settings = Settings.of(_with_chosen_layout(load_config(source, given), options))
     ranks = find_ranks(options, settings.layout)
 
-    from fusemesh.run.trainer import check_run, train_rank
+    from fusemesh.run.checks import Resume, check_run, summary_of
+    from fusemesh.run.trainer import train_rank
 
-    check_run(settings, ranks.count, resume=options.resume)
-    summary = ranks.call(train_rank, config.as_dict(settings.config), options.resume, options.quiet)
-    if summary is None:
-        return Outcome(None)
-    return Outcome(
-        summary,
+    resume = Resume(options.from_step, not options.no_verify, options.allow_changed_data) if options.resume else None
+    done = check_run(settings, ranks.count, resume=resume)
+    configured = settings.config
+    if done == configured.training.steps:
+        say(NAME, f"nothing is left to do: {configured.run.directory} stands at training.steps = {done}", options)
+        if (finished := summary_of(configured.run.directory, done)) is not None:
+            return Outcome(finished if ranks.is_first else None, _text(finished))
+    else:
+        say(
+            NAME,
+            f"{configured.task} on {configured.data.path or 'the default corpus'}, steps {done + 1} to "
+            f"{configured.training.steps} in layout {settings.layout}, into {configured.run.directory}",
+            options,
+        )
+    summary = ranks.call(train_rank, config.as_dict(configured), resume, options.quiet)
+    return Outcome(None) if summary is None else Outcome(summary, _text(summary))
+
+
+def _text(summary: dict[str, Any]) -> str:
+    return (
         f"{summary['steps']} steps in layout {summary['layout']} on {summary['world_size']} {summary['device']} ranks, "
         f"{summary['tokens_per_s'] or 0:.0f} tokens/s\n"
         f"held-out loss {summary['loss']:.4f}, {metrics_text(summary['held_out'])}\n"
-        f"saved in {summary['directory']}",
+        f"saved in {summary['directory']}"
     )
 
 

@@ -16,7 +16,6 @@ from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.run.setup import Share, joined, load_file
 from fusemesh.run.setup import checkpoint_of as checkpoint_of  # public here
 from fusemesh.tasks.base import IGNORED, Batch, Dataset, Task
-from fusemesh.tasks.registry import build_task
 from fusemesh.transformer import Transformer
 
 
@@ -97,30 +96,32 @@ def predict(model: Transformer, task: Task, samples: Dataset, count: int, batch_
     return (found if share.mesh is None else sum_over_replicas(found, share.mesh)).cpu().numpy()
 
 
-def evaluate_file(path: str | os.PathLike[str], config: Config) -> dict[str, Any]:
+def evaluate_file(path: str | os.PathLike[str], config: Config, verify: bool = True) -> dict[str, Any]:
     """Evaluate a merged file in this process alone: no process group, no mesh, the plain model.
+
+    Args:
+        verify: compare the file with its checksum first.
 
     Returns:
         :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
     """
-    task = build_task(config)
-    model, state = load_file(path, task)
+    task, model, state = load_file(path, config, verify=verify)
     result = evaluate(model, task, Share(next(model.parameters()).device))
     return {"task": config.task, "step": state["step"], "layout": "single", **result.as_dict()}
 
 
-def evaluate_rank(target: str, values: dict[str, Any]) -> dict[str, Any]:
+def evaluate_rank(target: str, values: dict[str, Any], verify: bool = True) -> dict[str, Any]:
     """One rank's part of evaluating a run, a checkpoint or a merged file in the configured layout.
 
     Args:
         target: see :func:`fusemesh.run.setup.config_of`.
         values: the configuration, as ``config.as_dict`` gives it.
+        verify: compare what is read with its checksums first.
 
     Returns:
         The same on every rank: :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
     """
     with joined(values) as run:
-        task = build_task(run.config)
-        model, mesh, state = run.load(target, task)
-        result = evaluate(model, task, run.share(mesh))
-    return {"task": run.config.task, "step": state["step"], "layout": str(run.layout), **result.as_dict()}
+        loaded = run.load(target, verify=verify)
+        result = evaluate(loaded.model, loaded.task, run.share(loaded.mesh))
+    return {"task": run.config.task, "step": loaded.state["step"], "layout": str(run.layout), **result.as_dict()}

@@ -13,7 +13,6 @@ import torch
 from fusemesh.run.evaluator import predict
 from fusemesh.run.setup import Run, Share, joined
 from fusemesh.tasks.base import Task
-from fusemesh.tasks.registry import build_task
 from fusemesh.transformer import Transformer
 from fusemesh.transformer.generation import Sampling, generate
 
@@ -36,32 +35,34 @@ class _Loaded:
 
 
 @contextlib.contextmanager
-def _loaded(target: str, values: dict[str, Any]) -> Iterator[_Loaded]:
+def _loaded(target: str, values: dict[str, Any], verify: bool) -> Iterator[_Loaded]:
     with joined(values) as run:
-        task = build_task(run.config)
-        model, mesh, _ = run.load(target, task)
-        model.eval()
-        yield _Loaded(run, task, model, run.share(mesh))
+        found = run.load(target, verify=verify)
+        found.model.eval()
+        yield _Loaded(run, found.task, found.model, run.share(found.mesh))
 
 
-def answer_rank(target: str, values: dict[str, Any], lines: list[str]) -> list[str]:
+def answer_rank(target: str, values: dict[str, Any], lines: list[str], verify: bool = True) -> list[str]:
     """Do one rank's part of answering lines; return the answers, the same on every rank.
 
     Args:
         target: see :func:`fusemesh.run.setup.config_of`.
         values: the configuration, as ``config.as_dict`` gives it.
+        verify: compare what is read with its checksums first.
 
     Raises:
         ValueError: a line that the task cannot read, by its number.
     """
-    with _loaded(target, values) as loaded:
+    with _loaded(target, values, verify) as loaded:
         return loaded.answers(lines)
 
 
-def answer_stream(target: str, values: dict[str, Any], lines: Iterable[str], write: Callable[[str], None]) -> list[str]:
+def answer_stream(
+    target: str, values: dict[str, Any], lines: Iterable[str], write: Callable[[str], None], verify: bool = True
+) -> list[str]:
     """Answer each line as it comes, in this process alone; raise as :func:`answer_rank` does."""
     found = []
-    with _loaded(target, values) as loaded:
+    with _loaded(target, values, verify) as loaded:
         for line in lines:
             found += loaded.answers([line.rstrip("\r\n")])
             write(found[-1])
@@ -84,16 +85,16 @@ class Continuation:
     stream: bool = False
 
 
-def generate_rank(target: str, values: dict[str, Any], asked: Continuation) -> dict[str, Any]:
+def generate_rank(target: str, values: dict[str, Any], asked: Continuation, verify: bool = True) -> dict[str, Any]:
     """Do one rank's part of continuing a text; the result is the same on every rank.
 
     Args:
-        target, values: see :func:`answer_rank`.
+        target, values, verify: see :func:`answer_rank`.
 
     Returns:
         ``{"prompt", "text", "tokens"}``: the prompt as the model saw it, the text added, and its number of tokens.
     """
-    with _loaded(target, values) as loaded:
+    with _loaded(target, values, verify) as loaded:
         task, world = loaded.task, loaded.run.world
         prompt = task.encode_prompt(asked.prompt, max(1, task.config.data.sequence_length - asked.tokens))
         streaming = asked.stream and world.is_first and asked.num_beams == 1

@@ -6,9 +6,10 @@ END and SEPARATOR. A text that is longer than ``data.sequence_length`` allows is
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,26 +76,84 @@ class Examples:
 class Task(ABC):
     """Data, model and metric of one use.
 
-    ``train`` and ``held_out`` are datasets, and ``source`` says where they are from. ``metric`` names the first of the
-    numbers that :meth:`score` makes of predictions; "" if the loss says all. ``stacks`` is 2 for an encoder-decoder,
-    which has ``model.num_layers`` blocks in each. ``continues_texts`` says whether ``fusemesh generate`` can have the
-    task's model continue a text; then :meth:`encode_prompt` and :meth:`token_decoder` are defined.
+    ``metadata`` is JSON: everything beside weights and configuration that a trained model needs to answer. It is saved
+    with the model, and from it and the configuration a task is made without any data. ``train`` and ``held_out`` are
+    datasets, read when they are first asked for, and ``source`` says where they are from.
+
+    ``metric`` names the first of the numbers that :meth:`score` makes of predictions; "" if the loss says all.
+    ``stacks`` is 2 for an encoder-decoder, which has ``model.num_layers`` blocks in each. ``continues_texts`` says
+    whether ``fusemesh generate`` can have the task's model continue a text; then :meth:`encode_prompt` and
+    :meth:`token_decoder` are defined. ``draws`` says whether :meth:`draw` makes drawings.
     """
 
     metric = ""
+    # The metadata of models that were saved without any (format 2 of checkpoints); None if only the data have them.
+    old_metadata: Mapping[str, Any] | None = {}
     stacks = 1
     continues_texts = False
-    train: Dataset
-    held_out: Dataset
-    source: str
+    draws = False
 
-    def __init__(self, config: Config) -> None:
-        """Read the data; raise ValueError, with file, line and remedy, if they cannot be used."""
+    def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
+        """Read all data and find the metadata in them; or take those of a trained model, and read nothing yet.
+
+        Raises:
+            ValueError: the data cannot be used; names file, line and remedy.
+        """
         self.config = config
+        self.metadata: dict[str, Any] = dict(self.find_metadata() if metadata is None else metadata)
+        if metadata is None:
+            # Whatever is wrong with the data comes out now.
+            _ = self.train, self.held_out
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Where the data are from, for reports."""
+
+    @staticmethod
+    @abstractmethod
+    def default_version() -> str:
+        """Return the name and the version of what the default corpus is made from."""
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of the files that ``data.path`` or ``data.held_out`` stands for, in a fixed order; a
+        single file has the name ""."""
+        yield "", Path(path).expanduser().read_bytes()
+
+    def check_packages(self) -> None:  # noqa: B027 (most tasks need nothing more)
+        """Check that the packages are there that the task needs at the end of a run.
+
+        Raises:
+            ValueError: one is not; says how to install it.
+        """
+
+    def find_metadata(self) -> Mapping[str, Any]:
+        """Return the metadata that the data to train on give; see the class."""
+        return {}
+
+    @functools.cached_property
+    def train(self) -> Dataset:
+        """The samples to train on."""
+        return self.read_train()
+
+    @functools.cached_property
+    def held_out(self) -> Dataset:
+        """The samples to evaluate on."""
+        return self.read_held_out()
+
+    @abstractmethod
+    def read_train(self) -> Dataset:
+        """Return the samples to train on, in terms of the metadata; raise ValueError as the constructor does."""
+
+    @abstractmethod
+    def read_held_out(self) -> Dataset:
+        """Return the samples to evaluate on, in terms of the metadata, without the data to train on if they are in a
+        file of their own; raise ValueError as the constructor does."""
 
     @abstractmethod
     def model_config(self) -> TransformerConfig:
-        """Return the sizes of the model, from the configuration and the data."""
+        """Return the sizes of the model, from the configuration and the metadata."""
 
     def sizes(self, *, vocab_size: int = VOCAB_SIZE, **kind: Any) -> TransformerConfig:
         """Return the configured sizes with the kind of model."""

@@ -8,9 +8,11 @@ every run. A sample is a fixed-length window of a stream, known by its global in
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import math
 import os
+import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +72,11 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def _library() -> str:
+    """Return the name and the version of the default corpus."""
+    return f"Python {platform.python_version()} standard library"
+
+
 def _documents(root: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (relative path, content) of text files; unreadable, empty and binary ones are left out."""
     if root.is_file():
@@ -116,7 +123,7 @@ def load_corpus(path: str = "") -> Corpus:
             f"{len(parts[False])} to train on and {len(parts[True])} held out in {root}; give more text"
         )
     train, held_out = (np.frombuffer(b"".join(parts[key]), dtype=np.uint8) for key in (False, True))
-    source = str(root) if path else f"Python {sysconfig.get_python_version()} standard library"
+    source = str(root) if path else _library()
     return Corpus(train, held_out, len(parts[False]), len(parts[True]), source)
 
 
@@ -159,18 +166,38 @@ class LanguageModel(Task):
 
     continues_texts = True
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         for key in ("columns", "held_out"):
             if getattr(config.data, key):
                 raise ValueError(
                     f"data.{key}: expected nothing with task language_model, whose text has no records, received "
                     f"{getattr(config.data, key)!r}"
                 )
-        corpus = load_corpus(config.data.path)
-        self.source = corpus.source
-        self.train = Samples(corpus.train, config.data.sequence_length)
-        self.held_out = Samples(corpus.held_out, config.data.sequence_length)
+        super().__init__(config, metadata)
+
+    @staticmethod
+    def default_version() -> str:
+        return _library()
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        root = Path(path).expanduser().resolve()
+        yield from sorted(_documents(root)) if root.is_dir() else [("", root.read_bytes())]
+
+    @functools.cached_property
+    def _corpus(self) -> Corpus:
+        return load_corpus(self.config.data.path)
+
+    @property
+    def source(self) -> str:
+        """Where the text is from."""
+        return self._corpus.source
+
+    def read_train(self) -> Samples:
+        return Samples(self._corpus.train, self.config.data.sequence_length)
+
+    def read_held_out(self) -> Samples:
+        return Samples(self._corpus.held_out, self.config.data.sequence_length)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes()

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import IGNORED, PAD, SEPARATOR, Batch, Examples, Task, hash_of
-from .records import Record, load_records, split_line
+from .base import IGNORED, PAD, SEPARATOR, Batch, Examples, hash_of
+from .record_task import RecordTask
+from .records import Record, split_line
 
 if TYPE_CHECKING:
     import torch
 
-    from fusemesh.config import Config
     from fusemesh.transformer import Transformer, TransformerConfig
 
 FIELDS = ("question", "passage", "answer")
@@ -131,22 +131,30 @@ FACTS = (
 _SAMPLES, _HELD_OUT_SAMPLES, _SENTENCES = 16000, 1024, 6
 
 
-class QuestionAnswering(Task):
+class QuestionAnswering(RecordTask):
     """See the module."""
 
     metric = "f1"
+    fields = FIELDS
+    split_by = 1  # the passage: no question about a held-out one was trained on
+    corpus = "composed facts"
+    old_metadata: Mapping[str, Any] | None = {"words": WORDS}
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        # Held out by the passage: no question about a held-out one was trained on.
-        train, held_out = load_records(
-            config.data, FIELDS, lambda: (composed_facts(held_out=False), composed_facts(held_out=True)), key=1
-        )
-        self.source = config.data.path or "composed facts"
-        self.held_out, self._records = self._examples(held_out), held_out
-        self.train = self._without_cut_answers(self._examples(train))
+    @staticmethod
+    def default_records() -> tuple[list[Record], list[Record]]:
+        return composed_facts(held_out=False), composed_facts(held_out=True)
 
-    def _examples(self, records: Sequence[Record]) -> Examples:
+    @staticmethod
+    def default_version() -> str:
+        return "composed facts, version 1"
+
+    def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
+        return {"words": WORDS}
+
+    def read_train(self) -> Examples:
+        return self._without_cut_answers(super().read_train())
+
+    def examples(self, records: Sequence[Record]) -> Examples:
         spans = []
         for record in records:
             question, passage, answer = record.values
@@ -190,7 +198,7 @@ class QuestionAnswering(Task):
         return Examples(tokens, targets, lengths=lengths, span_starts=starts)
 
     def model_config(self) -> TransformerConfig:
-        return self.sizes(vocab_size=WORDS, architecture="encoder", output="span")
+        return self.sizes(vocab_size=self.metadata["words"], architecture="encoder", output="span")
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return first and last word, in the passage, of the most probable span of at most MOST_WORDS, [B, 2]."""
@@ -207,7 +215,7 @@ class QuestionAnswering(Task):
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
-        records = self._records[:count]
+        records = self.held_out_records[:count]
         found = [cut(record.values[1], span) for record, span in zip(records, predictions, strict=True)]
         guesses = [overlap_guess(record.values[0], record.values[1]) for record in records]
         expected = [record.values[2] for record in records]

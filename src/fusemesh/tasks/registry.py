@@ -34,10 +34,10 @@ def task_class(name: str) -> type[Task]:
     return found
 
 
-def build_task(config: Config) -> Task:
-    """Return the configured task with its data.
+def build_task(config: Config, metadata: Mapping[str, Any] | None = None) -> Task:
+    """Return the configured task with its data; or, given the metadata of a trained model, without them.
 
     Raises:
         ValueError: the data cannot be used; names the key, or file and line, and the remedy.
     """
-    return task_class(config.task)(config)
+    return task_class(config.task)(config, metadata)

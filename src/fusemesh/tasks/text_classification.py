@@ -13,18 +13,19 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import Batch, Examples, Task, encode, hash_of, is_held_out, padded
-from .records import Record, load_records
+from .base import Batch, Examples, encode, hash_of, is_held_out, padded
+from .record_task import RecordTask
+from .records import Record
 
 if TYPE_CHECKING:
     import torch
 
-    from fusemesh.config import Config
     from fusemesh.transformer import Transformer, TransformerConfig
 
 FIELDS = ("text", "label")
@@ -39,32 +40,47 @@ DEFAULTS: Mapping[str, Any] = {
 }
 LANGUAGES = ("ca", "cs", "da", "de", "en", "es", "fi", "fr", "hu", "it", "nb", "nl", "pl", "pt", "ro", "sv", "tr")
 _DAYS = 240  # in every language
+_SHOWN = 8  # labels in a message
 
 
-class TextClassification(Task):
-    """See the module."""
+class TextClassification(RecordTask):
+    """See the module. The metadata are the labels in the model's order, and how often each was in the training data."""
 
     metric = "accuracy"
+    draws = True
+    fields = FIELDS
+    corpus = "locale data of Babel"
+    old_metadata = None
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        train, held_out = load_records(config.data, FIELDS, locale_names)
-        self.source = config.data.path or "locale data of Babel"
-        self.labels = sorted({record.values[1] for record in train})
-        if len(self.labels) < 2:
-            raise ValueError(f"data.path: expected at least 2 labels, received {len(self.labels)} in {self.source}")
-        for record in held_out:
-            if record.values[1] not in self.labels:
-                raise ValueError(
-                    f"{record.where}: expected one of the {len(self.labels)} labels of the training data, received "
-                    f"{record.values[1]!r}; add records of it to the training data, or drop the line"
-                )
-        self.train, self.held_out = self._examples(train), self._examples(held_out)
-        self._expected = self.held_out.targets[:, 0]
-        self._most_frequent = Counter(self.train.targets[:, 0].tolist()).most_common(1)[0][0]
+    @staticmethod
+    def default_records() -> tuple[list[Record], list[Record]]:
+        return locale_names()
 
-    def _examples(self, records: Sequence[Record]) -> Examples:
+    @staticmethod
+    def default_version() -> str:
+        return f"Babel {version('babel')}"
+
+    def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
+        counts = Counter(record.values[1] for record in records)
+        if len(counts) < 2:
+            raise ValueError(f"data.path: expected at least 2 labels, received {len(counts)} in {self.source}")
+        return {"labels": sorted(counts), "counts": [counts[label] for label in sorted(counts)]}
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels, in the order of the model's outputs."""
+        found: list[str] = self.metadata["labels"]
+        return found
+
+    def examples(self, records: Sequence[Record]) -> Examples:
         number = {label: index for index, label in enumerate(self.labels)}
+        for record in records:
+            if record.values[1] not in number:
+                known = ", ".join(map(repr, self.labels[:_SHOWN])) + (", ..." if len(self.labels) > _SHOWN else "")
+                raise ValueError(
+                    f"{record.where}: expected one of the {len(self.labels)} labels of the training data ({known}), "
+                    f"received {record.values[1]!r}; add records of it to the training data, or drop the line"
+                )
         targets = np.array([[number[record.values[1]]] for record in records], np.int64)
         return self._texts([record.values[0] for record in records], targets)
 
@@ -85,8 +101,8 @@ class TextClassification(Task):
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
-        expected = self._expected[:count]
-        guess = np.full(count, self._most_frequent)
+        expected = self._expected(count)
+        guess = np.full(count, int(np.argmax(self.metadata["counts"])))
         return {
             "accuracy": accuracy(predictions[:, 0], expected),
             "macro_f1": macro_f1(predictions[:, 0], expected),
@@ -94,17 +110,21 @@ class TextClassification(Task):
             "majority_macro_f1": macro_f1(guess, expected),
         }
 
+    def _expected(self, count: int) -> np.ndarray:
+        """Return the labels of the first held-out samples, by number."""
+        return self.held_out.batch(range(count)).targets[:, 0]
+
     def confusion(self, predictions: np.ndarray) -> np.ndarray:
         """Return the confusion matrix, int64 [labels, labels]: texts of label i that were given label j."""
         found = np.zeros((len(self.labels), len(self.labels)), np.int64)
-        np.add.at(found, (self._expected[: len(predictions)], predictions[:, 0]), 1)
+        np.add.at(found, (self._expected(len(predictions)), predictions[:, 0]), 1)
         return found
 
     def draw(self, predictions: np.ndarray, folder: Path) -> None:
         """Write the confusion matrix as ``confusion.png``."""
         from fusemesh.run.metrics import draw_matrix
 
-        right = accuracy(predictions[:, 0], self._expected[: len(predictions)])
+        right = accuracy(predictions[:, 0], self._expected(len(predictions)))
         title = f"{len(predictions)} held-out texts of {self.source}: {right:.1%} right"
         draw_matrix(self.confusion(predictions), self.labels, folder / "confusion.png", title=title)
 

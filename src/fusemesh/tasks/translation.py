@@ -10,17 +10,18 @@ translations that are exactly right; beside them those of copying the source.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, Task, decode, encode, hash_of, is_held_out, padded
-from .records import Record, load_records
+from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, decode, encode, hash_of, is_held_out, padded
+from .record_task import RecordTask
+from .records import Record
 
 if TYPE_CHECKING:
     import torch
 
-    from fusemesh.config import Config
     from fusemesh.transformer import Transformer, TransformerConfig
 
 FIELDS = ("source", "target")
@@ -37,20 +38,26 @@ DEFAULTS: Mapping[str, Any] = {
 LARGEST = 9999
 
 
-class Translation(Task):
+class Translation(RecordTask):
     """See the module."""
 
     metric = "bleu"
     stacks = 2
+    fields = FIELDS
+    corpus = "number words, English to French"
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        train, held_out = load_records(config.data, FIELDS, number_words)
-        self.source = config.data.path or "number words, English to French"
-        self.train, self.held_out = self._examples(train), self._examples(held_out)
-        self._records = held_out
+    @staticmethod
+    def default_records() -> tuple[list[Record], list[Record]]:
+        return number_words()
 
-    def _examples(self, records: Sequence[Record]) -> Examples:
+    @staticmethod
+    def default_version() -> str:
+        return f"num2words {version('num2words')}"
+
+    def check_packages(self) -> None:
+        text_scores(["a"], ["a"])
+
+    def examples(self, records: Sequence[Record]) -> Examples:
         length = self.config.data.sequence_length
         targets = [encode(record.values[1].strip(), length - 1) for record in records]
         seen, lengths = padded([bytes([BEGIN]) + target for target in targets], length)
@@ -92,7 +99,7 @@ class Translation(Task):
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
         found = [decode(row) for row in predictions]
-        records = self._records[:count]
+        records = self.held_out_records[:count]
         expected = [record.values[1].strip() for record in records]
         sources = [record.values[0].strip() for record in records]
         result = {}

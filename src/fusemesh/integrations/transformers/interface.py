@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from fusemesh import compat
+from fusemesh.kernels.attention.call.tensors import has_values
 from fusemesh.kernels.attention.call.validation import wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
 
@@ -219,12 +220,16 @@ class _Span:
         self.batch_size, self.q_length, self.kv_length, self.kv_offset = batch_size, q_length, kv_length, kv_offset
         self.device, self.padding = device, padding
 
+    def can_read(self) -> bool:
+        """Return whether masks can be read: not while compiling, on meta, and of fake tensors."""
+        return has_values(torch.empty(0, device=self.device))
+
     def has_padding(self) -> bool:
-        """Return whether a key is padding; True while compiling, when the tensor cannot be read."""
+        """Return whether a key is padding; True where the tensor cannot be read."""
         if self.padding is None:
             return False
         end = self.kv_offset + self.kv_length
-        if torch.compiler.is_compiling() or self.padding.dim() != 2 or self.padding.shape[1] < end:
+        if not has_values(self.padding) or self.padding.dim() != 2 or self.padding.shape[1] < end:
             return True
         return not bool(self.padding[:, self.kv_offset : end].all())
 
@@ -243,15 +248,15 @@ def _is_causal(
     config: Any,
 ) -> bool:
     """Return whether this mask is causal, or sliding with a window of local_size, unpadded, aligned to the last key."""
-    compiling = torch.compiler.is_compiling()
-    if compiling and isinstance(q_offset, torch.Tensor):
+    can_read = span.can_read()
+    if not can_read and isinstance(q_offset, torch.Tensor):
         return False
     first_q, last_k = int(q_offset), span.kv_offset + span.kv_length - 1
     if first_q + span.q_length - 1 != last_k or span.has_padding():
         return False
     if mask_function is compat.causal_mask_function():
         return True
-    if compiling:  # the values are out of reach: go by the layers that a config can have
+    if not can_read:  # go by the layers that a config can have
         window = getattr(config, "sliding_window", None)
         return local_size is not None and window == local_size and not getattr(config, "attention_chunk_size", None)
     window = span.kv_length if local_size is None else local_size
@@ -276,7 +281,7 @@ def _hides_nothing(span: _Span, q_offset: int | torch.Tensor, mask_function: Cal
         return False
     if mask_function is compat.bidirectional_mask_function():
         return True
-    if torch.compiler.is_compiling():
+    if not span.can_read():
         return False
     q = torch.arange(span.q_length, device=span.device) + q_offset
     k = torch.arange(span.kv_length, device=span.device) + span.kv_offset
