@@ -124,8 +124,7 @@ def vocab_parallel_cross_entropy(
         )
     targets = targets.long()
     transforms = compat.transforms()
-    shared = group is not None and dist.get_world_size(group) > 1
-    if transforms and shared:
+    if transforms and group is not None and dist.get_world_size(group) > 1:
         op_rules.refuse_collectives("vocab_parallel_cross_entropy", dist.get_world_size(group))
     if env.CHECK and not (transforms and compat.is_mapped(targets)):
         held = (targets >= vocab_start) & (targets < vocab_start + logits.shape[-1])

@@ -268,8 +268,8 @@ def _through_mods_by_vjp(
             aux[i] = value
         return apply_mods(x, call, tuple(aux))
 
-    _, vjp = torch.func.vjp(mods, products, *(call.aux[i] for i in at))
-    dx, *found = vjp(ds)
+    backward = torch.func.vjp(mods, products, *(call.aux[i] for i in at))[1]
+    dx, *found = backward(ds)
     if not aux_grad:
         return dx, None
     daux = [torch.zeros_like(x) for x in call.aux]
