@@ -52,6 +52,12 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in tensors)
 
 
+def has_derivative(x: torch.Tensor) -> bool:
+    """Return whether a derivative of ``x`` will be asked for, in reverse or forward."""
+    is_forward = compat.FORWARD in compat.transforms() and not torch.compiler.is_compiling()
+    return needs_gradient(x) or (is_forward and compat.has_tangent(x))
+
+
 @dataclass(frozen=True)
 class Request:
     """One call, as far as a backend needs to know it to accept or refuse it; nothing has run yet."""

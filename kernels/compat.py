@@ -132,6 +132,15 @@ def requires_grad(x: torch.Tensor) -> bool:
     return x.requires_grad
 
 
+def has_tangent(x: torch.Tensor) -> bool:
+    """Return whether ``x`` has a forward-mode derivative, also inside further transforms."""
+    while forward_ad.unpack_dual(x).tangent is None:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
 def is_mapped(x: torch.Tensor) -> bool:
     """Return whether vmap maps ``x``, so that it has other contents for each sample."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):

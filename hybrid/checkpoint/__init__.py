@@ -19,3 +19,4 @@ from .merged import read_merged_state as read_merged_state
 from .store import load as load
 from .store import save as save
 from .together import on_first_rank as on_first_rank
+from .together import rank as rank

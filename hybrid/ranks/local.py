@@ -100,7 +100,7 @@ class LocalRanks:
 
         Raises:
             RankError: a rank raised, died or hung; it holds what every rank has to say.
-            UserError: every rank raised the same one.
+            UserError: the first rank to fail raised it, and no other rank another one.
             ValueError: ``fn`` or ``args`` cannot be sent to another process.
         """
         count = self.nproc if ranks is None else ranks
@@ -219,8 +219,12 @@ class LocalRanks:
                     deadline = limit if deadline is None else min(deadline, limit)
         if not failed and not waiting:
             return [results[rank] for rank in range(count)]
-        if len(refusals) == count and len({str(error) for error in refusals.values()}) == 1:
-            raise refusals[0]
+        # Whatever the others do follows from a refusal that came first.
+        first = min(failed, key=lambda failure: failure[1])[2] if failed else None
+        if first in refusals and not dead and len({str(error) for error in refusals.values()}) == 1:
+            if waiting:
+                self.close(kill=True)
+            raise refusals[first]
         failures = {rank: reason for *_, rank, reason in sorted(failed)}
         unfinished = self._stacks_of(waiting)
         if waiting or dead:

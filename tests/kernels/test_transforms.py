@@ -19,7 +19,6 @@ from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, v
 
 import fusemesh
 from fusemesh.kernels import backends
-from fusemesh.kernels.attention import library
 from fusemesh.kernels.attention.call.options import Options
 from fusemesh.kernels.attention.call.validation import normalise
 from fusemesh.kernels.attention.dense.ops import FIELDS
@@ -240,6 +239,24 @@ def test_every_tensor_of_a_call_has_derivatives() -> None:
     torch.testing.assert_close(have, autograd.jvp(wide, bias, tangent)[1], rtol=1e-10, atol=1e-10)
 
 
+def test_numbers_given_as_tensors_have_no_derivative() -> None:
+    """What would be read as a number is refused where a derivative of it is asked for."""
+    q, scale = normal(1, 1, S, D), torch.tensor(0.25, dtype=torch.float64)
+    call = lambda scale: fusemesh.flash_attention(q, q, q, scale=scale).sum()  # noqa: E731
+    have = jvp(lambda q: fusemesh.flash_attention(q, q, q, scale=scale), (q,), (q,))[0]
+    assert torch.equal(have, fusemesh.flash_attention(q, q, q, scale=0.25, backend="reference"))
+    for transform in (
+        lambda: jvp(call, (scale,), (scale,)),
+        lambda: grad(call)(scale),
+        lambda: vmap(call)(scale.expand(2)),
+        lambda: vmap(lambda t: jvp(call, (scale,), (t,))[1])(scale.expand(2)),
+        lambda: jvp(lambda s: vmap(lambda x: call(s) + x)(torch.zeros(2)), (scale,), (scale,)),
+        lambda: by_duals(call, scale, scale),
+    ):
+        with pytest.raises(ValueError, match="scale: expected a finite number or None"):
+            transform()
+
+
 # What a backend by name has a rule for; it refuses the others.
 NAMED = {"cpu": ("vmap",), "triton": ("vmap",), "torch": tuple(TRANSFORMS)}
 
@@ -368,8 +385,6 @@ def test_ops_by_themselves_lose_no_tangent_in_silence() -> None:
     for call in calls:
         with pytest.raises(ValueError, match=r"fusemesh::\w+_forward, which has none"):
             jvp(call, (q,), (q,))
-    names = {"attention_forward", "attention_backward", "attention_varlen_forward", "attention_varlen_backward"}
-    assert {*names, "attention_decode"} == set(library.FUNCTIONS)
 
 
 def test_collectives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

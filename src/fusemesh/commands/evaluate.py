@@ -7,16 +7,17 @@ from dataclasses import replace
 
 from fusemesh import config
 
-from .options import Outcome
+from .options import ASKING_NAMES, Outcome
 from .ranks import add_target, find_target, metrics_text, say
 
 NAME = "eval"
 SUMMARY = "held-out loss and metrics of a run, a checkpoint or a merged file"
+USAGE = "TARGET [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_target(parser)
+    add_target(parser, shown=("data.", "evaluation."), short=ASKING_NAMES)
 
 
 def run(options: argparse.Namespace) -> Outcome:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from fusemesh import config
+from fusemesh import config, standard_output
 from fusemesh.tasks.names import TASKS
 
 from .options import Outcome
@@ -13,6 +14,7 @@ from .ranks import add_target, find_target
 
 NAME = "generate"
 SUMMARY = "continue a text by a trained language model"
+USAGE = "TARGET [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,8 @@ def run(options: argparse.Namespace) -> Outcome:
         )
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
     if not prompt:
-        raise ValueError("--prompt: expected a text to continue, received nothing")
+        source = "standard input" if options.prompt is None else "--prompt"
+        raise ValueError(f"{source}: expected a text to continue, received nothing")
     from fusemesh.run.predictor import Continuation, generate_rank
     from fusemesh.transformer.generation import Sampling
 
@@ -53,9 +56,12 @@ def run(options: argparse.Namespace) -> Outcome:
     sampling = Sampling(**given) if given else None
     stream = not options.json and options.beams == 1
     if stream:
-        print(prompt, end="", flush=True)
+        standard_output.write(prompt, end="")
     asked = Continuation(prompt, tokens, sampling, options.beams, options.seed, stream)
     result = target.ranks.call(generate_rank, str(target.path), config.as_dict(resolved), asked, target.verify)
     if result is None:
         return Outcome(None)
+    if (lost := result.pop("unwritten", None)) is not None:
+        standard_output.drop()
+        raise standard_output.cannot_write(OSError(lost, os.strerror(lost)))
     return Outcome(result, "" if stream else result["prompt"] + result["text"])

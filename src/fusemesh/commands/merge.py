@@ -10,11 +10,12 @@ from .ranks import add_checks
 
 NAME = "merge"
 SUMMARY = "write a run's last checkpoint as one safetensors file"
+USAGE = "TARGET [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("target", help="run directory or checkpoint folder")
+    parser.add_argument("target", metavar="TARGET", help="run directory or checkpoint folder")
     add_checks(parser)
     parser.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemesh import config as configuration
 
-from .options import add_configuration, overrides
+from .options import LOADING, add_configuration, overrides
 
 if TYPE_CHECKING:
     from fusemesh.hybrid.layout import Layout
@@ -81,12 +82,19 @@ def add_checks(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_target(command: argparse.ArgumentParser) -> None:
-    """Add what :func:`find_target` reads: a trained model, the options of ranks and checks, and the configuration."""
-    command.add_argument("target", help="run directory, checkpoint folder or .safetensors file")
+def add_target(
+    command: argparse.ArgumentParser, *, shown: Sequence[str] = (), short: Mapping[str, str] | None = None
+) -> None:
+    """Add what :func:`find_target` reads: a trained model, the options of ranks and checks, and the configuration.
+
+    Args:
+        shown: beginnings of the keys that the help shows beside those of every trained model.
+        short: short names by key.
+    """
+    command.add_argument("target", metavar="TARGET", help="run directory, checkpoint folder or .safetensors file")
     add_checks(command)
     add_nproc(command)
-    add_configuration(command)
+    add_configuration(command, shown=(*LOADING, *shown), short=short)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -69,13 +70,16 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
             f"run.directory: {config.run.directory!r} holds another run's checkpoints; go on with that run by "
             "--resume, or choose another run.directory"
         )
+    if how is not None and not how.allow_changed_data:
+        # Files that cannot be read are named below, with the remedy.
+        with contextlib.suppress(OSError):
+            if message := changed_data(config, state):
+                raise ValueError(message)
     task = build_task(config, state.get("metadata"))
     order_of(settings, len(task.train))
     len(task.held_out)
     task.check_packages()
-    if how is not None and not how.allow_changed_data and (message := changed_data(config, state)):
-        raise ValueError(message)
-    if task.draws and importlib.util.find_spec("matplotlib") is None:
+    if importlib.util.find_spec("matplotlib") is None:
         logger.warning("matplotlib is not installed (pip install 'fusemesh[app]'): the run will draw nothing")
     make_folder(config.run.directory, what="run.directory")
     return int(state.get("step", 0))
@@ -128,6 +132,9 @@ def check_resumable(config: Config, state: dict[str, Any]) -> None:
     if "data" in state:
         # The files' content is compared, not their places.
         places = {key.partition(".")[2]: configuration.get(config, key) for key in _FILES}
+        if config.data.sequence_length == 0:
+            # To be chosen from the data, as it was.
+            places["sequence_length"] = 0
         saved = dataclasses.replace(saved, data=dataclasses.replace(saved.data, **places))
     if change := first_change(with_absolute_paths(saved), config, _FIXED_ON_RESUME):
         key, old, new = change

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,15 +86,34 @@ def predict(model: Transformer, task: Task, samples: Dataset, count: int, batch_
 
     Each replica computes its share.
     """
-    found: torch.Tensor | None = None
+    return _of_all(lambda batch: (task.predict(model, batch, share.device),), samples, count, batch_size, share)[0]
+
+
+@torch.no_grad()
+def predict_scored(
+    model: Transformer, task: Task, samples: Dataset, count: int, batch_size: int, share: Share
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return predictions as :func:`predict` does, and their scores, fp64 [count, n]."""
+    found, scores = _of_all(
+        lambda batch: task.predict_scored(model, batch, share.device), samples, count, batch_size, share
+    )
+    return found, scores
+
+
+def _of_all(
+    compute: Callable[[Batch], Sequence[torch.Tensor]], samples: Dataset, count: int, batch_size: int, share: Share
+) -> list[np.ndarray]:
+    """Return what ``compute`` makes of the first ``count`` samples, a row each; each replica computes its share."""
+    found: list[torch.Tensor] = []
     for indices, valid in evaluation_batches(count, batch_size, share.replicas, share.replica):
-        own = task.predict(model, samples.batch(indices), share.device)
-        if found is None:
-            found = own.new_zeros((count, own.shape[1]))
-        found[torch.from_numpy(indices[:valid]).to(share.device)] = own[:valid]
-    assert found is not None
+        own = compute(samples.batch(indices))
+        if not found:
+            found = [x.new_zeros((count, x.shape[1])) for x in own]
+        rows = torch.from_numpy(indices[:valid]).to(share.device)
+        for whole, part in zip(found, own, strict=True):
+            whole[rows] = part[:valid]
     # Each row is filled in by one replica.
-    return (found if share.mesh is None else sum_over_replicas(found, share.mesh)).cpu().numpy()
+    return [(x if share.mesh is None else sum_over_replicas(x, share.mesh)).cpu().numpy() for x in found]
 
 
 def evaluate_file(path: str | os.PathLike[str], config: Config, verify: bool = True) -> dict[str, Any]:

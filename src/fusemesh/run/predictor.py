@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fusemesh.run.evaluator import predict
+from fusemesh import standard_output
+from fusemesh.run.evaluator import predict_scored
 from fusemesh.run.setup import Run, Share, joined
 from fusemesh.tasks.base import Task
 from fusemesh.transformer import Transformer
 from fusemesh.transformer.generation import Sampling, generate
+
+
+class Answer(NamedTuple):
+    """An answer, and how sure the model is of it, as JSON; see :meth:`Task.named_scores`."""
+
+    text: str
+    scores: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,15 @@ class _Loaded:
     model: Transformer
     share: Share
 
-    def answers(self, lines: Sequence[str]) -> list[str]:
+    def answers(self, lines: Sequence[str]) -> list[Answer]:
         """Return an answer for each line, the same on every rank; each replica computes its share."""
         samples = self.task.examples_of(lines)
         size = min(self.task.config.evaluation.batch_size, -(-len(lines) // self.share.replicas))
-        rows = predict(self.model, self.task, samples, len(lines), size, self.share)
-        return [self.task.answer(row, line) for row, line in zip(rows, lines, strict=True)]
+        rows, scores = predict_scored(self.model, self.task, samples, len(lines), size, self.share)
+        return [
+            Answer(self.task.answer(row, line), self.task.named_scores(score))
+            for row, score, line in zip(rows, scores, lines, strict=True)
+        ]
 
 
 @contextlib.contextmanager
@@ -42,7 +52,7 @@ def _loaded(target: str, values: dict[str, Any], verify: bool) -> Iterator[_Load
         yield _Loaded(run, found.task, found.model, run.share(found.mesh))
 
 
-def answer_rank(target: str, values: dict[str, Any], lines: list[str], verify: bool = True) -> list[str]:
+def answer_rank(target: str, values: dict[str, Any], lines: list[str], verify: bool = True) -> list[Answer]:
     """Do one rank's part of answering lines; return the answers, the same on every rank.
 
     Args:
@@ -58,13 +68,13 @@ def answer_rank(target: str, values: dict[str, Any], lines: list[str], verify: b
 
 
 def answer_stream(
-    target: str, values: dict[str, Any], lines: Iterable[str], write: Callable[[str], None], verify: bool = True
-) -> list[str]:
+    target: str, values: dict[str, Any], lines: Iterable[str], write: Callable[[Answer], None], verify: bool = True
+) -> list[Answer]:
     """Answer each line as it comes, in this process alone; raise as :func:`answer_rank` does."""
-    found = []
+    found: list[Answer] = []
     with _loaded(target, values, verify) as loaded:
         for line in lines:
-            found += loaded.answers([line.rstrip("\r\n")])
+            found += loaded.answers([line])
             write(found[-1])
     return found
 
@@ -92,7 +102,8 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
         target, values, verify: see :func:`answer_rank`.
 
     Returns:
-        ``{"prompt", "text", "tokens"}``: the prompt as the model saw it, the text added, and its number of tokens.
+        ``{"prompt", "text", "tokens", "log_likelihood"}``: the prompt as the model saw it, the text added, its number
+        of tokens and their log-probability; ``"unwritten"``, an errno, if the stream to stdout failed.
     """
     with _loaded(target, values, verify) as loaded:
         task, world = loaded.task, loaded.run.world
@@ -100,10 +111,17 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
         streaming = asked.stream and world.is_first and asked.num_beams == 1
         decode = task.token_decoder()
 
-        def write(_: int, token: int) -> None:
-            sys.stdout.write(decode([token], False))
-            sys.stdout.flush()
+        lost: dict[str, int] = {}
 
+        def write(text: str) -> None:
+            # The other ranks go on with the text, so this one does, too.
+            if not lost:
+                try:
+                    standard_output.write(text, end="")
+                except OSError as error:
+                    lost["unwritten"] = error.errno or 0
+
+        scores = [0.0]
         added = generate(
             loaded.model,
             [torch.tensor(prompt, device=world.device)],
@@ -111,9 +129,10 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
             sampling=asked.sampling,
             num_beams=asked.num_beams,
             seed=asked.seed,
-            on_token=write if streaming else None,
+            on_token=(lambda _, token: write(decode([token], False))) if streaming else None,
+            on_score=scores.__setitem__,
         )[0].tolist()
         if streaming:
-            sys.stdout.write(decode([], True))
+            write(decode([], True))
         seen, text = (task.token_decoder()(tokens, True) for tokens in (prompt, added))
-    return {"prompt": seen, "text": text, "tokens": len(added)}
+    return {"prompt": seen, "text": text, "tokens": len(added), "log_likelihood": scores[0], **lost}

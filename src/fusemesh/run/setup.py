@@ -125,10 +125,6 @@ def task_of(state: dict[str, Any], config: Config) -> Task:
     metadata = state.get("metadata", task_class(config.task).old_metadata)
     if metadata is not None:
         return build_task(config, metadata)
-    logger.warning(
-        "this model is of an older version, which did not keep its labels with it: they are taken from the data that "
-        "it was trained on; train on with --resume, or train anew, to have them kept"
-    )
     training = dataclasses.replace(config.data, path=config.data.path or state["config"]["data"]["path"], held_out="")
     try:
         found = build_task(dataclasses.replace(config, data=training))
@@ -137,6 +133,12 @@ def task_of(state: dict[str, Any], config: Config) -> Task:
             "model: of an older version, which did not keep its labels with it; they are in the data that it was "
             f"trained on, which cannot be used ({error}); name them by --data.path FILE"
         ) from error
+    if checkpoint.rank() == 0:
+        logger.warning(
+            "this model is of an older version, which did not keep its labels with it: they are taken from %s, and are "
+            "right if that has not changed since; train on by --resume to have them kept",
+            training.path or "the default corpus",
+        )
     return build_task(config, found.metadata)
 
 

@@ -25,11 +25,11 @@ from fusemesh.run.checks import check_run as check_run
 from fusemesh.run.checks import prepare as prepare
 from fusemesh.run.evaluator import Evaluation, evaluate, on_device
 from fusemesh.run.fingerprint import fingerprint, with_absolute_paths
-from fusemesh.run.metrics import MetricsWriter
+from fusemesh.run.metrics import OUT, MetricsWriter
 from fusemesh.run.optimizer import build_optimizer, learning_rate
 from fusemesh.run.progress import StepMetrics, StepResult, progress_bar
 from fusemesh.run.setup import Run, joined, plain_model
-from fusemesh.tasks.registry import build_task
+from fusemesh.tasks.registry import build_task, with_length
 
 logger = logging.getLogger("fusemesh")
 
@@ -56,6 +56,9 @@ class Trainer:
             state = checkpoint.read_state(source)
             check_resumable(config, state)
         self.task = build_task(config, state.get("metadata"))
+        if world.is_first:
+            for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
+                logger.warning("%s", line)
         self.data = checkpoint.on_first_rank(lambda: self._identify(how, state))
         self.order = order_of(run.settings, len(self.task.train))
         model = plain_model(self.task)
@@ -138,6 +141,7 @@ class Trainer:
             "training_loss": training_loss,
             "loss": evaluation.loss,
             "held_out": evaluation.as_dict(),
+            "cut": {part: self.task.cuts(part) for part in ("train", "held_out")},
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_s": round(tokens / seconds, 1) if tokens else None,
@@ -207,9 +211,10 @@ class Trainer:
         indices = self.order.micro_batches(step, self.share.replica).flatten().tolist()
         line = {"step": step + 1, "attempt": self.attempt, "replica": self.share.replica, "samples": indices}
         path = self.folder / "samples" / f"rank-{self.world.rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(path, what=OUT):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _evaluate(self, saved: int | None) -> Evaluation:
         """Return the evaluation; ``saved`` is the step of the checkpoint that holds the same weights, if one does."""
@@ -241,13 +246,12 @@ class Trainer:
     @contextlib.contextmanager
     def _outputs(self) -> Iterator[StepMetrics]:
         if self.world.is_first:
-            make_folder(self.folder, what="run.directory")
-            with writing(self.folder / "config.toml"):
-                configuration.save(self.config, self.folder / "config.toml")
+            make_folder(self.folder, what=OUT)
+            configuration.save(self.config, self.folder / "config.toml")
         writer = MetricsWriter(self.folder, self.first_step) if self.world.is_first else None
         bar = progress_bar(self.first_step, self.config.training.steps, self.world.is_first and not self.quiet)
         try:
-            yield StepMetrics(self.config.training, self.tokens_per_step, writer, bar, self._diagnose)
+            yield StepMetrics(self.config.training, self.tokens_per_step, writer, bar, self._diagnose, self.folder)
         finally:
             if writer is not None:
                 writer.close()
@@ -262,11 +266,12 @@ def train_rank(values: dict[str, Any], resume: bool | Resume | None = None, quie
         values: the configuration, as ``config.as_dict`` gives it.
         resume, quiet: see :class:`Trainer`.
     """
+    values = configuration.as_dict(with_length(configuration.load(base=values)))
     with joined(values) as run:
         trainer = Trainer(run, resume=resume, quiet=quiet)
         summary = trainer.run()
         if run.world.is_first:
             path = trainer.folder / "summary.json"
-            with writing(path, kept="The last checkpoint is whole"):
+            with writing(path, what=OUT, kept="The last checkpoint is whole"):
                 path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
