@@ -197,6 +197,29 @@ def test_a_span_is_the_most_probable_that_is_one() -> None:
     found = task.predict(Fixed(), batch, torch.device("cpu"))  # type: ignore[arg-type]
     starts = batch.inputs["span_starts"].tolist()
     assert found.tolist() == [[20 - starts[0], 33 - starts[0]], [39 - starts[1], 40 - starts[1]]]
+    _, scores = task.predict_scored(Fixed(), batch, torch.device("cpu"))  # type: ignore[arg-type]
+    most = task.metadata["answer_words"]
+    for row, (start, end), score in zip(logits.double(), [(20, 33), (39, 40)], scores, strict=True):
+        legal = [row[0, i] + row[1, j] for i in range(64) for j in range(i, min(i + most, 64))]
+        expected = torch.stack(legal).softmax(0)[legal.index(row[0, start] + row[1, end])]
+        assert task.named_scores(score.numpy()) == {"probability": pytest.approx(expected.item(), rel=1e-6)}
+
+
+def test_a_label_comes_with_the_probabilities_of_all(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"text {n},{'正负中'[n % 3]}\n" for n in range(60)))
+    task = build_task(load_config(None, {"task": "text_classification", "data.path": str(tmp_path / "a.csv")}))
+    logits = torch.tensor([[[0.0, 2.0, -1.0]], [[1.0, 0.5, 0.0]]])
+
+    class Fixed:
+        def logits(self, tokens: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+            return logits
+
+    found, scores = task.predict_scored(Fixed(), task.held_out.batch([0, 1]), torch.device("cpu"))  # type: ignore[arg-type]
+    labels = sorted("正负中")
+    assert [task.answer(row.numpy(), "") for row in found] == [labels[1], labels[0]]
+    for row, score in zip(logits[:, 0].double().softmax(-1), scores, strict=True):
+        named = task.named_scores(score.numpy())["probabilities"]
+        assert named == {label: pytest.approx(p) for label, p in zip(labels, row.tolist(), strict=True)}
 
 
 def test_an_answer_is_cut_out_as_it_is_written() -> None:
@@ -248,12 +271,21 @@ def test_one_checkpoint_has_one_metric(
 
     lines = "Where does Anna live?\tAnna lives in Oslo.\n" * 3 if name == "question_answering" else "one\ntwo\nthree\n"
     answers = []
-    for more in ([], ["--layout", "dp2"]):
+    for more in ("single", "dp2") if name == "translation" else ("single", "dp2", "tp2"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        answers.append(run(capsys, "predict", merged, *more)["answers"])
-    assert len(answers[0]) == 3 and answers[0] == answers[1]
+        answers.append(run(capsys, "predict", merged, "--layout", more))
+    assert len(answers[0]["answers"]) == len(answers[0]["scores"]) == 3
+    for other in answers[1:]:
+        assert other["answers"] == answers[0]["answers"]
+        assert _numbers(other["scores"]) == pytest.approx(_numbers(answers[0]["scores"]), rel=1e-5)
     assert cli.main(["generate", merged, "--prompt", "one"]) == 2
     assert f"expected one of task language_model, received {name}; use fusemesh predict" in capsys.readouterr().err
+
+
+def _numbers(scores: list[dict]) -> list[float]:
+    """All scores of all lines in their order."""
+    values = [value for score in scores for value in score.values()]
+    return [number for x in values for number in (x.values() if isinstance(x, dict) else [x])]
 
 
 def test_a_language_model_goes_on_with_a_text(

@@ -31,9 +31,11 @@ class MetricsWriter:
         path = self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= first_step] if first_step else []
         with writing(path, what=OUT):
-            self.file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self._append(line)
+            # In one piece: where the disk is full, those of the earlier run stay.
+            unfinished = path.with_name(f".unfinished-{path.name}")
+            unfinished.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+            unfinished.replace(path)
+            self.file = path.open("a", encoding="utf-8")
         self.board: Any = None
         self._excepthook = threading.excepthook
         try:
@@ -43,8 +45,12 @@ class MetricsWriter:
         else:
             self.board_path = folder / "tensorboard"
             threading.excepthook = self._quiet_about_board
-            with writing(self.board_path, what=OUT):
-                self.board = SummaryWriter(str(self.board_path), purge_step=first_step + 1 if first_step else None)
+            try:
+                with writing(self.board_path, what=OUT):
+                    self.board = SummaryWriter(str(self.board_path), purge_step=first_step + 1 if first_step else None)
+            except BaseException:
+                threading.excepthook = self._excepthook
+                raise
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with writing(self.path, what=OUT):
@@ -62,14 +68,20 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close."""
-        with writing(self.path, what=OUT):
-            self.file.close()
-        if self.board is not None:
-            try:
-                with writing(self.board_path, what=OUT):
-                    self.board.close()
-            finally:
-                threading.excepthook = self._excepthook
+        try:
+            with writing(self.path, what=OUT):
+                self.file.close()
+        finally:
+            self._close_board()
+
+    def _close_board(self) -> None:
+        if self.board is None:
+            return
+        try:
+            with writing(self.board_path, what=OUT):
+                self.board.close()
+        finally:
+            threading.excepthook = self._excepthook
 
     def _quiet_about_board(self, failure: threading.ExceptHookArgs) -> None:
         """Print how a thread ended, but for a full disk seen by TensorBoard's, which comes as an error of ours."""

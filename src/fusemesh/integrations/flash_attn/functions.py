@@ -23,8 +23,8 @@ Common to all functions:
   window. A tensor on a GPU is waited for; one that requires a gradient is refused, because it would get none.
 - A query that sees no key has output 0.
 
-Where this is more than flash-attn: fp32 and fp64 (the latter on the reference and torch backends), any head dim on
-those two and 16 to 256 on fused ones, values of another head dim than the keys, softcap with dropout, pages of any
+Where this is more than flash-attn: fp32 and fp64 (the latter on the reference and torch backends), any head dim (on
+triton 16 to 256), values of another head dim than the keys, softcap with dropout, pages of any
 size, left padding of a paged cache. Where it differs: a query without a key has log-sum-exp -inf (flash-attn: +inf), a
 gradient flows through the log-sum-exp (flash-attn drops it), S_dmask has the documented shape (flash-attn rounds it up
 to multiples of 128) and holds probabilities (flash-attn: terms of an unfinished sum), and what cannot be computed is a
