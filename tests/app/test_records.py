@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from fusemesh import config
+from fusemesh import cli, config
 from fusemesh.run.settings import load_config
 from fusemesh.run.trainer import prepare
 from fusemesh.tasks.base import hash_of, is_held_out
 from fusemesh.tasks.records import Fields, read_records
 from fusemesh.tasks.registry import build_task
+from tests.support import tiny_run
 
 FIELDS = ("text", "label")
 VALUES = [("a, b", "x"), ("zwölf", "y"), ('say "c"', "x")]
@@ -264,10 +267,60 @@ def test_a_length_is_chosen_from_the_data(tmp_path: Path) -> None:
     assert sum(found["records"] for found in cuts.values()) == 300
     assert sum(found["cut"] for found in cuts.values()) == 1 and cuts["train"]["longest"] == 1999
     said = task.say_cuts("train")
-    assert said.endswith("1 of 285 are cut at data.sequence_length = 48 tokens (the longest takes 1999)"), said
+    assert said.endswith("1 of 285 is cut at data.sequence_length = 48 tokens (the longest takes 1999)"), said
     assert task.say_cuts("held_out") == ""
     for longest, chosen in ((1, 16), (17, 32), (5000, 1024)):
         path.write_text(f"{'a' * longest}\tx\nb\ty\n")
         held_out = {"data.held_out": str(path)}
         task = build_task(load_config(None, {"task": "text_classification", "data.path": str(path), **held_out}))
         assert task.config.data.sequence_length == chosen
+
+
+def test_a_run_of_records_in_another_encoding(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is chosen is saved, what is cut is said, and lines end at newlines alone."""
+
+    def run(*arguments: str, lines: bytes = b"", status: int = 0) -> dict:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+        caplog.clear()
+        found = cli.main([*arguments, "--json"])
+        output = json.loads(capsys.readouterr().out)
+        assert found == status, output
+        return output
+
+    values = [(f"第{n}次去服务很好" + "很长" * (n == 7) * 20, "好" if n % 2 else "坏") for n in range(200)]
+    path, folder = tmp_path / "a.csv", str(tmp_path / "run")
+    write(path, values)
+    path.write_bytes(path.read_text(encoding="utf-8").encode("gb18030"))
+    options = [f"--{key}={value}" for key, value in {**tiny_run.SETTINGS, "training.steps": "1"}.items()]
+    options = [option for option in options if "sequence_length" not in option]
+    data = ["--data.path", str(path), "--data.encoding", "gb18030", "--out", folder, "--quiet"]
+    summary = run("train", "text_classification", *options, *data)
+    assert config.load(tmp_path / "run" / "config.toml").data.sequence_length == 32
+    assert summary["cut"]["train"] == {"records": 190, "cut": 1, "longest": 142}
+    assert (
+        "records to train on: 1 of 190 is cut at data.sequence_length = 32 tokens (the longest takes 142)"
+        in caplog.text
+    )
+    # The encoding is that of the file; lines have their own, and say so.
+    answers = run("predict", folder, lines="服务\f好\n坏\u2028了\r\n\x85很\v好".encode())["answers"]
+    assert len(answers) == 3 and "cut" not in caplog.text
+    assert (
+        len(run("predict", folder, "--layout", "dp2", lines="服务\f好\n坏\u2028了\r\n\x85很\v好".encode())["answers"])
+        == 3
+    )
+    assert len(run("predict", folder, "--data.encoding", "gb18030", lines="好\n坏".encode("gb18030"))["answers"]) == 2
+    run("predict", folder, lines="长".encode() * 20)
+    assert "lines: 1 of 1 is cut at data.sequence_length = 32 tokens (the longest takes 60)" in caplog.text
+    failed = run("predict", folder, lines=b"a\n\xe9t\xe9\n", status=2)
+    assert failed["error"].startswith(
+        "standard input, line 2: expected UTF-8, received the byte 0xe9; it is likely cp1252"
+    )
+    # Other records, in UTF-8.
+    held_out = write(tmp_path / "b.jsonl", [("很" * 20, "好")])
+    found = run("eval", folder, "--data.held_out", held_out)
+    assert found["cut"] == {"records": 1, "cut": 1, "longest": 60} and "held-out records: 1 of 1 is cut" in caplog.text

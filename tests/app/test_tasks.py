@@ -269,7 +269,10 @@ def test_one_checkpoint_has_one_metric(
     assert alone["loss"] == pytest.approx(summary["loss"], abs=1e-5)
     assert (tmp_path / "run" / "confusion.png").is_file() == (name == "text_classification")
 
-    lines = "Where does Anna live?\tAnna lives in Oslo.\n" * 3 if name == "question_answering" else "one\ntwo\nthree\n"
+    # They end at newlines alone.
+    lines = "one\fa\ntwo\u2028b\n\x85three\n"
+    if name == "question_answering":
+        lines = "Where does Anna live?\tAnna lives in Oslo.\n" * 3
     answers = []
     for more in ("single", "dp2") if name == "translation" else ("single", "dp2", "tp2"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))

@@ -7,6 +7,7 @@ import os
 import sys
 
 from fusemesh import config, standard_output
+from fusemesh.tasks.encodings import check_characters, read_stream
 from fusemesh.tasks.names import TASKS
 
 from .options import Outcome
@@ -26,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest that reach P together")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    add_target(parser)
+    add_target(parser, shown=("data.encoding",))
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -44,7 +45,10 @@ def run(options: argparse.Namespace) -> Outcome:
         raise ValueError(
             f"--tokens: expected 1 to {limit}, which data.sequence_length leaves beside a prompt, received {tokens}"
         )
-    prompt = options.prompt if options.prompt is not None else sys.stdin.read()
+    prompt = options.prompt
+    if prompt is None:
+        prompt = read_stream(sys.stdin, target.given.get("data.encoding", ""))
+    check_characters(prompt, "--prompt")
     if not prompt:
         source = "standard input" if options.prompt is None else "--prompt"
         raise ValueError(f"{source}: expected a text to continue, received nothing")

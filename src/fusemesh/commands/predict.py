@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fusemesh import config, standard_output
+from fusemesh.tasks.encodings import lines_of
 
 from .options import ASKING_NAMES, Outcome
 from .ranks import add_target, find_target
@@ -21,7 +22,7 @@ USAGE = "TARGET [options] < FILE"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_target(parser, shown=("evaluation.batch_size", "evaluation.num_beams"), short=ASKING_NAMES)
+    add_target(parser, shown=("data.encoding", "evaluation.batch_size", "evaluation.num_beams"), short=ASKING_NAMES)
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -31,8 +32,7 @@ def run(options: argparse.Namespace) -> Outcome:
     target = find_target(options)
     ranks, values = target.ranks, config.as_dict(target.settings.config)
     path, verify = str(target.path), target.verify
-    # A text stream is cut at newlines alone; str.splitlines would cut at form feeds, too.
-    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    lines = lines_of(sys.stdin, target.given.get("data.encoding", ""))
     if ranks.count == 1:
 
         def write(answer: Answer) -> None:

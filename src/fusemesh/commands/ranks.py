@@ -137,6 +137,9 @@ def find_target(options: argparse.Namespace) -> Target:
     if not merged:
         path = checkpoint_of(path, options.from_step)
     state = state_of(path)
+    if {"data.path", "data.held_out"} & given.keys():
+        # Other files, of which the encoding of the run's own says nothing.
+        given.setdefault("data.encoding", "")
     # A merged file is no longer spread over ranks, unless the command line asks for it.
     config = load_config(None, {**({"layout": "single"} if merged else {}), **given}, base=state["config"])
     if change := first_change(configuration.load(base=state["config"]), config, MODEL_KEYS):
@@ -159,5 +162,5 @@ def say(name: str, text: str, options: argparse.Namespace) -> None:
 
 def metrics_text(evaluation: dict[str, Any]) -> str:
     """Return the task's metrics of an evaluation as text."""
-    known = ("task", "step", "layout", "loss", "targets", "samples", "seconds")
+    known = ("task", "step", "layout", "loss", "targets", "samples", "seconds", "cut")
     return ", ".join(f"{name} {value:.4f}" for name, value in evaluation.items() if name not in known)

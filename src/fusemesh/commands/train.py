@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> Outcome:
     for option in ("from_step", "no_verify", "allow_changed_data"):
         if getattr(options, option) and not options.resume:
             raise ValueError(f"--{option.replace('_', '-')}: expected with --resume alone, received it without")
-    configured = _with_steps(load_config(source, given), options, given)
+    configured = _with_steps(_with_length(load_config(source, given), options), options, given)
     settings = Settings.of(_with_chosen_layout(configured, options))
     ranks = find_ranks(options, settings.layout)
 
@@ -90,6 +90,24 @@ def _text(summary: dict[str, Any]) -> str:
         f"held-out loss {summary['loss']:.4f}, {metrics_text(summary['held_out'])}\n"
         f"saved in {summary['directory']}"
     )
+
+
+def _with_length(configured: config.Config, options: argparse.Namespace) -> config.Config:
+    """Return the configuration with a length of samples that suits the data, if it has none; say which.
+
+    A run that goes on keeps its own.
+    """
+    if configured.data.sequence_length:
+        return configured
+    saved = Path(configured.run.directory, "config.toml")
+    if options.resume and saved.is_file():
+        length = config.load(saved).data.sequence_length
+        return replace(configured, data=replace(configured.data, sequence_length=length))
+    from fusemesh.tasks.registry import with_length
+
+    chosen = with_length(configured)
+    say(NAME, f"data.sequence_length: {chosen.data.sequence_length} chosen from the data", options)
+    return chosen
 
 
 def _with_steps(configured: config.Config, options: argparse.Namespace, given: dict[str, str]) -> config.Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from fusemesh.run.setup import Share, joined, load_file
 from fusemesh.run.setup import checkpoint_of as checkpoint_of  # public here
 from fusemesh.tasks.base import IGNORED, Batch, Dataset, Task
 from fusemesh.transformer import Transformer
+
+logger = logging.getLogger("fusemesh")
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,9 @@ def evaluate_file(path: str | os.PathLike[str], config: Config, verify: bool = T
         :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
     """
     task, model, state = load_file(path, config, verify=verify)
+    _say_cuts(task)
     result = evaluate(model, task, Share(next(model.parameters()).device))
-    return {"task": config.task, "step": state["step"], "layout": "single", **result.as_dict()}
+    return {"task": config.task, "step": state["step"], "layout": "single", **result.as_dict(), **_cuts(task)}
 
 
 def evaluate_rank(target: str, values: dict[str, Any], verify: bool = True) -> dict[str, Any]:
@@ -143,5 +147,18 @@ def evaluate_rank(target: str, values: dict[str, Any], verify: bool = True) -> d
     """
     with joined(values) as run:
         loaded = run.load(target, verify=verify)
-        result = evaluate(loaded.model, loaded.task, run.share(loaded.mesh))
-    return {"task": run.config.task, "step": loaded.state["step"], "layout": str(run.layout), **result.as_dict()}
+        task, step = loaded.task, loaded.state["step"]
+        if run.world.is_first:
+            _say_cuts(task)
+        result = evaluate(loaded.model, task, run.share(loaded.mesh))
+    return {"task": run.config.task, "step": step, "layout": str(run.layout), **result.as_dict(), **_cuts(task)}
+
+
+def _say_cuts(task: Task) -> None:
+    if text := task.say_cuts("held_out"):
+        logger.warning("%s", text)
+
+
+def _cuts(task: Task) -> dict[str, Any]:
+    found = task.cuts("held_out")
+    return {"cut": found} if found else {}

@@ -15,6 +15,7 @@ from fusemesh.hybrid.planner.model import ModelDescription
 from fusemesh.hybrid.planner.published import find_model
 from fusemesh.hybrid.planner.search import Choice, RankedLayouts, Rejected, gib
 from fusemesh.run.settings import load_config, pipeline_options
+from fusemesh.tasks.registry import build_task, with_length
 
 # Tokens of a step where nobody says otherwise: Llama 3's first 4 million (Dubey et al., 2024, section 3.4.1).
 DEFAULT_TOKENS = 4 * 2**20
@@ -35,7 +36,6 @@ def model_of(config: Config) -> ModelDescription:
     Raises:
         ValueError: the data cannot be used; see :func:`fusemesh.tasks.registry.build_task`.
     """
-    from fusemesh.tasks.registry import build_task
     from fusemesh.transformer.description import describe
 
     return describe(build_task(config).model_config())
@@ -106,7 +106,7 @@ def request(
         if gpu is None:
             raise ValueError(f"--gpu: expected {', '.join(named_hardware())} or {LOCAL} with --model, received none")
     else:
-        config = load_config(options.config, overrides)
+        config = with_length(load_config(options.config, overrides))
         model, job = model_of(config), job_of(config)
         world = options.world or default_world(config)
         gpu, threads = options.gpu or LOCAL, config.run.threads or 1

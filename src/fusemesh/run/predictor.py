@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from fusemesh.tasks.base import Task
 from fusemesh.transformer import Transformer
 from fusemesh.transformer.generation import Sampling, generate
 
+logger = logging.getLogger("fusemesh")
+
 
 class Answer(NamedTuple):
     """An answer, and how sure the model is of it, as JSON; see :meth:`Task.named_scores`."""
@@ -26,16 +29,21 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A model on its mesh, ready to answer."""
+    """A model on its mesh, ready to answer.
+
+    lengths: of each line that it has answered, the tokens that it takes uncut.
+    """
 
     run: Run
     task: Task
     model: Transformer
     share: Share
+    lengths: list[int] = field(default_factory=list)
 
     def answers(self, lines: Sequence[str]) -> list[Answer]:
         """Return an answer for each line, the same on every rank; each replica computes its share."""
-        samples = self.task.examples_of(lines)
+        samples = self.task.examples_of(lines, len(self.lengths) + 1)
+        self.lengths.extend(samples.whole.tolist())
         size = min(self.task.config.evaluation.batch_size, -(-len(lines) // self.share.replicas))
         rows, scores = predict_scored(self.model, self.task, samples, len(lines), size, self.share)
         return [
@@ -49,7 +57,10 @@ def _loaded(target: str, values: dict[str, Any], verify: bool) -> Iterator[_Load
     with joined(values) as run:
         found = run.load(target, verify=verify)
         found.model.eval()
-        yield _Loaded(run, found.task, found.model, run.share(found.mesh))
+        loaded = _Loaded(run, found.task, found.model, run.share(found.mesh))
+        yield loaded
+        if run.world.is_first and (text := found.task.say_cut_lengths(loaded.lengths)):
+            logger.warning("lines: %s", text)
 
 
 def answer_rank(target: str, values: dict[str, Any], lines: list[str], verify: bool = True) -> list[Answer]:

@@ -52,7 +52,9 @@ def measure(config: Config, numbers: Sequence[int], *, axis: str = "dp", runs: i
     if runs < 1 or not numbers or min(numbers) < 1 or len(set(numbers)) != len(numbers):
         raise ValueError(f"--nproc, --runs: expected different numbers above 0, received {list(numbers)}, {runs}")
     from fusemesh.run.trainer import prepare
+    from fusemesh.tasks.registry import with_length
 
+    config = with_length(config)
     folder = make_folder(config.run.directory, what=OUT)
     jobs = {}
     with tempfile.TemporaryDirectory() as nowhere:

@@ -60,7 +60,7 @@ class Examples:
     """A dataset in memory: each array's rows are the samples'."""
 
     def __init__(
-        self, tokens: np.ndarray, targets: np.ndarray, *, whole: Sequence[int] = (), **inputs: np.ndarray
+        self, tokens: np.ndarray, targets: np.ndarray, *, whole: Sequence[int] | np.ndarray = (), **inputs: np.ndarray
     ) -> None:
         """Keep the samples.
 
@@ -157,15 +157,20 @@ class Task(ABC):
 
     def say_cuts(self, part: str) -> str:
         """Return :meth:`cuts` as a sentence, "" if nothing is cut or counted."""
-        counts, said = self.cuts(part), []
-        if counts.get("cut"):
-            said.append(
-                f"{counts['cut']} of {counts['records']} are cut at data.sequence_length = "
-                f"{self.config.data.sequence_length} tokens (the longest takes {counts['longest']})"
-            )
+        counts = self.cuts(part)
+        said = [text for text in [self.say_cut_lengths(getattr(getattr(self, part), "whole", ()))] if text]
         more = {name: counts[name] for name in counts if name not in ("records", "cut", "longest")}
         said += [f"{count} {name.replace('_', ' ')}" for name, count in more.items() if count]
         return f"{_PARTS[part]}: {'; '.join(said)}" if said else ""
+
+    def say_cut_lengths(self, whole: Sequence[int] | np.ndarray) -> str:
+        """Return how many of some texts are cut, given the tokens that each takes uncut; "" if none is."""
+        length = self.config.data.sequence_length
+        cut = int((np.asarray(whole, np.int64) > length).sum())
+        if not cut:
+            return ""
+        share = f"{cut} of {len(whole)} {'is' if cut == 1 else 'are'}"
+        return f"{share} cut at data.sequence_length = {length} tokens (the longest takes {max(whole)})"
 
     def find_metadata(self) -> Mapping[str, Any]:
         """Return the metadata that the data to train on give; see the class."""
@@ -220,8 +225,11 @@ class Task(ABC):
         """Write drawings of the predictions into a run's folder, if the task has any."""
 
     @abstractmethod
-    def examples_of(self, lines: Sequence[str]) -> Examples:
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         """Return a user's questions, one a line, as samples without targets.
+
+        Args:
+            first: the number of the first line, for messages.
 
         Raises:
             ValueError: a line that is no question, by its number.

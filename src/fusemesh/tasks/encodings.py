@@ -52,7 +52,7 @@ def decode_text(content: bytes, encoding: str, where: str) -> str:
         text = content.decode(name)
     except UnicodeDecodeError as error:
         line = content[: error.start].decode(name, "ignore").count("\n") + 1
-        raise _refusal(content, error, encoding, f"{where}, line {line}") from None
+        raise _refusal(content, error, encoding, where, line) from None
     if not encoding and "\0" in text and (likely := _unmarked_utf16(content)):
         raise ValueError(
             f"{where}, line 1: expected UTF-8, received every other byte as 0; it is likely {likely} without a mark: "
@@ -61,10 +61,10 @@ def decode_text(content: bytes, encoding: str, where: str) -> str:
     return text
 
 
-def _refusal(content: bytes, error: UnicodeDecodeError, encoding: str, where: str) -> ValueError:
+def _refusal(content: bytes, error: UnicodeDecodeError, encoding: str, where: str, line: int) -> ValueError:
     kind = f"{encoding}, as data.encoding says" if encoding else "UTF-8"
-    received = f"the byte 0x{error.object[error.start]:02x}"
-    return ValueError(f"{where}: expected {kind}, received {received}; {remedy(content)}")
+    byte = error.object[error.start]
+    return ValueError(f"{where}, line {line}: expected {kind}, received the byte 0x{byte:02x}; {remedy(content)}")
 
 
 def check_encoding(encoding: str) -> None:
@@ -218,12 +218,11 @@ def lines_of(stream: Any, encoding: str = "", where: str = "standard input") -> 
         else:
             parts = itertools.chain([first] if first else [], stream.buffer)
     for number, part in enumerate(parts, 1):
-        place = f"{where}, line {number}"
         try:
             line = part.decode(name or "utf-8") if isinstance(part, bytes) else part
         except UnicodeDecodeError as error:
-            raise _refusal(part, error, name, place) from None
-        check_characters(line, place)
+            raise _refusal(part, error, name, where, number) from None
+        check_characters(line, f"{where}, line {number}")
         yield line.removesuffix("\n").removesuffix("\r")
 
 

@@ -291,7 +291,7 @@ class LanguageModel(Task):
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         return {"bits_per_byte": bits_per_byte(loss)}
 
-    def examples_of(self, lines: Sequence[str]) -> Examples:
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         """Return lines as beginnings of a text; half of the sequence length is kept for the continuation."""
         length = self.config.data.sequence_length // 2
         data = [encode(line) for line in lines]

@@ -247,8 +247,8 @@ class QuestionAnswering(RecordTask):
             result[f"{name}f1"] = float(np.mean([f1(*pair) for pair in pairs]))
         return result
 
-    def examples_of(self, lines: Sequence[str]) -> Examples:
-        pairs = [split_line(line, FIELDS[:2], f"line {number}") for number, line in enumerate(lines, 1)]
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
+        pairs = [split_line(line, FIELDS[:2], f"line {number}") for number, line in enumerate(lines, first)]
         return self._texts(pairs, np.full((len(lines), 2), IGNORED, np.int64))
 
     def answer(self, prediction: np.ndarray, line: str) -> str:

@@ -50,4 +50,5 @@ def with_length(config: Config) -> Config:
 
     Once, before any rank starts: what a run saves holds the number.
     """
-    return config if config.data.sequence_length else build_task(config).config
+    # With metadata of any kind a task reads no more than the choice takes.
+    return config if config.data.sequence_length else build_task(config, {}).config

@@ -12,6 +12,10 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Thai, Lao; Tibetan, Burmese; Hangul's letters; Khmer; iteration mark and kana; Han; Hangul; Han of old texts; kana of
 # half width; the planes of rare Han.
@@ -53,7 +57,7 @@ def _is_mark(letter: str) -> bool:
     return letter > "\x7f" and (letter in _JOINERS or unicodedata.category(letter)[0] == "M")
 
 
-def cut(passage: str, span: Sequence[int]) -> str:
+def cut(passage: str, span: Sequence[int] | np.ndarray) -> str:
     """Return the text from the first to the last word of a span."""
     words = spans_of(passage)
     last = min(int(span[1]), len(words) - 1)

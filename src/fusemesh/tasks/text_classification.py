@@ -160,7 +160,7 @@ class TextClassification(RecordTask):
         title = f"{len(predictions)} held-out texts of {self.source}: {right:.1%} right"
         draw_matrix(self.confusion(predictions), self.labels, folder / "confusion.png", title=title)
 
-    def examples_of(self, lines: Sequence[str]) -> Examples:
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         return self._texts(lines, np.zeros((len(lines), 1), np.int64))
 
     def answer(self, prediction: np.ndarray, line: str) -> str:

@@ -126,7 +126,7 @@ class Translation(RecordTask):
             result.update({f"{name}{key}": value for key, value in text_scores(answers, expected).items()})
         return result
 
-    def examples_of(self, lines: Sequence[str]) -> Examples:
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         shape = (len(lines), self.config.data.sequence_length)
         nothing = np.full(shape, IGNORED, np.int64), np.full(shape, PAD, np.uint8)
         return self._sources(lines, *nothing, [0] * len(lines))
