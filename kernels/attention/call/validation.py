@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ... import compat
 from .errors import TRANSPOSE, names, or_transpose, short
 from .errors import wrong as wrong
 from .option_checks import (
@@ -198,8 +199,12 @@ def _origins(
             if sk > 0 and sq % sk == 0 and q.shape[1] == k.shape[1]:  # as heads, with fewer for keys, would be third
                 received = f"shapes {tuple(q.shape)} and {tuple(k.shape)}"
                 raise wrong("q, k", "heads second", received, f"{TRANSPOSE}; if {sq} and {sk} are lengths, {remedy}")
-            expected = f"one of them, because {needs} is given and Sq differs from Sk"
-            raise wrong("align, origin", expected, f"neither, with Sq={sq} and Sk={sk}", remedy)
+            raise wrong(
+                "align, origin",
+                f"one of them, because {needs} is given and Sq differs from Sk",
+                f"neither, with Sq={sq} and Sk={sk}",
+                remedy,
+            )
         return (sk - sq if align == "bottom_right" else 0, 0, 0, 0), None
     if not isinstance(origin, Origin):
         raise wrong("origin", "a fusemesh.Origin or None", short(origin), "pass origin=Origin(q=..., k=...)")
@@ -252,7 +257,8 @@ def _bias(bias: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
         raise wrong("bias", f"a tensor of q's dtype {dtype} or torch.float32, or None", received, remedy)
     view = _four_dims("bias", bias, q, k)
     dims = broadcast_dims(view)
-    if not dims:
+    # Derivatives of a transform are those of the tensor that was passed, whatever its strides.
+    if not dims or compat.transforms():
         return view
     result: torch.Tensor = _Unbroadcast.apply(view, dims)
     return result
