@@ -26,6 +26,7 @@ _PUBLIC = {
     "Origin": "fusemesh.kernels.attention.call.spec",
     "ScoreMod": "fusemesh.kernels.attention.call.score_mods",
     "register_score_mod": "fusemesh.kernels.attention.call.score_mods",
+    "check_score_mod": "fusemesh.kernels.attention.score_mod_check",
     "fused_linear": "fusemesh.kernels.matmul.api",
     "use_backend": "fusemesh.kernels.backends",
     "accelerate": "fusemesh.integrations.pytorch.accelerate",
@@ -33,6 +34,7 @@ _PUBLIC = {
     "uninstall": "fusemesh.integrations.pytorch.accelerate",
     "Layout": "fusemesh.hybrid.layout",
     "parallelize": "fusemesh.hybrid.apply",
+    "whole_state_dict": "fusemesh.hybrid.placed",
     "Transformer": "fusemesh.transformer",
     "TransformerConfig": "fusemesh.transformer",
     "generate": "fusemesh.transformer.generation",
@@ -44,6 +46,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from fusemesh.hybrid.apply import parallelize as parallelize
     from fusemesh.hybrid.layout import Layout as Layout
+    from fusemesh.hybrid.placed import whole_state_dict as whole_state_dict
     from fusemesh.integrations.pytorch.accelerate import accelerate as accelerate
     from fusemesh.integrations.pytorch.accelerate import install as install
     from fusemesh.integrations.pytorch.accelerate import uninstall as uninstall
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from fusemesh.kernels.attention.dense.api import flash_attention as flash_attention
     from fusemesh.kernels.attention.dense.merge import merge_attention as merge_attention
     from fusemesh.kernels.attention.dense.module import MultiheadAttention as MultiheadAttention
+    from fusemesh.kernels.attention.score_mod_check import check_score_mod as check_score_mod
     from fusemesh.kernels.attention.varlen.api import flash_attention_varlen as flash_attention_varlen
     from fusemesh.kernels.backends import use_backend as use_backend
     from fusemesh.kernels.matmul.api import fused_linear as fused_linear

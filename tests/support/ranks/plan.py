@@ -229,6 +229,32 @@ def refused(world: World, text: str, plan: Any, options: dict[str, Any]) -> str:
     return ""
 
 
+def of_other_values(world: World, text: str, changed: dict[int, str], seeds: tuple[int, ...] = ()) -> str:
+    """The message of parallelize for models that differ among the ranks.
+
+    Args:
+        changed: rank to the name of a parameter or buffer of which it flips one bit, "+name" of one that it alone has,
+            or "meta".
+        seeds: of the ranks.
+    """
+    model = plain(seeds[world.rank] if seeds else 0)
+    model.register_buffer("scale", torch.ones(3))
+    name = changed.get(world.rank, "")
+    if name == "meta":
+        model.to("meta")
+    elif name.startswith("+"):
+        model.register_buffer(name[1:], torch.ones(1))
+    elif name:
+        bits = model.state_dict()[name].view(torch.uint8).view(-1)
+        bits[-1] ^= 1
+    layout = Layout.parse(text)
+    try:
+        fusemesh.parallelize(model, build_mesh(layout, world), layout, plan=PLAN)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def moved(world: World, text: str) -> tuple[list[int], list[int], list[int]]:
     """The sizes of the parts that went to the device, in order, and those of the parameters held afterwards.
 

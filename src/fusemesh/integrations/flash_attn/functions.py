@@ -23,8 +23,8 @@ Common to all functions:
   window. A tensor on a GPU is waited for; one that requires a gradient is refused, because it would get none.
 - A query that sees no key has output 0.
 
-Where this is more than flash-attn: fp32 and fp64 (the latter on the reference and torch backends), any head dim on
-those two and 16 to 256 on fused ones, values of another head dim than the keys, softcap with dropout, pages of any
+Where this is more than flash-attn: fp32 and fp64 (the latter on the reference and torch backends), any head dim (on
+triton 16 to 256), values of another head dim than the keys, softcap with dropout, pages of any
 size, left padding of a paged cache. Where it differs: a query without a key has log-sum-exp -inf (flash-attn: +inf), a
 gradient flows through the log-sum-exp (flash-attn drops it), S_dmask has the documented shape (flash-attn rounds it up
 to multiples of 128) and holds probabilities (flash-attn: terms of an unfinished sum), and what cannot be computed is a
@@ -266,7 +266,8 @@ def _check_layout(*tensors: tuple[str, Any, str]) -> None:
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if heads and (kv_heads == 0 or heads % kv_heads):
         expected = f"{at_k} with a number of heads Hkv that divides q's {heads}"
-        raise wrong("k", expected, tuple(k.shape), "query head h uses key head h // (H / Hkv)")
+        remedy = "query head h uses key head h // (H / Hkv); heads stand before the head dim, the last dimension"
+        raise wrong("k", expected, tuple(k.shape), remedy)
     if q.dim() == 4 and k.shape[0] != q.shape[0]:
         raise wrong("k", f"{at_k} with q's batch size {q.shape[0]}", tuple(k.shape), "expand it")
 
