@@ -73,6 +73,11 @@ def test_encodings_that_do_not_fit(tmp_path: Path) -> None:
     path.write_bytes("text,label\nné,x\n".encode("cp1252"))
     with pytest.raises(ValueError, match=r"line 2: expected gb18030, as data\.encoding says, received the byte 0xe9"):
         read_records(str(path), FIELDS, encoding="gb18030")
+    path.write_text("text,label\na,x\n服务很好,x\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"line 3: expected ascii, as data\.encoding says, .*; it is UTF-8: leave --data"
+    ):
+        read_records(str(path), FIELDS, encoding="ascii")
     for wrong in ("klingon", "base64"):
         with pytest.raises(ValueError, match=rf"data\.encoding: expected the name of a text encoding, .*'{wrong}'"):
             read_records(str(path), FIELDS, encoding=wrong)
