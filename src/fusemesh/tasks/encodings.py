@@ -85,8 +85,8 @@ def check_encoding(encoding: str) -> None:
 def remedy(content: bytes) -> str:
     """Return what to do about bytes that are no UTF-8: the encodings that they may have, the likeliest first."""
     text = content[: 16 * _SAMPLE].decode(errors="replace")
-    damaged, others = text.count("\ufffd"), sum(letter > "\x7f" for letter in text)
-    if others > 10 * damaged:
+    damaged, foreign = text.count("\ufffd"), sum(letter > "\x7f" for letter in text)
+    if foreign > 10 * damaged:
         return "the rest is UTF-8: mend the line" if damaged else "it is UTF-8: leave --data.encoding out"
     found = likely_encodings(content)
     if not found:
