@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +67,10 @@ def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Co
     Raises:
         ValueError: nothing is there, it is in another encoding, or one document has no two lines to divide.
     """
-    documents, left_out = _read(path, "data.path", encoding)
+    documents, left_out = read_documents(path, "data.path", encoding)
     others: tuple[str, ...] = ()
     if held_out:
-        held_out_documents, others = _read(held_out, "data.held_out", encoding)
+        held_out_documents, others = read_documents(held_out, "data.held_out", encoding)
         parts = [documents, held_out_documents]
     else:
         documents = _at_least_two(documents)
@@ -81,20 +81,26 @@ def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Co
                 f"{path!r}; give more text, or some to evaluate on as data.held_out"
             )
         parts = [{n: text for n, text in documents.items() if (n in chosen) == part} for part in (False, True)]
-    streams = []
-    for part in parts:
-        # In the order of the hash: the first part of a stream is then a random choice of documents.
-        found = b"".join(part[name] + bytes([SEPARATOR]) for name in sorted(part, key=lambda name: hash_of(name)))
-        streams.append(np.frombuffer(found, dtype=np.uint8))
-    source = str(_root(path)) if path else library_version()
-    return Corpus(streams[0], streams[1], len(parts[0]), len(parts[1]), source, left_out, others)
+    streams = stream_of(parts[0]), stream_of(parts[1])
+    return Corpus(*streams, len(parts[0]), len(parts[1]), source_of(path), left_out, others)
+
+
+def stream_of(documents: Mapping[str, bytes]) -> np.ndarray:
+    """Return documents as one stream, in the order of their hashes: its first part is then a random choice of them."""
+    names = sorted(documents, key=lambda name: hash_of(name))
+    return np.frombuffer(b"".join(documents[name] + bytes([SEPARATOR]) for name in names), dtype=np.uint8)
+
+
+def source_of(path: str) -> str:
+    """Return where a corpus is from, for reports."""
+    return str(_root(path)) if path else library_version()
 
 
 def _root(path: str) -> Path:
     return Path(path).expanduser().resolve() if path else standard_library()
 
 
-def _read(path: str, key: str, encoding: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def read_documents(path: str, key: str, encoding: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Return the documents of a file or a folder by name, in UTF-8, and which files have another encoding."""
     root = _root(path)
     if root.is_file():

@@ -28,7 +28,7 @@ from .base import (
     shortened,
 )
 from .corpus import SEPARATOR as SEPARATOR  # public here
-from .corpus import Corpus, files_of, library_version, some_of
+from .corpus import Corpus, files_of, library_version, read_documents, some_of, source_of, stream_of
 from .corpus import load_corpus as load_corpus
 from .corpus import standard_library as standard_library
 from .encodings import check_characters
@@ -127,18 +127,28 @@ class LanguageModel(Task):
         return f"{files} left out: {some_of(found)}" if found else ""
 
     def _left_out(self, part: str) -> tuple[str, ...]:
-        return self._corpus.train_left_out if part == "train" else self._corpus.held_out_left_out
+        return self._corpus.train_left_out if part == "train" else self._held_out_text[1]
+
+    @functools.cached_property
+    def _held_out_text(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The stream of the held-out text, and the files left out of it."""
+        data = self.config.data
+        if data.held_out and "_corpus" not in vars(self):
+            # The data to train on need not be there.
+            documents, left_out = read_documents(data.held_out, "data.held_out", data.encoding)
+            return stream_of(documents), left_out
+        return self._corpus.held_out, self._corpus.held_out_left_out
 
     @property
     def source(self) -> str:
         """Where the text is from."""
-        return self._corpus.source
+        return source_of(self.config.data.path)
 
     def read_train(self) -> Samples:
         return Samples(self._corpus.train, self.config.data.sequence_length)
 
     def read_held_out(self) -> Samples:
-        return Samples(self._corpus.held_out, self.config.data.sequence_length, padded=True)
+        return Samples(self._held_out_text[0], self.config.data.sequence_length, padded=True)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes()
