@@ -330,6 +330,14 @@ def test_a_run_of_records_in_another_encoding(
     assert failed["error"].startswith(
         "standard input, line 2: expected UTF-8, received the byte 0xe9; it is likely cp1252"
     )
+    # A run that goes on keeps its length, and a plan is made for the same one.
+    saved = (tmp_path / "run" / "config.toml").read_text(encoding="utf-8")
+    (tmp_path / "a.toml").write_text(saved.replace("sequence_length = 32\n", ""), encoding="utf-8")
+    summary = run("train", "--config", str(tmp_path / "a.toml"), "--resume", "--steps", "2", "--quiet")
+    assert summary["tokens"] == 8 * 32
+    named = ["--config", str(tmp_path / "a.toml")]
+    layout = run("plan", *named, "--gpu", "h100", "--world", "2")["layouts"][0]
+    assert layout["tokens_per_s_per_rank"] * 2 * layout["step_s"] == pytest.approx(8 * 32)
     # Other records, in UTF-8.
     held_out = write(tmp_path / "b.jsonl", [("很" * 20, "好")])
     found = run("eval", folder, "--data.held_out", held_out)
