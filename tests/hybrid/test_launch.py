@@ -49,7 +49,7 @@ SLURM = {
         ({**TORCHRUN, **SLURM, **OPEN_MPI}, Place("torchrun", 5, 8, 1, 4, "node0", 29500)),
         ({**OPEN_MPI, "MASTER_PORT": "1234"}, Place("Open MPI", 1, 4, 2, 4, "127.0.0.1", 1234)),
         ({**PMI, "MASTER_PORT": "1234"}, Place("MPI (PMI)", 3, 4, 1, 2, "10.0.0.7", 1234)),
-        ({**SLURM, "MASTER_PORT": "1234"}, Place("Slurm", 9, 16, 1, 0, "gpu003", 1234)),
+        ({**SLURM, "MASTER_PORT": "1234"}, Place("Slurm", 9, 16, 1, 8, "gpu003", 1234)),
         ({"PMI_RANK": "0", "PMI_SIZE": "1", "MASTER_PORT": "1"}, Place("MPI (PMI)", 0, 1, 0, 0, "127.0.0.1", 1)),
         ({}, None),
         # Inside an allocation, but not a step of it: one process.
