@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 import threading
 import time
@@ -179,13 +178,16 @@ def check_own_address(host: str, came_from: str, port: int, run: str) -> None:
         time.sleep(0.1)
 
 
-def is_open(host: str, port: int, timeout: float = _ANSWER) -> str:
-    """Return "" if something accepts connections there, else the reason."""
+def reach(host: str, port: int) -> socket.socket:
+    """Return a connection, if something listens there.
+
+    Raises:
+        RuntimeError: nothing does; with the reason alone.
+    """
     try:
-        socket.create_connection((host, port), timeout).close()
+        return socket.create_connection((host, port), _ANSWER)
     except OSError as error:
-        return error.strerror or str(error) or os.strerror(errno.ETIMEDOUT)
-    return ""
+        raise RuntimeError(error.strerror or str(error) or "no answer") from None
 
 
 def _ports_text(ports: Sequence[int]) -> str:

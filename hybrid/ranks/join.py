@@ -162,7 +162,7 @@ def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: flo
         if dist.is_initialized():
             dist.destroy_process_group()
         if meeting is not None:
-            meeting.part(failed=failed, lost=lost)
+            meeting.leave(failed=failed, lost=lost)
 
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}

@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -175,25 +176,25 @@ class LocalRanks:
                 f"fn: expected a function and arguments that another process can import, received {fn!r}: {error}; "
                 "define the function at the top level of a module"
             ) from error
-        if not self._processes:
-            self._start(fn.__module__)
-        self._calls += 1
-        run = compat.served_run(f"call{self._calls}")
-        for rank in range(count):
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": count,
-                "LOCAL_WORLD_SIZE": count,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": self._store.port,
-                **run,
-            }
-            with contextlib.suppress(OSError):  # a rank that is gone already is reported below
-                self._connections[rank].send_bytes(pickle.dumps({key: str(value) for key, value in place.items()}))
-                self._connections[rank].send_bytes(task)
         starting = set(range(count))
         with told(lambda: f"{ranks_text(starting)} of {count} local ones to start" if starting else ""):
+            if not self._processes:
+                self._start(fn.__module__)
+            self._calls += 1
+            run = compat.served_run(f"call{self._calls}")
+            for rank in range(count):
+                place = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": count,
+                    "LOCAL_WORLD_SIZE": count,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": self._store.port,
+                    **run,
+                }
+                with contextlib.suppress(OSError):  # a rank that is gone already is reported below
+                    self._connections[rank].send_bytes(pickle.dumps({key: str(value) for key, value in place.items()}))
+                    self._connections[rank].send_bytes(task)
             return self._collect(count, timeout, starting, compat.launcher_key(run))
 
     def close(self, *, kill: bool = False) -> None:
@@ -218,7 +219,13 @@ class LocalRanks:
     def _start(self, module: str) -> None:
         from torch.distributed import TCPStore
 
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # Torch's own socket takes IPv6 too, and asks the name service for each peer's address in that form, while all
+        # ranks wait.
+        listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        port = listening.getsockname()[1]
+        self._store = TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
         self._stacks = tempfile.TemporaryDirectory(prefix="fusemesh-ranks-")
         files = [str(Path(self._stacks.name) / f"{rank}.txt") for rank in range(self.nproc)]
         context = multiprocessing.get_context("spawn")

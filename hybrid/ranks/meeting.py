@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from .. import compat
-from .desk import Desk, ask, check_address, check_own_address, is_open
+from .desk import Desk, ask, check_address, check_own_address, reach
 from .environment import Place
 from .waiting import first_line, ranks_text, told
 
@@ -21,7 +21,7 @@ from .waiting import first_line, ranks_text, told
 _joined: collections.Counter[str] = collections.Counter()
 # Seconds to connect to a store that listens; and for which rank 0, if it serves the store, stays for those who have not
 # left yet; after a failure no longer than they take to end.
-_CONNECT, _LINGER, _LINGER_FAILED = 10.0, 60.0, 12.0
+_CONNECT, _LINGER, _LINGER_FAILED, _LINGER_REFUSED = 10.0, 60.0, 12.0, 3.0
 
 
 class Meeting:
@@ -46,8 +46,8 @@ class Meeting:
         _joined[compat.run_id()] += 1
         self.prefix = f"{compat.run_id()}/{_joined[compat.run_id()]}"
         self._server: dist.TCPStore | None = None
-        self.port = self._port_of_store()
-        self._store = self._open()
+        self.port = place.master_port if self.is_served else self._port_of_store()
+        self._store = self._wait_for_launcher() if self.is_served else self._open()
         self.store = dist.PrefixStore(self.prefix, self._store)
         self._stages: collections.Counter[str] = collections.Counter()
 
@@ -59,9 +59,6 @@ class Meeting:
     def _port_of_store(self) -> int:
         place = self.place
         who = f"rank 0, whom rank {place.rank} of {place.world_size} is to meet"
-        if self.is_served:
-            self._wait_for_launcher()
-            return place.master_port
         run = f"{self.prefix}/{place.run}".replace("\n", " ")
         ports = place.ports or (place.master_port,)
         if place.rank > 0:
@@ -73,21 +70,29 @@ class Meeting:
         check_own_address(place.master_addr, place.address_from, self._desk.port, run)
         return self._server.port
 
-    def _wait_for_launcher(self) -> None:
+    def _wait_for_launcher(self) -> dist.TCPStore:
         place, began = self.place, time.monotonic()
         last = ""
 
         def waiting() -> str:
             return (
                 f"the store of {place.launcher} at {place.master_addr}, port {place.master_port} (rank {place.rank} of "
-                f"{place.world_size}): {last}"
+                f"{place.world_size}){last and ': '}{last}"
             )
 
+        # What serves the ranks of one machine alone stands on it, and was there before them.
+        is_there = place.local_world_size == place.world_size
         with told(waiting):
-            while last := is_open(place.master_addr, place.master_port):
+            while not is_there:
+                try:
+                    reach(place.master_addr, self.port).close()
+                    break
+                except RuntimeError as error:
+                    last = first_line(error)
                 if time.monotonic() - began > self.timeout:
                     raise RuntimeError(f"nobody came within {self.timeout:.0f} s: {waiting()}")
                 time.sleep(0.1)
+            return self._open()
 
     def store_of(self, name: str) -> dist.Store:
         """Return the store with a name in front of its keys."""
@@ -102,11 +107,8 @@ class Meeting:
         return dist.PrefixStore(f"{self.prefix}/{name}" if name else self.prefix, self._open())
 
     def _open(self) -> dist.TCPStore:
+        """Connect to the store; if nobody serves it any more, torch tries again and again, here for 10 s."""
         host = self.place.master_addr
-        reason = is_open(host, self.port)
-        if reason:
-            raise RuntimeError(f"the store at {self.where}: {reason}")
-        # Who serves it may end while we connect, and would then be tried again and again.
         soon = datetime.timedelta(seconds=min(self.timeout, _CONNECT))
         store = dist.TCPStore(host, self.port, None, is_master=False, timeout=soon, wait_for_workers=False)
         store.set_timeout(datetime.timedelta(seconds=self.timeout))
@@ -138,7 +140,6 @@ class Meeting:
                 time.sleep(pause)
                 pause = min(0.5, 1.5 * pause)
         if self.store.check(["refused"]):
-            self._come("refusing")
             raise ValueError(self.store.get("refused").decode())
         if self._desk is not None:
             self._desk.close()
@@ -161,20 +162,22 @@ class Meeting:
         """Tell all ranks, also those still to come, why this one does not start."""
         self.store.compare_set("refused", "", f"rank {self.place.rank} does not start: {reason}")
         self.store.set("roll/all", "1")
-        self.part("refusing")
+        self._part("leaving", _LINGER_REFUSED, self.place.world_size)
 
-    def part(self, name: str = "left", *, failed: bool = False, lost: bool = False) -> None:
-        """Leave; rank 0, if it serves the store, stays for some seconds until all have left.
+    def leave(self, *, failed: bool, lost: bool) -> None:
+        """Leave at the end; rank 0, if it serves the store, stays for a while until all have left.
 
         Args:
             failed: whether the run has failed.
             lost: whether one rank will never leave, because it is dead.
         """
+        self._part("left", _LINGER_FAILED if failed else _LINGER, self.place.world_size - lost)
+
+    def _part(self, name: str, seconds: float, need: int) -> None:
         with contextlib.suppress(RuntimeError):
             self._come(name)
             if self._server is not None:
-                need = self.place.world_size - lost
-                deadline = time.monotonic() + (_LINGER_FAILED if failed else _LINGER)
+                deadline = time.monotonic() + seconds
                 with told(lambda: self._missing(name, "to leave")):
                     while self.store.add(f"{name}/count", 0) < need and time.monotonic() < deadline:
                         time.sleep(0.02)
@@ -188,7 +191,7 @@ class Meeting:
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
-        """Say after 10 s which ranks have come to the block and which have not."""
+        """Say after 10 s which ranks have come to the block and which have not, or are not through it."""
         self._stages[name] += 1
         name = f"{name}/{self._stages[name]}"
         self._come(name)
@@ -196,24 +199,29 @@ class Meeting:
         def missing() -> str:
             try:
                 # The main thread may wait in the store itself, with its connection.
-                return self._missing(name, what, self.connect())
+                store = self.connect()
+                if store.check([f"{name}/all"]):
+                    return self._missing(f"{name}/through", what, store, "all have come; through")
+                return self._missing(name, what, store)
             except RuntimeError as error:
                 return f"other ranks {what} (rank {self.place.rank} of {self.place.world_size}); {first_line(error)}"
 
         with told(missing):
             yield
+        self.store.set(f"{name}/through/{self.place.rank}", "1")
 
     def _come(self, name: str) -> None:
         is_new = self.store.add(f"{name}/{self.place.rank}", 1) == 1
         if is_new and self.store.add(f"{name}/count", 1) == self.place.world_size:
             self.store.set(f"{name}/all", "1")
 
-    def _missing(self, name: str, what: str, store: dist.Store | None = None) -> str:
+    def _missing(self, name: str, what: str, store: dist.Store | None = None, word: str = "come") -> str:
+        """Return whom this rank waits for, and who has come."""
         store = store or self.store
         everyone = range(self.place.world_size)
         came = [rank for rank in everyone if store.check([f"{name}/{rank}"])]
         absent = ranks_text(set(everyone) - set(came))
-        return f"{absent} {what} (rank {self.place.rank} of {len(everyone)}); come: {ranks_text(came)}"
+        return f"{absent} {what} (rank {self.place.rank} of {len(everyone)}); {word}: {ranks_text(came)}"
 
 
 def _is_alive(pid: int) -> bool:

@@ -35,6 +35,7 @@ def told(describe: Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         done.set()
+        thread.join(0.2)
 
 
 def first_line(error: BaseException) -> str:

@@ -49,7 +49,8 @@ class Watchdog:
         self.connect, self.rank, self.world_size, self.next = connect, rank, world_size, (rank + 1) % world_size
         self.limit, self.told, self.on_lost = limit, told, on_lost
         self.store, self.server = store, server
-        self._stopped, self._failing, self._gone = threading.Event(), threading.Event(), threading.Event()
+        self._stopped, self._connected = threading.Event(), threading.Event()
+        self._failing, self._gone = threading.Event(), threading.Event()
         self._answered = time.monotonic()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._guard)]
         for thread in self._threads:
@@ -59,7 +60,8 @@ class Watchdog:
         """Tell the others that this rank ends as it should, and watch no longer."""
         self._stopped.set()
         for thread in self._threads:
-            thread.join(5.0)
+            # Connecting may take long where the name service is slow.
+            thread.join(5.0 if self._connected.is_set() else 0.2)
 
     def explain(self, error: BaseException) -> PeerError | None:
         """Return the failure of another rank that an error of this one follows from; None if it is this rank's own.
@@ -120,6 +122,7 @@ class Watchdog:
     def _beat(self) -> None:
         try:
             store = self.connect()
+            self._connected.set()
             self._watch(store)
             # Those who watch this rank are to expect no more heartbeats.
             store.add(f"ended/{self.rank}", 1)
