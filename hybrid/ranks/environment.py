@@ -85,7 +85,7 @@ def rank_from_environment(environ: Mapping[str, str] | None = None) -> Place | N
     if launcher is None:
         return None
     local_key = _LAUNCHERS[launcher][2]
-    rank, world_size = _rank_and_size(environ, launcher)
+    rank, world_size = rank_and_size(environ, launcher)
     local_world_size = _local_world_size(environ, launcher, world_size)
     if local_key not in environ and world_size > 1 and local_world_size != world_size:
         raise ValueError(
@@ -111,13 +111,13 @@ def launcher_of(environ: Mapping[str, str]) -> str | None:
     """
     whole = [name for name, keys in _LAUNCHERS.items() if keys[0] in environ and keys[1] in environ]
     for name in whole:
-        _rank_and_size(environ, name)
+        rank_and_size(environ, name)
     if "Slurm" in whole:
-        mpi = _rank_and_size(environ, "MPI (PMI)") if "MPI (PMI)" in whole else None
+        mpi = rank_and_size(environ, "MPI (PMI)") if "MPI (PMI)" in whole else None
         if _is_single(environ):
             whole.remove("Slurm")
         # srun --mpi=pmi2 sets PMI's variables too, of which Slurm's say more; others are left from a step around this.
-        if mpi in ((0, 1), _rank_and_size(environ, "Slurm")):
+        if mpi in ((0, 1), rank_and_size(environ, "Slurm")):
             whole.remove("MPI (PMI)")
     _check_agreement(environ, whole)
     return whole[0] if whole else None
@@ -135,7 +135,7 @@ def _check_agreement(environ: Mapping[str, str], whole: list[str]) -> None:
         value = _number(environ, key, low, high)
         if not whole and (key == rank_key or value > 1):
             raise ValueError(f"{key}: set to {value} while {other} is not; unset {key}, or set both as torchrun does")
-        told = _rank_and_size(environ, whole[0])[key == size_key] if whole else value
+        told = rank_and_size(environ, whole[0])[key == size_key] if whole else value
         if name == "torchrun" and value != told:
             raise ValueError(
                 f"{key}: expected {told}, as {_LAUNCHERS[whole[0]][key == size_key]} of {whole[0]} says, or not set, "
@@ -143,9 +143,9 @@ def _check_agreement(environ: Mapping[str, str], whole: list[str]) -> None:
             )
     if whole[:1] != ["torchrun"] or compat.run_id(environ) != compat.run_id({}):
         return
-    own = _rank_and_size(environ, "torchrun")
+    own = rank_and_size(environ, "torchrun")
     for name in whole[1:]:
-        other_place = _rank_and_size(environ, name)
+        other_place = rank_and_size(environ, name)
         if other_place != own and other_place[1] > 1 and own[1] in (1, other_place[1]):
             raise ValueError(
                 f"RANK, WORLD_SIZE: they say rank {own[0]} of {own[1]}, while {_LAUNCHERS[name][0]} and "
@@ -154,7 +154,8 @@ def _check_agreement(environ: Mapping[str, str], whole: list[str]) -> None:
             )
 
 
-def _rank_and_size(environ: Mapping[str, str], launcher: str) -> tuple[int, int]:
+def rank_and_size(environ: Mapping[str, str], launcher: str) -> tuple[int, int]:
+    """Return rank and world size, of which the first is below the second, as a launcher's variables say them."""
     rank_key, size_key = _LAUNCHERS[launcher][:2]
     size = _number(environ, size_key, 1, _MOST_RANKS)
     return _number(environ, rank_key, 0, size - 1, f"0 to {size_key} - 1 = {size - 1}"), size
@@ -165,7 +166,7 @@ def _is_single(environ: Mapping[str, str]) -> bool:
 
     Of ``srun --pty`` task 0 alone goes on; what srun starts in that shell has the shell's variables, but no terminal.
     """
-    rank, size = _rank_and_size(environ, "Slurm")
+    rank, size = rank_and_size(environ, "Slurm")
     return size == 1 or (rank == 0 and any(key in environ for key in _TERMINAL) and has_terminal())
 
 

@@ -7,7 +7,6 @@ runs under each.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import time
@@ -21,7 +20,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..layout import AXES, Layout
 from . import mpi
-from .environment import MPI, Place, device_index, given_address, launcher_of, ports_of, rank_from_environment
+from .environment import (
+    MPI,
+    Place,
+    device_index,
+    given_address,
+    launcher_of,
+    ports_of,
+    rank_and_size,
+    rank_from_environment,
+)
 from .hosts import first_node
 from .local import LocalRanks
 from .meeting import Meeting
@@ -50,27 +58,27 @@ def find_place() -> Place | None:
     launcher = launcher_of(os.environ)
     if launcher not in MPI or not mpi.is_available():
         return rank_from_environment()
-    # Where only MPI knows the address, what the environment says of it may be refused there.
+    rank, world_size = rank_and_size(os.environ, launcher)
     address, address_from = given_address(os.environ)
-    said = rank_from_environment({**os.environ, "MASTER_ADDR": address or "127.0.0.1"})
     found = mpi.ask()
-    assert said is not None
-    if (found.rank, found.world_size) != (said.rank, said.world_size):
+    if (found.rank, found.world_size) != (rank, world_size):
         raise ValueError(
             f"mpi4py: it says rank {found.rank} of {found.world_size}, while the variables of {launcher} say rank "
-            f"{said.rank} of {said.world_size}: it was built for another MPI than the mpirun that started this "
-            "process; install mpi4py for this MPI, or take the mpirun of its MPI"
+            f"{rank} of {world_size}: it was built for another MPI than the mpirun that started this process; install "
+            "mpi4py for this MPI, or take the mpirun of its MPI"
         )
     ports = ports_of(os.environ, found.run)
-    return dataclasses.replace(
-        said,
-        local_rank=found.local_rank,
-        local_world_size=found.local_world_size,
-        master_addr=address or found.address,
-        master_port=ports[0],
-        address_from=address_from if address else "the address of rank 0's machine, from mpi4py",
-        run=found.run,
-        ports=tuple(ports),
+    return Place(
+        launcher,
+        rank,
+        world_size,
+        found.local_rank,
+        found.local_world_size,
+        address or found.address,
+        ports[0],
+        address_from if address else "the address of rank 0's machine, from mpi4py",
+        found.run,
+        tuple(ports),
     )
 
 

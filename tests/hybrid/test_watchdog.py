@@ -10,6 +10,7 @@ import pytest
 
 from fusemesh.hybrid.ranks.local import LocalRanks, RankError
 from tests.support.ranks import fault as fault_ranks
+from tests.support.ranks import meet as ranks_that_meet
 
 pytestmark = [
     pytest.mark.distributed,
@@ -61,6 +62,19 @@ def test_ranks_find_the_stopped_one_themselves(victim: int, capfd: pytest.Captur
         assert list(caught.value.failures) == [victim]
     told = capfd.readouterr().err
     assert told.count(f"fusemesh: rank {victim} has given no sign of life for 4 s") >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_who_survives_names_the_killed_one(victim: int) -> None:
+    """Where no launcher says who it was: by its heartbeats, or by the store that rank 0 served."""
+    places = [ranks_that_meet.slurm(f"lost-{victim}", rank, 3) for rank in range(3)]
+    with LocalRanks(3, ONE_THREAD, grace=20.0) as ranks:
+        with pytest.raises(RankError) as caught:
+            ranks.call(ranks_that_meet.lose, places, victim, 60.0)
+        assert list(caught.value.failures) == [victim] and "SIGKILL" in caught.value.failures[victim]
+        assert caught.value.followed.keys() == {0, 1, 2} - {victim}
+        assert all(text.startswith(f"rank {victim} failed first: ") for text in caught.value.followed.values())
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -123,3 +124,17 @@ def wait_for(late: int, where: str, folder: str, places: list[dict[str, str]] | 
         if where == "mesh":
             join.build_mesh(Layout.parse(f"dp{world.world_size}"), world)
     return stderr.getvalue()
+
+
+def lose(places: list[dict[str, str]], victim: int, limit: float) -> None:
+    """Reduce until the victim is killed, as a job step whose launcher says nothing."""
+    meeting._joined.clear()
+    with (
+        mock.patch.dict(os.environ, _variables(places), clear=True),
+        join.distributed("cpu", lost_after=limit) as world,
+    ):
+        for turn in range(10**9):
+            if turn == 20 and world.rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            dist.all_reduce(torch.ones(4))
+            time.sleep(0.01)
