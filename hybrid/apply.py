@@ -7,14 +7,21 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fusemesh.kernels.attention.call.place import Place
+
+from . import compat
+from .capabilities import Capabilities
+from .consistency import check_same_model
 from .data_parallel import shard_data_parallel
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
-from .tensor.modules import TensorParallelModule
+from .placed import mark
+from .tensor.modules import ColumnParallelLinear, TensorParallelModule
 from .tensor.table import convert, find_table
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,10 +65,11 @@ def parallelize(
 
     Raises:
         ValueError: the layout has an axis that is not built yet or other degrees than the mesh, a module cannot be
-            split over tp, the plan does not fit the model, or the model cannot be cut for pp. Raised before any
-            communication.
+            split over tp, the plan does not fit the model, or the model cannot be cut for pp; raised before any
+            communication. Or the ranks' models differ, which the first one finds.
     """
     options = pipeline or PipelineOptions()
+    capabilities_of(model, plan).check(layout)
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
     table = find_table(model, plan, layout.tp)
     if table is not None:
@@ -70,16 +78,19 @@ def parallelize(
     for module in parts:
         module.check(layout.tp)
     plain = _plain_parameters(model, parts)
-    if plain and layout.tp > 1:
-        raise ValueError(
-            f"model: expected every parameter in a module of fusemesh.hybrid.tensor.modules, received {plain[:5]} "
-            f"in other modules; say by plan= how tp splits them, or use tp1"
-        )
+    assert not plain or layout.tp == 1, plain
+
+    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else _CPU
+    # What is about to be cut is the same on every rank: replicas and parts of different models would train silently.
+    if mesh.size() == dist.get_world_size():
+        check_same_model(model, device)
 
     # 1. Pipeline parallel: the rank keeps its stages alone, before anything else takes memory.
-    mine = cut(model, layout.pp, mesh.get_local_rank("pp"), options.virtual_stages) if layout.pp > 1 else None
+    mine = None
+    if layout.pp > 1:
+        assert isinstance(model, PipelinedModel)
+        mine = cut(model, layout.pp, mesh.get_local_rank("pp"), options.virtual_stages)
     roots: list[nn.Module] = [model] if mine is None else list(mine.stages.values())
-    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else _CPU
     shared = _shared(model)
 
     def split(part: nn.Module) -> None:
@@ -93,15 +104,35 @@ def parallelize(
         shard_data_parallel(
             root, mesh, blocks=_blocks(root), prepare=split, dtype=dtype, keep_gathered=mine is not None
         )
-    # 4. The stages are connected.
+    # 4. What attends knows its heads and samples, so that dropout is that of one process.
+    for root in roots:
+        _set_places(root, layout.replica_of(mesh.get_rank()))
+    # 5. The stages are connected.
     if isinstance(model, PipelinedModel):
         model.mesh = mesh
     if mine is not None:
         mine.model.pipeline = Pipeline(mine, mesh, options, dtype)
+    # 6. What would save, copy or grow the whole model knows that there are parts.
+    mark(model, sharded=layout.fsdp > 1)
     return model
 
 
 _CPU = torch.device("cpu")
+
+
+def capabilities_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> Capabilities:
+    """Return the axes over which :func:`parallelize` can split ``model``, with the ``plan`` or without one."""
+    parts = _parts(model)
+    has_table = plan is not None or bool(compat.hugging_face_plan(model))
+    plain = [] if has_table else _plain_parameters(model, parts)
+    return Capabilities(
+        type(model).__name__,
+        tp=not plain,
+        pp=isinstance(model, PipelinedModel),
+        # transformers' plans, which find_table() translates, have no style for parts of the sequence.
+        sequence_parallel="sequence" in (plan or {}).values() if has_table else not plain,
+        without_table=plain[0] if plain and parts else "",
+    )
 
 
 def _parts(model: nn.Module) -> list[TensorParallelModule]:
@@ -114,6 +145,15 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, nn.ModuleList):
         return list(model)
     return [block for child in model.children() for block in _blocks(child)]
+
+
+def _set_places(model: nn.Module, replica: int) -> None:
+    """Set on every module that contains others which part of the heads and samples is its own."""
+    for module in model.modules():
+        columns = [child for child in module.children() if isinstance(child, ColumnParallelLinear)]
+        heads = next((column.rank for column in columns if not column.gather_output), 0)
+        if any(True for _ in module.children()):
+            vars(module)["fusemesh_place"] = Place(heads, replica)
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:

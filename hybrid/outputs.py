@@ -53,9 +53,11 @@ def free_bytes(path: str | os.PathLike[str]) -> int | None:
     place = Path(path).absolute()
     for folder in (place, *place.parents):
         try:
-            return shutil.disk_usage(folder).free
+            usage = shutil.disk_usage(folder)
         except OSError:
             continue
+        # The kernel's own file systems (/proc) say 0 of 0.
+        return usage.free if usage.total else None
     return None
 
 

@@ -117,17 +117,12 @@ class Cut:
         return len(self.spans)
 
 
-def cut(model: nn.Module, ranks: int, rank: int, virtual_stages: int) -> Cut:
+def cut(model: PipelinedModel, ranks: int, rank: int, virtual_stages: int) -> Cut:
     """Reduce ``model`` in place to the stages of ``rank`` (0 to ``ranks - 1``): number rank, rank + ranks, and so on.
 
     Raises:
-        ValueError: the model does not say how it is cut, or two stages of one rank share a parameter.
+        ValueError: two stages of one rank share a parameter.
     """
-    if not isinstance(model, PipelinedModel):
-        raise ValueError(
-            f"model: pp{ranks} expects a fusemesh.hybrid.pipeline_parallel.PipelinedModel, which can be cut into "
-            f"stages, received {type(model).__name__}; derive it from that, or use pp1"
-        )
     number = ranks * virtual_stages
     parts = deal_blocks(len(model.blocks), number)
     stages = [model.stage(part, first=i == 0, last=i == number - 1) for i, part in enumerate(parts)]

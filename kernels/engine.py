@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         expected = library.fm_isas().decode()
         return None, f"FUSEMESH_CPU_ISA: expected one of {expected}, received {env.CPU_ISA!r}; correct or unset it"
     return library, None
+
+
+if hasattr(os, "register_at_fork"):
+    # The library sees forks from when it is loaded on; PyTorch may have had threads before the engine's first call.
+    os.register_at_fork(before=_load)
 
 
 def why_unavailable() -> str | None:

@@ -4,6 +4,9 @@
 // the same processors; so the one that is there is looked up at run time, through GOMP_parallel, the entry that both
 // libgomp and LLVM's libomp export. Without one (numpy alone) threads are started for the call and end with it: such
 // callers have no parallel region around them to share, and nothing is left behind for fork() to break.
+//
+// A forked child has the thread that forked, alone, and libgomp waits for its others for ever. So a child of a process
+// that had several threads starts its own for each call.
 
 #include "engine/threading.h"
 
@@ -14,8 +17,10 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <dirent.h>
 #include <dlfcn.h>
 #include <link.h>
+#include <pthread.h>
 #endif
 
 namespace fm {
@@ -28,6 +33,27 @@ struct OpenMP {
 };
 
 #if defined(__linux__)
+
+std::atomic<bool> forks_with_threads{false};  // set in the parent, read in the child
+std::atomic<bool> has_lost_threads{false};
+
+// Whether this process has threads besides the one that asks, as far as the system tells.
+bool has_threads() {
+  DIR* folder = opendir("/proc/self/task");
+  if (!folder) return true;
+  int entries = 0;
+  while (readdir(folder)) ++entries;
+  closedir(folder);
+  return entries != 3;  // ".", ".." and this one
+}
+
+void before_fork() { forks_with_threads = has_threads(); }
+
+void in_child() {
+  if (forks_with_threads) has_lost_threads = true;
+}
+
+[[maybe_unused]] const int watches_forks = pthread_atfork(before_fork, nullptr, in_child);
 
 // dl_iterate_phdr callback: keeps the OpenMP library to borrow. PyTorch's own goes before another package's copy.
 int find_openmp(dl_phdr_info* info, size_t, void* result) {
@@ -50,6 +76,7 @@ bool look_up(void* library, const char* name, Function& function) {
 // The runtime to borrow, or null. Once found it is kept; until then each call looks again, because PyTorch may be
 // imported after the engine.
 const OpenMP* openmp() {
+  if (has_lost_threads) return nullptr;
   static std::atomic<const OpenMP*> kept{nullptr};
   if (const OpenMP* runtime = kept.load(std::memory_order_acquire)) return runtime;
   auto candidate = OpenMP{};

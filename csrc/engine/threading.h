@@ -16,7 +16,8 @@ int worker_count(int requested, int64_t tasks) noexcept;
 // done. Tasks are handed out in order to whoever is free, so results must not depend on who does one.
 void parallel_for(int workers, int64_t tasks, Body body, const void* context) noexcept;
 
-// "std::thread", or the path of the OpenMP library whose threads are borrowed.
+// "std::thread", also in a forked child that has lost its parent's threads, or the path of the OpenMP library whose
+// threads are borrowed.
 std::string thread_runtime();
 
 }  // namespace fm

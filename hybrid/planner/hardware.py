@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -32,6 +33,11 @@ class Curve:
 
 
 ONE = Curve(((1.0, 1.0),))
+
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+# Plain numbers below these (bytes, bytes/s, FLOP/s) or, of latencies, above (s) were meant in another unit.
+_LEAST = {"memory": 2**20, "reserved": 2**20, "bandwidth": 1e6, "peak": 1e6}
+_MOST_LATENCY = 1.0
 
 
 @dataclass(frozen=True)
@@ -153,22 +159,70 @@ class Hardware:
 def from_dict(values: Mapping[str, Any]) -> Hardware:
     """Return hardware from plain values, as in ``hardware.json``.
 
+    Sizes and rates are numbers in bytes, bytes/s and FLOP/s, or of bytes texts with their unit, such as "80GB".
+
     Raises:
-        ValueError: a key that is missing or unknown.
+        ValueError: a key that is missing or unknown, or a number that can be in no such unit.
     """
-    found = dict(values)
+    found = {key: _in_bytes(key, value) for key, value in values.items()}
+    for dtype, rate in (found["peak"] if isinstance(found.get("peak"), Mapping) else {}).items():
+        _check_unit(f"peak.{dtype}", rate, "FLOP/s", _LEAST["peak"])
     for key in ("matmul_fraction", "bandwidth_fraction", "slowdown", "memory_slowdown"):
         if key in found:
             points = found[key]["points"] if isinstance(found[key], Mapping) else found[key]
             found[key] = Curve(tuple((float(x), float(y)) for x, y in points))
     for key in ("intra", "inter"):
         if key in found:
-            found[key] = Link(**found[key])
-    found["fits"] = {key: Link(**value) for key, value in found.get("fits", {}).items()}
+            found[key] = _link(key, found[key])
+    found["fits"] = {key: _link(f"fits.{key}", value) for key, value in found.get("fits", {}).items()}
     try:
         return Hardware(**found)
     except TypeError as error:
         raise ValueError(f"--gpu: not a description of hardware: {error}") from None
+
+
+def bytes_of(text: str, name: str = "--memory") -> int:
+    """Return ``80GB`` (10^9) or ``80GiB`` (2^30) in bytes.
+
+    Args:
+        text: a number and its unit.
+        name: of the option or key, for the error.
+
+    Raises:
+        ValueError: no such size, or a number without a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{name}: expected a size such as 80GB or 75GiB, received {text!r}")
+    if match[2] is None:
+        number = match[1]
+        raise ValueError(
+            f"{name}: expected a size with its unit, received {text!r}; write {number}GB (10^9 bytes) or {number}GiB "
+            "(2^30 bytes)"
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _in_bytes(key: str, value: Any) -> Any:
+    """Return the value of ``memory``, ``reserved`` or ``bandwidth``, of which a text has a unit; any other as it is."""
+    if key in ("memory", "reserved", "bandwidth") and isinstance(value, str):
+        return bytes_of(value.removesuffix("/s"), f"--gpu: {key}")
+    # Nothing may be reserved.
+    if key in ("memory", "bandwidth") or (key == "reserved" and value != 0):
+        _check_unit(key, value, "bytes/s" if key == "bandwidth" else "bytes", _LEAST[key])
+    return value
+
+
+def _link(key: str, values: Mapping[str, Any]) -> Link:
+    found = Link(**{name: _in_bytes(name, value) for name, value in values.items()})
+    if not 0 <= found.latency <= _MOST_LATENCY:
+        raise ValueError(f"--gpu: {key}.latency: expected seconds, received {found.latency!r}; 5 microseconds are 5e-6")
+    return found
+
+
+def _check_unit(key: str, value: Any, unit: str, least: float) -> None:
+    if not isinstance(value, (int, float)) or not value >= least:
+        raise ValueError(f'--gpu: {key}: expected {unit}, such as 80e9 (or of bytes "80GB"), received {value!r}')
 
 
 def named_hardware() -> dict[str, dict[str, Any]]:
@@ -193,5 +247,5 @@ def find_hardware(name: str) -> Hardware:
         )
     try:
         return from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"--gpu: expected a JSON file with hardware's keys, received {name!r}: {error}") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.distributed.tensor import Placement, Shard
 
+from ..capabilities import EVERYTHING, Capabilities
 from ..layout import Layout
 from ..pipeline_options import deal_blocks
 from ..tensor.modules import ColumnParallelLinear, TensorParallelModule, leaves_none, own_rows
@@ -177,7 +178,7 @@ class ModelDescription:
     sequence_length: tokens of a sample in training, unless the job says otherwise; source and target of an
     encoder-decoder have so many each. layers: the encoder's first. outer: the parameters of no layer. gated: whether
     the feed-forward multiplies by a second projection. layer_norm: layer norms with biases; False: RMS norms. rotary:
-    whether queries and keys are turned by their positions.
+    whether queries and keys are turned by their positions. capabilities: of the class that is trained.
     """
 
     name: str
@@ -194,6 +195,7 @@ class ModelDescription:
     gated: bool = True
     layer_norm: bool = False
     rotary: bool = True
+    capabilities: Capabilities = EVERYTHING
 
     @property
     def num_layers(self) -> int:

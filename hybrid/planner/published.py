@@ -13,8 +13,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..capabilities import EVERYTHING, Capabilities
 from ..layout import check_heads
 from .model import Head, Layer, ModelDescription, Outer, Weight
+
+# A model_type of transformers: what parallelize() can do with its decoder.
+FAMILIES = {
+    "llama": Capabilities("LlamaForCausalLM", tp=True, pp=False, sequence_parallel=False),
+    "mistral": Capabilities("MistralForCausalLM", tp=True, pp=False, sequence_parallel=False),
+    "qwen2": Capabilities("Qwen2ForCausalLM", tp=True, pp=False, sequence_parallel=False),
+    "gpt2": Capabilities("GPT2LMHeadModel", tp=False, pp=False, sequence_parallel=False),
+}
 
 
 @dataclass(frozen=True)
@@ -22,9 +31,11 @@ class PublishedDecoder:
     """Sizes of a decoder as its authors state them; :meth:`describe` derives its parameters.
 
     gated: whether the feed-forward multiplies by a second projection (three matrices instead of two). tied: whether
-    the head is the embedding. bias: of every linear layer but the head; qkv_bias: of query, key and value alone.
+    the head is the embedding. bias: of every linear layer but the head; qkv_bias: of query, key and value; output_bias:
+    of attention's output; mlp_bias: of each matrix of the feed-forward, where ``bias`` has one for the gated two.
     layer_norm: layer norms with biases; False: RMS norms. learned_positions: rows of a position table; 0: rotary.
-    sequence_length: tokens a sample that it was trained with.
+    sequence_length: tokens a sample that it was trained with. family: of :data:`FAMILIES`, whose class is trained; ""
+    is a Transformer of our modules, which every axis can split.
 
     Raises:
         ValueError: a size that is no positive integer, or heads that key/value heads do not divide.
@@ -43,8 +54,11 @@ class PublishedDecoder:
     tied: bool = False
     bias: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
     layer_norm: bool = False
     learned_positions: int = 0
+    family: str = ""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -70,6 +84,7 @@ class PublishedDecoder:
             gated=self.gated,
             layer_norm=self.layer_norm,
             rotary=not self.learned_positions,
+            capabilities=FAMILIES[self.family] if self.family else EVERYTHING,
         )
 
     def _layer(self) -> tuple[Weight, ...]:
@@ -94,12 +109,12 @@ class PublishedDecoder:
                 Weight("attention.key.bias", (key,), "heads", kv),
                 Weight("attention.value.bias", (key,), "heads", kv),
             ]
-        if self.bias:
-            found += [
-                Weight("attention.output.bias", (hidden,)),
-                Weight("mlp.gate.bias", (wide,), "rows"),
-                Weight("mlp.down.bias", (hidden,)),
-            ]
+        if self.bias or self.output_bias:
+            found.append(Weight("attention.output.bias", (hidden,)))
+        if self.bias or self.mlp_bias:
+            found += [Weight("mlp.gate.bias", (wide,), "rows"), Weight("mlp.down.bias", (hidden,))]
+        if self.mlp_bias and self.gated:
+            found.append(Weight("mlp.gate.bias_up", (wide,), "rows"))
         return tuple(found)
 
     def _outer(self) -> tuple[Outer, ...]:
@@ -150,10 +165,6 @@ def find_decoder(name: str) -> PublishedDecoder:
     return from_hugging_face(path)
 
 
-# model_type: whether query, key and value have biases unless the config says so.
-_LLAMA_LIKE = {"llama": False, "mistral": False, "qwen2": True}
-
-
 def from_hugging_face(path: str | os.PathLike[str]) -> PublishedDecoder:
     """Return the sizes in a Hugging Face ``config.json`` of the families llama, mistral, qwen2 and gpt2.
 
@@ -169,36 +180,46 @@ def from_hugging_face(path: str | os.PathLike[str]) -> PublishedDecoder:
     try:
         if family == "gpt2":
             return _gpt2(name, config)
-        if family in _LLAMA_LIKE:
-            return _llama(name, config, _LLAMA_LIKE[family])
+        if family in FAMILIES:
+            return _llama(name, config, family)
     except KeyError as error:
         raise ValueError(
             f"--model: {str(path)!r} has no key {error.args[0]!r}, which a {family} config needs"
         ) from None
     raise ValueError(
-        f"--model: expected a config of model_type {', '.join((*_LLAMA_LIKE, 'gpt2'))}, received {family!r} in "
-        f"{str(path)!r}"
+        f"--model: expected a config of model_type {', '.join(FAMILIES)}, received {family!r} in {str(path)!r}"
     )
 
 
-def _llama(name: str, config: Mapping[str, Any], qkv_bias: bool) -> PublishedDecoder:
+def _llama(name: str, config: Mapping[str, Any], family: str) -> PublishedDecoder:
     heads = config["num_attention_heads"]
+    # Where a config says nothing, transformers takes these and not as many as heads.
+    kv_heads = config.get("num_key_value_heads", {"mistral": 8, "qwen2": 32}.get(family))
+    # Mistral and Qwen2 have the biases that they have, whatever a config says.
+    attention_bias = family == "llama" and bool(config.get("attention_bias", False))
     return PublishedDecoder(
         name=name,
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
+        num_kv_heads=kv_heads or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         sequence_length=config["max_position_embeddings"],
         tied=config.get("tie_word_embeddings", False),
-        qkv_bias=config.get("attention_bias", qkv_bias),
+        qkv_bias=attention_bias or family == "qwen2",
+        output_bias=attention_bias,
+        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+        family=family,
     )
 
 
 def _gpt2(name: str, config: Mapping[str, Any]) -> PublishedDecoder:
+    if config.get("add_cross_attention"):
+        raise ValueError(
+            "--model: expected a decoder alone, received a gpt2 config with add_cross_attention; leave it out"
+        )
     hidden, heads = config["n_embd"], config["n_head"]
     return PublishedDecoder(
         name=name,
@@ -215,4 +236,5 @@ def _gpt2(name: str, config: Mapping[str, Any]) -> PublishedDecoder:
         bias=True,
         layer_norm=True,
         learned_positions=config["n_positions"],
+        family="gpt2",
     )

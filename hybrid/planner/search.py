@@ -6,6 +6,7 @@ and the pipeline's of :class:`~fusemesh.hybrid.pipeline_options.PipelineOptions`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,6 +83,8 @@ def plan(model: ModelDescription, job: TrainingJob, hardware: Hardware, world: i
 
 def consider(model: ModelDescription, job: TrainingJob, hardware: Hardware, layout: Layout) -> Choice | Rejected:
     """Return one layout with the split of the batch that makes it fastest of those that fit in memory."""
+    if job.sequence_parallel and not model.capabilities.sequence_parallel:
+        job = dataclasses.replace(job, sequence_parallel=False)
     try:
         check(model, job, hardware, layout)
         candidates = job.splits(layout)
@@ -117,6 +120,7 @@ def check(model: ModelDescription, job: TrainingJob, hardware: Hardware, layout:
     Raises:
         ValueError: names the flag or key.
     """
+    model.capabilities.check(layout)
     if layout.tp > hardware.ranks_per_node or hardware.ranks_per_node % layout.tp:
         raise ValueError(
             f"tp: tp{layout.tp} would leave a node of {hardware.ranks_per_node} ranks, whose links its collectives "

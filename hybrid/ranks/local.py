@@ -88,11 +88,13 @@ class _Heard:
                 self.refusals[rank], answer = answer, f"{type(answer).__name__}: {answer}"
             self.raised.append((at, rank, answer))
 
-    def common_refusal(self, count: int) -> UserError | None:
-        """Return the error that says everything, if all that failed by themselves raised the same."""
+    def refusal(self) -> UserError | None:
+        """Return the error of the rank that failed first if it says everything, and no rank raised another such one."""
         texts = {str(error) for error in self.refusals.values()}
-        same = len(texts) == 1 and not self.died and len(self.raised) == len(self.refusals)
-        return next(iter(self.refusals.values())) if same and len(self.refusals) + len(self.followed) == count else None
+        if len(texts) != 1 or self.died:
+            return None
+        # Whatever the others do follows from it.
+        return self.refusals.get(min(self.raised)[1])
 
     def verdict(
         self, unfinished: dict[int, str], returned: Collection[int], ranks: int
@@ -163,7 +165,7 @@ class LocalRanks:
 
         Raises:
             RankError: a rank raised, died or hung; it holds what every rank has to say.
-            UserError: every rank raised the same one.
+            UserError: the first rank to fail raised it, and no other rank another one.
             ValueError: ``fn`` or ``args`` cannot be sent to another process.
         """
         count = self.nproc if ranks is None else ranks
@@ -290,8 +292,10 @@ class LocalRanks:
                 deadline = limit if deadline is None else min(deadline, limit)
         if not heard and not waiting:
             return [results[rank] for rank in range(count)]
-        refusal = heard.common_refusal(count)
+        refusal = heard.refusal()
         if refusal is not None:
+            if waiting or dead:
+                self.close(kill=True)
             raise refusal
         unfinished = self._stacks_of(waiting)
         if waiting or dead:

@@ -42,7 +42,7 @@ class SplitTable(VocabParallelEmbedding, nn.Embedding):  # type: ignore[misc]
 def embedding(table: nn.Embedding) -> None:
     """Split the rows of ``table``; it stays the same object, and a forward of its own that calls super's stays, too."""
     kind: Any = type(table)
-    table.__class__ = SplitTable if kind is nn.Embedding else _derived(kind, SplitTable, behind=True)
+    table.__class__ = SplitTable if kind is nn.Embedding else derived(kind, SplitTable, behind=True)
     vars(table).update(group=None, sequence_parallel=False)
 
 
@@ -66,7 +66,7 @@ def whole(module: nn.Module, is_partial: bool) -> None:
         is_partial: whether its gradient on a rank is a part of a sum over tp, for it sees a part of the activations.
     """
     kind: Any = type(module)
-    module.__class__ = _derived(kind, WholeModule)
+    module.__class__ = derived(kind, WholeModule)
     vars(module).update(group=None, sequence_parallel=False, is_partial=is_partial)
 
 
@@ -95,7 +95,7 @@ class WholeModule(TensorParallelModule):
 
 
 @functools.cache
-def _derived(kind: Any, other: Any, *, behind: bool = False) -> Any:
+def derived(kind: Any, other: Any, *, behind: bool = False) -> Any:
     """Return a class of both, named as ``kind``; ``other`` comes first, or ``behind`` it, where super() finds it."""
     return type(kind.__name__, (kind, other) if behind else (other, kind), {"__module__": kind.__module__})
 

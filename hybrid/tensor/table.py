@@ -138,6 +138,7 @@ def convert(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bo
         embedding(module)
     for module, is_partial in others.items():
         whole(module, is_partial)
+    _repeat_heads(modules, heads, ranks)
     return splits_sequence
 
 
@@ -192,6 +193,14 @@ def _heads(table: Table, modules: Mapping[str, nn.Module], styles: Mapping[str, 
                 f"tp in {legal}"
             )
     return {name: count for counts in by_parent.values() for name, count in counts.items()}
+
+
+def _repeat_heads(modules: Mapping[str, nn.Module], heads: Mapping[str, int], ranks: int) -> None:
+    """Tell Hugging Face's attention how many query heads of a rank share a key, where keys are repeated over ranks."""
+    for parent in {name.rpartition(".")[0] for name in heads}:
+        counts = [count for name, count in heads.items() if name.rpartition(".")[0] == parent]
+        if min(counts) < ranks and hasattr(modules[parent], "num_key_value_groups"):
+            modules[parent].num_key_value_groups = max(counts) // ranks  # type: ignore[assignment]
 
 
 def _split(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..autocast import autocast_dtype
 from ..backend_record import Request, implementation
 from ..backends import choose, count
 from . import ops, reference
@@ -89,10 +90,9 @@ def _check_tensors(x: object, w: object, bias: object, w_up: object) -> None:
 def _autocast(*tensors: torch.Tensor | None) -> list[Any]:
     """The tensors as F.linear sees them: in autocast's dtype where autocast is on (it leaves fp64 and integers)."""
     assert tensors[0] is not None
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 

@@ -33,6 +33,7 @@ _PUBLIC = {
     "uninstall": "fusemesh.integrations.pytorch.accelerate",
     "Layout": "fusemesh.hybrid.layout",
     "parallelize": "fusemesh.hybrid.apply",
+    "whole_state_dict": "fusemesh.hybrid.placed",
     "Transformer": "fusemesh.transformer",
     "TransformerConfig": "fusemesh.transformer",
     "generate": "fusemesh.transformer.generation",
@@ -44,6 +45,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from fusemesh.hybrid.apply import parallelize as parallelize
     from fusemesh.hybrid.layout import Layout as Layout
+    from fusemesh.hybrid.placed import whole_state_dict as whole_state_dict
     from fusemesh.integrations.pytorch.accelerate import accelerate as accelerate
     from fusemesh.integrations.pytorch.accelerate import install as install
     from fusemesh.integrations.pytorch.accelerate import uninstall as uninstall

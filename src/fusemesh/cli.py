@@ -1,56 +1,134 @@
-"""The command line: ``fusemesh doctor | train | eval | predict | generate | merge | plan | scaling | bench``.
+"""Train, evaluate, ask and merge models in any layout; rank layouts; measure; see what this machine can run.
 
 With ``--json`` a command writes exactly one JSON object to stdout; messages always go to stderr. Every key of the
-configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``; two that
-everybody needs have a short name, too, ``--steps`` and ``--out``.
+configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``; the most
+used ones have short names, too.
 
 Exit status: 0; 1 for a run that failed (a rank died, numbers not finite, replicas that drifted, no layout that fits); 2
-for a request that cannot work; 130 after an interruption. ``doctor --trace`` keeps the script's.
+for a request that cannot work; 130 after an interruption; 141 where the reader of the output has gone. ``doctor
+--trace`` keeps the script's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from fusemesh import __version__
+from fusemesh import __version__, standard_output
 from fusemesh.commands import bench, doctor, evaluate, generate, merge, plan, predict, scaling, train
+from fusemesh.commands.options import Parser
+from fusemesh.hybrid.outputs import UserError
+from fusemesh.spelling import suggestion
 
 COMMANDS = (doctor, train, evaluate, predict, generate, merge, plan, scaling, bench)
+# As a shell reports a process that SIGPIPE ended.
+_NO_READER = 141
+
+_SHORT_HELP = """\
+usage: fusemesh COMMAND [options]
+
+{commands}
+
+for example:
+  fusemesh train text_classification --data.path reviews.csv --out runs/reviews
+  echo "What a film" | fusemesh predict runs/reviews
+
+fusemesh COMMAND --help lists the options of a command"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, see above."""
-    words, after_dashes = _cut(list(sys.argv[1:] if arguments is None else arguments))
-    options = parser().parse_args(words, argparse.Namespace(after_dashes=after_dashes))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    shown: SystemExit | None = None
     try:
+        try:
+            status = _run(words)
+        except SystemExit as end:  # of --help and --version
+            shown = end
+        sys.stdout.flush()
+    except BrokenPipeError:
+        standard_output.drop()
+        return _NO_READER
+    except OSError as error:
+        standard_output.drop()
+        return _fail(_name(words), 2, str(standard_output.cannot_write(error)))
+    if shown is not None:
+        raise shown
+    return status
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        listed = "\n".join(f"  {command.NAME:<10} {command.SUMMARY}" for command in COMMANDS)
+        print(_SHORT_HELP.format(commands=listed))
+        return 0
+    name, as_json = _name(words), "--json" in _cut(words)[0]
+    try:
+        options = parse(words)
+        as_json = options.json
         result, text, status = options.command(options)
-    except (ValueError, OSError) as error:
-        return _fail(options, 2, str(error))
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, UserError) as error:
+        return _fail(name, 2, str(error), as_json=as_json)
     except RuntimeError as error:
-        return _fail(options, 1, str(error), getattr(error, "result", None))
-    except KeyboardInterrupt:
-        return _fail(options, 130, "interrupted; go on with --resume if the run has saved a checkpoint")
+        return _fail(name, 1, str(error), as_json=as_json, result=getattr(error, "result", None))
+    except KeyboardInterrupt as error:
+        return _fail(name, 130, str(error) or "interrupted", as_json=as_json)
+    except Exception as error:
+        if not as_json:
+            raise
+        traceback.print_exc()
+        return _fail(name, 1, f"{type(error).__name__}: {error}", as_json=True)
     if result is not None and (options.json or text is not None):
         print(json.dumps(result) if options.json else text)
     return status
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    top = argparse.ArgumentParser(prog="fusemesh", description=__doc__, allow_abbrev=False)
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line, its command as ``command``.
+
+    Raises:
+        ValueError: there is no such command or option, or an option lacks its value.
+    """
+    words, after_dashes = _cut(list(arguments))
+    known = [command.NAME for command in COMMANDS]
+    if words and not words[0].startswith("-") and words[0] not in known:
+        raise ValueError(
+            f"command: expected one of {', '.join(known)}, received {words[0]!r}{suggestion(words[0], known)}"
+        )
+    options, unknown = parser(words).parse_known_args(words, argparse.Namespace(after_dashes=after_dashes))
+    if unknown:
+        raise ValueError(_unknown(unknown[0], options))
+    return options
+
+
+def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of all commands; the words of the command line say which task's defaults its help shows."""
+    top = Parser(prog="fusemesh", usage="%(prog)s COMMAND [options]", description=__doc__, allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"fusemesh {__version__}")
-    names = " | ".join(command.NAME for command in COMMANDS)
-    commands = top.add_subparsers(dest="name", required=True, metavar=names)
+    commands = top.add_subparsers(dest="name", required=True, metavar="COMMAND", prog="fusemesh")
     for module in COMMANDS:
         command = commands.add_parser(module.NAME, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
+        command.usage, command.words = f"%(prog)s {module.USAGE}", words
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
         module.add_options(command)
-        command.set_defaults(command=module.run)
+        command.set_defaults(command=module.run, known=command.option_names())
     return top
+
+
+def _unknown(word: str, options: argparse.Namespace) -> str:
+    """Return the message for a word that the command does not know."""
+    if not word.startswith("-"):
+        return f"expected only options from here on, received {word!r}; see fusemesh {options.name} --help"
+    name = word.partition("=")[0]
+    guess = suggestion(name, options.known)
+    return f"{name}: no option of fusemesh {options.name}{guess or f'; see fusemesh {options.name} --help'}"
 
 
 def _cut(words: list[str]) -> tuple[list[str], list[str]]:
@@ -61,8 +139,27 @@ def _cut(words: list[str]) -> tuple[list[str], list[str]]:
     return words, []
 
 
-def _fail(options: argparse.Namespace, status: int, message: str, result: dict[str, Any] | None = None) -> int:
-    if options.json:
+def _name(words: Sequence[str]) -> str:
+    """Return the program and its command, as messages begin."""
+    known = words and words[0] in [command.NAME for command in COMMANDS]
+    return f"fusemesh {words[0]}" if known else "fusemesh"
+
+
+def _fail(name: str, status: int, message: str, *, as_json: bool = False, result: dict[str, Any] | None = None) -> int:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    if as_json and _is_first():
         print(json.dumps({**(result or {}), "error": message}))
-    print(f"fusemesh {options.name}: error: {message}", file=sys.stderr)
     return status
+
+
+def _is_first() -> bool:
+    """Return whether this process is alone or a launcher's first rank, which prints for all."""
+    if not any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")):
+        return True
+    from fusemesh.hybrid.ranks.join import find_place
+
+    try:
+        place = find_place()
+    except ValueError:
+        return True
+    return place is None or place.rank == 0

@@ -6,7 +6,11 @@ a new version no longer has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +32,58 @@ class FusedPath(NamedTuple):
 # public hook between the module and its kernel.
 FUSED_ATTENTION = FusedPath("_native_multi_head_attention")
 FUSED_ENCODER_LAYER = FusedPath("_transformer_encoder_layer_fwd")
+
+
+class _CompilersTable(importlib.abc.MetaPathFinder):
+    """Loads torch.compile's table of PyTorch's functions so that it names the original of a function replaced by us."""
+
+    NAME = "torch._dynamo.trace_rules"
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.NAME:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _name_originals(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _name_originals(table: Any) -> None:
+    """Have torch._dynamo.trace_rules, which finds functions by their names, find the originals of those we replace."""
+    load = getattr(table, "load_object", None)
+    if load is not None and not hasattr(load, "names_originals"):
+
+        def load_object(name: str) -> Any:
+            return original_of(load(name))
+
+        load_object.names_originals = True  # type: ignore[attr-defined]
+        table.load_object = load_object
+
+
+def original_of(function: Any) -> Any:
+    """Return the function of PyTorch that ``function`` replaces, or ``function`` where it replaces none."""
+    return getattr(function, "replaced_by_fusemesh", function)
+
+
+def keep_out_of_compilers_table() -> None:
+    """Have torch.compile know PyTorch's functions also where its package is imported while they are replaced.
+
+    It looks them up by name when it is imported, and traces into what is not in its table; PyTorch's own
+    multi_head_attention_forward does not compile so. To import it here would take 2 s of programs that compile nothing.
+    """
+    if _CompilersTable.NAME in sys.modules:
+        _name_originals(sys.modules[_CompilersTable.NAME])
+    elif not any(isinstance(x, _CompilersTable) for x in sys.meta_path):
+        sys.meta_path.insert(0, _CompilersTable())
 
 
 def is_functorch_wrapped(x: torch.Tensor) -> bool:

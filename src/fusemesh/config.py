@@ -15,11 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusemesh.hybrid.outputs import writing
 from fusemesh.hybrid.pipeline_options import SCHEDULES
+from fusemesh.spelling import suggestion
 from fusemesh.tasks.names import TASKS
 from fusemesh.transformer.config import TransformerConfig, check_sizes, user_fields
 
 DTYPES = ("float32", "bfloat16", "float64")
+_DTYPE_NAMES = {
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("fp64", "f64", "double"), "float64"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    "bf16": "bfloat16",
+}
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
@@ -55,13 +63,17 @@ class DataConfig:
 
     path: str = _doc(
         "",
-        "a file of records (.csv, .tsv, .jsonl, or text with tabs), for a language model a text file or a folder of "
-        "them; empty: the task's own corpus",
+        "a file of records (.csv, .tsv, .jsonl, .json, or text with tabs; also .gz), for a language model a text file "
+        "or a folder of them; empty: the task's own corpus",
     )
-    held_out: str = _doc("", "a file of records to evaluate on; empty: one in 16 of those of data.path, by hash")
+    held_out: str = _doc("", "what to evaluate on, as data.path; empty: one in 16 of the records of data.path, by hash")
     columns: str = _doc("", "names of the columns that hold a record, in the task's order; empty: the task's names")
+    encoding: str = _doc("", "of these files, such as gb18030 or cp1252; empty: UTF-8, or as a byte order mark says")
     sequence_length: int = _doc(
-        256, "tokens (bytes, of a question words) per sample, of source and target each; longer texts are cut", least=1
+        0,
+        "tokens (bytes, of a question words) per sample, of source and target each; longer texts are cut; 0: chosen "
+        "from the data",
+        least=0,
     )
 
 
@@ -81,6 +93,15 @@ class TrainingConfig:
     clip_norm: float = _doc(1.0, "gradients are scaled down to this norm; 0: never", least=0.0)
     dtype: str = _doc("float32", "of compute; parameters stay float32 unless float64", choices=DTYPES)
     seed: int = _doc(0, "of weights and data order", least=0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.dtype == "float16":
+            raise ValueError(
+                "training.dtype: expected bfloat16, float32 or float64, received float16, whose small gradients become "
+                "0 unless the loss is scaled, which is not built; use bfloat16"
+            )
 
 
 @dataclass(frozen=True)
@@ -152,6 +173,13 @@ class Config:
                 raise ValueError(f"training.{name}: expected below 1, received {getattr(training, name)}")
 
 
+def dtype_name(text: str) -> str:
+    """Return the name of a dtype by which we know it: bf16, torch.bfloat16 and BFloat16 are bfloat16."""
+    plain = text.strip().lower().removeprefix("torch.")
+    name = _DTYPE_NAMES.get(plain, plain)
+    return name if name in (*DTYPES, "float16") else text
+
+
 @dataclass(frozen=True)
 class Field:
     """One key of the configuration: its type, default, meaning and bounds."""
@@ -190,7 +218,8 @@ def _check(key: str, spec: Field, value: Any) -> None:
     if not isinstance(value, spec.type) or (spec.type is not bool and isinstance(value, bool)):
         raise ValueError(f"{key}: expected {spec.type.__name__}, received {value!r} ({type(value).__name__})")
     if spec.choices is not None and value not in spec.choices:
-        raise ValueError(f"{key}: expected one of {spec.choices}, received {value!r}")
+        guess = suggestion(str(value), spec.choices)
+        raise ValueError(f"{key}: expected one of {spec.choices}, received {value!r}{guess}")
     number: Any = value
     # Written so that nan fails too.
     if spec.least is not None and not (spec.least <= number < float("inf")):
@@ -217,7 +246,8 @@ def _build(values: Mapping[str, Any]) -> Config:
     known = fields_of(Config)
     for key in values:
         if key not in known:
-            raise ValueError(f"{key}: not a key of the configuration; the keys are: {', '.join(known)}")
+            guess = suggestion(key, known) or f"; the keys are: {', '.join(known)}"
+            raise ValueError(f"{key}: not a key of the configuration{guess}")
     sections: dict[str, Any] = {}
     for key, value in values.items():
         # TOML writes 1 where a float is meant, and nobody is misled by it.
@@ -279,7 +309,8 @@ def load(
         path: a TOML file; None for the defaults.
         overrides: dotted key to text, as ``{"training.steps": "100"}``.
         base: a configuration as :func:`as_dict` gives it, beneath the file.
-        defaults: given the name of the task, dotted key to value, beneath all others.
+        defaults: given the name of the task, dotted key to value, beneath all others; a length of samples is that of
+            the task's own corpus, and left out where there is a data.path.
 
     Raises:
         ValueError: an unknown key or an illegal value, named by its key; or the file cannot be read.
@@ -291,7 +322,10 @@ def load(
     for key, text in (overrides or {}).items():
         values[key] = _parse(key, known[key], text) if key in known else text
     if defaults is not None:
-        values = {**defaults(values.get("task", known["task"].default)), **values}
+        beneath = dict(defaults(values.get("task", known["task"].default)))
+        if values.get("data.path"):
+            beneath.pop("data.sequence_length", None)
+        values = {**beneath, **values}
     return _build(values)
 
 
@@ -313,4 +347,5 @@ def to_toml(config: Config) -> str:
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
     """Write the configuration as TOML."""
-    Path(path).write_text(to_toml(config), encoding="utf-8")
+    with writing(path):
+        Path(path).write_text(to_toml(config), encoding="utf-8")

@@ -1,10 +1,15 @@
 """The command line: one JSON object, exit states, messages. Layers: one process; fresh processes; 2 gloo ranks."""
 
+import contextlib
+import io
 import json
+import os
+import sys
 
 import pytest
 
 from fusemesh import __version__, cli, config
+from fusemesh.commands.ranks import Ranks
 from fusemesh.kernels.measure import tune
 from fusemesh.tasks.names import TASKS
 from fusemesh.tasks.registry import task_class
@@ -45,6 +50,7 @@ def test_version_and_module():
 
 def test_train_eval_merge_in_one_process(run, text, capfd):
     assert config.load(run / "config.toml").training.steps == 6
+    assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     status, evaluated, _ = call(capfd, "eval", run)
     assert status == 0 and evaluated["step"] == 6 and evaluated["targets"] == 21 * 16
     assert evaluated["loss"] == json.loads((run / "summary.json").read_text())["held_out"]["loss"]
@@ -155,8 +161,8 @@ WRONG = [
     (["train", "--layout", "ep2"], "received 'ep2' with the unknown axis 'ep'"),
     (["train", "--config", "/nowhere.toml"], "config: expected a TOML file, received '/nowhere.toml'"),
     (["train", "--resume", "--run.directory", "/nowhere"], "checkpoint: expected a folder step-* with checkpoint.json"),
-    (["eval", "/nowhere"], "model: expected a run directory, a checkpoint or a .safetensors file, received '/nowhere'"),
-    (["merge", "/nowhere"], "checkpoint: expected a folder step-*"),
+    (["eval", "/nowhere"], "or a .safetensors file, received '/nowhere', which does not exist"),
+    (["merge", "/nowhere"], "received '/nowhere', which does not exist"),
 ]
 
 
@@ -171,16 +177,17 @@ def test_wrong_requests_end_with_2_and_one_message(capfd, arguments, message):
 def test_a_merged_file_is_not_evaluated_as_another_model(run, capfd):
     call(capfd, "merge", run)
     status, result, _ = call(capfd, "eval", run / "model.safetensors", "--model.num_layers", "3")
-    assert status == 2 and "the file holds another model (9 tensors differ)" in result["error"]
+    expected = "model.num_layers: expected 2, as the model was trained, received 3; leave it out"
+    assert status == 2 and expected in result["error"]
 
 
-def test_generate_is_for_tasks_that_continue_texts(run, capfd):
+def test_a_model_is_not_taken_for_one_of_another_task(run, capfd):
     for name in TASKS:
         status, result, _ = call(capfd, "generate", run, "--task", name, "--tokens", "0")
         expected = (
             "--tokens: expected 1 to 15"
             if task_class(name).continues_texts
-            else (f"model: expected one of task language_model, received {name}; use fusemesh predict")
+            else f"task: expected 'language_model', as the model was trained, received '{name}'"
         )
         assert status == 2 and expected in result["error"]
 
@@ -205,3 +212,80 @@ def test_nproc_is_refused_under_a_launcher(monkeypatch, capfd):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     status, result, _ = call(capfd, "train", "--nproc", "2", "--layout", "dp2")
     assert status == 2 and "--nproc: expected to be absent under torchrun, which started 2 ranks" in result["error"]
+
+
+@contextlib.contextmanager
+def unwritable(full):
+    """A standard output that is full, or whose reader has gone."""
+    if full:
+        number = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, number = os.pipe()
+        os.close(reader)
+    file = os.fdopen(number, "w")
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+PRINTING = [
+    "",
+    "--version",
+    "plan --model llama3-8b --world 8 --gpu h100",
+    "plan --help",
+    "doctor --json",
+    "merge RUN",
+    "eval RUN",
+    "predict RUN",
+    "predict RUN --json",
+    "generate RUN --prompt line",
+]
+
+
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_outputs_that_nobody_reads_and_full_ones(run, arguments, monkeypatch, capfd):
+    words = [str(run) if word == "RUN" else word for word in arguments.split()]
+    full_one = "error: standard output: cannot write to it: No space left on device"
+    for full, status, told in ((False, 141, ""), (True, 2, full_one)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("line 1\nline 2\n"))
+        capfd.readouterr()
+        with unwritable(full) as output, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", output)
+            assert cli.main(words) == status
+        err = [line for line in capfd.readouterr().err.splitlines() if " error: " in line or "Traceback" in line]
+        assert len(err) == bool(told) and told in "".join(err)
+
+
+def test_nothing_to_answer(run, monkeypatch, capfd):
+    for more in ([], ["--layout", "dp2"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        status, result, _ = call(capfd, "predict", run, *more)
+        assert (status, result) == (2, {"error": "standard input: expected lines to answer, received nothing"})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    status, result, _ = call(capfd, "generate", run)
+    assert (status, result) == (2, {"error": "standard input: expected a text to continue, received nothing"})
+
+
+def test_an_interruption_says_how_to_go_on(run, text, tmp_path, monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ranks, "call", interrupted)
+    status, result, _ = call(capfd, "train", *tiny_run.options(text, tmp_path / "run"))
+    assert (status, result["error"]) == (130, "interrupted; no checkpoint has been saved")
+    status, result, _ = call(capfd, "train", "--resume", "--out", run, "--steps", "8")
+    assert (status, result["error"]) == (130, "interrupted; go on from step-00000006 with --resume")
+
+
+@pytest.mark.parametrize("command", ["train", "scaling"])
+def test_a_folder_that_cannot_be_made(command, text, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    places = {
+        "/proc/x": "its folder is not there and cannot be made",
+        tmp_path / "file": "a file stands where a folder",
+    }
+    for place, cause in places.items():
+        status, result, _ = call(capfd, command, *tiny_run.options(text, place), "--nproc", "1")
+        assert status == 2 and result["error"].startswith(f"run.directory: cannot write '{place}': {cause}")

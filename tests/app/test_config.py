@@ -77,9 +77,10 @@ def test_the_models_section_is_made_of_the_transformers_fields():
 WRONG_OVERRIDES = [
     (
         {"trainin.steps": "3"},
-        r"trainin\.steps: not a key of the configuration; the keys are: task, layout, model\.hidden_size",
+        r"trainin\.steps: not a key of the configuration; did you mean training\.steps\?",
     ),
-    ({"steps": "3"}, "steps: not a key"),
+    ({"optimizer.lr": "3"}, r"not a key of the configuration; the keys are: task, layout, model\.hidden_size"),
+    ({"steps": "3"}, r"steps: not a key .*; did you mean training\.steps\?"),
     ({"training.steps": "many"}, r"--training\.steps: expected a whole number, received 'many'"),
     ({"training.steps": "1.5"}, r"--training\.steps: expected a whole number, received '1\.5'"),
     ({"training.steps": "0"}, r"training\.steps: expected a number of at least 1, received 0"),
@@ -102,7 +103,7 @@ WRONG_OVERRIDES = [
         r"model\.hidden_size: expected a multiple of 2 \* model\.num_heads = 8 .*received 100",
     ),
     ({"model.num_layers": "0"}, r"model\.num_layers: expected a number of at least 1, received 0"),
-    ({"data.sequence_length": "0"}, r"data\.sequence_length: expected a number of at least 1, received 0"),
+    ({"data.sequence_length": "-1"}, r"data\.sequence_length: expected a number of at least 0, received -1"),
 ]
 
 
@@ -116,7 +117,7 @@ WRONG_FILES = [
     ("layout = 3", r"layout: expected str, received 3 \(int\)"),
     ("[training]\nsteps = true", r"training\.steps: expected int, received True \(bool\)"),
     ("[training]\nsteps = 1.0", r"training\.steps: expected int, received 1\.0 \(float\)"),
-    ("[training]\nspets = 1", r"training\.spets: not a key"),
+    ("[training]\nspets = 1", r"training\.spets: not a key of the configuration; did you mean training\.steps\?"),
     ("training = 5", r"training: expected a section \[training\], received 5"),
     ("[run]\nsequence_parallel = 1", r"run\.sequence_parallel: expected bool, received 1 \(int\)"),
     ("[optimizer]\nlr = 1", "optimizer: not a key"),
@@ -174,7 +175,11 @@ def test_a_tasks_defaults_stand_beneath_everything_else(tmp_path):
     assert (found.training.steps, found.evaluation.samples) == (7, 3)
     assert found.data.sequence_length == defaults["data.sequence_length"]
     assert load_config(base=config.as_dict(Config(task="translation"))) == Config(task="translation")
-    assert load_config() == config.load() == Config()
+    length = defaults_of("language_model")["data.sequence_length"]
+    assert load_config() == config.load(None, {"data.sequence_length": str(length)})
+    assert config.load() == Config()
+    # The length of samples suits the task's own corpus; that of other data is chosen.
+    assert load_config(None, {"task": "translation", "data.path": "a.csv"}).data.sequence_length == 0
 
 
 @pytest.mark.parametrize("load", [config.load, load_config])

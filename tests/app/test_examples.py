@@ -12,16 +12,22 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.engine_required import AUTO
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-@pytest.fixture
-def by_hand() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attention_by_hand", EXAMPLES / "attention_by_hand.py")
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def by_hand() -> ModuleType:
+    return example("attention_by_hand")
 
 
 def test_the_matrix(by_hand: ModuleType) -> None:
@@ -75,3 +81,19 @@ def test_the_script_notices_a_disagreement(by_hand: ModuleType, monkeypatch: pyt
     monkeypatch.setattr(by_hand, "flash_attention", lambda q, k, v: q)
     with pytest.raises(SystemExit, match="disagree"):
         by_hand.main()
+
+
+def test_a_script_is_accelerated_and_learns_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = example("accelerate_script")
+    monkeypatch.setattr(script, "STEPS", 5)
+    script.main()
+    plain, accelerated = capsys.readouterr().out.split("FuseMesh  loss")
+    # Two layers, five steps, and the evaluation.
+    assert "ran on" not in plain and f"attention_forward ran on {AUTO} 12 times" in accelerated
+    assert AUTO != "cpu" or "attention_backward ran on cpu 10 times" in accelerated
+    results = iter([([1.0], 0.5), ([1.1], 0.5)])
+    monkeypatch.setattr(script, "train", lambda: next(results))
+    with pytest.raises(SystemExit, match="disagree"):
+        script.main()

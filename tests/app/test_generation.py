@@ -50,21 +50,40 @@ def test_a_row_does_not_see_the_others_nor_its_padding(kind: str, beams: int) ->
         assert torch.equal(alone, row)
 
 
+def log_likelihood(model: Transformer, prompt: torch.Tensor, begin: dict, whole: list[int]) -> float:
+    """Of all these tokens after the prompt, or made of the source, by one forward pass."""
+    if begin:
+        target = torch.tensor([[ranks.BEGIN, *whole[:-1]]])
+        logits = model.logits(prompt[None], lengths=torch.tensor([len(prompt)]), target_tokens=target)[0]
+    else:
+        logits = model.logits(torch.cat((prompt, torch.tensor(whole[:-1], dtype=torch.int64)))[None])
+        logits = logits[0, len(prompt) - 1 :]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(whole)[:, None]).sum().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"sampling": Sampling(temperature=2.0)}], ids=["greedy", "beams", "sampled"]
+)
+def test_a_score_is_the_log_likelihood_of_a_row_and_its_end(kind: str, options: dict) -> None:
+    model, begin = model_of(kind)
+    scores: dict[int, float] = {}
+    rows = generate(
+        model, ranks.prompts(kind), max_new_tokens=6, end=END, on_score=scores.__setitem__, **begin, **options
+    )
+    assert sorted(scores) == list(range(len(rows)))
+    for number, (prompt, row) in enumerate(zip(ranks.prompts(kind), rows, strict=True)):
+        whole = [*row.tolist(), END] if len(row) < 6 else row.tolist()
+        assert scores[number] == pytest.approx(log_likelihood(model, prompt, begin, whole), rel=1e-9)
+
+
 def best_of_all(model: Transformer, prompt: torch.Tensor, begin: dict, length: int, penalty: float) -> list[int]:
     """By trying everything: rows that end, and rows of the full length that do not."""
     vocabulary, found = range(model.config.vocab_size), []
     for n in range(length + 1):
         for row in itertools.product((token for token in vocabulary if token != END), repeat=n):
             whole = [*row, END] if n < length else [*row]
-            if begin:
-                target = torch.tensor([[ranks.BEGIN, *whole[:-1]]])
-                lengths = torch.tensor([len(prompt)])
-                logits = model.logits(prompt[None], lengths=lengths, target_tokens=target)[0]
-            else:
-                logits = model.logits(torch.cat((prompt, torch.tensor(whole[:-1], dtype=torch.int64)))[None])
-                logits = logits[0, len(prompt) - 1 :]
-            score = logits.log_softmax(-1).gather(-1, torch.tensor(whole)[:, None]).sum().item()
-            found.append((score / len(whole) ** penalty, list(row)))
+            found.append((log_likelihood(model, prompt, begin, whole) / len(whole) ** penalty, list(row)))
     return max(found)[1]
 
 

@@ -7,8 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from fusemesh.run.settings import load_config
 from fusemesh.tasks import language_model
-from fusemesh.tasks.language_model import Corpus, Samples, baselines, is_held_out, load_corpus, ngram_bits_per_byte
+from fusemesh.tasks.base import is_held_out
+from fusemesh.tasks.language_model import Corpus, Samples, baselines, load_corpus, ngram_bits_per_byte
+from fusemesh.tasks.registry import build_task
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,17 @@ def test_wrong_paths(tmp_path):
     (tmp_path / "one.txt").write_text("only one")
     with pytest.raises(ValueError, match=r"data\.path: expected enough documents to hold some out"):
         load_corpus(str(tmp_path))
+    (tmp_path / "one.txt").write_text(" ")
+    with pytest.raises(ValueError, match=r"data\.path: expected enough documents to hold some out"):
+        load_corpus(str(tmp_path / "one.txt"))
+    (tmp_path / "one.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"data\.path: expected text, received '.*one\.txt', an empty file"):
+        load_corpus(str(tmp_path / "one.txt"))
+    with pytest.raises(ValueError, match=r"data\.path: expected a folder of text files, .* which has no text"):
+        load_corpus(str(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"data\.held_out: expected text, each also as \.gz, .* which is \.parquet"):
+        load_corpus("", str(tmp_path / "a.parquet"))
 
 
 def test_samples_tile_the_stream():
@@ -145,3 +159,66 @@ def test_baselines_of_the_standard_library_stand_in_the_known_order(library):
 def test_wrong_context():
     with pytest.raises(ValueError, match="context: expected 0, 1 or 2 bytes, received 3"):
         ngram_bits_per_byte(np.zeros(4, np.uint8), np.zeros(4, np.uint8), np.array([1]), 3)
+
+
+def test_of_few_documents_one_is_held_out(tmp_path):
+    # None of these falls under the rule of one in 16.
+    names = [name for name in (f"page{n}.md" for n in range(40)) if not is_held_out(name)][:21]
+    for name in names:
+        (tmp_path / name).write_text(f"# {name}\n")
+    corpus = load_corpus(str(tmp_path))
+    assert (corpus.train_documents, corpus.held_out_documents) == (20, 1)
+    assert np.array_equal(load_corpus(str(tmp_path)).held_out, corpus.held_out)
+    for name in names[1:]:
+        (tmp_path / name).unlink()
+    # A single document is divided: by paragraphs, also those of another system's line ends, or by lines.
+    for text, separator in (("one\r\n\r\ntwo\r\n", b"\r\n\r\n"), ("one\ntwo\n", b"\n")):
+        (tmp_path / names[0]).write_bytes(text.encode())
+        for path in (tmp_path, tmp_path / names[0]):
+            corpus = load_corpus(str(path))
+            assert (corpus.train_documents, corpus.held_out_documents) == (1, 1)
+            assert corpus.train.tobytes().rstrip(b"\0").strip() in (b"one", b"two")
+            assert corpus.train.tobytes().rstrip(b"\0").endswith(separator)
+
+
+def test_a_short_held_out_document_is_a_sample_whose_filling_does_not_count(tmp_path):
+    for n in range(8):
+        (tmp_path / f"{n}.txt").write_text(f"{n}" * 40)
+    task = build_task(load_config(None, {"data.path": str(tmp_path)}))
+    # The default, as far as the text to train on goes.
+    assert task.config.data.sequence_length == 256 and len(task.held_out) == 1
+    batch = task.held_out.batch([0])
+    assert task.held_out.targets_in([0]) == 40 and (batch.targets[0] == -100).sum() == 216
+    assert batch.targets[0, 39] == 0 and batch.tokens[0, 40:].tolist() == [0] * 216
+    for n in range(2, 8):
+        (tmp_path / f"{n}.txt").unlink()
+    assert build_task(load_config(None, {"data.path": str(tmp_path)})).config.data.sequence_length == 32
+
+
+def test_a_held_out_part_of_its_own(tmp_path):
+    (tmp_path / "train.txt").write_text("a" * 99)
+    (tmp_path / "folder").mkdir()
+    for n in range(3):
+        (tmp_path / "folder" / f"{n}.txt").write_text("b" * 9)
+    corpus = load_corpus(str(tmp_path / "train.txt"), str(tmp_path / "folder"))
+    assert set(corpus.train.tobytes()) == set(b"a\n\0") and set(corpus.held_out.tobytes()) == set(b"b\0")
+    task = build_task(load_config(None, {"data.path": str(tmp_path / "folder"), "data.held_out": str(tmp_path)}))
+    assert task.held_out.stream.tobytes().count(b"a") == 99
+
+
+def test_documents_in_another_encoding_are_named_or_read(tmp_path, caplog):
+    for n in range(4):
+        (tmp_path / f"{n}.md").write_text(f"{n} naïve", encoding="utf-8")
+    (tmp_path / "gbk.md").write_bytes("今天天气不错,我们去公园吧".encode("gb18030"))
+    (tmp_path / "marked.md").write_bytes("naïve".encode("utf-16"))
+    (tmp_path / "packed.md.gz").write_bytes(gzip.compress(b"packed"))
+    corpus = load_corpus(str(tmp_path))
+    text = corpus.train.tobytes() + corpus.held_out.tobytes()
+    assert text.count("naïve".encode()) == 5 and b"packed" in text and corpus.train_documents == 5
+    assert "1 of 7 files of" in caplog.text and "gbk.md, line 1: expected UTF-8, received the byte 0xbd" in caplog.text
+    assert "likely gb18030" in caplog.text
+    for n in range(4):
+        (tmp_path / f"{n}.md").write_bytes("我们去公园吧".encode("gb18030"))
+    with pytest.raises(ValueError, match=r"data\.path: expected text in UTF-8, .*5 of 7 files .* and 2 others"):
+        load_corpus(str(tmp_path))
+    assert load_corpus(str(tmp_path), encoding="gb18030").train.tobytes().count("公园".encode()) == 4

@@ -64,6 +64,17 @@ def test_json_ranks_legal_layouts_and_gives_a_reason_for_each_other(capfd: pytes
     assert any("--memory allows 74.51 GiB" in row["why"] for row in found["rejected"])
 
 
+@pytest.mark.parametrize(("model", "tp"), [("llama3-70b", True), ("gpt2", False)])
+def test_published_models_are_given_axes_that_their_class_can_be_split_over(
+    capfd: pytest.CaptureFixture[str], model: str, tp: bool
+) -> None:
+    _, found, _ = call(capfd, "plan", "--model", model, "--world", 64, "--gpu", "h100", "--recompute", "full")
+    layouts = [Layout.parse(row["layout"]) for row in found["layouts"]]
+    assert any(layout.tp > 1 for layout in layouts) == tp and all(layout.pp == 1 for layout in layouts)
+    whys = {row["why"] for row in found["rejected"] if Layout.parse(row["layout"]).pp > 1}
+    assert any("brings no stage()" in why for why in whys)
+
+
 def test_flags_change_what_is_planned(capfd: pytest.CaptureFixture[str]) -> None:
     base = call(capfd, *LLAMA)[1]["layouts"][0]
     longer = call(capfd, *LLAMA, "--batch", 1024)[1]["layouts"][0]
@@ -75,8 +86,6 @@ def test_flags_change_what_is_planned(capfd: pytest.CaptureFixture[str]) -> None
     assert all(row["accumulation"] * row["microbatches"] == 8 for row in cut)
     memory = call(capfd, *LLAMA, "--recompute", "full")[1]["layouts"]
     assert len(memory) > len(call(capfd, *LLAMA)[1]["layouts"])
-    interleaved = call(capfd, *LLAMA, "--schedule", "interleaved1f1b", "--virtual-stages", 2)[1]
-    assert any("virtual stages" in row["why"] for row in interleaved["rejected"])
 
 
 def test_tables_for_people(capfd: pytest.CaptureFixture[str]) -> None:
@@ -91,12 +100,12 @@ def test_tables_for_people(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_explain_adds_up(capfd: pytest.CaptureFixture[str]) -> None:
-    _, found, _ = call(capfd, *LLAMA, "--explain", "pp2 x fsdp8 x tp4")
+    _, found, _ = call(capfd, *LLAMA, "--explain", "fsdp16 x tp4")
     assert sum(item["seconds"] for item in found["time"]) == pytest.approx(found["step_s"])
     peak = dict(found["memory"]["peak"])
     assert found["memory"]["phases"][peak.pop("phase")] == sum(peak.values())
     assert sum(peak.values()) + found["memory"]["reserved"] == found["memory_bytes"]
-    row = next(r for r in call(capfd, *LLAMA)[1]["layouts"] if r["layout"] == "pp2 x fsdp8 x tp4")
+    row = next(r for r in call(capfd, *LLAMA)[1]["layouts"] if r["layout"] == "fsdp16 x tp4")
     assert row["step_s"] == found["step_s"] and row["memory_bytes"] == found["memory_bytes"]
 
 
@@ -114,9 +123,13 @@ WRONG = [
     (["--model", "gpt2", "--world", "8", "--gpu", "v100"], "--gpu: expected local"),
     (["--model", "gpt2", "--world", "0", "--gpu", "h100"], "--world: expected at least 1, received 0"),
     (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--memory", "lots"], "--memory: expected a size such as"),
+    (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--memory", "80"], "--memory: expected a size with its unit"),
+    (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--memory", "80B"], "write 80GB (10^9 bytes) or 80GiB"),
+    (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--memory", "0GB"], "--memory: expected a size such as"),
     (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--gpus-per-node", "0"], "--gpus-per-node: expected at"),
     (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--explain", "dp4"], "--explain: expected a layout of 8"),
-    (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--explain", "tp8"], "--explain: tp8 cannot run: num_heads"),
+    (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--explain", "tp8"], "--explain: tp8 cannot run: tp: GPT2LM"),
+    (["--model", "llama3-8b", "--world", "8", "--gpu", "h100", "--explain", "pp8"], "pp: LlamaForCausalLM brings no"),
     (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--dtype", "int4"], "dtype: expected one of"),
     (["--model", "gpt2", "--model.num_layers", "3"], "--model: expected it alone"),
     (["--gpu", "h100", "--world", "2", "--microbatches", "2"], "--microbatches: expected it with --model"),
@@ -130,7 +143,7 @@ def test_wrong_requests_name_the_flag(capfd: pytest.CaptureFixture[str], argumen
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("80GB", 80e9), ("75GiB", 75 * 2**30), ("512 mb", 512e6), ("1.5TiB", 1.5 * 2**40), ("12", 12)]
+    ("text", "size"), [("80GB", 80e9), ("75GiB", 75 * 2**30), ("512 mb", 512e6), ("1.5TiB", 1.5 * 2**40), ("80g", 80e9)]
 )
 def test_sizes(text: str, size: float) -> None:
     assert planning.bytes_of(text) == size
@@ -148,6 +161,9 @@ def test_our_own_run_is_what_is_planned(measured: None, tmp_path: Path, capfd: p
     assert status == 0 and "8 samples of 16 tokens a step in float32, on 4 ranks of local" in err
     assert all(row["accumulation"] == 2 for row in found["layouts"])
     assert {"dp4", "tp4", "dp2 x tp2", "fsdp4"} <= {row["layout"] for row in found["layouts"]}
+    stages = ("--schedule", "interleaved1f1b", "--virtual-stages", 2)
+    found = call(capfd, "plan", "--config", tmp_path / "run.toml", "--world", 4, *stages)[1]
+    assert any("virtual stages" in row["why"] for row in found["rejected"])
     # One kv head and tp4 are legal; five layers' worth of stages of two layers are not.
     reasons = {row["layout"]: row["why"] for row in found["rejected"]}
     assert reasons["pp4"].startswith("num_layers: 2 layers cannot be dealt to pp4")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from fusemesh import config
+from fusemesh import cli, config
 from fusemesh.run.settings import load_config
 from fusemesh.run.trainer import prepare
-from fusemesh.tasks.records import read_records
+from fusemesh.tasks.base import hash_of, is_held_out
+from fusemesh.tasks.records import Fields, read_records
 from fusemesh.tasks.registry import build_task
+from tests.support import tiny_run
 
 FIELDS = ("text", "label")
 VALUES = [("a, b", "x"), ("zwölf", "y"), ('say "c"', "x")]
@@ -22,6 +27,9 @@ def write(path: Path, values: list[tuple[str, str]]) -> str:
     quote = {'"': '""'}
     if path.suffix == ".jsonl":
         lines = [json.dumps({"label": label, "text": text, "more": 1}) for text, label in values]
+    elif path.suffix == ".json":
+        lines = ["[", *(json.dumps({"label": label, "text": text}) + "," for text, label in values)]
+        lines[-1] = lines[-1][:-1] + "]"
     elif path.suffix == ".csv":
         lines = ["label,more,text"] + [f'{label},1,"{text.translate(str.maketrans(quote))}"' for text, label in values]
     elif path.suffix == ".tsv":
@@ -32,11 +40,56 @@ def write(path: Path, values: list[tuple[str, str]]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.txt"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.txt", "a.json"])
 def test_every_format_is_read_alike(name: str, tmp_path: Path) -> None:
-    records = read_records(write(tmp_path / name, VALUES), FIELDS)
-    assert [record.values for record in records] == VALUES
-    assert [record.line for record in records] == ([2, 3, 4] if name in ("a.csv", "a.tsv") else [1, 2, 3])
+    path = write(tmp_path / name, VALUES)
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress(Path(path).read_bytes()))
+    for given in (path, str(packed)):
+        records = read_records(given, FIELDS)
+        assert [record.values for record in records] == VALUES
+        assert [record.line for record in records] == ([1, 2, 3] if name in ("a.jsonl", "a.txt") else [2, 3, 4])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "gb18030", "shift_jis", "big5", "cp1251", "cp1252"])
+def test_every_encoding_is_read_or_said(encoding: str, tmp_path: Path) -> None:
+    texts = {"shift_jis": "とても良い映画だった", "big5": "這家餐廳的服務很好", "cp1251": "очень хороший фильм"}
+    text = texts.get(encoding, "für die Größe" if encoding == "cp1252" else "这家餐厅的服务很好")
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"text,label\n{text},x\n".encode(encoding))
+    if encoding.startswith("utf"):
+        assert read_records(str(path), FIELDS)[0].values == (text, "x")
+        return
+    with pytest.raises(ValueError, match=rf"a\.csv, line 2: expected UTF-8, .*is likely {encoding}.*--data\.encoding"):
+        read_records(str(path), FIELDS)
+    assert read_records(str(path), FIELDS, encoding=encoding)[0].values == (text, "x")
+
+
+def test_encodings_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\nhello,x\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"every other byte as 0; it is likely utf-16-le without a mark: give --data"):
+        read_records(str(path), FIELDS)
+    path.write_bytes("text,label\nné,x\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"line 2: expected gb18030, as data\.encoding says, received the byte 0xe9"):
+        read_records(str(path), FIELDS, encoding="gb18030")
+    for wrong in ("klingon", "base64"):
+        with pytest.raises(ValueError, match=rf"data\.encoding: expected the name of a text encoding, .*'{wrong}'"):
+            read_records(str(path), FIELDS, encoding=wrong)
+
+
+def test_a_long_text_and_squads_form(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,label\n"{"long, " * 30000}",x\n')
+    assert len(read_records(str(path), FIELDS)[0].values[0]) == 180000
+    asked = {"question": "who?", "answers": [{"text": "Anna", "answer_start": 4}]}
+    content = {"data": [{"paragraphs": [{"context": "Not Anna, Anna.", "qas": [asked]}]}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (record,) = read_records(str(tmp_path / "a.json"), Fields(("question", "passage", "answer"), ("answer_start",)))
+    assert record.values == ("who?", "Not Anna, Anna.", "Anna", "4") and record.where.endswith("a.json, question 1")
+    for text, label in (("3", "3"), ("true", "true"), ('"3.5"', "3.5")):
+        (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "label": {text}}}')
+        assert read_records(str(tmp_path / "a.jsonl"), FIELDS)[0].values == ("a", label)
 
 
 def test_columns_may_have_other_names_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -61,10 +114,41 @@ def test_columns_may_have_other_names_and_a_byte_order_mark(tmp_path: Path) -> N
             "a.jsonl, line 2: expected a JSON object, received wh",
         ),
         ("a.jsonl", b'["a", "x"]\n', "a.jsonl, line 1: expected a JSON object, received a list"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "label": null}\n',
+            "a.jsonl, line 1: expected a text or a whole number as 'label', ",
+        ),
+        (
+            "a.jsonl",
+            b'\n{"text": ["a"], "label": "x"}\n',
+            "a.jsonl, line 2: expected a text or a whole number as 'text",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a", "label": 0.5}\n',
+            "a.jsonl, line 1: expected a text or a whole number as 'label', ",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "\\ud800", "label": "x"}',
+            "a.jsonl, line 1: expected characters, received \\ud800",
+        ),
+        ("a.json", b'[\n{"text": "a", "label": "x"},\n{"text": {}}]', "a.json, line 3: expected a key 'label'"),
+        ("a.json", b'[{"text": "a", "label": "x"}\n{"text"', "a.json, line 2: expected an array of JSON objects, rece"),
+        ("a.json", b'[{"text": "a", "label": "x"}, ', "a.json, line 1: expected an array of JSON objects, received"),
+        ("a.json", b'{"text": "a", "label": "x"}', "a.json: expected an array of JSON objects, or SQuAD's form"),
+        ("a.json", b"[]", "a.json: expected records, received an empty file"),
+        (
+            "a.csv",
+            b"text,label,label\na,b,c\n",
+            "a.csv, line 1: expected a column 'label', received 'text', 'l",
+        ),
+        ("a.csv", b"\x1f\x8b\x08\x00", "a.csv: expected a whole gzip file, received a broken one"),
         ("a.jsonl", b'{"text": "a"}\n', "a.jsonl, line 1: expected a key 'label', received 'text'; rename it"),
         ("a.txt", b"a\tx\nb x\n", "a.txt, line 2: expected text, label, separated by tabs, received 1 value"),
         ("a.txt", b"a\tx\n\tx\n", "a.txt, line 2: expected a text, received nothing; fill it in"),
-        ("a.txt", b"a\tx\n\xe4\tx\n", "a.txt, line 2: expected UTF-8, received the byte 0xe4; convert the file, for"),
+        ("a.txt", b"a\tx\n\xe4\tx\n", "a.txt, line 2: expected UTF-8, received the byte 0xe4; it is likely cp1252"),
     ],
 )
 def test_what_is_wrong_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -101,12 +185,43 @@ def test_an_answer_that_is_not_in_the_passage(tmp_path: Path) -> None:
         check(configured("question_answering", str(path), **{"data.held_out": str(path)}))
 
 
+def test_of_few_records_one_is_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    texts = [text for text in map(str, range(40)) if not is_held_out(text)][:10]
+    path.write_text("".join(f"{text}\t{text}\n" for text in texts))
+    task = build_task(configured("translation", str(path)))
+    assert (len(task.train), len(task.held_out)) == (9, 1)
+    # A label has to be learnt before it is asked for.
+    path.write_text("".join(f"{text}\t{min(n, 8)}\n" for n, text in enumerate(sorted(texts, key=hash_of))))
+    task = build_task(configured("text_classification", str(path), **{"data.held_out": str(path)}))
+    assert len(task.labels) == 9
+    path.write_text("".join(f"{text}\t{n > 0}\n" for n, text in enumerate(sorted(texts, key=hash_of))))
+    with pytest.raises(ValueError, match=r"data\.path: expected enough records to hold some out, and each label"):
+        build_task(configured("text_classification", str(path)))
+
+
 def test_nothing_is_held_out(tmp_path: Path) -> None:
-    for task, lines in (("text_classification", "a\tx\nb\ty\n"), ("translation", "a\tx\nb\ty\n")):
+    for task, lines in (("text_classification", "a\tx\nb\ty\n"), ("translation", "a\tx\na\ty\n")):
         path = tmp_path / "a.txt"
         path.write_text(lines)
         with pytest.raises(ValueError, match=r"data\.path: expected enough records to hold some out"):
             check(configured(task, str(path)))
+
+
+def test_files_that_are_not_read(tmp_path: Path) -> None:
+    valid = write(tmp_path / "valid.csv", [("a", "x"), ("b", "y")])
+    for name, content, said in (
+        ("a.parquet", b"PAR1", r"which is \.parquet; convert it to one of them"),
+        ("a.txt", b"PK\x03\x04", r"which is \.zip; unpack it"),
+        ("b.xlsx", b"", r"which is \.xlsx; save the sheet as \.csv"),
+        ("a.csv.gz", gzip.compress(b"%PDF-"), r"which is \.pdf; save it as text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        expected = rf"data\.held_out: expected \.csv, .*, each also as \.gz, received '.*{name}', {said}"
+        with pytest.raises(ValueError, match=expected):
+            check(configured("text_classification", valid, **{"data.held_out": str(tmp_path / name)}))
+    with pytest.raises(ValueError, match=r"data\.path: expected a file of records, received a folder, '.*'; name"):
+        check(configured("translation", str(tmp_path)))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -138,3 +253,74 @@ def test_an_answer_behind_the_cut_is_not_trained_on(tmp_path: Path) -> None:
     path.write_text("who?\tThere came Anna Bell.\tAnna Bell\n")
     with pytest.raises(ValueError, match=r"data\.sequence_length: expected enough words .* received 6, which cuts"):
         build_task(configured("question_answering", str(path), **options))
+
+
+def test_a_length_is_chosen_from_the_data(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    lines = [f"{number} {'é' * (number % 20)}\t{'x' * 40}" for number in range(300)]
+    lines[7] = f"{'long ' * 400}\tx"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    task = build_task(load_config(None, {"task": "translation", "data.path": str(path)}))
+    # The target of 40 and its end; a multiple of 16.
+    assert task.config.data.sequence_length == 48 == task.model_config().max_sequence_length
+    cuts = {part: task.cuts(part) for part in ("train", "held_out")}
+    assert sum(found["records"] for found in cuts.values()) == 300
+    assert sum(found["cut"] for found in cuts.values()) == 1 and cuts["train"]["longest"] == 1999
+    said = task.say_cuts("train")
+    assert said.endswith("1 of 285 is cut at data.sequence_length = 48 tokens (the longest takes 1999)"), said
+    assert task.say_cuts("held_out") == ""
+    for longest, chosen in ((1, 16), (17, 32), (5000, 1024)):
+        path.write_text(f"{'a' * longest}\tx\nb\ty\n")
+        held_out = {"data.held_out": str(path)}
+        task = build_task(load_config(None, {"task": "text_classification", "data.path": str(path), **held_out}))
+        assert task.config.data.sequence_length == chosen
+
+
+def test_a_run_of_records_in_another_encoding(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is chosen is saved, what is cut is said, and lines end at newlines alone."""
+
+    def run(*arguments: str, lines: bytes = b"", status: int = 0) -> dict:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+        caplog.clear()
+        found = cli.main([*arguments, "--json"])
+        output = json.loads(capsys.readouterr().out)
+        assert found == status, output
+        return output
+
+    values = [(f"第{n}次去服务很好" + "很长" * (n == 7) * 20, "好" if n % 2 else "坏") for n in range(200)]
+    path, folder = tmp_path / "a.csv", str(tmp_path / "run")
+    write(path, values)
+    path.write_bytes(path.read_text(encoding="utf-8").encode("gb18030"))
+    options = [f"--{key}={value}" for key, value in {**tiny_run.SETTINGS, "training.steps": "1"}.items()]
+    options = [option for option in options if "sequence_length" not in option]
+    data = ["--data.path", str(path), "--data.encoding", "gb18030", "--out", folder, "--quiet"]
+    summary = run("train", "text_classification", *options, *data)
+    assert config.load(tmp_path / "run" / "config.toml").data.sequence_length == 32
+    assert summary["cut"]["train"] == {"records": 190, "cut": 1, "longest": 142}
+    assert (
+        "records to train on: 1 of 190 is cut at data.sequence_length = 32 tokens (the longest takes 142)"
+        in caplog.text
+    )
+    # The encoding is that of the file; lines have their own, and say so.
+    answers = run("predict", folder, lines="服务\f好\n坏\u2028了\r\n\x85很\v好".encode())["answers"]
+    assert len(answers) == 3 and "cut" not in caplog.text
+    assert (
+        len(run("predict", folder, "--layout", "dp2", lines="服务\f好\n坏\u2028了\r\n\x85很\v好".encode())["answers"])
+        == 3
+    )
+    assert len(run("predict", folder, "--data.encoding", "gb18030", lines="好\n坏".encode("gb18030"))["answers"]) == 2
+    run("predict", folder, lines="长".encode() * 20)
+    assert "lines: 1 of 1 is cut at data.sequence_length = 32 tokens (the longest takes 60)" in caplog.text
+    failed = run("predict", folder, lines=b"a\n\xe9t\xe9\n", status=2)
+    assert failed["error"].startswith(
+        "standard input, line 2: expected UTF-8, received the byte 0xe9; it is likely cp1252"
+    )
+    # Other records, in UTF-8.
+    held_out = write(tmp_path / "b.jsonl", [("很" * 20, "好")])
+    found = run("eval", folder, "--data.held_out", held_out)
+    assert found["cut"] == {"records": 1, "cut": 1, "longest": 60} and "held-out records: 1 of 1 is cut" in caplog.text

@@ -9,6 +9,7 @@ import pytest
 
 from fusemesh import cli
 from fusemesh.run import scaling
+from fusemesh.run.drawing import draw_speed_up
 from tests.support import tiny_run
 
 
@@ -38,7 +39,7 @@ def test_the_table_says_how_many_cores_there_are() -> None:
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
-    assert scaling.draw(result(), tmp_path / "scaling.png")
+    draw_speed_up(result(), tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fusemesh import cli
 from fusemesh.run.settings import load_config
-from fusemesh.tasks import question_answering, text_classification, translation
+from fusemesh.tasks import question_answering, spans, text_classification, translation
 from fusemesh.tasks.base import decode, encode, is_held_out
 from fusemesh.tasks.registry import build_task
 
@@ -78,10 +78,8 @@ def test_composed_facts_hold_their_answers_once() -> None:
         assert question_answering.is_held_out_fact(name, kind, answer) == (record in held_out)
     assert len(kinds) == len(question_answering.FACTS)
     # Words in common do not find it.
-    guesses = [question_answering.overlap_guess(*record.values[:2]) for record in held_out]
-    right = [
-        question_answering.exact_match(guess, record.values[2]) for guess, record in zip(guesses, held_out, strict=True)
-    ]
+    guesses = [spans.overlap_guess(*record.values[:2]) for record in held_out]
+    right = [spans.exact_match(guess, record.values[2]) for guess, record in zip(guesses, held_out, strict=True)]
     assert np.mean(right) < 0.4
 
 
@@ -94,11 +92,85 @@ def test_number_words_are_held_out_by_number() -> None:
 
 
 def test_squads_rules() -> None:
-    assert question_answering.normalised("  The  Cat's, a hat!") == "cats hat"
-    assert question_answering.exact_match("The cat", "cat.") == 1
-    assert question_answering.f1("the black cat", "a cat sat") == pytest.approx(0.5)
-    assert question_answering.f1("dog", "cat") == 0
-    assert question_answering.f1("the", "a") == 1 and question_answering.f1("the", "cat") == 0
+    assert spans.normalised("  The  Cat's, a hat!") == "cats hat"
+    assert spans.exact_match("The cat", "cat.") == 1
+    assert spans.f1("the black cat", "a cat sat") == pytest.approx(0.5)
+    assert spans.f1("dog", "cat") == 0
+    assert spans.f1("the", "a") == 1 and spans.f1("the", "cat") == 0
+
+
+def test_scripts_without_spaces_are_compared_by_characters() -> None:
+    assert spans.exact_match("《红楼梦》。", "红楼梦") == 1
+    # Three of three and three of five characters.
+    assert spans.f1("红楼梦", "《红楼梦》作者") == pytest.approx(6 / 8)
+    assert spans.f1("GPT模型", "gpt 模型") == 1
+    assert spans.overlap_guess("谁住在北京?", "张三住在北京。李四住在上海。") == "京"
+
+
+def test_words_of_any_script() -> None:
+    def words(text: str) -> list[str]:
+        return [text[start:end] for start, end in spans.spans_of(text)]
+
+    assert words("It's 3.5 am") == ["It", "'", "s", "3", ".", "5", "am"]
+    assert words("北京GPT3的,カナ") == ["北", "京", "GPT3", "的", ",", "カ", "ナ"]
+    # Combining marks stay with their letters: of Devanagari, of decomposed Latin, of Thai.
+    assert words("हिन्दी भाषा") == ["हिन्दी", "भाषा"]
+    assert words("cafe\u0301s!") == ["cafe\u0301s", "!"]
+    assert words("ที่นี่ a") == ["ที่", "นี่", "a"]
+    assert words("서울에서") == list("서울에서")
+
+
+@pytest.mark.parametrize(
+    ("passage", "answer", "start", "expected"),
+    [
+        ("There were two, and he ate.", "he", "", "he"),
+        ("We started art in 1995, or 95.", "art", "", "art"),
+        ("In 1995, or 95.", "95", "", "95"),
+        ("Anna met Anna.", "Anna", "9", "Anna"),
+        ("In the 1990s.", "1990", "7", "1990s"),
+        ("Where? In New York.", " New York ", "", "New York"),
+        ("张三住在北京。", "北京", "", "北京"),
+        ("張三は東京に住んでいる。", "東京", "", "東京"),
+        ("เขาอยู่ที่กรุงเทพ", "กรุงเทพ", "", "กรุงเทพ"),
+        ("그는 서울에 산다.", "서울", "", "서울"),
+    ],
+)
+def test_an_answer_stands_at_word_borders_and_scores_all(passage: str, answer: str, start: str, expected: str) -> None:
+    span = spans.find_answer(passage, answer, start, "a.csv, line 2")
+    assert spans.cut(passage, span) == expected
+    assert spans.f1(spans.cut(passage, span), expected) == 1 == spans.exact_match(spans.cut(passage, span), expected)
+
+
+@pytest.mark.parametrize(
+    ("passage", "answer", "start", "message"),
+    [
+        ("There were two.", "he", "", "an answer of whole words of the passage, .* within words, first 'There'; give"),
+        ("Anna met Anna.", "Anna", "", "stands in the passage once, received 'Anna', which stands there 2 times; give"),
+        ("北京在北京。", "北京", "", "once, received '北京', which stands there 2 times"),
+        ("Anna came.", "Bell", "", "an answer that stands in the passage, received 'Bell'; quote it"),
+        ("Anna came.", "came", "4", "'came' at answer_start, received ' cam' at character 4 of the passage; count"),
+        ("Anna came.", "came", "-5", "'came' at answer_start, received 'Anna' at character -5"),
+        ("Anna came.", "came", "4.5", "a whole number as answer_start, received '4.5'; give"),
+    ],
+)
+def test_answers_that_are_refused(passage: str, answer: str, start: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"a\.csv, line 2: expected .*{message}"):
+        spans.find_answer(passage, answer, start, "a.csv, line 2")
+
+
+def test_trained_targets_score_all(tmp_path: Path) -> None:
+    """Of records in Chinese, with an offset and an answer longer than those of words are."""
+    answer = "一座有三千多年历史的城市,也是中国的首都"
+    lines = ["question,passage,answer,answer_start", f"北京是什么?,北京是{answer}。,{answer},3"]
+    lines[1] = f'北京是什么?,"北京是{answer}。","{answer}",3'
+    lines += [f"谁{n}?,张{n}在李{n}家。,李{n}," for n in range(20)]
+    (tmp_path / "a.csv").write_text("\n".join(lines), encoding="utf-8")
+    options = {"data.path": str(tmp_path / "a.csv"), "data.held_out": str(tmp_path / "a.csv")}
+    task = build_task(load_config(None, {"task": "question_answering", **options}))
+    assert task.metadata["answer_words"] == 20 and task.config.data.sequence_length == 32
+    batch = task.held_out.batch(range(21))
+    found = task.score(0.0, batch.targets - batch.inputs["span_starts"][:, None], 21)
+    assert found["f1"] == found["exact_match"] == 1
 
 
 def test_macro_f1_is_the_mean_of_each_labels() -> None:
@@ -125,13 +197,36 @@ def test_a_span_is_the_most_probable_that_is_one() -> None:
     found = task.predict(Fixed(), batch, torch.device("cpu"))  # type: ignore[arg-type]
     starts = batch.inputs["span_starts"].tolist()
     assert found.tolist() == [[20 - starts[0], 33 - starts[0]], [39 - starts[1], 40 - starts[1]]]
+    _, scores = task.predict_scored(Fixed(), batch, torch.device("cpu"))  # type: ignore[arg-type]
+    most = task.metadata["answer_words"]
+    for row, (start, end), score in zip(logits.double(), [(20, 33), (39, 40)], scores, strict=True):
+        legal = [row[0, i] + row[1, j] for i in range(64) for j in range(i, min(i + most, 64))]
+        expected = torch.stack(legal).softmax(0)[legal.index(row[0, start] + row[1, end])]
+        assert task.named_scores(score.numpy()) == {"probability": pytest.approx(expected.item(), rel=1e-6)}
+
+
+def test_a_label_comes_with_the_probabilities_of_all(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"text {n},{'正负中'[n % 3]}\n" for n in range(60)))
+    task = build_task(load_config(None, {"task": "text_classification", "data.path": str(tmp_path / "a.csv")}))
+    logits = torch.tensor([[[0.0, 2.0, -1.0]], [[1.0, 0.5, 0.0]]])
+
+    class Fixed:
+        def logits(self, tokens: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+            return logits
+
+    found, scores = task.predict_scored(Fixed(), task.held_out.batch([0, 1]), torch.device("cpu"))  # type: ignore[arg-type]
+    labels = sorted("正负中")
+    assert [task.answer(row.numpy(), "") for row in found] == [labels[1], labels[0]]
+    for row, score in zip(logits[:, 0].double().softmax(-1), scores, strict=True):
+        named = task.named_scores(score.numpy())["probabilities"]
+        assert named == {label: pytest.approx(p) for label, p in zip(labels, row.tolist(), strict=True)}
 
 
 def test_an_answer_is_cut_out_as_it_is_written() -> None:
     passage = "It's   Anna\tBell-Smith, of Rome."
-    assert question_answering.cut(passage, np.array([3, 6])) == "Anna\tBell-Smith"
-    assert question_answering.cut(passage, np.array([8, 99])) == "of Rome."
-    assert question_answering.cut(passage, np.array([9, 9])) == "Rome"
+    assert spans.cut(passage, np.array([3, 6])) == "Anna\tBell-Smith"
+    assert spans.cut(passage, np.array([8, 99])) == "of Rome."
+    assert spans.cut(passage, np.array([9, 9])) == "Rome"
 
 
 def train(
@@ -174,12 +269,26 @@ def test_one_checkpoint_has_one_metric(
     assert alone["loss"] == pytest.approx(summary["loss"], abs=1e-5)
     assert (tmp_path / "run" / "confusion.png").is_file() == (name == "text_classification")
 
-    lines = "Where does Anna live?\tAnna lives in Oslo.\n" * 3 if name == "question_answering" else "one\ntwo\nthree\n"
+    # They end at newlines alone.
+    lines = "one\fa\ntwo\u2028b\n\x85three\n"
+    if name == "question_answering":
+        lines = "Where does Anna live?\tAnna lives in Oslo.\n" * 3
     answers = []
-    for more in ([], ["--layout", "dp2"]):
+    for more in ("single", "dp2") if name == "translation" else ("single", "dp2", "tp2"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        answers.append(run(capsys, "predict", merged, *more)["answers"])
-    assert len(answers[0]) == 3 and answers[0] == answers[1]
+        answers.append(run(capsys, "predict", merged, "--layout", more))
+    assert len(answers[0]["answers"]) == len(answers[0]["scores"]) == 3
+    for other in answers[1:]:
+        assert other["answers"] == answers[0]["answers"]
+        assert _numbers(other["scores"]) == pytest.approx(_numbers(answers[0]["scores"]), rel=1e-5)
+    assert cli.main(["generate", merged, "--prompt", "one"]) == 2
+    assert f"expected one of task language_model, received {name}; use fusemesh predict" in capsys.readouterr().err
+
+
+def _numbers(scores: list[dict]) -> list[float]:
+    """All scores of all lines in their order."""
+    values = [value for score in scores for value in score.values()]
+    return [number for x in values for number in (x.values() if isinstance(x, dict) else [x])]
 
 
 def test_a_language_model_goes_on_with_a_text(

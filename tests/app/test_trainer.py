@@ -275,7 +275,9 @@ def test_what_a_run_leaves(runs):
     assert lines[-1]["held_out_loss"] == summary["held_out"]["loss"] < lines[0]["loss"]
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     state = checkpoint.read_state(folder / "checkpoints" / "step-00000003")
-    assert state == {"step": 3, "config": config.as_dict(whole)}
+    data = state.pop("data")
+    assert state == {"step": 3, "config": config.as_dict(whole), "metadata": {}}
+    assert data["path"]["files"] == 60 and len(data["path"]["sha256"]) == 64
 
 
 WRONG = [

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 
 from fusemesh.hybrid import checkpoint
 from tests.support.ranks import checkpoint as ranks
@@ -98,7 +100,7 @@ def test_a_checkpoint_loads_into_any_layout(rank_pool, saved, uninterrupted, wro
 def test_a_tied_weight_is_stored_once(saved):
     """One name, whose stored pieces do not overlap: the copies of the first and the last stage are one tensor there."""
     folder, _ = saved("pp2 x tp2", True)
-    stored = checkpoint.FileSystemReader(checkpoint.latest(folder)).read_metadata().state_dict_metadata
+    stored = FileSystemReader(checkpoint.latest(folder)).read_metadata().state_dict_metadata
     assert "model.head.weight" not in stored
     for name in ("model.embedding.weight", "optimizer.state.embedding.weight.exp_avg"):
         pieces = [tuple(chunk.offsets) for chunk in stored[name].chunks]
@@ -173,7 +175,7 @@ def test_a_crash_while_writing_leaves_the_last_whole_checkpoint(tmp_path, monkey
     step(model, optimizer, 0)
     whole = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, step=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.dcp, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(dcp, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, model, optimizer, {"step": 2}, step=2)
     (tmp_path / "step-00000007").mkdir()  # a folder without a marker is no checkpoint
@@ -241,5 +243,5 @@ def test_wrong_input(tmp_path):
     ):
         checkpoint.load(path, nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2), nn.Linear(2, 2)))
     (path / "checkpoint.json").write_text(json.dumps({"format": 1, "state": {}}))
-    with pytest.raises(ValueError, match="expected format 2, received 1"):
+    with pytest.raises(ValueError, match="expected format 3, received 1"):
         checkpoint.read_state(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusemesh.hybrid.consistency import checksum
+from fusemesh.hybrid.consistency import checksum, quick_sum
 from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.ranks import fault as fault_ranks
 
@@ -19,6 +19,18 @@ def test_checksum(dtype: torch.dtype) -> None:
     swapped = x.clone()
     swapped[0, 0], swapped[5, 5] = x[5, 5], x[0, 0]
     assert len({int(checksum(y)) for y in (x, other, swapped)}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 7, 128, 256, 500])
+def test_a_quick_sum_sees_a_change_of_any_element(size: int) -> None:
+    x = torch.randn(size + 1)
+    for y in (x[:size], x[1:]):  # which begins where eight bytes do not
+        for index in (0, size // 2, size - 1):
+            other = y.clone()
+            other[index] = torch.nextafter(other[index], torch.tensor(9.0))
+            assert quick_sum(other) != quick_sum(y) == quick_sum(y.clone())
+    y = x[:size].view(-1, 1).expand(size, 2)
+    assert quick_sum(y) == quick_sum(y.contiguous()) and quick_sum(torch.empty(0)) == 0
 
 
 GATE = "blocks.1.mlp.gate.weight"

@@ -9,20 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from fusemesh.hybrid.apply import capabilities_of
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.planner import cost, memory, search
 from fusemesh.hybrid.planner.hardware import Curve, Hardware, Link, find_hardware, from_dict, named_hardware
 from fusemesh.hybrid.planner.job import BatchSplit, TrainingJob
 from fusemesh.hybrid.planner.model import ModelDescription
-from fusemesh.hybrid.planner.published import PublishedDecoder, find_decoder, find_model, named_models
+from fusemesh.hybrid.planner.published import FAMILIES, PublishedDecoder, find_decoder, find_model, named_models
 from fusemesh.hybrid.ranks.testing import RankPool
 from fusemesh.transformer.description import describe
 from tests.support.ranks import planner as planner_ranks
 
 H100, A100 = find_hardware("h100"), find_hardware("a100")
-LLAMA = find_model("llama3-8b")
-LLAMA_SIZES = find_decoder("llama3-8b")
+# Of our own modules, which every axis splits.
+LLAMA_SIZES = dataclasses.replace(find_decoder("llama3-8b"), family="")
+LLAMA = LLAMA_SIZES.describe()
 CONFIG = planner_ranks.CONFIGS["decoder"]
 
 
@@ -94,26 +96,59 @@ def test_a_published_decoder_of_our_sizes_is_our_transformer(bias: bool, tied: b
     assert in_order(published) == in_order(ours)
 
 
-def test_hugging_face_configs_count_as_their_models(tmp_path: Path) -> None:
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 40, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+# Of each family, what of a config makes other parameters, or is believed to.
+CHANGES: list[dict[str, object]] = [
+    {},
+    *({key: value} for key in ("attention_bias", "mlp_bias", "qkv_bias", "bias") for value in (True, False)),
+    {"attention_bias": True, "mlp_bias": True},
+    *({"tie_word_embeddings": value} for value in (True, False)),
+    {"head_dim": 16},
+    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 4, "attention_bias": True, "head_dim": 24},
+    {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    {"n_inner": 50},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_configs_count_as_their_models(family: str, tmp_path: Path) -> None:
+    """Parameters, and what parallelize can do with them, by transformers' own class on meta."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    llama = {**sizes, "intermediate_size": 40, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    for family, values in (
-        ("llama", llama),
-        ("llama", {**llama, "tie_word_embeddings": True, "attention_bias": False}),
-        ("mistral", {**llama, "head_dim": 16}),
-        ("qwen2", llama),
-        ("gpt2", {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    ):
+    for number, change in enumerate(CHANGES):
+        values = {**(GPT2 if family == "gpt2" else SIZES), **change}
         config = AutoConfig.for_model(family, **values)
-        config.save_pretrained(tmp_path / family)
         with torch.device("meta"):
             real = AutoModelForCausalLM.from_config(config)
-        model = find_model(str(tmp_path / family))
-        assert model.parameters == sum(p.numel() for p in real.parameters()), (family, values)
-        assert model.sequence_length == 64 and find_model(str(tmp_path / family / "config.json")) == model
+        path = tmp_path / f"{number}.json"
+        # Also keys that transformers would leave out, as people and other tools write them.
+        path.write_text(json.dumps({**config.to_dict(), **values}))
+        model = find_model(str(path))
+        assert model.parameters == sum(p.numel() for p in real.parameters()), change
+        assert model.sequence_length == 64
+        assert model.capabilities == capabilities_of(real) == FAMILIES[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_hugging_face_config_leaves_out_is_as_there(family: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    heads = {"mistral": 8, "qwen2": 32}.get(family, 4)
+    values = GPT2 if family == "gpt2" else {**SIZES, "num_attention_heads": heads, "hidden_size": 8 * heads}
+    values = {key: value for key, value in values.items() if key != "num_key_value_heads"}
+    with torch.device("meta"):
+        real = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **values}))
+    assert find_model(str(tmp_path)).parameters == sum(p.numel() for p in real.parameters())
+
+
+def test_named_models_are_of_a_family() -> None:
+    assert {entry["family"] for entry in named_models().values()} == set(FAMILIES)
 
 
 def test_models_that_are_none(tmp_path: Path) -> None:
@@ -127,6 +162,9 @@ def test_models_that_are_none(tmp_path: Path) -> None:
         find_model(str(tmp_path))
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ValueError, match=r"--model: expected a Hugging Face config\.json"):
+        find_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **GPT2, "add_cross_attention": True}))
+    with pytest.raises(ValueError, match=r"--model: expected a decoder alone, .*add_cross_attention"):
         find_model(str(tmp_path))
     with pytest.raises(ValueError, match="num_kv_heads: expected a divisor of num_heads = 32"):
         dataclasses.replace(LLAMA_SIZES, num_kv_heads=3)
@@ -294,7 +332,8 @@ def test_a_model_that_fits_nowhere_names_the_nearest_miss() -> None:
 def test_tensor_parallelism_is_not_what_an_8b_model_wants_and_a_70b_model_does() -> None:
     best = search.plan(LLAMA, TrainingJob(512, 8192), H100, 64).layouts[0].layout
     assert best.tp == 1 and best.fsdp > 1
-    best = search.plan(find_model("llama3-70b"), TrainingJob(512, 8192), H100, 64).layouts[0].layout
+    large = dataclasses.replace(find_decoder("llama3-70b"), family="").describe()
+    best = search.plan(large, TrainingJob(512, 8192), H100, 64).layouts[0].layout
     assert best.tp > 1
 
 
@@ -328,6 +367,27 @@ def test_hardware_from_a_file(tmp_path: Path) -> None:
         find_hardware(str(path))
     with pytest.raises(ValueError, match=r"--gpu: expected local .*a100, h100, h200, or a JSON file, received 'v100'"):
         find_hardware("v100")
+
+
+UNITS = [
+    ({"memory": 80}, r"--gpu: memory: expected bytes, such as 80e9 \(or of bytes \"80GB\"\), received 80"),
+    ({"memory": "80"}, "--gpu: memory: expected a size with its unit, received '80'; write 80GB"),
+    ({"reserved": 2}, "--gpu: reserved: expected bytes, .*received 2"),
+    ({"bandwidth": 3350}, "--gpu: bandwidth: expected bytes/s, .*received 3350"),
+    ({"peak": {"bfloat16": 989}}, r"--gpu: peak\.bfloat16: expected FLOP/s, .*received 989"),
+    ({"intra": {"latency": 5, "bandwidth": 4e11}}, r"--gpu: intra\.latency: expected seconds, received 5; 5 micro"),
+    ({"inter": {"latency": 5e-6, "bandwidth": 50}}, "--gpu: bandwidth: expected bytes/s, .*received 50"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), UNITS)
+def test_numbers_of_hardware_in_another_unit(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**A100.as_dict(), **change}))
+    with pytest.raises(ValueError, match=message):
+        find_hardware(str(path))
+    path.write_text(json.dumps({**A100.as_dict(), "memory": "80GB", "bandwidth": "2039 GB/s"}))
+    assert find_hardware(str(path)) == A100
 
 
 def test_curves_pass_through_their_points_and_stay_flat_beyond() -> None:

@@ -101,7 +101,7 @@ def test_own_model_with_plain_layers(rank_pool: RankPool) -> None:
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-12, atol=1e-14)
     for found in rank_pool.run(module_ranks.own_model, "dp2 x tp2", True):
-        assert "last.weight" in found["error"] and "tp1" in found["error"]
+        assert "table for its parameter 'last.weight'; pass one" in found["error"] and "use fsdp" in found["error"]
 
 
 @distributed

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.ranks import parity
 from tests.support.ranks import plan as plan_ranks
@@ -97,7 +98,7 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         {"tied": True},
         ["embedding.weight and head.weight are one parameter"],
     ),
-    "no plan": ("tp2", None, {}, ["say by plan= how tp splits them, or use tp1"]),
+    "no plan": ("tp2", None, {}, ["tp: Plain brings no tensor-parallel table; pass one", "plan=, or use fsdp"]),
 }
 
 
@@ -131,3 +132,38 @@ def test_a_checkpoint_loads_into_another_layout(rank_pool: RankPool, tmp_path: P
     for found in rank_pool.run(plan_ranks.through_a_checkpoint, str(tmp_path), "dp2 x tp2", "tp4", tied):
         for name, x in plan_ranks.stepped(tied).items():
             torch.testing.assert_close(found[name], x, rtol=1e-11, atol=1e-13)
+
+
+HEAD = "layers.1.mlp.2.weight"
+
+
+@pytest.mark.parametrize(
+    ("layout", "changed", "seeds", "told"),
+    [
+        ("dp2", {}, (0, 1), "another 'embedding.weight' on ranks 0, 1 each"),
+        ("tp2", {}, (0, 1), "another 'embedding.weight' on ranks 0, 1 each"),
+        ("fsdp2 x tp2", {}, (5, 5, 7, 5), "another 'embedding.weight' on rank 2 than on the others"),
+        ("dp2 x tp2", {3: HEAD}, (), f"another '{HEAD}' on rank 3 than on the others"),
+        ("fsdp4", {1: "scale", 2: "scale"}, (), "another 'scale' on ranks 0, 1, 2, 3 each"),
+        ("fsdp4", {1: "+more"}, (), "another 'more' on rank 1 than on the others"),
+        ("dp4", {0: "meta"}, (), "another 'embedding.weight' on rank 0 than on the others"),
+        ("dp4", dict.fromkeys(range(4), "meta"), (), ""),
+        ("dp2 x tp2", {}, (), ""),
+    ],
+)
+def test_models_that_differ_among_ranks_are_refused(
+    rank_pool: RankPool, layout: str, changed: dict[int, str], seeds: tuple[int, ...], told: str
+) -> None:
+    number = Layout.parse(layout).world_size
+    for message in rank_pool.run(plan_ranks.of_other_values, layout, changed, seeds, ranks=number):
+        if told:
+            assert message.startswith("model: expected the same whole model on every rank") and told in message
+            assert "set the same seed on every rank" in message and "load the same weights" in message
+        else:
+            assert message == ""
+
+
+def test_replicas_drop_what_one_process_drops(rank_pool: RankPool) -> None:
+    want = plan_ranks.dropped(None, "")
+    found = torch.cat(rank_pool.run(plan_ranks.dropped, "dp2", ranks=2))
+    assert parity.error(found, want) <= FP64

@@ -15,6 +15,7 @@ from fusemesh.integrations.flash_attn import functions as ours
 from fusemesh.kernels import backends
 from fusemesh.kernels.testing import budget
 from tests.support import flash_attn_semantics as published
+from tests.support.flash_attn_inputs import LENS_K, LENS_Q, SHAPES, bounds, dense, new, ragged
 from tests.support.flash_attn_semantics import SCORES, Scores
 
 # By flash-attn 2.8: what a user who changes the import alone relies on.
@@ -35,33 +36,11 @@ SIGNATURES = {
     "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
     "return_softmax_lse=False",
 }
-# Sq, Sk, H, Hkv: fewer queries than keys, and more (then the first queries see no key under a causal mask).
-SHAPES = {"few": (3, 7, 4, 2), "many": (7, 4, 2, 1), "square": (6, 6, 2, 2)}
-LENS_Q, LENS_K = [3, 0, 5, 2], [4, 3, 2, 0]
 
 
 @pytest.fixture(autouse=True)
 def counted() -> None:
     backends.reset_call_counts()
-
-
-def new(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def dense(shape: str, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    sq, sk, heads, kv_heads = SHAPES[shape]
-    sizes = ((sq, heads), (sk, kv_heads), (sk, kv_heads))
-    return [new(2, length, h, 16, seed=i, dtype=dtype) for i, (length, h) in enumerate(sizes)]
-
-
-def ragged(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    sizes = ((sum(LENS_Q), 4), (sum(LENS_K), 2), (sum(LENS_K), 2))
-    return [new(length, h, 16, seed=i, dtype=dtype) for i, (length, h) in enumerate(sizes)]
-
-
-def bounds(lens: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
 
 
 def results(function: Callable[..., Any], inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -255,12 +234,13 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(packed: bool) -> None:
     torch.testing.assert_close(dv, columns.T[None, :, :, None].expand_as(dv), rtol=1e-9, atol=1e-12)
 
 
-def test_probabilities_are_empty_without_dropout_and_refused_with_it() -> None:
+def test_probabilities_are_empty_without_dropout() -> None:
     q, k, v = dense("few", torch.float32)
     for result in (dense_function(Scores())(q, k, v), varlen_function(Scores())(*ragged(torch.float32))):
         assert len(result) == 3 and result[2].shape == (0,) and result[2].dtype == torch.float32
-    with pytest.raises(ValueError, match=r"return_attn_probs: expected False with dropout_p > 0.*softmax_lse"):
-        ours.flash_attn_func(q, k, v, 0.1, return_attn_probs=True)
+    nothing = bounds([0, 0])
+    out = ours.flash_attn_varlen_func(q[0, :0], k[0, :0], v[0, :0], nothing, nothing, 3, 2, 0.5, return_attn_probs=True)
+    assert out[2].shape == (2, 4, 3, 2) and not out[2].any()
 
 
 def test_half_precision_and_no_copies() -> None:
@@ -285,7 +265,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "scale": (lambda: ours.flash_attn_func(Q, K, K, softmax_scale="1"), "softmax_scale: expected a finite number"),
     "window": (lambda: ours.flash_attn_func(Q, K, K, window_size=3), r"window_size: expected two ints \(left, right\)"),
     "softcap": (lambda: ours.flash_attn_func(Q, K, K, softcap=None), "softcap: expected a finite number"),
-    "causal": (lambda: ours.flash_attn_func(Q, K, K, causal=1), "causal: expected True or False"),
+    "causal": (lambda: ours.flash_attn_func(Q, K, K, causal="yes"), "causal: expected True or False"),
     "dropout": (lambda: ours.flash_attn_func(Q, K, K, 1.0), r"dropout_p: expected a number in \[0, 1\)"),
     "slopes": (
         lambda: ours.flash_attn_func(Q, K, K, alibi_slopes=torch.ones(3)),

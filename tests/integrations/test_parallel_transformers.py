@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.planner import search
+from fusemesh.hybrid.planner.hardware import find_hardware
+from fusemesh.hybrid.planner.job import TrainingJob
+from fusemesh.hybrid.planner.published import FAMILIES
 from fusemesh.hybrid.ranks.testing import RankPool
+from fusemesh.transformer.description import describe
 from tests.support.ranks import hugging_face as ranks
 from tests.support.ranks import parity
 
 pytestmark = pytest.mark.distributed
 
 FP64, FP32 = 1e-12, 5e-6
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def check(found: list[Any], want: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -38,6 +49,10 @@ def slow(*values: Any) -> Any:
         ("dp2 x tp2", "gemma2", {}),  # tied embeddings, softcap, window
         ("fsdp2 x tp2", "llama", {"tie_word_embeddings": True}),
         ("tp4", "llama", {}),  # two key and value heads on four ranks
+        ("dp2 x tp2", "llama", {"attention_dropout": 0.5}),
+        slow("fsdp2 x tp2", "mistral", {"attention_dropout": 0.5}),
+        slow("tp4", "phi3", {"attention_dropout": 0.5}),
+        slow("dp4", "llama", {"attention_dropout": 0.5}),
         slow("fsdp4", "llama", {}),
         slow("dp2 x tp2", "mistral", {}),
         slow("dp2 x tp2", "qwen2", {}),
@@ -47,12 +62,16 @@ def slow(*values: Any) -> Any:
     ids=lambda x: str(x).replace(" ", "") if isinstance(x, str) else "-".join(x),
 )
 def test_fp64_on_the_reference_backend(rank_pool: RankPool, layout: str, name: str, changed: dict[str, Any]) -> None:
-    """Against eager attention in one process."""
+    """Against eager attention in one process, and with dropout against our own, of the same seed."""
     if not ranks.family(name).is_routed():
         pytest.skip("not routed by this version of transformers")
-    want = ranks.on_one(name, "eager", torch.float64, "reference", changed)
+    alone = "fusemesh" if ranks.drops(changed) else "eager"
+    want = ranks.on_one(name, alone, torch.float64, "reference", changed)
     found = rank_pool.run(ranks.on_layout, layout, name, torch.float64, "reference", changed)
     check(found, want, FP64)
+    if ranks.drops(changed):
+        without = ranks.on_one(name, alone, torch.float64, "reference", {**changed, "attention_dropout": 0.0})
+        assert abs(without["loss"] - want["loss"]) > 1e-3
     for _, counts, _ in found:
         assert counts[("attention_forward", "reference")] == 2
         assert {backend for _, backend in counts} == {"reference"}
@@ -99,6 +118,80 @@ def test_generation_on_a_mesh_equals_one_process(rank_pool: RankPool) -> None:
         assert torch.equal(found, want)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_transformers_own_attention_on_more_ranks_than_keys(rank_pool: RankPool, implementation: str) -> None:
+    """It repeats keys by the number of its query heads that share one, which is the rank's."""
+    want = ranks.logits_on_more_ranks_than_keys(None, implementation)
+    for found in rank_pool.run(ranks.logits_on_more_ranks_than_keys, implementation):
+        assert parity.error(found, want) <= FP32
+
+
+def test_shards_generate_until_all_ranks_are_done(rank_pool: RankPool) -> None:
+    for rank, found in enumerate(rank_pool.run(ranks.generated_apart, 0, ranks=2)):
+        assert torch.equal(found, ranks.generated_apart(None, rank))
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "changed"),
+    [
+        ("fsdp2 x tp2", "llama", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("dp2 x fsdp2", "gpt2", {}),
+        slow("dp2 x tp2", "llama", {}),
+        slow("tp4", "gemma2", {}),
+        slow("fsdp4", "mistral", {}),
+    ],
+)
+def test_what_is_saved_on_a_mesh_loads_in_one_process(
+    rank_pool: RankPool, tmp_path: Path, layout: str, name: str, changed: dict[str, Any]
+) -> None:
+    """To the bit, under Hugging Face's names, with tied weights stored once."""
+    first, *others = rank_pool.run(ranks.saved, layout, name, changed, str(tmp_path))
+    kind = getattr(transformers, ranks.family(name).model)
+    model, loaded = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loaded.values())
+    found = dict(model.named_parameters(remove_duplicate=False))
+    for want in (first, *others):
+        assert want.keys() == found.keys() and all(torch.equal(found[key], x) for key, x in want.items())
+    stored = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(stored.values())) > 1 and set(stored) == {key for key, _ in model.named_parameters()}
+    assert model.config.architectures == [kind.__name__]
+
+
+def test_the_example_fine_tunes_saves_and_loads(rank_pool: RankPool, tmp_path: Path) -> None:
+    arguments = ["--layout", "fsdp2 x tp2", "--steps", "6", "--out", str(tmp_path)]
+    script = str(EXAMPLES / "fine_tune_hugging_face.py")
+    (status, printed), *others = rank_pool.call(ranks.example, script, arguments)
+    assert status == 0 and others == [(0, "")] * 3
+    first, second = printed.splitlines()
+    found = re.fullmatch(r"layout fsdp2 x tp2: loss (\d\.\d+) at first, (\d\.\d+) after 6 steps", first)
+    assert found is not None and float(found[2]) < float(found[1]) - 0.3
+    found = re.fullmatch(r"the next batch: (\d\.\d+) on 4 ranks, (\d\.\d+) from .* in one process", second)
+    assert found is not None and float(found[1]) == pytest.approx(float(found[2]), rel=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_saving_that_fails_on_one_rank_fails_on_all(rank_pool: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    first, second = rank_pool.run(ranks.not_saved, str(tmp_path / "file" / "model"), ranks=2)
+    assert first[0].startswith("NotADirectoryError") and "rank 0 could not save: NotADirectoryError" in second[0]
+    assert "resize_token_embeddings: expected a whole model" in first[1] and "before parallelize()" in second[1]
+
+
+def test_the_planner_leaves_out_what_parallelize_refuses_and_says_the_same(rank_pool: RankPool) -> None:
+    """Of every family that it knows and of our own models, over each axis alone."""
+    texts = ("fsdp2", "tp2", "pp2")
+    verdicts, *others = rank_pool.run(ranks.verdicts, texts, ranks=2)
+    assert others == [verdicts]
+    described = {name: sizes.describe() for name, sizes in ranks.published().items()}
+    described |= {kind: describe(config) for kind, config in ranks.OWN.items()}
+    assert verdicts.keys() == {(name, text) for name in described for text in texts}
+    for (name, text), message in verdicts.items():
+        found = search.consider(described[name], TrainingJob(8, 64), find_hardware("h100"), Layout.parse(text))
+        assert (found.why if isinstance(found, search.Rejected) else "") == message, (name, text)
+    refused = {key for key, message in verdicts.items() if message}
+    assert refused == {*((name, "pp2") for name in FAMILIES), ("gpt2", "tp2")}
+
+
 @pytest.mark.parametrize(
     ("layout", "name", "changed", "styles", "parts"),
     [
@@ -117,8 +210,14 @@ def test_generation_on_a_mesh_equals_one_process(rank_pool: RankPool) -> None:
             {"model.layers.*.mlp.up_proj": "local_colwise"},
             ["model._tp_plan: expected styles", "'local_colwise'", "model.layers.*.mlp.up_proj", "plan="],
         ),
-        ("tp2", "gpt2", {}, {}, ["say by plan= how tp splits them"]),
-        ("pp2", "llama", {}, {}, ["model: pp2 expects", "PipelinedModel"]),
+        (
+            "tp2",
+            "gpt2",
+            {},
+            {},
+            ["GPT2LMHeadModel brings no tensor-parallel table; pass one", "plan=, or use fsdp"],
+        ),
+        ("pp2", "llama", {}, {}, ["pp: LlamaForCausalLM brings no stage()", "use fsdp or tp in the place of pp"]),
     ],
     ids=["heads", "intermediate", "style", "no-plan", "pipeline"],
 )

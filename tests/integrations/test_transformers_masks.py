@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from fusemesh.integrations.transformers import interface as ours
-from tests.support.hugging_face import padding
+from tests.support.hugging_face import FAMILIES, padding
 
 
 @pytest.mark.parametrize("kind", ["causal", "sliding", "chunked"])
@@ -81,3 +83,15 @@ def test_bidirectional_masks_are_left_out_where_they_hide_nothing(window: int) -
     assert whole.all() == (window >= 5)
     assert mask is None if window >= 5 else torch.equal(mask, whole)
     assert torch.equal(ours.attention_mask(**arguments), whole)
+
+
+@pytest.mark.parametrize("mode", [torch.device("meta"), FakeTensorMode()], ids=["meta", "fake"])
+@pytest.mark.parametrize("name", ["mistral", "llama"])
+def test_a_model_without_values(name: str, mode: contextlib.AbstractContextManager[Any]) -> None:
+    """Masks cannot be read there; their shapes can."""
+    ours.register()
+    with mode:
+        model = FAMILIES[name].build("fusemesh")
+        ids = torch.zeros(2, 9, dtype=torch.int64)
+        for mask in (None, torch.ones(2, 9, dtype=torch.int64)):
+            assert model(ids, attention_mask=mask).logits.shape[:2] == (2, 9)

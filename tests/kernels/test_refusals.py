@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -225,3 +227,66 @@ def test_the_cases_see_both_answers() -> None:
     assert seen["torch"] == {"none", "backend"}
     assert seen["cpu"] >= {"none", "q", "score_mod"} or "backend" in seen["cpu"]
     assert seen["triton"] >= ({"none"} if is_interpreting else set()) | {"q", "score_mod"}
+
+
+# The rows of README's table of attention, in its order: operation, features, and dtypes other than fp32.
+TABLE: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("attention", ("plain", "causal", "mask"), ()),
+    ("attention", ("bias",), ()),
+    ("attention", ("window", "lse"), ()),
+    ("attention", ("softcap", "alibi", "sinks", "dropout"), ()),
+    ("attention", ("mod",), ()),
+    ("attention_varlen", ("plain", "causal", "mask", "bias", "window", "softcap", "alibi", "sinks", "dropout"), ()),
+    ("attention_decode", OF_DECODE, ()),
+    ("attention", ("plain",), ("fp8",)),
+)
+ROOT = Path(__file__).parents[2]
+
+
+def takes(backend: str, operation: str, feature: str, dtype: str, needs_grad: bool) -> bool:
+    request = TRIALS[operation]("plain" if feature == "lse" else feature, DTYPES[dtype], D, needs_grad).request
+    if feature == "lse":
+        request = dataclasses.replace(request, needs_lse=True)
+    return backend_record.records()[backend].refuse(request) is None
+
+
+def cells(page: str) -> list[dict[str, str]]:
+    """The rows of a README's table of attention, by backend."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (table,) = re.findall(
+        r"^\|[^|\n]*\| reference \| torch \| cpu \(C\+\+\) \| triton .*\n\|[-|]*\n((?:\|.*\n)+)", text, re.M
+    )
+    columns = ("reference", "torch", "cpu", "triton")
+    return [dict(zip(columns, (x.strip() for x in row.split("|")[2:6]), strict=True)) for row in table.splitlines()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_tables_say_what_the_records_refuse(backend: str, page: str) -> None:
+    if backend_record.records()[backend].unavailable(torch.device("cpu")) is not None:
+        pytest.skip(f"{backend} is not in this installation")
+    rows = cells(page)
+    for row, (operation, features, dtypes) in zip(rows, TABLE, strict=False):
+        cell = row[backend]
+        assert cell in ("F B", "F", "-"), row
+        for dtype in dtypes or ("fp32",):
+            forward = [takes(backend, operation, feature, dtype, False) for feature in features]
+            assert set(forward) == {cell != "-"}, (row, features, forward)
+            # fp8 with a gradient is refused by the contract, a cache with one too, before any backend is asked.
+            if cell == "F B":
+                assert all(takes(backend, operation, feature, dtype, True) for feature in features), row
+    floats = rows[len(TABLE)][backend]
+    names = ["fp32", "bf16", "fp64"] if floats in ("all", "全部") else [x for x in floats.split(", ") if x in DTYPES]
+    assert names == [name for name in ("fp32", "bf16", "fp64") if takes(backend, "attention", "plain", name, True)]
+    computes_linear = "linear" in backend_record.records()[backend].implementations
+    assert rows[-1][backend] == ("F B" if computes_linear else "-")
+
+
+def test_what_docs_say_of_dropout_is_what_the_records_say() -> None:
+    text = " ".join((ROOT / "docs/attention.md").read_text(encoding="utf-8").split())
+    (named,) = re.findall(r"every backend that has dropout \(([^)]*)\)", text)
+    spec = dense("dropout", torch.float32, D, True).request
+    records = backend_record.records().values()
+    # A backend's limits, whatever this machine has.
+    have = {x.name for x in records if "attention" in x.implementations and x.limits(spec) is None}
+    assert set(re.findall(r"`(\w+)`", named)) == have

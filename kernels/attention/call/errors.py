@@ -17,5 +17,6 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
 def short(value: object) -> str:
     """A value as an error message shows it: a tensor by its shape and dtype, since its contents may be on a device."""
     if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+        gradient = ", requires_grad=True" if value.requires_grad else ""
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}{gradient}"
     return repr(value)

@@ -10,21 +10,42 @@ import torch
 from . import score_mods
 from .errors import short, wrong
 from .options import Options
+from .scalars import as_integer, as_number
 from .score_mods import BoundScoreMod
 from .spec import FP8, out_dtype
 
 
 def check_seed(dropout_p: Any, seed: Any) -> None:
     """Raise where forward and backward are two calls and would each draw a seed of its own."""
-    if isinstance(dropout_p, (int, float)) and 0 < dropout_p < 1 and seed is None:
+    share = as_number(dropout_p)
+    if share is not None and 0 < share < 1 and seed is None:
         remedy = "pass the same seed to attention_forward and attention_backward"
         raise wrong("seed", "an int or an int64 tensor, because dropout_p is given", None, remedy)
 
 
-def check_dropout(p: Any) -> None:
-    """Raise unless ``p`` is a share of elements that can be dropped."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise wrong("dropout_p", "a number in [0, 1)", repr(p), "0.0 switches dropout off")
+def checked_dropout(p: Any, name: str = "dropout_p", *, takes_all: bool = False) -> float:
+    """Return the share of elements that dropout drops; 1 is refused unless the signature ``takes_all``."""
+    share = as_number(p)
+    if share is None or not 0 <= share <= 1 or (share == 1 and not takes_all):
+        expected = "a number in [0, 1]" if takes_all else "a number in [0, 1)"
+        raise wrong(name, expected, short(p), "0.0 switches dropout off")
+    return share
+
+
+def without_keys(q: torch.Tensor) -> torch.Tensor:
+    """Return the mask that hides every key: a dropout of 1 gives the same outputs and gradients, zeros."""
+    return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
+
+
+def checked_scale(scale: Any, name: str = "scale") -> float | None:
+    """Return the factor of q k^T, or None where it is to follow from the head dim."""
+    if scale is None:
+        return None
+    number = as_number(scale)
+    # Not math.isfinite, which torch.compile cannot trace with a number that is a symbol.
+    if number is None or not -math.inf < number < math.inf:
+        raise wrong(name, "a finite number or None", short(scale), "None means 1 / sqrt(D)")
+    return number
 
 
 def bound_score_mods(q: torch.Tensor, options: Options) -> list[BoundScoreMod]:
@@ -72,12 +93,14 @@ def descale_factors(descale: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Ten
         raise wrong_factors(short(descale))
     found = []
     for x in parts:
+        number = None if x is None or isinstance(x, torch.Tensor) else as_number(x)
         if isinstance(x, torch.Tensor):
             if x.dtype != torch.float32 or x.device != q.device or (x.numel() != 1 and x.shape != (batch, heads)):
                 raise wrong_factors(f"{short(x)} on {x.device}")
             found.append(x.reshape(1, 1).expand(batch, heads) if x.numel() == 1 else x)
-        elif x is None or (isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)):
-            found.append(torch.full((batch, heads), 1.0 if x is None else x, dtype=torch.float32, device=q.device))
+        elif x is None or (number is not None and math.isfinite(number)):
+            factor = 1.0 if number is None else number
+            found.append(torch.full((batch, heads), factor, dtype=torch.float32, device=q.device))
         else:
             raise wrong_factors(short(x))
     return torch.stack(found, -1)
@@ -111,7 +134,8 @@ def seed_tensor(seed: Any, q: torch.Tensor) -> torch.Tensor:
             remedy = "it is read on the device, without a synchronisation"
             raise wrong("seed", f"an int, or an int64 tensor with one element on {q.device}", received, remedy)
         return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    number = as_integer(seed)
+    if number is None or not -(2**63) <= number < 2**63:
         remedy = "pass the same seed for the same mask; None draws one"
         raise wrong("seed", "an int of 64 bits, an int64 tensor, or None", short(seed), remedy)
-    return torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    return torch.full((1,), number, dtype=torch.int64, device=q.device)

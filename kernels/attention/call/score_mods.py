@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from .errors import wrong
+from .errors import short, wrong
+from .scalars import as_number
 
 _MODS: dict[str, ScoreMod] = {}
 
@@ -71,12 +72,18 @@ class ScoreMod:
             raise ValueError(
                 f"score_mod {self.name!r}: expected {self.num_aux} tensors, received {received}; pass them in order"
             )
-        if set(params) != set(self.param_names):
+        names = self.param_names
+        if set(params) != set(names):
             raise ValueError(
-                f"score_mod {self.name!r}: expected the params {self.param_names}, received {tuple(params)}; pass each "
-                "by name"
+                f"score_mod {self.name!r}: expected the params {names}, received {tuple(params)}; pass each by name"
             )
-        return BoundScoreMod(self, aux, tuple(float(params[name]) for name in self.param_names))
+        return BoundScoreMod(self, aux, tuple(self._number(name, params[name]) for name in names))
+
+    def _number(self, name: str, value: Any) -> float:
+        number = as_number(value)
+        if number is None:
+            raise wrong(f"score_mod {self.name!r}, {name}", "a number", short(value), "params are numbers")
+        return number
 
 
 @dataclass(frozen=True)
@@ -146,9 +153,15 @@ ALIBI = register_score_mod(ScoreMod("alibi", "alibi", "alibi_backward", _alibi, 
 
 def softcap(cap: float) -> BoundScoreMod:
     """s = cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118)."""
-    if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 0 < cap < math.inf:
-        raise ValueError(f"softcap: expected a finite number above 0 or None, received {cap!r}; None switches it off")
-    return SOFTCAP(cap=float(cap))
+    return SOFTCAP(cap=checked_softcap(cap))
+
+
+def checked_softcap(cap: Any) -> float:
+    """Return the bound of the scores."""
+    number = as_number(cap)
+    if number is None or not 0 < number < math.inf:
+        raise wrong("softcap", "a finite number above 0 or None", short(cap), "None switches it off")
+    return number
 
 
 def alibi(slopes: Any, q: torch.Tensor) -> BoundScoreMod:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...autocast import autocast_dtype
 from .spec import out_dtype
 
 
@@ -15,12 +16,15 @@ def autocast(*inputs: Any) -> tuple[Any, ...]:
     def cast(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point or x.dtype == torch.float64:
             return x
-        kind = x.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return x
-        return x.to(torch.get_autocast_dtype(kind))
+        dtype = autocast_dtype(x.device.type)
+        return x if dtype is None else x.to(dtype)
 
     return tuple(cast(x) for x in inputs)
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Return whether the elements of ``x`` can be read: not on meta, of fake tensors, and while a graph is traced."""
+    return not torch.compiler.is_compiling() and not x.is_meta and type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -13,9 +13,17 @@ import torch
 
 from .errors import names, short
 from .errors import wrong as wrong
-from .option_checks import bound_score_mods, check_dropout, checked_sinks, descale_factors, seed_tensor
+from .option_checks import (
+    bound_score_mods,
+    checked_dropout,
+    checked_scale,
+    checked_sinks,
+    descale_factors,
+    seed_tensor,
+)
 from .options import Call as Call
 from .options import Options as Options
+from .scalars import as_flag, as_integer, as_pair, as_truth
 from .score_mods import SOFTCAP
 from .spec import FP8, AttentionSpec, Origin, out_dtype
 
@@ -65,48 +73,56 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
             raise wrong(name, "a head dim of at least 1", 0, "pass tensors whose last dimension is not empty")
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise unless ``value`` is a bool: a tensor or a string taken for true would be a silent mistake."""
-    if not isinstance(value, bool):
+def check_flag(name: str, value: object) -> bool:
+    """Return a bool as Python's; raise for all else: a tensor or a string taken for true would be a silent mistake."""
+    flag = as_flag(value)
+    if flag is None:
         raise wrong(name, "True or False", repr(value), "pass a Python bool")
+    return flag
+
+
+def check_truth(name: str, value: object) -> bool:
+    """Return whether ``value`` is true, for signatures in which numbers count as flags; raise for strings and lists."""
+    truth = as_truth(value)
+    if truth is None:
+        raise wrong(name, "True or False", short(value), "pass a bool, or a number that counts as one")
+    return truth
 
 
 def normalise(q: torch.Tensor, k: torch.Tensor, options: Options) -> Call:
     """Check every option, and return the call in the form that backends take."""
-    check_flag("causal", options.causal)
-    check_dropout(options.dropout_p)
+    causal = check_flag("causal", options.causal)
+    dropout_p = checked_dropout(options.dropout_p)
     bound = bound_score_mods(q, options)
-    left, right = _window(options.window)
-    if options.causal:
+    left, right = window_sides(options.window)
+    if causal:
         right = 0 if right is None else min(right, 0)
-    scale = options.scale
+    scale = checked_scale(options.scale)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise wrong("scale", "a finite number or None", short(scale), "None means 1 / sqrt(D)")
     ahead = left is not None or right is not None
     # Softcap looks at no position.
     positional = ahead or any(part.mod is not SOFTCAP for part in bound)
     needs = "causal or window" if ahead else "alibi_slopes or score_mod"
     numbers, tensor = _origins(q, k, options.align, options.origin, needs if positional else None)
-    if not positional and options.dropout_p == 0:
+    if not positional and dropout_p == 0:
         numbers, tensor = (0, 0, 0, 0), None
     return Call(
         AttentionSpec(
-            float(scale),
+            scale,
             left,
             right,
             *numbers,
             mods=tuple(part.mod.name for part in bound),
             params=tuple(number for part in bound for number in part.params),
-            dropout_p=float(options.dropout_p),
+            dropout_p=dropout_p,
         ),
         mask=_mask(options.mask, q, k),
         bias=_bias(options.bias, q, k),
         origin=tensor,
         aux=tuple(tensor for part in bound for tensor in part.aux),
         sinks=checked_sinks(options.sinks, q),
-        seed=seed_tensor(options.seed, q) if options.dropout_p > 0 else None,
+        seed=seed_tensor(options.seed, q) if dropout_p > 0 else None,
         descale=descale_factors(options.descale, q, k),
     )
 
@@ -136,17 +152,25 @@ def check_saved(q: torch.Tensor, v: torch.Tensor, do: Any, out: Any, lse: Any, d
             raise wrong(name, f"q's device {q.device}", x.device, "move it with .to(device)")
 
 
-def _window(window: Any) -> tuple[int | None, int | None]:
+def window_sides(window: Any) -> tuple[int | None, int | None]:
+    """Return (left, right) of a window, each None where it is open."""
     if window is None:
         return None, None
     expected = "None or (left, right), each None or an int >= 0"
     remedy = "left and right count keys besides the query's own position; None leaves a side open"
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
+    pair = as_pair(window)
+    if pair is None:
         raise wrong("window", expected, short(window), remedy)
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+    left, right = pair
+    if left is not None:
+        left = as_integer(left)
+        if left is None or left < 0:
             raise wrong("window", expected, short(window), remedy)
-    return window[0], window[1]
+    if right is not None:
+        right = as_integer(right)
+        if right is None or right < 0:
+            raise wrong("window", expected, short(window), remedy)
+    return left, right
 
 
 def _origins(
@@ -173,9 +197,7 @@ def _origins(
         return (sk - sq if align == "bottom_right" else 0, 0, 0, 0), None
     if not isinstance(origin, Origin):
         raise wrong("origin", "a fusemesh.Origin or None", short(origin), "pass origin=Origin(q=..., k=...)")
-    for name in ("q", "k", "head", "batch"):
-        _check_position(f"origin.{name}", getattr(origin, name), q.device)
-    parts = (origin.q, origin.k, origin.head, origin.batch)
+    parts = [_position(f"origin.{name}", getattr(origin, name), q.device) for name in ("q", "k", "head", "batch")]
     at_q, at_k, at_head, at_batch = (0 if isinstance(x, torch.Tensor) else x for x in parts)
     numbers = (at_q, at_k, at_head, at_batch)
     if not any(isinstance(x, torch.Tensor) for x in parts):
@@ -185,7 +207,8 @@ def _origins(
     return numbers, torch.stack(tensors)
 
 
-def _check_position(name: str, value: object, device: torch.device) -> None:
+def _position(name: str, value: object, device: torch.device) -> int | torch.Tensor:
+    """Return a position as an int, or as the tensor that it is."""
     remedy = "an int costs nothing; a tensor is read on the device, without a synchronisation"
     expected = f"an int, or an integer tensor with one element on {device}"
     if isinstance(value, torch.Tensor):
@@ -193,8 +216,11 @@ def _check_position(name: str, value: object, device: torch.device) -> None:
         if value.numel() != 1 or not integer or value.device != device:
             received = f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
             raise wrong(name, expected, received, remedy)
-    elif isinstance(value, bool) or not isinstance(value, int):
+        return value
+    number = as_integer(value)
+    if number is None:
         raise wrong(name, expected, short(value), remedy)
+    return number
 
 
 def _mask(mask: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..call.errors import short
+from ..call.scalars import as_integer
 from ..call.validation import DTYPES, wrong
 from .spec import DecodeCall
 
@@ -68,9 +70,10 @@ def check_values(q: torch.Tensor, v_cache: torch.Tensor | None, v_dim: Any) -> i
         )
     if v_cache is not None:
         return v_cache.shape[3]
-    if isinstance(v_dim, bool) or not isinstance(v_dim, (int, torch.SymInt)) or not 1 <= v_dim <= q.shape[3]:
-        raise wrong("v_dim", f"an int from 1 to k_cache's {q.shape[3]}", repr(v_dim), "values are columns of the keys")
-    return int(v_dim)
+    number = as_integer(v_dim)
+    if number is None or not 1 <= number <= q.shape[3]:
+        raise wrong("v_dim", f"an int from 1 to k_cache's {q.shape[3]}", short(v_dim), "values are columns of the keys")
+    return int(number)
 
 
 def check_new(

@@ -90,11 +90,13 @@ def flash_attention(
         descale: for fp8, (q's, k's, v's): numbers, or fp32 tensors of one element or [B, Hkv]; x = descale * fp8(x).
         return_lse: also return the log-sum-exp, through which gradients flow, too.
         deterministic: False allows a faster backward; there is none so far.
-        backend: ``reference`` (plain PyTorch, memory Sq * Sk), ``torch`` (F.scaled_dot_product_attention; no window, no
-            return_lse), ``triton`` (GPUs; the CPU only in Triton's interpreter) or ``cpu`` (the C++ engine; no
-            score_mod); one asked for by name runs or raises. ``auto`` takes triton on a GPU where that is proven and
-            cpu on CPUs, else torch where it can do the call, else reference, and says at INFO which.
+        backend: ``reference`` (plain PyTorch, memory Sq * Sk), ``torch`` (F.scaled_dot_product_attention; no window,
+            softcap, alibi_slopes, score_mod, sinks, dropout_p, return_lse), ``triton`` (GPUs; the CPU only in Triton's
+            interpreter) or ``cpu`` (the C++ engine; no score_mod); one asked for by name runs or raises. ``auto`` takes
+            triton on a GPU where that is proven and cpu on CPUs, else torch where it can do the call, else reference,
+            and says at INFO which.
 
+    Numbers and flags may be numpy's, numbers and window also tensors, which are read on the host.
     Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). fp8
     (torch.float8_e4m3fn, on GPUs from sm_89) for the forward alone: out is bf16, bias and sinks are bf16 or fp32. Under
     autocast q, k and v are cast as F.scaled_dot_product_attention's are. Triton takes D and Dv from 16 to 256, the

@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ... import compat
+from ...autocast import autocast_dtype
+from ..call.errors import short
+from ..call.option_checks import checked_dropout, seed_tensor, without_keys
 from ..call.options import Options
-from ..call.validation import broadcast_dims, normalise, wrong
+from ..call.place import place_of
+from ..call.scalars import as_integer, element
+from ..call.score_mods import checked_softcap
+from ..call.validation import broadcast_dims, check_flag, check_truth, normalise, window_sides, wrong
 from ..reference import dense as reference
 from .api import flash_attention
 
@@ -28,7 +34,7 @@ class MultiheadAttention(nn.Module):
     Args:
         embed_dim: E, features of query and output; head dim D = embed_dim / num_heads.
         num_heads: H, heads of the queries.
-        dropout: probability in [0, 1) with which attention probabilities are dropped, in training mode only.
+        dropout: probability with which attention probabilities are dropped, in training mode only; 1 drops all.
         bias: whether the projections have biases.
         add_bias_kv: whether one learnable key and value are appended to the sequence.
         add_zero_attn: whether a key and a value of zeros are appended, after those of ``add_bias_kv``.
@@ -74,12 +80,16 @@ class MultiheadAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
-        self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
-        self.window, self.softcap, self.backend = window, softcap, backend
+        self.embed_dim = embed_dim = _size("embed_dim", embed_dim)
+        self.num_heads = num_heads = _size("num_heads", num_heads)
+        self.num_kv_heads = num_heads if num_kv_heads is None else _size("num_kv_heads", num_kv_heads)
+        self.kdim = embed_dim if kdim is None else _size("kdim", kdim)
+        self.vdim = embed_dim if vdim is None else _size("vdim", vdim)
+        self.dropout = checked_dropout(dropout, "dropout", takes_all=True)
+        self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
+        self.window = None if window is None else window_sides(window)
+        self.softcap = None if softcap is None else checked_softcap(softcap)
+        self.backend = backend
         self._check_arguments(alibi_slopes)
         self.head_dim = embed_dim // num_heads
         kv_dim = self.num_kv_heads * self.head_dim
@@ -170,6 +180,9 @@ class MultiheadAttention(nn.Module):
             ValueError: a shape, dtype or combination of arguments is wrong.
         """
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        need_weights = check_truth("need_weights", need_weights)
+        average_attn_weights = check_truth("average_attn_weights", average_attn_weights)
+        is_causal, causal = check_truth("is_causal", is_causal), check_flag("causal", causal)
         if is_causal and attn_mask is None:
             raise wrong("attn_mask", "the causal mask, with is_causal=True", "None", "pass it, or causal=True instead")
         batched, S = query.dim() == 3, key.shape[-2 if self.batch_first or key.dim() == 2 else 0]
@@ -183,12 +196,18 @@ class MultiheadAttention(nn.Module):
         q, k, v = self._project(query, key, value)
         mask, bias = self._mask_and_bias(attn_mask, key_padding_mask, q, S)
         dropout_p, seed = self.dropout if self.training else 0.0, None
+        if dropout_p == 1:
+            dropout_p, mask = 0.0, without_keys(q)
         if dropout_p > 0:
             # Drawn here, so that the weights lose what the output does.
-            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+            seed = seed_tensor(None, q)
+        place, origin = place_of(self) if dropout_p > 0 else None, None
+        if place is not None and (align is not None or q.shape[2] == k.shape[2]):
+            origin, align = place.origin(q, k, align), None
         options: dict[str, Any] = {
             "causal": causal,
             "align": align,
+            "origin": origin,
             "window": self.window,
             "mask": mask,
             "bias": bias,
@@ -285,17 +304,10 @@ class MultiheadAttention(nn.Module):
         return mask, bias
 
     def _check_arguments(self, alibi_slopes: torch.Tensor | None) -> None:
-        for name in ("embed_dim", "num_heads", "num_kv_heads", "kdim", "vdim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise wrong(name, "an int above 0", repr(value), "give the number of features or heads")
         for name, whole in (("num_heads", "embed_dim"), ("num_kv_heads", "num_heads")):
             part, total = getattr(self, name), getattr(self, whole)
             if total % part != 0:
                 raise wrong(name, f"a divisor of {whole}={total}", part, f"change {name} or {whole}")
-        p = self.dropout
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-            raise wrong("dropout", "a number in [0, 1)", repr(p), "0.0 switches dropout off")
         if alibi_slopes is not None and tuple(alibi_slopes.shape) != (self.num_heads,):
             shape = tuple(alibi_slopes.shape)
             raise wrong("alibi_slopes", f"shape [H] = ({self.num_heads},)", shape, "one slope for each query head")
@@ -320,7 +332,7 @@ class MultiheadAttention(nn.Module):
             if x.shape[-1] != features:
                 shape = f"{x.shape[-1]} (shape {tuple(x.shape)})"
                 raise wrong(name, f"{features} features", shape, "see embed_dim, kdim and vdim of the constructor")
-            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
                 raise wrong(name, f"the parameters' dtype {weight.dtype}", x.dtype, "convert it or the module by .to()")
         sequence = -2 if self.batch_first or query.dim() == 2 else 0
         L, S = query.shape[sequence], key.shape[sequence]
@@ -345,6 +357,14 @@ class MultiheadAttention(nn.Module):
                 raise wrong(name, expected, tuple(m.shape), "[L, S] and [B * H, L, S] count no appended keys")
             if m.dtype != torch.bool and not m.dtype.is_floating_point:
                 raise wrong(name, "bool (True = do not attend) or float", m.dtype, "convert it with .bool()")
+
+
+def _size(name: str, value: Any) -> int:
+    """Return a number of features or heads."""
+    number = as_integer(element(value))
+    if number is None or number <= 0:
+        raise wrong(name, "an int above 0", short(value), "give the number of features or heads")
+    return number
 
 
 def _scores_dtype(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

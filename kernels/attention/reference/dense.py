@@ -26,6 +26,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 
 from ... import compat
+from ...autocast import autocast_dtype
 from ..call.options import Call
 from ..call.score_mods import split
 from ..call.spec import out_dtype
@@ -37,7 +38,7 @@ R = TypeVar("R")
 
 def without_autocast(kind: str) -> contextlib.AbstractContextManager[None]:
     """A context in which autocast on devices of ``kind`` is off; it would make half precision of fp32 matmuls."""
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocast_dtype(kind) is not None:
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
@@ -170,10 +171,26 @@ def weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: Call) -> 
 
     Differentiable in q, k, lse, bias and sinks. A row that sees no key is one of zeros.
     """
-    s = scores(q, k, call)
-    p = _probabilities(s, lse.unsqueeze(-1), call.sinks)
-    kept = kept_by_dropout(s.shape, call, s.device)
+    p, kept = _weights(q, k, lse, call)
     return p if kept is None else p.masked_fill(~kept, 0.0) / (1 - call.spec.dropout_p)
+
+
+@_in_own_precision
+def signed_weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: Call) -> torch.Tensor:
+    """Return p [B, H, Sq, Sk] in lse's dtype, before dropout, with a minus sign where dropout drops it.
+
+    Differentiable as :func:`weights` is. A dropped zero is -0.0, which is not below 0.
+    """
+    p, kept = _weights(q, k, lse, call)
+    return p if kept is None else torch.where(kept, p, -p)
+
+
+def _weights(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """p, and which elements of it dropout keeps."""
+    s = scores(q, k, call)
+    return _probabilities(s, lse.unsqueeze(-1), call.sinks), kept_by_dropout(s.shape, call, s.device)
 
 
 def visible(sq: int, sk: int, call: Call, device: torch.device) -> torch.Tensor:

@@ -13,8 +13,9 @@ from ...backends import choose, count
 from ..call.errors import short, wrong
 from ..call.options import Options
 from ..call.packed import Packed, check_contents
+from ..call.scalars import as_integer
 from ..call.spec import Origin
-from ..call.tensors import autocast, needs_gradient, unit_last_stride
+from ..call.tensors import autocast, has_values, needs_gradient, unit_last_stride
 from ..call.validation import ALIGN, DTYPES, check_flag, check_qkv, normalise
 from .ops import FIELDS
 
@@ -123,9 +124,9 @@ def attend(
     """
     q, k, v = autocast(q, k, v)
     _check_tensors(q, k, v)
-    _check_lengths(q, *lengths)
+    longest = _check_lengths(q, *lengths)
     _check_align(options)
-    packed = Packed(*lengths, options.align == "bottom_right")
+    packed = Packed(*lengths[:2], *longest, options.align == "bottom_right")
     like_q, like_k, like_v = _longest_batch(q, k, v, packed)
     check_qkv(like_q, like_k, like_v)
     # Each sequence's own shift is added where its lengths are read.
@@ -134,10 +135,11 @@ def attend(
     needs_grad = needs_gradient(q, k, v, *call.differentiable)
     dims = (q.shape[2], v.shape[2])
     record = choose(backend, Request("attention_varlen", q.device, q.dtype, dims, call, needs_grad, return_lse))
-    if env.CHECK and not torch.compiler.is_compiling():
+    can_read = has_values(lengths[0])
+    if env.CHECK and can_read:
         check_contents(packed, q.shape[0], k.shape[0])
     # The reference reads lengths on the host, which a compiled graph holds only inside an op.
-    if "attention_varlen" in record.differentiable and not torch.compiler.is_compiling():
+    if "attention_varlen" in record.differentiable and can_read:
         count("attention_varlen_forward", record.name)
         found: tuple[torch.Tensor, torch.Tensor]
         found = implementation(record.name, "attention_varlen").forward(q, k, v, call)
@@ -179,17 +181,21 @@ def _check_tensors(q: Any, k: Any, v: Any) -> None:
         raise wrong("v", f"k's {k.shape[0]} rows", f"{v.shape[0]} (shape {tuple(v.shape)})", "one value for each key")
 
 
-def _check_lengths(q: torch.Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) -> None:
-    """Raise unless there is a beginning for each sequence's queries and keys, and a longest length of both."""
+def _check_lengths(q: torch.Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) -> tuple[int, int]:
+    """Return the longest lengths; raise unless there is a beginning for each sequence's queries and keys."""
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         _check_starts(name, cu, q)
     if cu_k.shape != cu_q.shape:
         expected = f"as many numbers as cu_seqlens_q, {cu_q.shape[0]}"
         raise wrong("cu_seqlens_k", expected, cu_k.shape[0], "each sequence has queries and keys, maybe none")
-    for name, most in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-        if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)) or most < 0:
-            received = short(most)
-            raise wrong(name, "an int of at least 0", received, "pass the longest length, or any larger number")
+    return _longest("max_seqlen_q", max_q), _longest("max_seqlen_k", max_k)
+
+
+def _longest(name: str, most: Any) -> int:
+    number = as_integer(most)
+    if number is None or number < 0:
+        raise wrong(name, "an int of at least 0", short(most), "pass the longest length, or any larger number")
+    return number
 
 
 def _check_starts(name: str, cu: Any, q: torch.Tensor) -> None:
@@ -208,8 +214,9 @@ def _check_align(options: Options) -> None:
     align = options.align
     if align is not None and align not in ALIGN:
         raise wrong("align", f"one of {ALIGN} or None", repr(align), "name the corner where each sequence is aligned")
-    positional = ("causal", "window", "alibi_slopes", "score_mod")
-    given = [name for name in positional if getattr(options, name) is not None and getattr(options, name) is not False]
+    given = [name for name in ("window", "alibi_slopes", "score_mod") if getattr(options, name) is not None]
+    if check_flag("causal", options.causal):
+        given.insert(0, "causal")
     if given and align is None:
         raise wrong(
             "align",

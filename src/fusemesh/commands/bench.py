@@ -9,6 +9,7 @@ from .options import Outcome
 
 NAME = "bench"
 SUMMARY = "which tiles of the Triton kernels are fastest on this GPU"
+USAGE = "--tune [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def run(options: argparse.Namespace) -> Outcome:
         raise ValueError(f"--minutes: expected more than 0, received {options.minutes:g}")
     import torch
 
+    from fusemesh.hybrid.outputs import make_folder, writing
     from fusemesh.kernels import measure
     from fusemesh.kernels.measure import tune
 
@@ -37,9 +39,11 @@ def run(options: argparse.Namespace) -> Outcome:
         raise ValueError(reason)
     record = measure.machine()
     path = Path(options.out or Path("bench", "results", measure.machine_name(record), "tune.json"))
+    make_folder(path.parent, what="--out")
     result = tune.tune_tiles(torch.device("cuda"), measure.Clock(options.minutes))
     result = {"stage": "tune", "dry_run": False, "machine": record, **result}
-    written = measure.write_results(path, result)
+    with writing(path, what="--out"):
+        written = measure.write_results(path, result)
     wrong = [
         f"{row['op']} {row['kernel']} {row['entry']}: {row['check']}" for row in result["rows"] if row["check"] != "ok"
     ]

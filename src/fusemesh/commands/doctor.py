@@ -14,6 +14,7 @@ from .options import Outcome
 
 NAME = "doctor"
 SUMMARY = "what this machine has and what auto chooses"
+USAGE = "[--trace SCRIPT [ARGS]] [options]"
 _LIBRARIES = ("triton", "numpy", "safetensors", "tensorboard", "matplotlib", "tqdm")
 
 

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from dataclasses import replace
 
 from fusemesh import config
 
-from .options import Outcome
-from .ranks import add_target, find_target, metrics_text
+from .options import ASKING_NAMES, Outcome
+from .ranks import add_target, find_target, metrics_text, say
 
 NAME = "eval"
 SUMMARY = "held-out loss and metrics of a run, a checkpoint or a merged file"
+USAGE = "TARGET [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_target(parser)
+    add_target(parser, shown=("data.", "evaluation."), short=ASKING_NAMES)
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Evaluate on the held-out samples."""
     from fusemesh.run.evaluator import evaluate_file, evaluate_rank
+    from fusemesh.run.fingerprint import check_evaluated
 
-    settings, ranks = find_target(options)
-    if Path(options.target).is_file() and ranks.count == 1:
-        result = evaluate_file(options.target, settings.config)
+    target = find_target(options)
+    configured, given = target.settings.config, target.given
+    if "data.held_out" in given and "evaluation.samples" not in given:
+        # All of the user's own records; the number saved is one of the run's.
+        configured = replace(configured, evaluation=replace(configured.evaluation, samples=0))
+    check_evaluated(target.state.get("data"), configured, given)
+    say(NAME, f"step {target.state['step']} of {options.target}, on {_source(configured)}", options)
+    if target.is_merged and target.ranks.count == 1:
+        result = evaluate_file(target.path, configured, target.verify)
     else:
-        result = ranks.call(evaluate_rank, options.target, config.as_dict(settings.config))
+        result = target.ranks.call(evaluate_rank, str(target.path), config.as_dict(configured), target.verify)
     if result is None:
         return Outcome(None)
     return Outcome(
@@ -35,3 +43,10 @@ def run(options: argparse.Namespace) -> Outcome:
         f"step {result['step']}, layout {result['layout']}: held-out loss {result['loss']:.6f}, "
         f"{metrics_text(result)} over {result['samples']} samples",
     )
+
+
+def _source(configured: config.Config) -> str:
+    data = configured.data
+    if data.held_out:
+        return f"the records of {data.held_out}"
+    return f"the held-out part of {data.path or 'the default corpus'}"

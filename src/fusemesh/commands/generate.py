@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from fusemesh import config
+from fusemesh import config, standard_output
+from fusemesh.tasks.encodings import check_characters, read_stream
 from fusemesh.tasks.names import TASKS
 
 from .options import Outcome
@@ -13,6 +15,7 @@ from .ranks import add_target, find_target
 
 NAME = "generate"
 SUMMARY = "continue a text by a trained language model"
+USAGE = "TARGET [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,15 +27,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the fewest that reach P together")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    add_target(parser)
+    add_target(parser, shown=("data.encoding",))
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Write the prompt and its continuation."""
     from fusemesh.tasks.registry import task_class
 
-    settings, ranks = find_target(options)
-    resolved = settings.config
+    target = find_target(options)
+    resolved = target.settings.config
     if not task_class(resolved.task).continues_texts:
         able = " or ".join(name for name in TASKS if task_class(name).continues_texts)
         raise ValueError(f"model: expected one of task {able}, received {resolved.task}; use fusemesh predict")
@@ -42,9 +45,13 @@ def run(options: argparse.Namespace) -> Outcome:
         raise ValueError(
             f"--tokens: expected 1 to {limit}, which data.sequence_length leaves beside a prompt, received {tokens}"
         )
-    prompt = options.prompt if options.prompt is not None else sys.stdin.read()
+    prompt = options.prompt
+    if prompt is None:
+        prompt = read_stream(sys.stdin, target.given.get("data.encoding", ""))
+    check_characters(prompt, "--prompt")
     if not prompt:
-        raise ValueError("--prompt: expected a text to continue, received nothing")
+        source = "standard input" if options.prompt is None else "--prompt"
+        raise ValueError(f"{source}: expected a text to continue, received nothing")
     from fusemesh.run.predictor import Continuation, generate_rank
     from fusemesh.transformer.generation import Sampling
 
@@ -53,9 +60,12 @@ def run(options: argparse.Namespace) -> Outcome:
     sampling = Sampling(**given) if given else None
     stream = not options.json and options.beams == 1
     if stream:
-        print(prompt, end="", flush=True)
+        standard_output.write(prompt, end="")
     asked = Continuation(prompt, tokens, sampling, options.beams, options.seed, stream)
-    result = ranks.call(generate_rank, options.target, config.as_dict(resolved), asked)
+    result = target.ranks.call(generate_rank, str(target.path), config.as_dict(resolved), asked, target.verify)
     if result is None:
         return Outcome(None)
+    if (lost := result.pop("unwritten", None)) is not None:
+        standard_output.drop()
+        raise standard_output.cannot_write(OSError(lost, os.strerror(lost)))
     return Outcome(result, "" if stream else result["prompt"] + result["text"])

@@ -6,14 +6,17 @@ import argparse
 from pathlib import Path
 
 from .options import Outcome
+from .ranks import add_checks
 
 NAME = "merge"
 SUMMARY = "write a run's last checkpoint as one safetensors file"
+USAGE = "TARGET [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("target", help="run directory or checkpoint folder")
+    parser.add_argument("target", metavar="TARGET", help="run directory or checkpoint folder")
+    add_checks(parser)
     parser.add_argument("--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
 
 
@@ -23,5 +26,5 @@ def run(options: argparse.Namespace) -> Outcome:
     from fusemesh.run.setup import checkpoint_of
 
     output = options.output or Path(options.target, "model.safetensors")
-    result = merge(checkpoint_of(options.target), output)
+    result = merge(checkpoint_of(options.target, options.from_step), output, verify=not options.no_verify)
     return Outcome(result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}")

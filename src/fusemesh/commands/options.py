@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NamedTuple
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from fusemesh import config
+from fusemesh.tasks.names import TASKS
 
-_SHORT = {"training.steps": ("--steps",), "run.directory": ("--out",)}
+# Short names of the configuration's keys where a model is trained, and where it is asked.
+TRAINING_NAMES = {
+    "training.steps": "--steps",
+    "training.global_batch_size": "--batch-size",
+    "training.learning_rate": "--lr",
+    "run.directory": "--out",
+}
+ASKING_NAMES = {"evaluation.batch_size": "--batch-size"}
+# Keys that apply wherever a trained model is loaded.
+LOADING = (
+    "layout",
+    "training.dtype",
+    "pipeline.schedule",
+    "pipeline.virtual_stages",
+    "run.device",
+    "run.backend",
+    "run.sequence_parallel",
+    "run.threads",
+)
+_NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
 class Outcome(NamedTuple):
@@ -22,17 +45,76 @@ class Outcome(NamedTuple):
     status: int = 0
 
 
-def add_configuration(command: argparse.ArgumentParser, *, short: bool = False) -> None:
-    """Add every key of the configuration; with ``short``, the most used ones also by a short name."""
-    keys = command.add_argument_group("configuration")
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ValueError with one line.
+
+    words: the command line, which says which task's defaults the help shows.
+    """
+
+    words: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace("expected one argument", "expected a value, received none")
+        message = re.sub("^the following arguments are required: (.*)", r"\1: expected a value, received none", message)
+        for kind, expected in _NUMBERS.items():
+            message = re.sub(rf": invalid {kind} value: ", f": expected {expected}, received ", message)
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own says nothing where it cannot write.
+        print(message, end="", file=file or sys.stdout)
+
+    def option_names(self) -> list[str]:
+        """Return the options that the help shows, without those of one dash."""
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        return [name for action in shown for name in action.option_strings if name.startswith("--")]
+
+
+def add_configuration(
+    command: argparse.ArgumentParser,
+    *,
+    short: Mapping[str, str] | None = None,
+    shown: Sequence[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add every key of the configuration.
+
+    Args:
+        short: short names by key.
+        shown: beginnings of the keys that the command's help shows; None: all. The others are taken all the same.
+        defaults: the command's own, by key, over those of the task that the command line names.
+    """
+    from fusemesh.tasks.registry import defaults_of
+
+    task = _named_task(getattr(command, "words", ()))
+    values = {**(defaults_of(task) if task else {}), **(defaults or {})}
+    if shown is not None:
+        title, text = "configuration", "as the model was trained, where no other value is given"
+    elif task is None:
+        title, text = "configuration", f"with a task before --help its own defaults are shown: {', '.join(TASKS)}"
+    else:
+        title, text = f"configuration, with the defaults of {task}", "a TOML file has the same keys"
+    keys = command.add_argument_group(title, text)
     for key, spec in config.fields_of(config.Config).items():
-        text = spec.doc + (f" ({', '.join(spec.choices)})" if spec.choices else "")
+        name = (short or {}).get(key)
+        doc = spec.doc + (f" ({', '.join(spec.choices)})" if spec.choices else "")
+        if shown is None:
+            default = values.get(key, task if key == "task" and task else spec.default)
+            doc += f"; default {default!r}" if spec.type is str else f"; default {default}"
         keys.add_argument(
+            *([name] if name else []),
             f"--{key}",
-            *(_SHORT.get(key, ()) if short else ()),
+            dest=key,
             metavar=spec.type.__name__.upper(),
-            help=f"{text}; default {spec.default!r}".replace("%", "%%"),
+            help=doc.replace("%", "%%") if shown is None or key.startswith(tuple(shown)) else argparse.SUPPRESS,
         )
+
+
+def add_task(command: argparse.ArgumentParser) -> None:
+    """Add the positional TASK."""
+    command.add_argument(
+        "task_name", nargs="?", metavar="TASK", help=f"{', '.join(TASKS)}; default: the configuration's"
+    )
 
 
 def add_config_file(command: argparse.ArgumentParser) -> None:
@@ -52,3 +134,8 @@ def overrides(options: argparse.Namespace) -> dict[str, str]:
     if named is not None and found.setdefault("task", named) != named:
         raise ValueError(f"--task: expected {named}, as named before, received {found['task']}; name it once")
     return found
+
+
+def _named_task(words: Sequence[str]) -> str | None:
+    """Return the first task that stands on the command line, for the help."""
+    return next((name for word in words if (name := word.removeprefix("--task=")) in TASKS), None)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
+from fusemesh import config
+
 from .options import Outcome, add_configuration, overrides
 
 NAME = "plan"
 SUMMARY = "rank the layouts that a model could train in, before paying for them"
+USAGE = "[options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--microbatches", type=int, metavar="N", help="a replica's samples in N parts; default: the fastest"
     )
-    parser.add_argument("--dtype", help="of compute; default: bfloat16")
+    parser.add_argument("--dtype", type=config.dtype_name, help="of compute; default: bfloat16")
     parser.add_argument("--schedule", help="of the pipeline: 1f1b (default), gpipe, interleaved1f1b")
     parser.add_argument("--virtual-stages", type=int, metavar="N", help="stages a rank of an interleaved pipeline")
     parser.add_argument("--recompute", help="none (default), selective, full: activations that backward recomputes")

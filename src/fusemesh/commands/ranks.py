@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_configuration, overrides
+from fusemesh import config as configuration
+
+from .options import LOADING, add_configuration, overrides
 
 if TYPE_CHECKING:
     from fusemesh.hybrid.layout import Layout
@@ -21,15 +25,22 @@ class Ranks:
     count: int
     start: bool
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first rank, or starts them."""
+        from fusemesh.hybrid.ranks.join import find_place
+
+        place = find_place()
+        return place is None or place.rank == 0
+
     def call(self, function: Any, *arguments: Any) -> Any:
         """Run a function on every rank and return the result of rank 0; None in a process that is another rank."""
-        from fusemesh.hybrid.ranks.join import find_place, launch_local
+        from fusemesh.hybrid.ranks.join import launch_local
 
         if self.start:
             return launch_local(self.count, function, *arguments)[0]
-        place = find_place()
         result = function(*arguments)
-        return result if place is None or place.rank == 0 else None
+        return result if self.is_first else None
 
 
 def add_nproc(command: argparse.ArgumentParser) -> None:
@@ -61,32 +72,95 @@ def find_ranks(options: argparse.Namespace, layout: Layout) -> Ranks:
     return Ranks(nproc, nproc > 1)
 
 
-def add_target(command: argparse.ArgumentParser) -> None:
-    """Add what :func:`find_target` reads: a trained model, ``--nproc`` and the configuration."""
-    command.add_argument("target", help="run directory, checkpoint folder or .safetensors file")
+def add_checks(command: argparse.ArgumentParser) -> None:
+    """Add ``--from-step`` and ``--no-verify``, of every command that reads checkpoints."""
+    command.add_argument(
+        "--from-step", type=int, metavar="N", help="take the checkpoint of this step in place of the latest"
+    )
+    command.add_argument(
+        "--no-verify", action="store_true", help="do not compare what is read with its checksums, which reads it twice"
+    )
+
+
+def add_target(
+    command: argparse.ArgumentParser, *, shown: Sequence[str] = (), short: Mapping[str, str] | None = None
+) -> None:
+    """Add what :func:`find_target` reads: a trained model, the options of ranks and checks, and the configuration.
+
+    Args:
+        shown: beginnings of the keys that the help shows beside those of every trained model.
+        short: short names by key.
+    """
+    command.add_argument("target", metavar="TARGET", help="run directory, checkpoint folder or .safetensors file")
+    add_checks(command)
     add_nproc(command)
-    add_configuration(command)
+    add_configuration(command, shown=(*LOADING, *shown), short=short)
 
 
-def find_target(options: argparse.Namespace) -> tuple[Settings, Ranks]:
-    """Return the settings of a trained model, in its own layout unless the command line says another, and its ranks.
+@dataclass(frozen=True)
+class Target:
+    """A trained model as a command uses it.
+
+    path: of the checkpoint or the merged file; state: saved with it; given: the keys of the configuration that the
+    command line gives; verify: whether checksums are compared.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    given: dict[str, str]
+    settings: Settings
+    ranks: Ranks
+    verify: bool
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is a merged file."""
+        return self.path.is_file()
+
+
+def find_target(options: argparse.Namespace) -> Target:
+    """Return a trained model, in its own layout unless the command line says another, and the ranks to run it.
 
     Raises:
-        ValueError: there is no such model, or the ranks cannot run it.
+        ValueError: there is no such model, the ranks cannot run it, or the command line says that it is another.
     """
-    from fusemesh.run.settings import Settings, load_config
-    from fusemesh.run.setup import config_of
+    from fusemesh.run.settings import MODEL_KEYS, Settings, first_change, load_config
+    from fusemesh.run.setup import checkpoint_of, state_of
 
-    base, given = config_of(options.target), overrides(options)
+    given, path = overrides(options), Path(options.target)
+    merged = path.is_file()
+    if merged and options.from_step is not None:
+        raise ValueError(
+            f"--from-step: expected a run directory with checkpoints, received the file {options.target!r}, which "
+            "holds one model; leave it out"
+        )
+    if not merged:
+        path = checkpoint_of(path, options.from_step)
+    state = state_of(path)
+    if {"data.path", "data.held_out"} & given.keys():
+        # Other files, of which the encoding of the run's own says nothing.
+        given.setdefault("data.encoding", "")
     # A merged file is no longer spread over ranks, unless the command line asks for it.
-    merged = Path(options.target).is_file()
-    settings = Settings.of(load_config(None, {**({"layout": "single"} if merged else {}), **given}, base=base))
+    config = load_config(None, {**({"layout": "single"} if merged else {}), **given}, base=state["config"])
+    if change := first_change(configuration.load(base=state["config"]), config, MODEL_KEYS):
+        key, old, new = change
+        raise ValueError(f"{key}: expected {old!r}, as the model was trained, received {new!r}; leave it out")
+    settings = Settings.of(config)
     ranks = find_ranks(options, settings.layout)
     settings.check(ranks.count)
-    return settings, ranks
+    return Target(path, state, given, settings, ranks, not options.no_verify)
+
+
+def say(name: str, text: str, options: argparse.Namespace) -> None:
+    """Write on stderr, once over all ranks, what a command is about to do; nothing with ``--quiet``."""
+    from fusemesh.hybrid.ranks.join import find_place
+
+    place = find_place()
+    if not getattr(options, "quiet", False) and (place is None or place.rank == 0):
+        print(f"fusemesh {name}: {text}", file=sys.stderr, flush=True)
 
 
 def metrics_text(evaluation: dict[str, Any]) -> str:
     """Return the task's metrics of an evaluation as text."""
-    known = ("task", "step", "layout", "loss", "targets", "samples", "seconds")
+    known = ("task", "step", "layout", "loss", "targets", "samples", "seconds", "cut")
     return ", ".join(f"{name} {value:.4f}" for name, value in evaluation.items() if name not in known)

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fusemesh import config
-from fusemesh.tasks.names import TASKS
 
-from .options import Outcome, add_config_file, add_configuration, overrides
-from .ranks import add_nproc, find_ranks, metrics_text
+from .options import TRAINING_NAMES, Outcome, add_config_file, add_configuration, add_task, overrides
+from .ranks import add_checks, add_nproc, find_ranks, metrics_text, say
 
 NAME = "train"
 SUMMARY = "train a model for a task in any layout"
+USAGE = "[TASK] [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "task_name", nargs="?", metavar="TASK", help=f"{', '.join(TASKS)}; default: the configuration's"
-    )
+    add_task(parser)
     add_config_file(parser)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint of run.directory, in any layout"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="with --resume: go on although the data have changed; samples may be left out or taken twice",
+    )
+    add_checks(parser)
+    parser.add_argument("--epochs", type=float, metavar="N", help="passes over the data, instead of --steps")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no lines of progress")
     add_nproc(parser)
-    add_configuration(parser, short=True)
+    add_configuration(parser, short=TRAINING_NAMES)
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Train, evaluate and save."""
+    """Train, evaluate, save, and draw the loss."""
     from fusemesh.run.settings import Settings, load_config
 
     given = overrides(options)
@@ -40,22 +50,109 @@ def run(options: argparse.Namespace) -> Outcome:
         given.setdefault("run.directory", config.fields_of(config.Config)["run.directory"].default)
         saved = Path(given["run.directory"], "config.toml")
         source = saved if saved.is_file() else None
-    settings = Settings.of(_with_chosen_layout(load_config(source, given), options))
+    for option in ("from_step", "no_verify", "allow_changed_data"):
+        if getattr(options, option) and not options.resume:
+            raise ValueError(f"--{option.replace('_', '-')}: expected with --resume alone, received it without")
+    configured = _with_steps(_with_length(load_config(source, given), options), options, given)
+    settings = Settings.of(_with_chosen_layout(configured, options))
     ranks = find_ranks(options, settings.layout)
 
-    from fusemesh.run.trainer import check_run, train_rank
+    from fusemesh.run.checks import Resume, check_run, summary_of
+    from fusemesh.run.trainer import train_rank
 
-    check_run(settings, ranks.count, resume=options.resume)
-    summary = ranks.call(train_rank, config.as_dict(settings.config), options.resume, options.quiet)
+    resume = Resume(options.from_step, not options.no_verify, options.allow_changed_data) if options.resume else None
+    done = check_run(settings, ranks.count, resume=resume)
+    configured = settings.config
+    if done == configured.training.steps:
+        say(NAME, f"nothing is left to do: {configured.run.directory} stands at training.steps = {done}", options)
+        if (finished := summary_of(configured.run.directory, done)) is not None:
+            return Outcome(finished if ranks.is_first else None, _text(finished))
+    else:
+        say(
+            NAME,
+            f"{configured.task} on {configured.data.path or 'the default corpus'}, steps {done + 1} to "
+            f"{configured.training.steps} in layout {settings.layout}, into {configured.run.directory}",
+            options,
+        )
+    folder = Path(configured.run.directory)
+    with _saying_how_to_go_on(folder):
+        summary = ranks.call(train_rank, config.as_dict(configured), resume, options.quiet)
     if summary is None:
         return Outcome(None)
-    return Outcome(
-        summary,
+    _draw_loss(summary, folder)
+    return Outcome(summary, _text(summary))
+
+
+def _text(summary: dict[str, Any]) -> str:
+    return (
         f"{summary['steps']} steps in layout {summary['layout']} on {summary['world_size']} {summary['device']} ranks, "
         f"{summary['tokens_per_s'] or 0:.0f} tokens/s\n"
         f"held-out loss {summary['loss']:.4f}, {metrics_text(summary['held_out'])}\n"
-        f"saved in {summary['directory']}",
+        f"saved in {summary['directory']}"
     )
+
+
+def _with_length(configured: config.Config, options: argparse.Namespace) -> config.Config:
+    """Return the configuration with a length of samples that suits the data, if it has none; say which.
+
+    A run that goes on keeps its own.
+    """
+    if configured.data.sequence_length:
+        return configured
+    saved = Path(configured.run.directory, "config.toml")
+    if options.resume and saved.is_file():
+        length = config.load(saved).data.sequence_length
+        return replace(configured, data=replace(configured.data, sequence_length=length))
+    from fusemesh.tasks.registry import with_length
+
+    chosen = with_length(configured)
+    say(NAME, f"data.sequence_length: {chosen.data.sequence_length} chosen from the data", options)
+    return chosen
+
+
+def _with_steps(configured: config.Config, options: argparse.Namespace, given: dict[str, str]) -> config.Config:
+    """Return the configuration with as many steps as the epochs have, if any are asked for; say how many."""
+    epochs = options.epochs
+    if epochs is None:
+        return configured
+    if "training.steps" in given:
+        raise ValueError(f"--epochs: expected it or --steps, received both, {epochs:g} and {given['training.steps']}")
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"--epochs: expected more than 0, received {epochs:g}")
+    from fusemesh.tasks.registry import build_task
+
+    samples, batch = len(build_task(configured).train), configured.training.global_batch_size
+    steps = math.ceil(epochs * samples / batch)
+    say(NAME, f"{epochs:g} times the {samples} samples, {batch} a step, are {steps} steps", options)
+    return replace(configured, training=replace(configured.training, steps=steps))
+
+
+@contextmanager
+def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Let an interruption say how to go on with the run in ``folder``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from fusemesh.run.progress import last_checkpoint
+
+        saved = last_checkpoint(folder)
+        advice = "no checkpoint has been saved" if saved is None else f"go on from {saved} with --resume"
+        raise KeyboardInterrupt(f"interrupted; {advice}") from None
+
+
+def _draw_loss(summary: dict[str, Any], folder: Path) -> None:
+    """Draw the loss over the steps; a run is none the worse for a drawing that cannot be made."""
+    from fusemesh.run.metrics import BITS_PER_BYTE, draw_loss_curve
+
+    unit = BITS_PER_BYTE if "bits_per_byte" in summary["held_out"] else "nats per target"
+    title = f"{summary['task']}: {summary['data']}, layout {summary['layout']}"
+    try:
+        draw_loss_curve(folder, folder / "loss_curve.png", baselines={}, title=title, unit=unit)
+    except OSError as error:
+        print(f"fusemesh {NAME}: {error}", file=sys.stderr)
+    except ValueError:
+        # Without matplotlib, as was said before the first step.
+        return
 
 
 def _with_chosen_layout(configured: config.Config, options: argparse.Namespace) -> config.Config:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +18,9 @@ from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.run.setup import Share, joined, load_file
 from fusemesh.run.setup import checkpoint_of as checkpoint_of  # public here
 from fusemesh.tasks.base import IGNORED, Batch, Dataset, Task
-from fusemesh.tasks.registry import build_task
 from fusemesh.transformer import Transformer
+
+logger = logging.getLogger("fusemesh")
 
 
 @dataclass(frozen=True)
@@ -86,41 +89,76 @@ def predict(model: Transformer, task: Task, samples: Dataset, count: int, batch_
 
     Each replica computes its share.
     """
-    found: torch.Tensor | None = None
+    return _of_all(lambda batch: (task.predict(model, batch, share.device),), samples, count, batch_size, share)[0]
+
+
+@torch.no_grad()
+def predict_scored(
+    model: Transformer, task: Task, samples: Dataset, count: int, batch_size: int, share: Share
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return predictions as :func:`predict` does, and their scores, fp64 [count, n]."""
+    found, scores = _of_all(
+        lambda batch: task.predict_scored(model, batch, share.device), samples, count, batch_size, share
+    )
+    return found, scores
+
+
+def _of_all(
+    compute: Callable[[Batch], Sequence[torch.Tensor]], samples: Dataset, count: int, batch_size: int, share: Share
+) -> list[np.ndarray]:
+    """Return what ``compute`` makes of the first ``count`` samples, a row each; each replica computes its share."""
+    found: list[torch.Tensor] = []
     for indices, valid in evaluation_batches(count, batch_size, share.replicas, share.replica):
-        own = task.predict(model, samples.batch(indices), share.device)
-        if found is None:
-            found = own.new_zeros((count, own.shape[1]))
-        found[torch.from_numpy(indices[:valid]).to(share.device)] = own[:valid]
-    assert found is not None
+        own = compute(samples.batch(indices))
+        if not found:
+            found = [x.new_zeros((count, x.shape[1])) for x in own]
+        rows = torch.from_numpy(indices[:valid]).to(share.device)
+        for whole, part in zip(found, own, strict=True):
+            whole[rows] = part[:valid]
     # Each row is filled in by one replica.
-    return (found if share.mesh is None else sum_over_replicas(found, share.mesh)).cpu().numpy()
+    return [(x if share.mesh is None else sum_over_replicas(x, share.mesh)).cpu().numpy() for x in found]
 
 
-def evaluate_file(path: str | os.PathLike[str], config: Config) -> dict[str, Any]:
+def evaluate_file(path: str | os.PathLike[str], config: Config, verify: bool = True) -> dict[str, Any]:
     """Evaluate a merged file in this process alone: no process group, no mesh, the plain model.
+
+    Args:
+        verify: compare the file with its checksum first.
 
     Returns:
         :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
     """
-    task = build_task(config)
-    model, state = load_file(path, task)
+    task, model, state = load_file(path, config, verify=verify)
+    _say_cuts(task)
     result = evaluate(model, task, Share(next(model.parameters()).device))
-    return {"task": config.task, "step": state["step"], "layout": "single", **result.as_dict()}
+    return {"task": config.task, "step": state["step"], "layout": "single", **result.as_dict(), **_cuts(task)}
 
 
-def evaluate_rank(target: str, values: dict[str, Any]) -> dict[str, Any]:
+def evaluate_rank(target: str, values: dict[str, Any], verify: bool = True) -> dict[str, Any]:
     """One rank's part of evaluating a run, a checkpoint or a merged file in the configured layout.
 
     Args:
         target: see :func:`fusemesh.run.setup.config_of`.
         values: the configuration, as ``config.as_dict`` gives it.
+        verify: compare what is read with its checksums first.
 
     Returns:
         The same on every rank: :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
     """
     with joined(values) as run:
-        task = build_task(run.config)
-        model, mesh, state = run.load(target, task)
-        result = evaluate(model, task, run.share(mesh))
-    return {"task": run.config.task, "step": state["step"], "layout": str(run.layout), **result.as_dict()}
+        loaded = run.load(target, verify=verify)
+        task, step = loaded.task, loaded.state["step"]
+        if run.world.is_first:
+            _say_cuts(task)
+        result = evaluate(loaded.model, task, run.share(loaded.mesh))
+    return {"task": run.config.task, "step": step, "layout": str(run.layout), **result.as_dict(), **_cuts(task)}
+
+
+def _say_cuts(task: Task) -> None:
+    if text := task.say_cuts("held_out"):
+        logger.warning("%s", text)
+
+
+def _cuts(task: Task) -> dict[str, Any]:
+    found = task.cuts("held_out")
+    return {"cut": found} if found else {}

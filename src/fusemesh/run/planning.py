@@ -5,23 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 from typing import Any
 
 from fusemesh.config import Config
 from fusemesh.hybrid.planner import search
-from fusemesh.hybrid.planner.hardware import Hardware, find_hardware, named_hardware
+from fusemesh.hybrid.planner.hardware import Hardware, bytes_of, find_hardware, named_hardware
 from fusemesh.hybrid.planner.job import TrainingJob
 from fusemesh.hybrid.planner.model import ModelDescription
 from fusemesh.hybrid.planner.published import find_model
 from fusemesh.hybrid.planner.search import Choice, RankedLayouts, Rejected, gib
 from fusemesh.run.settings import load_config, pipeline_options
+from fusemesh.tasks.registry import build_task, with_length
 
 # Tokens of a step where nobody says otherwise: Llama 3's first 4 million (Dubey et al., 2024, section 3.4.1).
 DEFAULT_TOKENS = 4 * 2**20
 LOCAL = "local"
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 class NoLayoutError(RuntimeError):
@@ -38,7 +36,6 @@ def model_of(config: Config) -> ModelDescription:
     Raises:
         ValueError: the data cannot be used; see :func:`fusemesh.tasks.registry.build_task`.
     """
-    from fusemesh.tasks.registry import build_task
     from fusemesh.transformer.description import describe
 
     return describe(build_task(config).model_config())
@@ -82,19 +79,6 @@ def hardware_of(
     return found
 
 
-def bytes_of(text: str) -> int:
-    """Return ``80GB`` (10^9) or ``80GiB`` (2^30) in bytes.
-
-    Raises:
-        ValueError: no such size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    unit = None if match is None else {**_UNITS, **_BINARY_UNITS}.get(match[2])
-    if match is None or unit is None:
-        raise ValueError(f"--memory: expected a size such as 80GB or 75GiB, received {text!r}")
-    return int(float(match[1]) * unit)
-
-
 def request(
     options: argparse.Namespace, overrides: dict[str, str]
 ) -> tuple[ModelDescription, TrainingJob, Hardware, int]:
@@ -122,7 +106,7 @@ def request(
         if gpu is None:
             raise ValueError(f"--gpu: expected {', '.join(named_hardware())} or {LOCAL} with --model, received none")
     else:
-        config = load_config(options.config, overrides)
+        config = with_length(load_config(options.config, overrides))
         model, job = model_of(config), job_of(config)
         world = options.world or default_world(config)
         gpu, threads = options.gpu or LOCAL, config.run.threads or 1
@@ -199,6 +183,9 @@ def require(plan: RankedLayouts, job: TrainingJob, what: str) -> Choice:
     miss = plan.nearest_miss
     if miss is not None:
         reason = f"the nearest miss is {miss.layout}, {miss.short_by} bytes short: {miss.why}"
+        # Our own trainer, which has its number of parts, recomputes nothing.
+        if job.recompute == "none" and job.accumulation is None and "most of it activations" in miss.why:
+            reason += "; --recompute full keeps fewer (gradient_checkpointing_enable() of a Hugging Face model)"
     else:
         reason = "; ".join(dict.fromkeys(r.why for r in plan.rejected[:3]))
     raise NoLayoutError(f"no layout of {what} can run: {reason}", as_dict(plan, job))
@@ -217,10 +204,17 @@ def table(plan: RankedLayouts, job: TrainingJob, hardware: Hardware, *, most: in
         lines.append(f"... and {len(plan.layouts) - most} slower ones (--json lists all)")
     if plan.rejected:
         lines.append(f"{len(plan.rejected)} cannot run:")
-    for rejected in plan.rejected[:most]:
-        lines.append(f"  {rejected.layout!s:<22} {rejected.why}")
-    if len(plan.rejected) > most:
-        lines.append(f"  ... and {len(plan.rejected) - most} more (--json lists all)")
+    reasons: dict[str, list[str]] = {}
+    for rejected in plan.rejected:
+        reasons.setdefault(rejected.why, []).append(str(rejected.layout))
+    # What refuses many of them first.
+    grouped = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    for why, layouts in grouped[:most]:
+        others = f" and {len(layouts) - 1} more" if len(layouts) > 1 else ""
+        lines.append(f"  {layouts[0] + others:<22} {why}")
+    left = sum(len(layouts) for _, layouts in grouped[most:])
+    if left:
+        lines.append(f"  ... and {left} more (--json lists all)")
     lines.append(f"rates of {hardware.name}: " + "; ".join(f"{k}: {v}" for k, v in hardware.sources.items()))
     return "\n".join(lines)
 

@@ -3,67 +3,89 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
-from fusemesh.run.evaluator import predict
+from fusemesh import standard_output
+from fusemesh.run.evaluator import predict_scored
 from fusemesh.run.setup import Run, Share, joined
 from fusemesh.tasks.base import Task
-from fusemesh.tasks.registry import build_task
 from fusemesh.transformer import Transformer
 from fusemesh.transformer.generation import Sampling, generate
+
+logger = logging.getLogger("fusemesh")
+
+
+class Answer(NamedTuple):
+    """An answer, and how sure the model is of it, as JSON; see :meth:`Task.named_scores`."""
+
+    text: str
+    scores: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A model on its mesh, ready to answer."""
+    """A model on its mesh, ready to answer.
+
+    lengths: of each line that it has answered, the tokens that it takes uncut.
+    """
 
     run: Run
     task: Task
     model: Transformer
     share: Share
+    lengths: list[int] = field(default_factory=list)
 
-    def answers(self, lines: Sequence[str]) -> list[str]:
+    def answers(self, lines: Sequence[str]) -> list[Answer]:
         """Return an answer for each line, the same on every rank; each replica computes its share."""
-        samples = self.task.examples_of(lines)
+        samples = self.task.examples_of(lines, len(self.lengths) + 1)
+        self.lengths.extend(samples.whole.tolist())
         size = min(self.task.config.evaluation.batch_size, -(-len(lines) // self.share.replicas))
-        rows = predict(self.model, self.task, samples, len(lines), size, self.share)
-        return [self.task.answer(row, line) for row, line in zip(rows, lines, strict=True)]
+        rows, scores = predict_scored(self.model, self.task, samples, len(lines), size, self.share)
+        return [
+            Answer(self.task.answer(row, line), self.task.named_scores(score))
+            for row, score, line in zip(rows, scores, lines, strict=True)
+        ]
 
 
 @contextlib.contextmanager
-def _loaded(target: str, values: dict[str, Any]) -> Iterator[_Loaded]:
+def _loaded(target: str, values: dict[str, Any], verify: bool) -> Iterator[_Loaded]:
     with joined(values) as run:
-        task = build_task(run.config)
-        model, mesh, _ = run.load(target, task)
-        model.eval()
-        yield _Loaded(run, task, model, run.share(mesh))
+        found = run.load(target, verify=verify)
+        found.model.eval()
+        loaded = _Loaded(run, found.task, found.model, run.share(found.mesh))
+        yield loaded
+        if run.world.is_first and (text := found.task.say_cut_lengths(loaded.lengths)):
+            logger.warning("lines: %s", text)
 
 
-def answer_rank(target: str, values: dict[str, Any], lines: list[str]) -> list[str]:
+def answer_rank(target: str, values: dict[str, Any], lines: list[str], verify: bool = True) -> list[Answer]:
     """Do one rank's part of answering lines; return the answers, the same on every rank.
 
     Args:
         target: see :func:`fusemesh.run.setup.config_of`.
         values: the configuration, as ``config.as_dict`` gives it.
+        verify: compare what is read with its checksums first.
 
     Raises:
         ValueError: a line that the task cannot read, by its number.
     """
-    with _loaded(target, values) as loaded:
+    with _loaded(target, values, verify) as loaded:
         return loaded.answers(lines)
 
 
-def answer_stream(target: str, values: dict[str, Any], lines: Iterable[str], write: Callable[[str], None]) -> list[str]:
+def answer_stream(
+    target: str, values: dict[str, Any], lines: Iterable[str], write: Callable[[Answer], None], verify: bool = True
+) -> list[Answer]:
     """Answer each line as it comes, in this process alone; raise as :func:`answer_rank` does."""
-    found = []
-    with _loaded(target, values) as loaded:
+    found: list[Answer] = []
+    with _loaded(target, values, verify) as loaded:
         for line in lines:
-            found += loaded.answers([line.rstrip("\r\n")])
+            found += loaded.answers([line])
             write(found[-1])
     return found
 
@@ -84,25 +106,33 @@ class Continuation:
     stream: bool = False
 
 
-def generate_rank(target: str, values: dict[str, Any], asked: Continuation) -> dict[str, Any]:
+def generate_rank(target: str, values: dict[str, Any], asked: Continuation, verify: bool = True) -> dict[str, Any]:
     """Do one rank's part of continuing a text; the result is the same on every rank.
 
     Args:
-        target, values: see :func:`answer_rank`.
+        target, values, verify: see :func:`answer_rank`.
 
     Returns:
-        ``{"prompt", "text", "tokens"}``: the prompt as the model saw it, the text added, and its number of tokens.
+        ``{"prompt", "text", "tokens", "log_likelihood"}``: the prompt as the model saw it, the text added, its number
+        of tokens and their log-probability; ``"unwritten"``, an errno, if the stream to stdout failed.
     """
-    with _loaded(target, values) as loaded:
+    with _loaded(target, values, verify) as loaded:
         task, world = loaded.task, loaded.run.world
         prompt = task.encode_prompt(asked.prompt, max(1, task.config.data.sequence_length - asked.tokens))
         streaming = asked.stream and world.is_first and asked.num_beams == 1
         decode = task.token_decoder()
 
-        def write(_: int, token: int) -> None:
-            sys.stdout.write(decode([token], False))
-            sys.stdout.flush()
+        lost: dict[str, int] = {}
 
+        def write(text: str) -> None:
+            # The other ranks go on with the text, so this one does, too.
+            if not lost:
+                try:
+                    standard_output.write(text, end="")
+                except OSError as error:
+                    lost["unwritten"] = error.errno or 0
+
+        scores = [0.0]
         added = generate(
             loaded.model,
             [torch.tensor(prompt, device=world.device)],
@@ -110,9 +140,10 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation) -> d
             sampling=asked.sampling,
             num_beams=asked.num_beams,
             seed=asked.seed,
-            on_token=write if streaming else None,
+            on_token=(lambda _, token: write(decode([token], False))) if streaming else None,
+            on_score=scores.__setitem__,
         )[0].tolist()
         if streaming:
-            sys.stdout.write(decode([], True))
+            write(decode([], True))
         seen, text = (task.token_decoder()(tokens, True) for tokens in (prompt, added))
-    return {"prompt": seen, "text": text, "tokens": len(added)}
+    return {"prompt": seen, "text": text, "tokens": len(added), "log_likelihood": scores[0], **lost}

@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from fusemesh.config import TrainingConfig
-from fusemesh.hybrid import consistency
+from fusemesh.hybrid import checkpoint, consistency
 from fusemesh.run.evaluator import Evaluation
 from fusemesh.run.metrics import MetricsWriter
 from fusemesh.run.optimizer import learning_rate
@@ -29,7 +30,7 @@ class StepResult:
 
 
 class StepMetrics:
-    """Collects the results of steps and writes their metrics when they are due."""
+    """Collects the results of steps and writes their metrics when they are due; ``folder`` is the run's."""
 
     def __init__(
         self,
@@ -38,9 +39,10 @@ class StepMetrics:
         writer: MetricsWriter | None,
         bar: Any,
         diagnose: Callable[[int], str],
+        folder: Path,
     ) -> None:
         self.training, self.tokens_per_step, self.writer, self.bar = training, tokens_per_step, writer, bar
-        self.diagnose = diagnose
+        self.diagnose, self.folder = diagnose, folder
         self.pending: list[StepResult] = []
         self.since = time.perf_counter()
         self.last_loss: float | None = None
@@ -62,10 +64,14 @@ class StepMetrics:
         for item in self.pending:
             report = item.report.tolist()
             if report[1]:
+                saved = last_checkpoint(self.folder)
+                again = (
+                    "No checkpoint has been saved: start again" if saved is None else f"Resume from {saved} (--resume)"
+                )
                 raise consistency.NonFiniteError(
                     f"step {item.step + 1}: a number is not finite, and was born {self.diagnose(item.step)}. The "
-                    "weights are those before the step, and no checkpoint holds it. Go on with --resume from the last "
-                    "one, with a lower training.learning_rate, or a training.clip_norm above 0"
+                    f"weights are those before the step, and no checkpoint holds it. {again} with a lower "
+                    "training.learning_rate, or a training.clip_norm above 0"
                 )
             losses.append(report[0] / item.targets)
         last = self.pending[-1]
@@ -91,12 +97,37 @@ class StepMetrics:
         self.since = time.perf_counter()
 
 
+class _Lines:
+    """Shows progress where no bar can be drawn: a line whenever metrics are due."""
+
+    def __init__(self, first: int, steps: int) -> None:
+        self.done, self.steps = first, steps
+
+    def update(self, steps: int) -> None:
+        self.done += steps
+
+    def set_postfix_str(self, text: str) -> None:
+        print(f"step {self.done} of {self.steps}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the name of the last checkpoint of the run in ``folder``; None if it has saved none."""
+    saved = checkpoint.all_checkpoints(folder / "checkpoints")
+    return saved[-1].name if saved else None
+
+
 def progress_bar(first: int, steps: int, wanted: bool) -> Any:
-    """Return a progress bar if stderr is a terminal; None elsewhere, where it would fill a log file."""
-    if not wanted or not sys.stderr.isatty():
+    """Return a progress bar if stderr is a terminal; elsewhere, where it would fill a log file, lines; None if neither
+    is wanted."""
+    if not wanted:
         return None
     try:
         from tqdm import tqdm
     except ImportError:
-        return None
+        tqdm = None
+    if tqdm is None or not sys.stderr.isatty():
+        return _Lines(first, steps)
     return tqdm(total=steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import random
 import statistics
@@ -15,8 +16,14 @@ from typing import Any
 from fusemesh import config as configuration
 from fusemesh.config import Config
 from fusemesh.hybrid.layout import AXES
+from fusemesh.hybrid.outputs import make_folder, writing
 from fusemesh.hybrid.ranks.local import LocalRanks
 from fusemesh.kernels.measure import results as benchmark
+from fusemesh.run.drawing import draw_speed_up
+from fusemesh.run.metrics import OUT
+from fusemesh.spelling import suggestion
+
+logger = logging.getLogger("fusemesh")
 
 # Steps that each run takes before those that count: buffers, plans and caches are made in them.
 _WARM_UP = 2
@@ -41,11 +48,14 @@ def measure(config: Config, numbers: Sequence[int], *, axis: str = "dp", runs: i
         ValueError: a number that the job cannot run on, before anything has started.
     """
     if axis not in AXES:
-        raise ValueError(f"--axis: expected one of {', '.join(AXES)}, received {axis!r}")
+        raise ValueError(f"--axis: expected one of {', '.join(AXES)}, received {axis!r}{suggestion(axis, AXES)}")
     if runs < 1 or not numbers or min(numbers) < 1 or len(set(numbers)) != len(numbers):
         raise ValueError(f"--nproc, --runs: expected different numbers above 0, received {list(numbers)}, {runs}")
     from fusemesh.run.trainer import prepare
+    from fusemesh.tasks.registry import with_length
 
+    config = with_length(config)
+    folder = make_folder(config.run.directory, what=OUT)
     jobs = {}
     with tempfile.TemporaryDirectory() as nowhere:
         for number in numbers:
@@ -76,11 +86,14 @@ def measure(config: Config, numbers: Sequence[int], *, axis: str = "dp", runs: i
                 "efficiency": base / step * numbers[0] / number,
             }
         )
-    folder = Path(config.run.directory)
     result = {"cores": cores(), "tokens_per_step": tokens, "machine": benchmark.machine(), "rows": rows}
-    files = [str(benchmark.write_results(folder / "scaling.json", result))]
-    if draw(result, folder / "scaling.png"):
+    with writing(folder / "scaling.json", what=OUT):
+        files = [str(benchmark.write_results(folder / "scaling.json", result))]
+    try:
+        draw_speed_up(result, folder / "scaling.png")
         files.append(str(folder / "scaling.png"))
+    except (ValueError, OSError) as error:
+        logger.warning("scaling.png is not drawn: %s", error)
     return {**result, "files": files}
 
 
@@ -131,37 +144,3 @@ def table(result: dict[str, Any]) -> str:
             f"{row['speed_up']:>8.2f}  {row['efficiency']:>10.0%}{more}"
         )
     return "\n".join([*lines, *(f"written to {path}" for path in result.get("files", ()))])
-
-
-def draw(result: dict[str, Any], path: Path) -> bool:
-    """Draw the speed-up over processes as a PNG, beside the cores' limit; return False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    rows = result["rows"]
-    x, first = [row["processes"] for row in rows], rows[0]["processes"]
-    limit = [min(n, result["cores"]) / min(first, result["cores"]) for n in x]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(x, [n / first for n in x], ":", color="tab:gray", label="one core more for each process")
-    axes.plot(x, limit, "--", color="black", label=f"what {result['cores']} cores allow")
-    axes.plot(x, [row["speed_up"] for row in rows], "o-", color="tab:blue", label="measured")
-    for row in rows:
-        axes.annotate(
-            f"{row['efficiency']:.0%}", (row["processes"], row["speed_up"]), textcoords="offset points", xytext=(6, -14)
-        )
-    axes.margins(x=0.1)
-    axes.set_xticks(x)
-    axes.set(
-        xlabel="processes",
-        ylabel=f"speed-up over {first}",
-        title=f"The same job on more processes ({result['machine']['cpu']})",
-        ylim=(0, None),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
-    return True

@@ -29,6 +29,19 @@ def load_config(
     return configuration.load(path, overrides, base=base, defaults=defaults_of)
 
 
+# Keys that decide what a model is.
+MODEL_KEYS = ("task", "model.", "data.sequence_length")
+
+
+def first_change(saved: Config, config: Config, keys: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+    """Return the first of these keys, or of those that begin so, whose values differ, with both; None if none does."""
+    for key in configuration.fields_of(Config):
+        old, new = configuration.get(saved, key), configuration.get(config, key)
+        if key.startswith(keys) and old != new:
+            return key, old, new
+    return None
+
+
 def pipeline_options(config: Config) -> PipelineOptions:
     """Return the configured pipeline options.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,10 @@ from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh, distributed
 from fusemesh.run.settings import Settings
 from fusemesh.tasks.base import Task
+from fusemesh.tasks.registry import build_task, task_class
 from fusemesh.transformer import Transformer
+
+logger = logging.getLogger("fusemesh")
 
 
 @dataclass(frozen=True)
@@ -78,15 +83,63 @@ class Run:
         )
         return model, mesh
 
-    def load(self, target: str | os.PathLike[str], task: Task) -> tuple[Transformer, DeviceMesh, dict[str, Any]]:
-        """Return the model of a run, a checkpoint or a merged file in the layout, its mesh, and the saved state."""
-        model, path = plain_model(task), Path(target)
+    def load(self, target: str | os.PathLike[str], *, verify: bool = True) -> Loaded:
+        """Return the model of a run, a checkpoint or a merged file in the layout; every rank calls it.
+
+        Args:
+            verify: compare what is read with its checksums.
+        """
+        path = Path(target)
         if path.is_file():
-            tensors, state = checkpoint.read_merged(path)
+            tensors, state = checkpoint.read_merged(path, verify=verify)
+            task = task_of(state, self.config)
+            model = plain_model(task)
             _load_whole(model, tensors)
-            return *self.place(model), state
-        model, mesh = self.place(model)
-        return model, mesh, checkpoint.load(checkpoint_of(path), model)
+            return Loaded(task, *self.place(model), state)
+        folder = checkpoint.on_first_rank(lambda: checkpoint_of(path))
+        task = task_of(checkpoint.read_state(folder), self.config)
+        model, mesh = self.place(plain_model(task))
+        return Loaded(task, model, mesh, checkpoint.load(folder, model, verify=verify))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model on its mesh, its task, and the state that was saved with it."""
+
+    task: Task
+    model: Transformer
+    mesh: DeviceMesh
+    state: dict[str, Any]
+
+
+def task_of(state: dict[str, Any], config: Config) -> Task:
+    """Return the task of a trained model, which reads no data unless it is asked for held-out samples.
+
+    Args:
+        state: saved with the model.
+        config: of the use that is made of it.
+
+    Raises:
+        ValueError: the model is of an older version, its data are needed, and they cannot be read.
+    """
+    metadata = state.get("metadata", task_class(config.task).old_metadata)
+    if metadata is not None:
+        return build_task(config, metadata)
+    training = dataclasses.replace(config.data, path=config.data.path or state["config"]["data"]["path"], held_out="")
+    try:
+        found = build_task(dataclasses.replace(config, data=training))
+    except ValueError as error:
+        raise ValueError(
+            "model: of an older version, which did not keep its labels with it; they are in the data that it was "
+            f"trained on, which cannot be used ({error}); name them by --data.path FILE"
+        ) from error
+    if checkpoint.rank() == 0:
+        logger.warning(
+            "this model is of an older version, which did not keep its labels with it: they are taken from %s, and are "
+            "right if that has not changed since; train on by --resume to have them kept",
+            training.path or "the default corpus",
+        )
+    return build_task(config, found.metadata)
 
 
 @contextlib.contextmanager
@@ -114,14 +167,17 @@ def plain_model(task: Task) -> Transformer:
     )
 
 
-def load_file(path: str | os.PathLike[str], task: Task) -> tuple[Transformer, dict[str, Any]]:
-    """Return the plain model of a merged file, on the configured device, and the state that was saved with it."""
-    kind = task.config.run.device
+def load_file(
+    path: str | os.PathLike[str], config: Config, *, verify: bool = True
+) -> tuple[Task, Transformer, dict[str, Any]]:
+    """Return the task and the plain model of a merged file, on the configured device, and the state saved with it."""
+    kind = config.run.device
     where = torch.device("cuda" if kind == "auto" and torch.cuda.is_available() else kind.replace("auto", "cpu"))
-    tensors, state = checkpoint.read_merged(path)
+    tensors, state = checkpoint.read_merged(path, verify=verify)
+    task = task_of(state, config)
     model = plain_model(task)
     _load_whole(model, tensors)
-    return model.to(where), state
+    return task, model.to(where), state
 
 
 def _load_whole(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -136,27 +192,51 @@ def _load_whole(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(tensors)
 
 
-def config_of(target: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the configuration saved with a run directory, a checkpoint or a merged file: ``base`` of ``config.load``.
+def state_of(target: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the state saved with a run directory, a checkpoint or a merged file: ``step``, ``config`` (the ``base`` of
+    ``config.load``), and, but for models of older versions, ``metadata`` of the task and ``data`` (its fingerprint).
 
     Raises:
         ValueError: it is none of these.
     """
     path = Path(target)
-    if path.is_file():
-        return checkpoint.read_merged_state(path)["config"]
-    if not path.is_dir():
-        raise ValueError(
-            f"model: expected a run directory, a checkpoint or a .safetensors file, received {str(path)!r}"
+    _check_exists(path)
+    state = checkpoint.read_merged_state(path) if path.is_file() else checkpoint.read_state(checkpoint_of(path))
+    if not isinstance(state.get("config"), dict):
+        raise checkpoint.CheckpointError(
+            f"model: expected what fusemesh train saved, received {str(path)!r}: it has no configuration"
         )
-    return checkpoint.read_state(checkpoint_of(path))["config"]
+    return state
 
 
-def checkpoint_of(target: str | os.PathLike[str]) -> Path:
+def _check_exists(target: Path) -> None:
+    if not target.exists():
+        raise checkpoint.CheckpointError(
+            f"model: expected a run directory, a checkpoint or a .safetensors file, received {str(target)!r}, which "
+            "does not exist"
+        )
+
+
+def config_of(target: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the configuration saved with a model; see :func:`state_of`."""
+    saved: dict[str, Any] = state_of(target)["config"]
+    return saved
+
+
+def checkpoint_of(target: str | os.PathLike[str], from_step: int | None = None) -> Path:
     """Return the checkpoint of a run directory (its latest), of a folder of checkpoints (the latest), or ``target``.
+
+    Args:
+        from_step: the step whose checkpoint is taken in place of the latest.
 
     Raises:
         ValueError: there is none.
     """
     path = Path(target)
-    return checkpoint.latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    _check_exists(path)
+    if path.is_file():
+        raise checkpoint.CheckpointError(
+            f"model: expected a run directory or a checkpoint, received {str(path)!r}, which is a file"
+        )
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return checkpoint.latest(folder) if from_step is None else checkpoint.at_step(folder, from_step)

@@ -16,74 +16,22 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh import compat
 from fusemesh import config as configuration
-from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint, consistency
-from fusemesh.hybrid.data import BatchOrder
+from fusemesh.hybrid.outputs import make_folder, writing
 from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
+from fusemesh.run.checks import Resume, changed_data, check_resumable, how_to_resume, order_of
+from fusemesh.run.checks import check_run as check_run
+from fusemesh.run.checks import prepare as prepare
 from fusemesh.run.evaluator import Evaluation, evaluate, on_device
-from fusemesh.run.metrics import MetricsWriter
+from fusemesh.run.fingerprint import fingerprint, with_absolute_paths
+from fusemesh.run.metrics import OUT, MetricsWriter
 from fusemesh.run.optimizer import build_optimizer, learning_rate
 from fusemesh.run.progress import StepMetrics, StepResult, progress_bar
-from fusemesh.run.settings import Settings
 from fusemesh.run.setup import Run, joined, plain_model
-from fusemesh.tasks.registry import build_task
+from fusemesh.tasks.registry import build_task, with_length
 
 logger = logging.getLogger("fusemesh")
-
-# Keys that decide the samples of a step and the model: a resumed run must leave them as they were.
-_FIXED_ON_RESUME = ("task", "model.", "data.", "training.global_batch_size", "training.seed")
-
-
-def prepare(config: Config, world_size: int, *, resume: bool) -> None:
-    """Check everything about a run that can be wrong before it starts, in one process.
-
-    Raises:
-        ValueError: named by the key to change.
-    """
-    check_run(Settings.of(config), world_size, resume=resume)
-
-
-def check_run(settings: Settings, world_size: int, *, resume: bool) -> None:
-    """Check as :func:`prepare` does, given the settings."""
-    settings.check(world_size)
-    config = settings.config
-    _order(settings, len(build_task(config).train))
-    folder = Path(config.run.directory) / "checkpoints"
-    if resume:
-        _check_resumable(config, checkpoint.read_state(checkpoint.latest(folder))["config"])
-    elif checkpoint.all_checkpoints(folder):
-        raise ValueError(
-            f"run.directory: {config.run.directory!r} holds another run's checkpoints; go on with that run by "
-            "--resume, or choose another run.directory"
-        )
-
-
-def _order(settings: Settings, num_samples: int) -> BatchOrder:
-    training, layout = settings.config.training, settings.layout
-    order = BatchOrder(
-        num_samples,
-        training.global_batch_size,
-        replicas=layout.replicas,
-        accumulation=training.accumulation,
-        seed=training.seed,
-    )
-    if layout.pp > 1:
-        batch = training.global_batch_size // (layout.replicas * training.accumulation)
-        key = "training.global_batch_size / (dp * fsdp * training.accumulation)"
-        settings.pipeline.microbatches_of(layout.pp, batch, key)
-    return order
-
-
-def _check_resumable(config: Config, saved: dict[str, Any]) -> None:
-    before = configuration.load(base=saved)
-    for key in configuration.fields_of(Config):
-        old, new = configuration.get(before, key), configuration.get(config, key)
-        if key.startswith(_FIXED_ON_RESUME) and old != new:
-            raise ValueError(
-                f"{key}: expected {old!r}, with which the run began (it decides what the model is and which samples "
-                f"each step takes), received {new!r}; leave it, or start a new run in another run.directory"
-            )
 
 
 class Trainer:
@@ -91,19 +39,28 @@ class Trainer:
 
     Args:
         run: the run's settings and ranks.
-        resume: go on from the latest checkpoint of ``run.directory``.
-        quiet: no progress bar.
+        resume: go on from a checkpoint of ``run.directory``; True from the latest.
+        quiet: no progress bar and no lines of progress.
 
     Raises:
         ValueError: the data do not fit the configuration, or the run to resume is another.
     """
 
-    def __init__(self, run: Run, *, resume: bool = False, quiet: bool = False) -> None:
-        config, world = run.config, run.world
+    def __init__(self, run: Run, *, resume: bool | Resume | None = None, quiet: bool = False) -> None:
+        config, world, how = with_absolute_paths(run.config), run.world, how_to_resume(resume)
         self.config, self.world, self.layout, self.quiet = config, world, run.layout, quiet
         self.folder = Path(config.run.directory)
-        self.task = build_task(config)
-        self.order = _order(run.settings, len(self.task.train))
+        source, state = None, {}
+        if how is not None:
+            source = checkpoint.on_first_rank(lambda: how.checkpoint_in(self.folder / "checkpoints"))
+            state = checkpoint.read_state(source)
+            check_resumable(config, state)
+        self.task = build_task(config, state.get("metadata"))
+        if world.is_first:
+            for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
+                logger.warning("%s", line)
+        self.data = checkpoint.on_first_rank(lambda: self._identify(how, state))
+        self.order = order_of(run.settings, len(self.task.train))
         model = plain_model(self.task)
         # Counted before a rank of pp gives the other stages' away.
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -120,10 +77,23 @@ class Trainer:
         # can be done again.
         self.is_broken = torch.zeros((), dtype=torch.float32, device=world.device)
         compat.skip_steps_where(self.optimizer, self.is_broken)
-        if resume:
-            state = checkpoint.load(self.folder / "checkpoints", self.model, self.optimizer)
-            _check_resumable(config, state["config"])
+        if source is not None and how is not None:
+            checkpoint.load(source, self.model, self.optimizer, verify=how.verify)
             self.first_step = state["step"]
+            if how.from_step is not None:
+                checkpoint.on_first_rank(self._set_later_aside)
+
+    def _identify(self, how: Resume | None, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the fingerprint of the data, after it has been compared with that of the run to go on with."""
+        if how is not None and (message := changed_data(self.config, state)):
+            if not how.allow_changed_data:
+                raise ValueError(message)
+            logger.warning("%s", message)
+        return fingerprint(self.config)
+
+    def _set_later_aside(self) -> None:
+        for path in checkpoint.set_later_aside(self.folder / "checkpoints", self.first_step):
+            logger.warning("a checkpoint after step %d is set aside: %s", self.first_step, path)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate and save; return the summary, the same on every rank."""
@@ -141,22 +111,24 @@ class Trainer:
                 save = last or (run.checkpoint_every and done % run.checkpoint_every == 0)
                 if done % run.log_every == 0 or save:
                     metrics.flush()
+                if save:
+                    # Before anything that may fail.
+                    self._save(done)
                 if last or (self.config.evaluation.every and done % self.config.evaluation.every == 0):
-                    evaluation = self._evaluate()
+                    evaluation = self._evaluate(done if save else None)
                     evaluating += evaluation.seconds
                     metrics.write_evaluation(done, evaluation)
-                if save:
-                    self._save(done)
             training_loss = metrics.last_loss
         seconds = time.perf_counter() - began - evaluating
         tokens = (training.steps - tokens_before) * self.tokens_per_step
         if evaluation is None:
-            evaluation = self._evaluate()
+            evaluation = self._evaluate(self.first_step)
         if evaluation.predictions is not None and self.world.is_first:
             try:
                 self.task.draw(evaluation.predictions, self.folder)
-            except ValueError as error:
-                logger.warning("%s", error)
+            except Exception as error:
+                # A picture is no reason to lose a run's summary.
+                logger.warning("no drawing of the predictions: %s", error)
         return {
             "task": self.config.task,
             "data": self.task.source,
@@ -169,6 +141,7 @@ class Trainer:
             "training_loss": training_loss,
             "loss": evaluation.loss,
             "held_out": evaluation.as_dict(),
+            "cut": {part: self.task.cuts(part) for part in ("train", "held_out")},
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_s": round(tokens / seconds, 1) if tokens else None,
@@ -238,19 +211,34 @@ class Trainer:
         indices = self.order.micro_batches(step, self.share.replica).flatten().tolist()
         line = {"step": step + 1, "attempt": self.attempt, "replica": self.share.replica, "samples": indices}
         path = self.folder / "samples" / f"rank-{self.world.rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(path, what=OUT):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
-    def _evaluate(self) -> Evaluation:
-        return evaluate(self.model, self.task, self.share)
+    def _evaluate(self, saved: int | None) -> Evaluation:
+        """Return the evaluation; ``saved`` is the step of the checkpoint that holds the same weights, if one does."""
+        try:
+            return evaluate(self.model, self.task, self.share)
+        except Exception as error:
+            if saved is None:
+                raise
+            raise RuntimeError(
+                f"step {saved}: the evaluation failed ({type(error).__name__}: {error}); the checkpoint of this step "
+                f"is whole: evaluate it by: fusemesh eval {self.folder}"
+            ) from error
 
     def _save(self, step: int) -> None:
         checkpoint.save(
             self.folder / "checkpoints",
             self.model,
             self.optimizer,
-            {"step": step, "config": configuration.as_dict(self.config)},
+            {
+                "step": step,
+                "config": configuration.as_dict(self.config),
+                "metadata": self.task.metadata,
+                "data": self.data,
+            },
             step=step,
             keep=self.config.run.keep_checkpoints,
         )
@@ -258,12 +246,12 @@ class Trainer:
     @contextlib.contextmanager
     def _outputs(self) -> Iterator[StepMetrics]:
         if self.world.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, what=OUT)
             configuration.save(self.config, self.folder / "config.toml")
         writer = MetricsWriter(self.folder, self.first_step) if self.world.is_first else None
         bar = progress_bar(self.first_step, self.config.training.steps, self.world.is_first and not self.quiet)
         try:
-            yield StepMetrics(self.config.training, self.tokens_per_step, writer, bar, self._diagnose)
+            yield StepMetrics(self.config.training, self.tokens_per_step, writer, bar, self._diagnose, self.folder)
         finally:
             if writer is not None:
                 writer.close()
@@ -271,16 +259,19 @@ class Trainer:
                 bar.close()
 
 
-def train_rank(values: dict[str, Any], resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train_rank(values: dict[str, Any], resume: bool | Resume | None = None, quiet: bool = False) -> dict[str, Any]:
     """Do one rank's part of a run: join the others and train; return the summary, the same on every rank.
 
     Args:
         values: the configuration, as ``config.as_dict`` gives it.
         resume, quiet: see :class:`Trainer`.
     """
+    values = configuration.as_dict(with_length(configuration.load(base=values)))
     with joined(values) as run:
         trainer = Trainer(run, resume=resume, quiet=quiet)
         summary = trainer.run()
         if run.world.is_first:
-            (trainer.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            path = trainer.folder / "summary.json"
+            with writing(path, what=OUT, kept="The last checkpoint is whole"):
+                path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary

@@ -6,10 +6,11 @@ END and SEPARATOR. A text that is longer than ``data.sequence_length`` allows is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ PAD, BEGIN, END, SEPARATOR = 0, 1, 2, 3
 IGNORED = -100  # target that does not count
 HELD_OUT_ONE_IN = 16
 
+_PARTS = {"train": "records to train on", "held_out": "held-out records"}
 Indices = Sequence[int] | np.ndarray
 
 
@@ -57,8 +59,18 @@ class Dataset(Protocol):
 class Examples:
     """A dataset in memory: each array's rows are the samples'."""
 
-    def __init__(self, tokens: np.ndarray, targets: np.ndarray, **inputs: np.ndarray) -> None:
+    def __init__(
+        self, tokens: np.ndarray, targets: np.ndarray, *, whole: Sequence[int] | np.ndarray = (), **inputs: np.ndarray
+    ) -> None:
+        """Keep the samples.
+
+        Args:
+            whole: of each text that the samples were made of, the tokens that it takes uncut.
+        """
         self.tokens, self.targets, self.inputs = tokens, targets, inputs
+        # ``counts`` is what else a task says of them, by name.
+        self.whole = np.array(whole, np.int64)
+        self.counts: dict[str, int] = {}
         self._counted = (targets != IGNORED).sum(axis=1)
 
     def __len__(self) -> int:
@@ -87,6 +99,8 @@ class Task(ABC):
     """
 
     metric = ""
+    # The metadata of models that were saved without any (format 2 of checkpoints); None if only the data have them.
+    old_metadata: Mapping[str, Any] | None = {}
     stacks = 1
     continues_texts = False
 
@@ -97,6 +111,9 @@ class Task(ABC):
             ValueError: the data cannot be used; names file, line and remedy.
         """
         self.config = config
+        if not config.data.sequence_length:
+            data = dataclasses.replace(config.data, sequence_length=self.choose_length())
+            self.config = dataclasses.replace(config, data=data)
         self.metadata: dict[str, Any] = dict(self.find_metadata() if metadata is None else metadata)
         if metadata is None:
             # Whatever is wrong with the data comes out now.
@@ -106,6 +123,54 @@ class Task(ABC):
     @abstractmethod
     def source(self) -> str:
         """Where the data are from, for reports."""
+
+    @staticmethod
+    @abstractmethod
+    def default_version() -> str:
+        """Return the name and the version of what the default corpus is made from."""
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of the files that ``data.path`` or ``data.held_out`` stands for, in a fixed order; a
+        single file has the name ""."""
+        yield "", Path(path).expanduser().read_bytes()
+
+    def check_packages(self) -> None:  # noqa: B027 (most tasks need nothing more)
+        """Check that the packages are there that the task needs at the end of a run.
+
+        Raises:
+            ValueError: one is not; says how to install it.
+        """
+
+    @abstractmethod
+    def choose_length(self) -> int:
+        """Return a ``data.sequence_length`` that suits the data; that of the task's defaults for its own corpus."""
+
+    def cuts(self, part: str) -> dict[str, int]:
+        """Return how many records ``train`` or ``held_out`` was made of, how many of them are cut, how many tokens the
+        longest takes, and what the task counts beside; nothing if it has no records."""
+        samples = getattr(self, part)
+        if not isinstance(samples, Examples) or not len(samples.whole):
+            return {}
+        cut = int((samples.whole > self.config.data.sequence_length).sum())
+        return {"records": len(samples.whole), "cut": cut, "longest": int(samples.whole.max()), **samples.counts}
+
+    def say_cuts(self, part: str) -> str:
+        """Return :meth:`cuts` as a sentence, "" if nothing is cut or counted."""
+        counts = self.cuts(part)
+        said = [text for text in [self.say_cut_lengths(getattr(getattr(self, part), "whole", ()))] if text]
+        more = {name: counts[name] for name in counts if name not in ("records", "cut", "longest")}
+        said += [f"{count} {name.replace('_', ' ')}" for name, count in more.items() if count]
+        return f"{_PARTS[part]}: {'; '.join(said)}" if said else ""
+
+    def say_cut_lengths(self, whole: Sequence[int] | np.ndarray) -> str:
+        """Return how many of some texts are cut, given the tokens that each takes uncut; "" if none is."""
+        length = self.config.data.sequence_length
+        cut = int((np.asarray(whole, np.int64) > length).sum())
+        if not cut:
+            return ""
+        share = f"{cut} of {len(whole)} {'is' if cut == 1 else 'are'}"
+        return f"{share} cut at data.sequence_length = {length} tokens (the longest takes {max(whole)})"
 
     def find_metadata(self) -> Mapping[str, Any]:
         """Return the metadata that the data to train on give; see the class."""
@@ -136,8 +201,6 @@ class Task(ABC):
 
     def sizes(self, *, vocab_size: int = VOCAB_SIZE, **kind: Any) -> TransformerConfig:
         """Return the configured sizes with the kind of model."""
-        import dataclasses
-
         from fusemesh.transformer import TransformerConfig
 
         shape = dataclasses.asdict(self.config.model)
@@ -162,8 +225,11 @@ class Task(ABC):
         """Write drawings of the predictions into a run's folder, if the task has any."""
 
     @abstractmethod
-    def examples_of(self, lines: Sequence[str]) -> Examples:
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         """Return a user's questions, one a line, as samples without targets.
+
+        Args:
+            first: the number of the first line, for messages.
 
         Raises:
             ValueError: a line that is no question, by its number.
@@ -172,6 +238,16 @@ class Task(ABC):
     @abstractmethod
     def answer(self, prediction: np.ndarray, line: str) -> str:
         """Return one row of :meth:`predict` as text, for the line that it answers."""
+
+    @abstractmethod
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return predictions as :meth:`predict` does, and their scores, fp64 [B, n] with one n for all batches."""
+
+    def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
+        """Return one row of the scores of :meth:`predict_scored` as JSON."""
+        return {"log_likelihood": float(scores[0])}
 
     def encode_prompt(self, text: str, most: int) -> list[int]:
         """Return the last tokens of a text to continue, at most ``most``."""
@@ -185,9 +261,14 @@ class Task(ABC):
         raise NotImplementedError(f"task {self.config.task} continues no texts")
 
 
-def encode(text: str, most: int) -> bytes:
-    """Return at most ``most`` bytes of a text, cut between characters, without the four control tokens."""
+def encode(text: str, most: int | None = None) -> bytes:
+    """Return the bytes of a text, without the four control tokens; all, or :func:`shortened` to ``most``."""
     data = text.translate({PAD: None, BEGIN: None, END: None, SEPARATOR: None}).encode()
+    return data if most is None else shortened(data, most)
+
+
+def shortened(data: bytes, most: int) -> bytes:
+    """Return at most ``most`` bytes of a text, cut between characters."""
     return data if len(data) <= most else data[:most].decode(errors="ignore").encode()
 
 
@@ -208,6 +289,18 @@ def padded(rows: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
 def is_held_out(name: str) -> bool:
     """Return whether the example of this name is held out: one in :data:`HELD_OUT_ONE_IN`, by a fixed hash."""
     return hash_of(name) % HELD_OUT_ONE_IN == 0
+
+
+def held_out_names(names: Iterable[str]) -> set[str]:
+    """Return which of some names are held out: by :func:`is_held_out`, but at least one, and not all.
+
+    Where the rule takes none, it is the one with the smallest hash; where it takes all, the one with the largest stays.
+    """
+    ordered = sorted(set(names), key=lambda name: (hash_of(name), name))
+    found = {name for name in ordered if is_held_out(name)}
+    if not found:
+        return set(ordered[:1]) if len(ordered) > 1 else set()
+    return found - set(ordered[-1:]) if len(found) == len(ordered) else found
 
 
 def hash_of(name: str) -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import codecs
 import functools
 import gzip
+import logging
 import math
 import os
+import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .base import (
-    HELD_OUT_ONE_IN,
     IGNORED,
     PAD,
     VOCAB_SIZE,
@@ -32,9 +33,12 @@ from .base import (
     decode,
     encode,
     hash_of,
-    is_held_out,
+    held_out_names,
     padded,
+    shortened,
 )
+from .encodings import check_characters, decode_text, is_wide
+from .files import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +46,16 @@ if TYPE_CHECKING:
     from fusemesh.config import Config
     from fusemesh.transformer import Transformer, TransformerConfig
 
-DEFAULTS: Mapping[str, Any] = {}
+DEFAULTS: Mapping[str, Any] = {"data.sequence_length": 256}
 SEPARATOR = PAD  # ends every document; NUL does not occur in source text
 
 # Not the library's source: installed packages, compiled files, tests, and text that a program wrote.
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
 _EXCLUDED_PREFIX = "_sysconfigdata"
 _SOURCE_SUFFIX = ".py"
+_SHOWN = 3  # files in a message
+_LEAST_LENGTH = 16  # that is chosen
+logger = logging.getLogger("fusemesh")
 
 
 @dataclass(frozen=True)
@@ -71,14 +78,83 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _documents(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (relative path, content) of text files; unreadable, empty and binary ones are left out."""
+def _library() -> str:
+    """Return the name and the version of the default corpus."""
+    return f"Python {platform.python_version()} standard library"
+
+
+def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Corpus:
+    """Read a corpus.
+
+    Args:
+        path: a text file, a folder of text files, or "" for the standard library's source.
+        held_out: the same for the held-out part; "": one in 16 of the documents, but at least one, by hash.
+        encoding: of the files, see :func:`fusemesh.tasks.encodings.decode_text`.
+
+    Raises:
+        ValueError: nothing is there, it is in another encoding, or one document has no two lines to divide.
+    """
+    documents = _read(path, "data.path", encoding)
+    if held_out:
+        parts = [documents, _read(held_out, "data.held_out", encoding)]
+    else:
+        documents = _at_least_two(documents)
+        chosen = held_out_names(documents)
+        if not chosen:
+            raise ValueError(
+                f"data.path: expected enough documents to hold some out, received {len(documents)} of one line in "
+                f"{path!r}; give more text, or some to evaluate on as data.held_out"
+            )
+        parts = [{n: text for n, text in documents.items() if (n in chosen) == part} for part in (False, True)]
+    streams = []
+    for part in parts:
+        # In the order of the hash: the first part of a stream is then a random choice of documents.
+        found = b"".join(part[name] + bytes([SEPARATOR]) for name in sorted(part, key=lambda name: hash_of(name)))
+        streams.append(np.frombuffer(found, dtype=np.uint8))
+    source = str(_root(path)) if path else _library()
+    return Corpus(streams[0], streams[1], len(parts[0]), len(parts[1]), source)
+
+
+def _root(path: str) -> Path:
+    return Path(path).expanduser().resolve() if path else standard_library()
+
+
+def _read(path: str, key: str, encoding: str) -> dict[str, bytes]:
+    """Return the documents of a file or a folder by name, in UTF-8; say which files have another encoding."""
+    root = _root(path)
     if root.is_file():
-        # One file has no files to split by: its paragraphs are the documents.
-        for number, part in enumerate(root.read_bytes().split(b"\n\n")):
-            if part:
-                yield f"{root.name}#{number}", part + b"\n\n"
-        return
+        text = decode_text(read_bytes(root, key, "text"), encoding, str(root)).encode()
+        if not text or b"\0" in text:
+            what = "which holds bytes of 0" if text else "an empty file"
+            raise ValueError(f"{key}: expected text, received {path!r}, {what}; give another")
+        return _parts(root.name, text)
+    if not root.is_dir():
+        is_there = "neither file nor folder" if root.exists() else "not found"
+        raise ValueError(f"{key}: expected a text file or a folder of text files, received {path!r}: {is_there}")
+    found, undecoded = {}, []
+    for name, content in _files(root):
+        try:
+            text = _utf8(content, encoding, name) if path else content
+        except ValueError as error:
+            undecoded.append(str(error))
+            continue
+        # A NUL byte marks a binary file, and would be taken for the end of a document.
+        if text and b"\0" not in text:
+            found[name] = text
+    if undecoded:
+        more = f"; and {len(undecoded) - _SHOWN} others" if len(undecoded) > _SHOWN else ""
+        line = f"{len(undecoded)} of {len(undecoded) + len(found)} files of {path!r} cannot be read and are left out: "
+        line += "; ".join(sorted(undecoded)[:_SHOWN]) + more
+        if len(undecoded) > len(found):
+            raise ValueError(f"{key}: expected text in {encoding or 'UTF-8'}, received other files: {line}")
+        logger.warning("%s: %s", key, line)
+    if not found:
+        raise ValueError(f"{key}: expected a folder of text files, received {path!r}, which has no text; give another")
+    return found
+
+
+def _files(root: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (relative path, content) of a folder's files; unreadable and hidden ones are left out."""
     suffix = _SOURCE_SUFFIX if root == standard_library() else ""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS and not name.startswith(".")]
@@ -87,38 +163,37 @@ def _documents(root: Path) -> Iterator[tuple[str, bytes]]:
                 continue
             path = Path(folder, name)
             try:
-                content = path.read_bytes()
-            except OSError:
+                content = read_bytes(path, "data.path", "text")
+            except ValueError:
                 continue
-            # A NUL byte marks a binary file, and would be taken for the end of a document.
-            if content and b"\0" not in content:
-                yield path.relative_to(root).as_posix(), content
+            yield path.relative_to(root).as_posix(), content
 
 
-def load_corpus(path: str = "") -> Corpus:
-    """Read a corpus.
+def _utf8(content: bytes, encoding: str, name: str) -> bytes:
+    """Return a document in UTF-8; a binary one, which holds bytes of 0, as it is."""
+    if b"\0" in content and not is_wide(content, encoding):
+        return content
+    return decode_text(content, encoding, name).encode()
 
-    Args:
-        path: a text file, a folder of text files, or "" for the standard library's source.
 
-    Raises:
-        ValueError: nothing is there, or it holds too few documents for a held-out part.
-    """
-    root = Path(path).expanduser().resolve() if path else standard_library()
-    if not root.exists():
-        raise ValueError(f"data.path: expected a text file or a folder of text files, received {path!r}: not found")
-    parts: dict[bool, list[bytes]] = {False: [], True: []}
-    # In the order of the hash: the first part of a stream is then a random choice of documents.
-    for name, content in sorted(_documents(root), key=lambda document: hash_of(document[0])):
-        parts[is_held_out(name)].append(content + bytes([SEPARATOR]))
-    if not parts[False] or not parts[True]:
-        raise ValueError(
-            f"data.path: expected enough documents to hold some out (one in {HELD_OUT_ONE_IN}), received "
-            f"{len(parts[False])} to train on and {len(parts[True])} held out in {root}; give more text"
-        )
-    train, held_out = (np.frombuffer(b"".join(parts[key]), dtype=np.uint8) for key in (False, True))
-    source = str(root) if path else f"Python {sysconfig.get_python_version()} standard library"
-    return Corpus(train, held_out, len(parts[False]), len(parts[True]), source)
+def _parts(name: str, text: bytes) -> dict[str, bytes]:
+    """Return the paragraphs of a text as documents by name."""
+    blank = b"\r\n\r\n" if b"\r\n" in text else b"\n\n"
+    return {f"{name}#{number}": part + blank for number, part in enumerate(text.split(blank)) if part.strip()}
+
+
+def _at_least_two(documents: dict[str, bytes]) -> dict[str, bytes]:
+    """Return the documents; of a single one its paragraphs, or its lines."""
+    for cut in (_parts, _lines):
+        if len(documents) == 1:
+            ((name, text),) = documents.items()
+            documents = cut(name, text)
+    return documents
+
+
+def _lines(name: str, text: bytes) -> dict[str, bytes]:
+    """Return the lines of a text as documents by name."""
+    return {f"{name}:{number}": line + b"\n" for number, line in enumerate(text.split(b"\n")) if line.strip()}
 
 
 class Samples:
@@ -127,14 +202,19 @@ class Samples:
     Args:
         stream: uint8 [bytes].
         sequence_length: S, in bytes.
+        padded: a stream that is too short for one sample makes one, filled up with PAD that does not count.
 
     Raises:
         ValueError: the stream is too short for one sample.
     """
 
-    def __init__(self, stream: np.ndarray, sequence_length: int) -> None:
+    def __init__(self, stream: np.ndarray, sequence_length: int, *, padded: bool = False) -> None:
         self.stream, self.sequence_length = stream, sequence_length
         self.count = (len(stream) - 1) // sequence_length
+        self.missing = 0
+        if self.count < 1 and padded:
+            self.count, self.missing = 1, sequence_length + 1 - len(stream)
+            self.stream = np.concatenate([stream, np.full(self.missing, PAD, np.uint8)])
         if self.count < 1:
             raise ValueError(
                 f"data.sequence_length: expected at most {len(stream) - 1}, one less than the bytes of the stream, "
@@ -146,13 +226,15 @@ class Samples:
 
     def targets_in(self, indices: Indices) -> int:
         """Return the number of targets of these samples: every byte of a window counts."""
-        return len(indices) * self.sequence_length
+        return len(indices) * (self.sequence_length - self.missing)
 
     def batch(self, indices: Indices) -> Batch:
         """Return tokens and targets of these samples, each int64 [len(indices), S], sharing no memory."""
         at = np.asarray(indices, dtype=np.int64)[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         window = self.stream[at].astype(np.int64)
-        return Batch(window[:, :-1].copy(), window[:, 1:].copy())
+        targets = window[:, 1:].copy()
+        targets[:, self.sequence_length - self.missing :] = IGNORED
+        return Batch(window[:, :-1].copy(), targets)
 
 
 class LanguageModel(Task):
@@ -161,17 +243,36 @@ class LanguageModel(Task):
     continues_texts = True
 
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
-        for key in ("columns", "held_out"):
-            if getattr(config.data, key):
-                raise ValueError(
-                    f"data.{key}: expected nothing with task language_model, whose text has no records, received "
-                    f"{getattr(config.data, key)!r}"
-                )
+        if config.data.columns:
+            raise ValueError(
+                "data.columns: expected nothing with task language_model, whose text has no records, received "
+                f"{config.data.columns!r}"
+            )
         super().__init__(config, metadata)
+
+    @staticmethod
+    def default_version() -> str:
+        return _library()
+
+    @staticmethod
+    def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        root = _root(path)
+        if not root.is_dir():
+            yield "", root.read_bytes()
+        for name, content in sorted(_files(root)):
+            if content and (b"\0" not in content or is_wide(content, "")):
+                yield name, content
 
     @functools.cached_property
     def _corpus(self) -> Corpus:
-        return load_corpus(self.config.data.path)
+        data = self.config.data
+        return load_corpus(data.path, data.held_out, encoding=data.encoding)
+
+    def choose_length(self) -> int:
+        """Return the default, or less where the text to train on has too few bytes for it."""
+        default: int = DEFAULTS["data.sequence_length"]
+        fits = (len(self._corpus.train) - 1) // _LEAST_LENGTH * _LEAST_LENGTH
+        return min(default, max(fits, _LEAST_LENGTH))
 
     @property
     def source(self) -> str:
@@ -182,7 +283,7 @@ class LanguageModel(Task):
         return Samples(self._corpus.train, self.config.data.sequence_length)
 
     def read_held_out(self) -> Samples:
-        return Samples(self._corpus.held_out, self.config.data.sequence_length)
+        return Samples(self._corpus.held_out, self.config.data.sequence_length, padded=True)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes()
@@ -190,14 +291,23 @@ class LanguageModel(Task):
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         return {"bits_per_byte": bits_per_byte(loss)}
 
-    def examples_of(self, lines: Sequence[str]) -> Examples:
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         """Return lines as beginnings of a text; half of the sequence length is kept for the continuation."""
         length = self.config.data.sequence_length // 2
-        tokens, lengths = padded([encode(line, length) or b"\n" for line in lines], length)
-        return Examples(tokens, np.full((len(lines), 1), IGNORED, np.int64), lengths=lengths)
+        data = [encode(line) for line in lines]
+        tokens, lengths = padded([shortened(line, length) or b"\n" for line in data], length)
+        # Uncut, a line takes as much again for its continuation.
+        whole = [2 * len(line) for line in data]
+        return Examples(tokens, np.full((len(lines), 1), IGNORED, np.int64), whole=whole, lengths=lengths)
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return the bytes that come next, up to the end of the line, [B, S / 2], filled up with PAD."""
+        return self.predict_scored(model, batch, device)[0]
+
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same, and the log-likelihood of each, [B, 1]."""
         import torch
 
         from fusemesh.transformer.generation import generate
@@ -207,14 +317,18 @@ class LanguageModel(Task):
             torch.from_numpy(row[:size]).to(device)
             for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
         ]
-        found = generate(model, prompts, max_new_tokens=length, end=ord("\n"))
-        return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        scores = [0.0] * len(prompts)
+        found = generate(model, prompts, max_new_tokens=length, end=ord("\n"), on_score=scores.__setitem__)
+        rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        return rows, torch.tensor([[score] for score in scores], dtype=torch.float64, device=device)
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return decode(prediction)
 
     def encode_prompt(self, text: str, most: int) -> list[int]:
-        return list(text.encode()[-most:])
+        check_characters(text, "the prompt")
+        # Not from the middle of a character on.
+        return list(text.encode()[-most:].decode(errors="ignore").encode())
 
     def token_decoder(self) -> Callable[[Sequence[int], bool], str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -260,6 +374,7 @@ def baselines(corpus: Corpus, sequence_length: int, indices: Indices) -> dict[st
     """
     starts = np.sort(np.asarray(indices, dtype=np.int64)) * sequence_length
     positions = (starts[:, None] + np.arange(1, sequence_length + 1)).ravel()
+    positions = positions[positions < len(corpus.held_out)]
     result = {f"ngram{n}": ngram_bits_per_byte(corpus.train, corpus.held_out, positions, n) for n in range(3)}
     text = corpus.held_out[positions].tobytes()
     result["gzip"] = 8 * len(gzip.compress(text, 9)) / len(text)

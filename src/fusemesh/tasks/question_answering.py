@@ -4,20 +4,18 @@ A passage of the default corpus is a short life of somebody: six things out of e
 several ways. A question asks for one of them in words that the passage need not share, and the answer is one to three
 words. Who goes with which answer is held out by hash: no held-out fact was seen in training.
 
-Tokens are words and punctuation marks, each by the hash of its lower case modulo WORDS (Weinberger et al., 2009), so
-that any text has some, and equal words have equal tokens; an answer is cut out of the passage as it is written there.
+Tokens are words and punctuation marks, see spans.py, each by the hash of its lower case modulo WORDS (Weinberger et
+al., 2009), so that any text has some, and equal words have equal tokens; an answer is cut out of the passage as it is
+written there. A record may say where it stands, by ``answer_start``; without, it has to stand in one place.
 
 Metrics: exact match and F1 of words, by the rules of SQuAD (Rajpurkar et al., 2016): lower case, no punctuation, no
-articles. Beside them stands a baseline that looks for words alone: the last word of the first sentence that shares
-most words with the question.
+articles; of characters in scripts without spaces, as for CMRC (Cui et al., 2019). Beside them stands a baseline that
+looks for words alone: the last word of the first sentence that shares most words with the question.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +25,7 @@ import numpy as np
 from .base import IGNORED, PAD, SEPARATOR, Batch, Examples, hash_of
 from .record_task import RecordTask
 from .records import Record, split_line
+from .spans import cut, exact_match, f1, find_answer, overlap_guess, spans_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
     from fusemesh.transformer import Transformer, TransformerConfig
 
 FIELDS = ("question", "passage", "answer")
+OPTIONAL_FIELDS = ("answer_start",)
 WORDS = 4096
-MOST_WORDS = 16  # of an answer
-_WORD = re.compile(r"\w+|[^\w\s]")
+MOST_WORDS = 16  # of an answer, unless the training data have longer ones
 DEFAULTS: Mapping[str, Any] = {
     "data.sequence_length": 64,
     "model.num_layers": 2,
@@ -136,36 +135,46 @@ class QuestionAnswering(RecordTask):
 
     metric = "f1"
     fields = FIELDS
+    optional_fields = OPTIONAL_FIELDS
     split_by = 1  # the passage: no question about a held-out one was trained on
     corpus = "composed facts"
+    old_metadata: Mapping[str, Any] | None = {"words": WORDS, "answer_words": MOST_WORDS}
 
     @staticmethod
     def default_records() -> tuple[list[Record], list[Record]]:
         return composed_facts(held_out=False), composed_facts(held_out=True)
 
+    @staticmethod
+    def default_version() -> str:
+        return "composed facts, version 1"
+
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
-        return {"words": WORDS}
+        """Return how many words tokens tell apart, and how many an answer may have."""
+        most = MOST_WORDS
+        if self.config.data.path:
+            most = max(most, *(last - first + 1 for first, last in map(_span_of, records)))
+        return {"words": WORDS, "answer_words": most}
+
+    def length_of(self, record: Record) -> int:
+        return _length(len(spans_of(record.values[0])), len(spans_of(record.values[1])))
 
     def read_train(self) -> Examples:
         return self._without_cut_answers(super().read_train())
 
     def examples(self, records: Sequence[Record]) -> Examples:
-        spans = []
+        spans, cut_off, within = [], 0, 0
         for record in records:
-            question, passage, answer = record.values
-            at = passage.find(answer.strip())
-            words = [index for index, (start, end) in enumerate(spans_of(passage)) if _overlap(start, end, at, answer)]
-            if at < 0 or not words:
-                raise ValueError(
-                    f"{record.where}: expected an answer that stands in the passage, received {answer!r}; quote it as "
-                    "it is written there"
-                )
-            before = len(self._question(question))
-            start, end = before + words[0], before + words[-1]
+            first, last = _span_of(record)
+            before = len(self._question(tokens_of(record.values[0])))
             # An answer behind the end of a passage that was cut: nothing to learn from it.
-            fits = end < self.config.data.sequence_length
-            spans.append((start, end) if fits else (IGNORED, IGNORED))
-        return self._texts([record.values[:2] for record in records], np.array(spans, np.int64))
+            fits = before + last < self.config.data.sequence_length
+            spans.append((before + first, before + last) if fits else (IGNORED, IGNORED))
+            cut_off += not fits
+            # Without an offset they stand at its borders.
+            within += bool(record.values[3:]) and cut(record.values[1], (first, last)) != record.values[2].strip()
+        found = self._texts([record.values[:2] for record in records], np.array(spans, np.int64))
+        found.counts = {"answers_cut_off": cut_off, "answers_within_words": within}
+        return found
 
     def _without_cut_answers(self, examples: Examples) -> Examples:
         """Drop passages that were cut before their answers. Held out ones stay, and count as wrong."""
@@ -176,37 +185,54 @@ class QuestionAnswering(RecordTask):
                 f"received {self.config.data.sequence_length}, which cuts every answer in {self.source}"
             )
         inputs = {name: values[kept] for name, values in examples.inputs.items()}
-        return Examples(examples.tokens[kept], examples.targets[kept], **inputs)
+        found = Examples(examples.tokens[kept], examples.targets[kept], whole=examples.whole, **inputs)
+        found.counts = examples.counts
+        return found
 
-    def _question(self, question: str) -> list[int]:
-        return [*tokens_of(question)[: self.config.data.sequence_length // 2], SEPARATOR]
+    def _question(self, tokens: Sequence[int]) -> list[int]:
+        return [*tokens[: self.config.data.sequence_length // 2], SEPARATOR]
 
     def _texts(self, pairs: Sequence[Sequence[str]], targets: np.ndarray) -> Examples:
         length = self.config.data.sequence_length
-        questions = [self._question(question) for question, _ in pairs]
         tokens = np.full((len(pairs), length), PAD, np.uint16)
-        lengths = np.zeros(len(pairs), np.int64)
-        for row, (question, (_, passage)) in enumerate(zip(questions, pairs, strict=True)):
-            found = [*question, *tokens_of(passage)][:length]
-            tokens[row, : len(found)], lengths[row] = found, len(found)
-        starts = np.array([len(question) for question in questions], np.int64)
-        return Examples(tokens, targets, lengths=lengths, span_starts=starts)
+        lengths, starts = np.zeros(len(pairs), np.int64), np.zeros(len(pairs), np.int64)
+        whole = []
+        for row, (question, passage) in enumerate(pairs):
+            asked, said = tokens_of(question), tokens_of(passage)
+            beginning = self._question(asked)
+            found = [*beginning, *said][:length]
+            tokens[row, : len(found)], lengths[row], starts[row] = found, len(found), len(beginning)
+            whole.append(_length(len(asked), len(said)))
+        return Examples(tokens, targets, whole=whole, lengths=lengths, span_starts=starts)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes(vocab_size=self.metadata["words"], architecture="encoder", output="span")
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Return first and last word, in the passage, of the most probable span of at most MOST_WORDS, [B, 2]."""
+        """Return first and last word, in the passage, of the most probable span of no more words than answers have,
+        [B, 2]."""
+        return self.predict_scored(model, batch, device)[0]
+
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same, and the span's probability among all of no more words in the passage, [B, 1]."""
         import torch
 
         inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
         logits = model.logits(torch.from_numpy(batch.tokens).to(device), **inputs)
-        length = logits.shape[-1]
+        length, most = logits.shape[-1], self.metadata["answer_words"]
         # [B, start, end]
         pairs = logits[:, 0, :, None] + logits[:, 1, None, :]
-        near = torch.ones((length, length), dtype=torch.bool, device=device).triu().tril(MOST_WORDS - 1)
-        best = pairs.masked_fill(~near, float("-inf")).flatten(1).argmax(-1)
-        return torch.stack((best // length, best % length), dim=-1) - inputs["span_starts"][:, None]
+        near = torch.ones((length, length), dtype=torch.bool, device=device).triu().tril(most - 1)
+        pairs = pairs.masked_fill(~near, float("-inf")).flatten(1)
+        best = pairs.argmax(-1)
+        # An empty passage has no span, and every probability in it is NaN.
+        probability = pairs.double().softmax(-1).gather(1, best[:, None]).nan_to_num()
+        return torch.stack((best // length, best % length), dim=-1) - inputs["span_starts"][:, None], probability
+
+    def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
+        return {"probability": float(scores[0])}
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
@@ -221,67 +247,33 @@ class QuestionAnswering(RecordTask):
             result[f"{name}f1"] = float(np.mean([f1(*pair) for pair in pairs]))
         return result
 
-    def examples_of(self, lines: Sequence[str]) -> Examples:
-        pairs = [split_line(line, FIELDS[:2], f"line {number}") for number, line in enumerate(lines, 1)]
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
+        pairs = [split_line(line, FIELDS[:2], f"line {number}") for number, line in enumerate(lines, first)]
         return self._texts(pairs, np.full((len(lines), 2), IGNORED, np.int64))
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return cut(split_line(line, FIELDS[:2], "line")[1], prediction)
 
 
-def spans_of(text: str) -> list[tuple[int, int]]:
-    """Return the start and end of each word or mark of a text."""
-    return [match.span() for match in _WORD.finditer(text)]
+def _span_of(record: Record) -> tuple[int, int]:
+    """Return the first and the last word of a record's answer in its passage; raise as :func:`find_answer` does."""
+    _, passage, answer, *start = record.values
+    return find_answer(passage, answer, start[0] if start else "", record.where)
+
+
+def _length(question: int, passage: int) -> int:
+    """Return the length that holds so many words of a question, which has one half at most, and of a passage."""
+    return max(2 * question, question + 1 + passage)
 
 
 def tokens_of(text: str) -> list[int]:
     """Return the words and marks of a text as hashes, none of which is a control token."""
-    return [_token(word.lower()) for word in _WORD.findall(text)]
+    return [_token(text[start:end].lower()) for start, end in spans_of(text)]
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _token(word: str) -> int:
     return SEPARATOR + 1 + hash_of(word) % (WORDS - SEPARATOR - 1)
-
-
-def cut(passage: str, span: np.ndarray) -> str:
-    """Return the text from the first to the last word of a span."""
-    words = spans_of(passage)
-    last = min(int(span[1]), len(words) - 1)
-    return passage[words[int(span[0])][0] : words[last][1]] if words else ""
-
-
-def _overlap(start: int, end: int, at: int, answer: str) -> bool:
-    """Return whether two spans overlap."""
-    return start < at + len(answer.strip()) and at < end
-
-
-def normalised(text: str) -> str:
-    """Return an answer as SQuAD compares it: lower case, without punctuation and articles, with single spaces."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def exact_match(found: str, expected: str) -> float:
-    """Return 1 if the normalised answers are equal, else 0."""
-    return float(normalised(found) == normalised(expected))
-
-
-def f1(found: str, expected: str) -> float:
-    """Return the harmonic mean of precision and recall of the normalised words; 1 if both have none."""
-    a, b = normalised(found).split(), normalised(expected).split()
-    if not a or not b:
-        return float(a == b)
-    common = sum((Counter(a) & Counter(b)).values())
-    return 2 * common / (len(a) + len(b))
-
-
-def overlap_guess(question: str, passage: str) -> str:
-    """Return the baseline's answer."""
-    words = set(normalised(question).split())
-    sentences = [part for part in re.split(r"(?<=[.!?])\s+", passage) if part.strip()] or [passage]
-    best = max(sentences, key=lambda sentence: len(words & set(normalised(sentence).split())))
-    return (normalised(best).split() or [""])[-1]
 
 
 def composed_facts(*, held_out: bool) -> list[Record]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .base import Examples, Task
-from .records import Record, load_records, read_records
+from .records import Fields, Record, load_records, read_held_out
+
+_LEAST_LENGTH, _MOST_LENGTH = 16, 1024  # chosen, in tokens; multiples of the least
+_COVERED = 0.99  # of the records
 
 
 class RecordTask(Task):
-    """``fields`` names the values of a record; ``split_by`` is the one whose hash decides that a record is held out,
-    where no file of them is given; ``corpus`` names the default corpus."""
+    """``fields`` names the values of a record, and ``optional_fields`` those that it may have; ``split_by`` is the
+    number of the one whose hash decides that a record is held out, where no file of them is given; ``corpus`` names the
+    default corpus."""
 
     fields: Sequence[str]
+    optional_fields: Sequence[str] = ()
     split_by = 0
     corpus: str
 
@@ -32,6 +38,10 @@ class RecordTask(Task):
             ValueError: a record that does not fit the task or the metadata; names file, line and remedy.
         """
 
+    @abstractmethod
+    def length_of(self, record: Record) -> int:
+        """Return the ``data.sequence_length`` that a record takes uncut."""
+
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
         """Return the metadata that these records to train on give."""
         return {}
@@ -44,16 +54,35 @@ class RecordTask(Task):
     def find_metadata(self) -> Mapping[str, Any]:
         return self.metadata_of(self._records[0])
 
+    def choose_length(self) -> int:
+        """Return a multiple of 16 that nearly all records fit into, 1024 at most."""
+        if not self.config.data.path:
+            from .registry import defaults_of
+
+            default: int = defaults_of(self.config.task)["data.sequence_length"]
+            return default
+        lengths = sorted(self.length_of(record) for part in self._records for record in part)
+        covered = lengths[math.ceil(_COVERED * len(lengths)) - 1]
+        return min(_MOST_LENGTH, -(-max(covered, _LEAST_LENGTH) // _LEAST_LENGTH) * _LEAST_LENGTH)
+
     @functools.cached_property
     def _records(self) -> tuple[list[Record], list[Record]]:
-        return load_records(self.config.data, self.fields, self.default_records, self.split_by)
+        found = load_records(self.config.data, self._all_fields, self.default_records, self.split_by)
+        return found if self.config.data.held_out or not self.config.data.path else self.balanced(*found)
+
+    def balanced(self, train: list[Record], held_out: list[Record]) -> tuple[list[Record], list[Record]]:
+        """Return what the hash chose to train on and to hold out, changed if the task cannot take it so."""
+        return train, held_out
+
+    @property
+    def _all_fields(self) -> Fields:
+        return Fields(self.fields, self.optional_fields)
 
     @functools.cached_property
     def held_out_records(self) -> list[Record]:
         """The records of ``held_out``."""
-        data = self.config.data
-        if data.held_out and "_records" not in vars(self):
-            return read_records(data.held_out, self.fields, data.columns)
+        if self.config.data.held_out and "_records" not in vars(self):
+            return read_held_out(self.config.data, self._all_fields)
         return self._records[1]
 
     def read_train(self) -> Examples:

@@ -1,76 +1,119 @@
-"""A user's records from CSV, TSV, JSON lines or plain text; errors name file, line and remedy."""
+"""A user's records from CSV, TSV, JSON lines, JSON or plain text; errors name file, line and remedy."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .base import is_held_out
+from .base import held_out_names
+from .encodings import check_characters, decode_text
+from .files import TABLES, find_file, kind_of, read_bytes
 
 if TYPE_CHECKING:
     from fusemesh.config import DataConfig
 
+_Row = tuple[int, tuple[str, ...]]
+_BLANKS = re.compile(r"\s*")
+
 
 @dataclass(frozen=True)
 class Record:
-    """One record: its values in the order of the task's fields, and where it stands."""
+    """One record: its values in the order of the task's fields, optional ones last, and where it stands.
+
+    unit: in which ``line`` counts.
+    """
 
     values: tuple[str, ...]
     file: str
     line: int
+    unit: str = "line"
 
     @property
     def where(self) -> str:
         """File and line for messages."""
-        return f"{self.file}, line {self.line}"
+        return f"{self.file}, {self.unit} {self.line}"
 
 
-def read_records(path: str, fields: Sequence[str], columns: str = "") -> list[Record]:
-    """Return the records of a file: ``.csv`` or ``.tsv`` with a heading, ``.jsonl`` with one object a line; other files
-    have fields separated by tabs.
+class Fields(NamedTuple):
+    """The names of a record's values: those that each has, and those that it may have, "" where it has not."""
+
+    needed: Sequence[str]
+    optional: Sequence[str] = ()
+
+    def named(self, columns: str) -> Fields:
+        """Return the names of the columns that hold them.
+
+        Args:
+            columns: as ``data.columns`` gives them, separated by commas, in the order of the fields; "": the fields'.
+
+        Raises:
+            ValueError: they are too few or too many.
+        """
+        if not columns:
+            return self
+        names = [name.strip() for name in columns.split(",")]
+        least = len(self.needed)
+        if not least <= len(names) <= least + len(self.optional):
+            more = f", and may be of {', '.join(self.optional)}" if self.optional else ""
+            raise ValueError(
+                f"data.columns: expected {least} names, of {', '.join(self.needed)}{more}, received {columns!r}; "
+                "separate them by commas"
+            )
+        return Fields(names[:least], [*names[least:], *self.optional[len(names) - least :]])
+
+
+def read_records(
+    path: str, fields: Fields | Sequence[str], columns: str = "", *, encoding: str = "", key: str = "data.path"
+) -> list[Record]:
+    """Return the records of a file: ``.csv`` or ``.tsv`` with a heading, ``.jsonl`` with one object a line, ``.json``
+    with an array of objects or in SQuAD's form; other files have fields separated by tabs. Each may be gzip's.
 
     Args:
-        path: the file, in UTF-8.
+        path: the file.
         fields: names of the values that a record has.
-        columns: names of the columns that hold them, separated by commas, in the order of ``fields``; "": the fields'.
+        columns: see :meth:`Fields.named`.
+        encoding: of the file, see :func:`fusemesh.tasks.encodings.decode_text`.
+        key: of the configuration that names the file.
 
     Raises:
         ValueError: the file is not there, empty, in another encoding, lacks a column, or has a broken line.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"data.path: expected a file of records, received {path!r}: not found")
-    names = [name.strip() for name in columns.split(",")] if columns else list(fields)
-    if len(names) != len(fields):
-        raise ValueError(
-            f"data.columns: expected {len(fields)} names, of {', '.join(fields)}, received {columns!r}; separate them "
-            "by commas"
-        )
-    text = _text(file)
-    kind = file.suffix.lower()
+    fields = fields if isinstance(fields, Fields) else Fields(fields)
+    file, names = find_file(path, key, "a file of records"), fields.named(columns)
+    text = decode_text(read_bytes(file, key, TABLES), encoding, str(file))
+    kind, unit = kind_of(file), "line"
     if kind in (".csv", ".tsv"):
         rows = _separated(file, text, names, "," if kind == ".csv" else "\t")
     elif kind in (".jsonl", ".ndjson"):
         rows = _json_lines(file, text, names)
+    elif kind == ".json" and text.lstrip().startswith("{"):
+        rows, unit = _squad(file, text, names), "question"
+    elif kind == ".json":
+        rows = _json_array(file, text, names)
     else:
         rows = _plain(file, text, fields)
-    records = [Record(values, str(file), line) for line, values in rows]
+    records = [Record(values, str(file), line, unit) for line, values in rows]
     if not records:
         raise ValueError(f"{file}: expected records, received an empty file; give one record a line")
     for record in records:
-        for name, value in zip(fields, record.values, strict=True):
+        for name, value in zip(fields.needed, record.values, strict=False):
+            check_characters(value, record.where)
             if not value.strip():
                 raise ValueError(f"{record.where}: expected a {name}, received nothing; fill it in, or drop the line")
     return records
 
 
 def load_records(
-    data: DataConfig, fields: Sequence[str], default: Callable[[], tuple[list[Record], list[Record]]], key: int = 0
+    data: DataConfig,
+    fields: Fields | Sequence[str],
+    default: Callable[[], tuple[list[Record], list[Record]]],
+    key: int = 0,
 ) -> tuple[list[Record], list[Record]]:
     """Return records to train on, and held out ones: of the user's files, or by ``default``.
 
@@ -82,43 +125,40 @@ def load_records(
     """
     if not data.path:
         train, held_out = default()
-    elif data.held_out:
-        train, held_out = (read_records(path, fields, data.columns) for path in (data.path, data.held_out))
-    else:
-        records = read_records(data.path, fields, data.columns)
-        train, held_out = ([r for r in records if is_held_out(r.values[key]) == part] for part in (False, True))
-    for part, found in (("to train on", train), ("held out", held_out)):
-        if not found:
-            raise ValueError(
-                f"data.path: expected enough records to hold some out, received none {part} in {data.path!r}; give "
-                "more, or a file of them as data.held_out"
-            )
-    return train, held_out
-
-
-def _text(file: Path) -> str:
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        return train, read_held_out(data, fields) if data.held_out else held_out
+    records = read_records(data.path, fields, data.columns, encoding=data.encoding)
+    if data.held_out:
+        return records, read_held_out(data, fields)
+    needed = fields.needed if isinstance(fields, Fields) else fields
+    names = {record.values[key] for record in records}
+    if len(names) < 2:
         raise ValueError(
-            f"{file}, line {line}: expected UTF-8, received the byte 0x{data[error.start]:02x}; convert the file, for "
-            f"instance with: iconv -f latin1 -t utf-8 {file.name}"
-        ) from None
+            f"data.path: expected enough records to hold some out, received {len(records)} with one {needed[key]} in "
+            f"{data.path!r}; give more, or a file of them as data.held_out"
+        )
+    chosen = held_out_names(names)
+    return [r for r in records if r.values[key] not in chosen], [r for r in records if r.values[key] in chosen]
 
 
-def _separated(file: Path, text: str, names: Sequence[str], separator: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+def read_held_out(data: DataConfig, fields: Fields | Sequence[str]) -> list[Record]:
+    """Return the records of ``data.held_out``; raise as :func:`read_records` does."""
+    return read_records(data.held_out, fields, data.columns, encoding=data.encoding, key="data.held_out")
+
+
+def _separated(file: Path, text: str, names: Fields, separator: str) -> Iterator[_Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    # The module's limit is for all readers, and by default below what a long passage takes.
+    limit = csv.field_size_limit(2**31 - 1)
     try:
         heading = [name.strip() for name in next(reader, [])]
-        for name in names:
-            if heading and name not in heading:
+        for name in names.needed:
+            if heading and heading.count(name) != 1:
+                found = ", ".join(map(repr, heading))
                 raise ValueError(
-                    f"{file}, line 1: expected a column {name!r}, received {', '.join(map(repr, heading))}; rename it, "
-                    "or name the columns by data.columns"
+                    f"{file}, line 1: expected a column {name!r}, received {found}; rename it, or name the columns by "
+                    "data.columns"
                 )
-        at = [heading.index(name) for name in names] if heading else []
+        at = [heading.index(name) if name in heading else None for name in (*names.needed, *names.optional)]
         for row in reader:
             if not row:
                 continue
@@ -127,14 +167,18 @@ def _separated(file: Path, text: str, names: Sequence[str], separator: str) -> I
                     f"{file}, line {reader.line_num}: expected {len(heading)} values, as in the heading, received "
                     f"{len(row)}; put values that hold a {'comma' if separator == ',' else 'tab'} between quotes"
                 )
-            yield reader.line_num, tuple(row[index] for index in at)
+            yield reader.line_num, tuple("" if index is None else row[index] for index in at)
     except csv.Error as error:
+        # Everything else that the module refuses has to do with a quote that is open or in the middle of a value.
+        advice = "check its quotes" if "NUL" not in str(error) else "take the character 0 out"
         raise ValueError(
-            f"{file}, line {reader.line_num}: expected a record, received what is broken ({error}); check its quotes"
+            f"{file}, line {reader.line_num}: expected a record, received what is broken ({error}); {advice}"
         ) from None
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _json_lines(file: Path, text: str, names: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _json_lines(file: Path, text: str, names: Fields) -> Iterator[_Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -145,25 +189,93 @@ def _json_lines(file: Path, text: str, names: Sequence[str]) -> Iterator[tuple[i
                 f"{file}, line {number}: expected a JSON object, received what is broken ({error.msg} at column "
                 f"{error.colno}); write one object a line"
             ) from None
-        if not isinstance(found, dict):
+        yield number, _values_of(found, names, f"{file}, line {number}", "write one object a line")
+
+
+def _json_array(file: Path, text: str, names: Fields) -> Iterator[_Row]:
+    """Yield the objects of an array, element by element, so that each one's line is known."""
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    at, follows = _after_blanks(text, 0), "["
+    try:
+        while True:
+            if text[at : at + 1] != follows:
+                raise json.JSONDecodeError(f"expecting {follows}", text, at)
+            at = _after_blanks(text, at + 1)
+            if follows == "[" and text[at : at + 1] == "]":
+                break
+            found, end = decoder.raw_decode(text, at)
+            line, counted = line + text.count("\n", counted, at), at
+            yield line, _values_of(found, names, f"{file}, line {line}", "write an array of objects")
+            at, follows = _after_blanks(text, end), ","
+            if text[at : at + 1] == "]":
+                break
+        if text[at + 1 :].strip():
+            raise json.JSONDecodeError("more behind the array", text, at + 1)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file}, line {error.lineno}: expected an array of JSON objects, received what is broken ({error.msg} at "
+            f"column {error.colno}); write [{{...}}, {{...}}], or one object a line in a .jsonl file"
+        ) from None
+
+
+def _after_blanks(text: str, at: int) -> int:
+    found = _BLANKS.match(text, at)
+    assert found is not None
+    return found.end()
+
+
+def _squad(file: Path, text: str, names: Fields) -> Iterator[_Row]:
+    """Yield the questions of a file in SQuAD's form, with the first of their answers."""
+    try:
+        found = json.loads(text)
+        objects = [
+            {"question": asked["question"], "passage": paragraph["context"], "answers": asked["answers"]}
+            for article in found["data"]
+            for paragraph in article["paragraphs"]
+            for asked in paragraph["qas"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: expected an array of JSON objects, or SQuAD's form (data, paragraphs, qas), received what is "
+            f"neither ({type(error).__name__}: {error}); write [{{...}}, {{...}}]"
+        ) from None
+    for number, item in enumerate(objects, 1):
+        where, answers = f"{file}, question {number}", item.pop("answers")
+        if not answers:
+            raise ValueError(f"{where}: expected an answer, received none; leave questions without answers out")
+        item["answer"], item["answer_start"] = answers[0].get("text"), answers[0].get("answer_start")
+        yield number, _values_of(item, names, where, "")
+
+
+def _values_of(found: Any, names: Fields, where: str, form: str) -> tuple[str, ...]:
+    """Return the values of a JSON object: texts, whole numbers and true or false as JSON writes them."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected a JSON object, received a {type(found).__name__}; {form}")
+    for name in names.needed:
+        if name not in found:
             raise ValueError(
-                f"{file}, line {number}: expected a JSON object, received a {type(found).__name__}; write one object "
-                "a line"
+                f"{where}: expected a key {name!r}, received {', '.join(map(repr, found))}; rename it, or name the "
+                "keys by data.columns"
             )
-        for name in names:
-            if name not in found:
-                raise ValueError(
-                    f"{file}, line {number}: expected a key {name!r}, received {', '.join(map(repr, found))}; rename "
-                    "it, or name the keys by data.columns"
-                )
-        yield number, tuple(str(found[name]) for name in names)
+    for name in (*names.needed, *names.optional):
+        value = found.get(name, "")
+        if not isinstance(value, str | int) and not (value is None and name in names.optional):
+            shown = json.dumps(value)
+            raise ValueError(
+                f"{where}: expected a text or a whole number as {name!r}, received "
+                f"{shown if len(shown) < 60 else shown[:56] + ' ...'}; write it as a text, or drop the record"
+            )
+    values = [found.get(name, "") for name in (*names.needed, *names.optional)]
+    return tuple("" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values)
 
 
-def _plain(file: Path, text: str, fields: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _plain(file: Path, text: str, fields: Fields) -> Iterator[_Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        yield number, split_line(line, fields, f"{file}, line {number}")
+        more = max(0, min(line.count("\t") + 1 - len(fields.needed), len(fields.optional)))
+        values = split_line(line, [*fields.needed, *fields.optional[:more]], f"{file}, line {number}")
+        yield number, (*values, *[""] * (len(fields.optional) - more))
 
 
 def split_line(line: str, fields: Sequence[str], where: str) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fusemesh.spelling import suggestion
+
 from .names import TASKS
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def defaults_of(name: str) -> Mapping[str, Any]:
         ValueError: there is no such task.
     """
     if name not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, received {name!r}")
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, received {name!r}{suggestion(name, TASKS)}")
     found: Mapping[str, Any] = importlib.import_module(f".{name}", __package__).DEFAULTS
     return found
 
@@ -41,3 +43,12 @@ def build_task(config: Config, metadata: Mapping[str, Any] | None = None) -> Tas
         ValueError: the data cannot be used; names the key, or file and line, and the remedy.
     """
     return task_class(config.task)(config, metadata)
+
+
+def with_length(config: Config) -> Config:
+    """Return the configuration with a ``data.sequence_length`` of 0 decided by the data; raise as :func:`build_task`.
+
+    Once, before any rank starts: what a run saves holds the number.
+    """
+    # With metadata of any kind a task reads no more than the choice takes.
+    return config if config.data.sequence_length else build_task(config, {}).config

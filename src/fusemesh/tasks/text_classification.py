@@ -13,12 +13,13 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import Batch, Examples, encode, hash_of, is_held_out, padded
+from .base import Batch, Examples, encode, hash_of, is_held_out, padded, shortened
 from .record_task import RecordTask
 from .records import Record
 
@@ -48,10 +49,15 @@ class TextClassification(RecordTask):
     metric = "accuracy"
     fields = FIELDS
     corpus = "locale data of Babel"
+    old_metadata = None
 
     @staticmethod
     def default_records() -> tuple[list[Record], list[Record]]:
         return locale_names()
+
+    @staticmethod
+    def default_version() -> str:
+        return f"Babel {version('babel')}"
 
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
         counts = Counter(record.values[1] for record in records)
@@ -66,31 +72,64 @@ class TextClassification(RecordTask):
         return found
 
     def examples(self, records: Sequence[Record]) -> Examples:
+        self._check_labels(records)
         number = {label: index for index, label in enumerate(self.labels)}
-        for record in records:
-            if record.values[1] not in number:
-                known = ", ".join(map(repr, self.labels[:_SHOWN])) + (", ..." if len(self.labels) > _SHOWN else "")
-                raise ValueError(
-                    f"{record.where}: expected one of the {len(self.labels)} labels of the training data ({known}), "
-                    f"received {record.values[1]!r}; add records of it to the training data, or drop the line"
-                )
         targets = np.array([[number[record.values[1]]] for record in records], np.int64)
         return self._texts([record.values[0] for record in records], targets)
 
+    def _check_labels(self, records: Sequence[Record]) -> None:
+        known = set(self.labels)
+        for record in records:
+            if record.values[1] not in known:
+                shown = ", ".join(map(repr, self.labels[:_SHOWN])) + (", ..." if len(self.labels) > _SHOWN else "")
+                raise ValueError(
+                    f"{record.where}: expected one of the {len(self.labels)} labels of the training data ({shown}), "
+                    f"received {record.values[1]!r}; add records of it to the training data, or drop the line"
+                )
+
+    def length_of(self, record: Record) -> int:
+        return len(encode(record.values[0].strip()))
+
+    def balanced(self, train: list[Record], held_out: list[Record]) -> tuple[list[Record], list[Record]]:
+        """Return the parts with the records of labels that only the held-out one had moved to those to train on."""
+        known = {record.values[1] for record in train}
+        moved = [record for record in held_out if record.values[1] not in known]
+        kept = [record for record in held_out if record.values[1] in known]
+        if "metadata" in vars(self):
+            # A trained model's, of which these may be no records at all.
+            self._check_labels(moved)
+        if not kept:
+            raise ValueError(
+                f"data.path: expected enough records to hold some out, and each label in those to train on, received "
+                f"{len(train) + len(held_out)} in {self.source}; give more, or a file of them as data.held_out"
+            )
+        return [*train, *moved], kept
+
     def _texts(self, texts: Sequence[str], targets: np.ndarray) -> Examples:
         length = self.config.data.sequence_length
-        tokens, lengths = padded([encode(text.strip(), length) for text in texts], length)
-        return Examples(tokens, targets, lengths=lengths)
+        data = [encode(text.strip()) for text in texts]
+        tokens, lengths = padded([shortened(text, length) for text in data], length)
+        return Examples(tokens, targets, whole=[len(text) for text in data], lengths=lengths)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes(architecture="encoder", output="class", num_classes=len(self.labels))
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return the number of the most probable label, [B, 1]."""
+        return self.predict_scored(model, batch, device)[0]
+
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the number of the most probable label, and the probabilities of all, [B, labels]."""
         import torch
 
         inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
-        return model.logits(torch.from_numpy(batch.tokens).to(device), **inputs).argmax(-1)
+        logits = model.logits(torch.from_numpy(batch.tokens).to(device), **inputs)
+        return logits.argmax(-1), logits[:, 0].double().softmax(-1)
+
+    def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
+        return {"probabilities": dict(zip(self.labels, scores.tolist(), strict=True))}
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
@@ -115,13 +154,13 @@ class TextClassification(RecordTask):
 
     def draw(self, predictions: np.ndarray, folder: Path) -> None:
         """Write the confusion matrix as ``confusion.png``."""
-        from fusemesh.run.metrics import draw_matrix
+        from fusemesh.run.drawing import draw_matrix
 
         right = accuracy(predictions[:, 0], self._expected(len(predictions)))
         title = f"{len(predictions)} held-out texts of {self.source}: {right:.1%} right"
         draw_matrix(self.confusion(predictions), self.labels, folder / "confusion.png", title=title)
 
-    def examples_of(self, lines: Sequence[str]) -> Examples:
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         return self._texts(lines, np.zeros((len(lines), 1), np.int64))
 
     def answer(self, prediction: np.ndarray, line: str) -> str:

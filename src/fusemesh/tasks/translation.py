@@ -10,11 +10,12 @@ translations that are exactly right; beside them those of copying the source.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, decode, encode, hash_of, is_held_out, padded
+from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, decode, encode, hash_of, is_held_out, padded, shortened
 from .record_task import RecordTask
 from .records import Record
 
@@ -49,25 +50,48 @@ class Translation(RecordTask):
     def default_records() -> tuple[list[Record], list[Record]]:
         return number_words()
 
+    @staticmethod
+    def default_version() -> str:
+        return f"num2words {version('num2words')}"
+
+    def check_packages(self) -> None:
+        text_scores(["a"], ["a"])
+
     def examples(self, records: Sequence[Record]) -> Examples:
         length = self.config.data.sequence_length
-        targets = [encode(record.values[1].strip(), length - 1) for record in records]
+        data = [encode(record.values[1].strip()) for record in records]
+        targets = [shortened(target, length - 1) for target in data]
         seen, lengths = padded([bytes([BEGIN]) + target for target in targets], length)
         expected, _ = padded([target + bytes([END]) for target in targets], length)
         counted = np.arange(length) < lengths[:, None]
         labels = np.where(counted, expected.astype(np.int64), IGNORED)
-        return self._sources([record.values[0] for record in records], labels, seen)
+        return self._sources([record.values[0] for record in records], labels, seen, [len(target) for target in data])
 
-    def _sources(self, sources: Sequence[str], targets: np.ndarray, seen: np.ndarray) -> Examples:
+    def length_of(self, record: Record) -> int:
+        source, target = (len(encode(value.strip())) for value in record.values)
+        return max(source, target + 1)
+
+    def _sources(
+        self, sources: Sequence[str], targets: np.ndarray, seen: np.ndarray, target_lengths: Sequence[int]
+    ) -> Examples:
         length = self.config.data.sequence_length
-        tokens, lengths = padded([encode(source.strip(), length) for source in sources], length)
-        return Examples(tokens, targets, lengths=lengths, target_tokens=seen)
+        data = [encode(source.strip()) for source in sources]
+        tokens, lengths = padded([shortened(source, length) for source in data], length)
+        # A target keeps room for its end.
+        whole = [max(len(source), target + 1) for source, target in zip(data, target_lengths, strict=True)]
+        return Examples(tokens, targets, whole=whole, lengths=lengths, target_tokens=seen)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes(architecture="encoder-decoder")
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return the bytes of the translations, [B, S], filled up with PAD."""
+        return self.predict_scored(model, batch, device)[0]
+
+    def predict_scored(
+        self, model: Transformer, batch: Batch, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same, and the log-likelihood of each, [B, 1]."""
         import torch
 
         from fusemesh.transformer.generation import generate
@@ -78,6 +102,7 @@ class Translation(RecordTask):
             torch.from_numpy(row[: max(1, size)]).to(device)
             for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
         ]
+        scores = [0.0] * len(sources)
         found = generate(
             model,
             sources,
@@ -85,8 +110,10 @@ class Translation(RecordTask):
             begin=BEGIN,
             end=END,
             num_beams=self.config.evaluation.num_beams,
+            on_score=scores.__setitem__,
         )
-        return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        return rows, torch.tensor([[score] for score in scores], dtype=torch.float64, device=device)
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
@@ -99,9 +126,10 @@ class Translation(RecordTask):
             result.update({f"{name}{key}": value for key, value in text_scores(answers, expected).items()})
         return result
 
-    def examples_of(self, lines: Sequence[str]) -> Examples:
+    def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         shape = (len(lines), self.config.data.sequence_length)
-        return self._sources(lines, np.full(shape, IGNORED, np.int64), np.full(shape, PAD, np.uint8))
+        nothing = np.full(shape, IGNORED, np.int64), np.full(shape, PAD, np.uint8)
+        return self._sources(lines, *nothing, [0] * len(lines))
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return decode(prediction)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fusemesh.hybrid.apply import capabilities_of
 from fusemesh.hybrid.planner.model import Layer, ModelDescription, Outer, weights_of
 
 from .config import TransformerConfig
@@ -54,4 +55,5 @@ def describe(config: TransformerConfig, name: str = "the configured model") -> M
         layers=tuple(layers),
         outer=outer,
         head=OUTPUTS[config.output].planned(config),
+        capabilities=capabilities_of(model),
     )

@@ -75,6 +75,7 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
     on_token: Callable[[int, int], None] | None = None,
+    on_score: Callable[[int, float], None] | None = None,
 ) -> list[torch.Tensor]:
     """Return the tokens that a decoder adds to each prompt, or that an encoder-decoder makes of each source.
 
@@ -90,6 +91,7 @@ def generate(
         seed: of the random numbers.
         use_cache: False computes every token anew at each step, for comparison.
         on_token: called with (row, token) as soon as a token is known; not with beams.
+        on_score: called at the end with (row, log-probability of its tokens, ``end`` among them if it was reached).
 
     Returns:
         int64 [m] for each prompt, m <= max_new_tokens, without ``end``.
@@ -105,10 +107,16 @@ def generate(
             steps = (_Steps if model.config.memory_at is None else _TargetSteps)(model, prompts, max_new_tokens, begin)
             steps.use_cache = use_cache
             if num_beams > 1:
-                return _beams(steps, len(prompts), num_beams, max_new_tokens, end, length_penalty)
-            return _rows(steps, len(prompts), max_new_tokens, end, sampling, seed, on_token)
+                rows, scores = _beams(steps, len(prompts), num_beams, max_new_tokens, end, length_penalty)
+            else:
+                scored = on_score is not None
+                rows, scores = _rows(steps, len(prompts), max_new_tokens, end, sampling, seed, on_token, scored)
     finally:
         model.train(was_training)
+    if on_score is not None:
+        for row, score in enumerate(scores):
+            on_score(row, score)
+    return rows
 
 
 def _check(
@@ -220,14 +228,20 @@ def _rows(
     sampling: Sampling | None,
     seed: int,
     on_token: Callable[[int, int], None] | None,
-) -> list[torch.Tensor]:
+    scored: bool,
+) -> tuple[list[torch.Tensor], list[float]]:
     random = torch.Generator().manual_seed(seed)
     found: list[list[int]] = [[] for _ in range(count)]
+    scores = [0.0] * count
     running = set(range(count))
     for _ in range(max_new_tokens):
         logits = steps.logits()
         chosen = logits.argmax(-1) if sampling is None else sampling.draw(logits, random)
         steps.add(chosen)
+        if scored:
+            taken = logits.double().log_softmax(-1).gather(-1, chosen[:, None]).squeeze(-1).tolist()
+            for row in running:
+                scores[row] += taken[row]
         for row, token in enumerate(chosen.tolist()):
             if row in running and token == end:
                 running.discard(row)
@@ -237,19 +251,20 @@ def _rows(
                     on_token(row, token)
         if not steps.any_replica(bool(running)):
             break
-    return [steps.tokens.new_tensor(tokens) for tokens in found]
+    return [steps.tokens.new_tensor(tokens) for tokens in found], scores
 
 
 def _beams(
     steps: _Steps, count: int, beams: int, max_new_tokens: int, end: int | None, penalty: float
-) -> list[torch.Tensor]:
+) -> tuple[list[torch.Tensor], list[float]]:
     device = steps.tokens.device
     prefix = steps.tokens.shape[1]
     steps.reorder(torch.arange(count, device=device).repeat_interleave(beams))
     # All beams of a row begin alike: the first alone counts.
     scores = torch.full((count, beams), float("-inf"), dtype=torch.float64, device=device)
     scores[:, 0] = 0.0
-    done: list[list[tuple[float, torch.Tensor]]] = [[] for _ in range(count)]
+    # Of each row: log-probability over length, its tokens, log-probability.
+    done: list[list[tuple[float, torch.Tensor, float]]] = [[] for _ in range(count)]
     first_rows = torch.arange(count, device=device)[:, None] * beams
     for length in range(1, max_new_tokens + 1):
         # [B, beams * V]
@@ -262,13 +277,14 @@ def _beams(
         for row, rank in is_end[:, :beams].nonzero().tolist():
             if math.isfinite(best[row, rank].item()):
                 whole = steps.tokens[row * beams + int(rows[row, rank]), prefix:].clone()
-                done[row].append((best[row, rank].item() / length**penalty, whole))
+                score = best[row, rank].item()
+                done[row].append((score / length**penalty, whole, score))
         kept = is_end.to(torch.int8).argsort(dim=1, stable=True)[:, :beams]
         scores = best.gather(1, kept).masked_fill(is_end.gather(1, kept), float("-inf"))
         steps.reorder((first_rows + rows.gather(1, kept)).flatten())
         steps.add(tokens.gather(1, kept).flatten())
         for finished in done:
-            finished.sort(key=lambda pair: -pair[0])
+            finished.sort(key=lambda found: -found[0])
             del finished[beams:]
         # Log-probabilities only fall, so a beam's score now, divided by the most that its length may be, bounds it.
         reach = max_new_tokens if penalty > 0 else length
@@ -281,5 +297,7 @@ def _beams(
     for row, finished in enumerate(done):
         # What has no end at the last length competes as it is.
         rest = steps.tokens[row * beams, prefix:]
-        finished.append((scores[row, 0].item() / rest.numel() ** penalty, rest.clone()))
-    return [max(finished, key=lambda pair: pair[0])[1] for finished in done]
+        score = scores[row, 0].item()
+        finished.append((score / rest.numel() ** penalty, rest.clone(), score))
+    chosen = [max(finished, key=lambda found: found[0]) for finished in done]
+    return [tokens for _, tokens, _ in chosen], [score for *_, score in chosen]

@@ -301,7 +301,7 @@ WRONG_CONSTRUCTORS: dict[str, tuple[dict[str, Any], str]] = {
     "no_heads": ({"num_heads": -4}, r"^num_heads: expected an int above 0, received -4; "),
     "num_kv_heads": ({"num_kv_heads": 3}, r"^num_kv_heads: expected a divisor of num_heads=4, received 3; "),
     "kdim": ({"kdim": 2.5}, r"^kdim: expected an int above 0, received 2.5; "),
-    "dropout": ({"dropout": 1.0}, r"^dropout: expected a number in \[0, 1\), received 1.0; "),
+    "dropout": ({"dropout": 1.5}, r"^dropout: expected a number in \[0, 1\], received 1.5; "),
     "slopes": ({"alibi_slopes": torch.ones(3)}, r"^alibi_slopes: expected shape \[H\] = \(4,\), received \(3,\); "),
     "window": ({"window": (1, 2), "add_zero_attn": True}, r"^window, alibi_slopes: expected None with .*sinks=True"),
     "alibi": ({"alibi_slopes": torch.ones(H), "add_bias_kv": True}, r"^window, alibi_slopes: .*=a tensor; "),

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -43,32 +44,71 @@ def python(code: str, **environment: str) -> str:
 
 
 THREADS = """
-import os, sys
+import os, signal, sys
 {first}
 import numpy as np
 from fusemesh.kernels import engine
 x = np.random.default_rng(0).standard_normal((1, 8, 256, 32), dtype=np.float32)
 before = len(os.listdir("/proc/self/task"))
 for _ in range(3):
-    engine.attention(x, x, x, threads=2)
-print(engine.thread_runtime(), len(os.listdir("/proc/self/task")) - before, "torch" in sys.modules, sep="|")
+    y = engine.attention(x, x, x, threads=2)[0]
+print(engine.thread_runtime(), len(os.listdir("/proc/self/task")) - before, "torch" in sys.modules, sep="|", end="|")
+sys.stdout.flush()
+if os.fork() == 0:
+    signal.alarm(60)  # libgomp would wait for its lost threads for ever
+    same = np.array_equal(engine.attention(x, x, x, threads=2)[0], y)
+    print(same, engine.thread_runtime(), sep="|", flush=True)
+    os._exit(0)
+assert os.wait()[1] == 0
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and finds OpenMP libraries by Linux's loader")
 def test_borrows_the_threads_of_torch() -> None:
-    """Beside torch the engine uses torch's OpenMP threads: after torch has made its own, the process gains none."""
+    """Beside torch the engine uses torch's OpenMP threads: after torch has made its own, the process gains none.
+
+    A forked child has none of them, and starts its own.
+    """
     first = "import torch; torch.set_num_threads(2); torch.ones(2000, 2000).exp().sum()"
-    runtime, gained, has_torch = python(THREADS.format(first=first), OMP_NUM_THREADS="2").split("|")
+    runtime, gained, has_torch, *in_child = python(THREADS.format(first=first), OMP_NUM_THREADS="2").split("|")
     assert "torch" in runtime
     assert "omp" in Path(runtime).name
     assert (gained, has_torch) == ("0", "True")
+    assert in_child == ["True", "std::thread"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_without_torch_threads_end_with_the_call() -> None:
-    runtime, gained, has_torch = python(THREADS.format(first="sys.modules['torch'] = None")).split("|")
-    assert (runtime, gained, has_torch) == ("std::thread", "0", "True")  # the entry None that blocks torch
+    found = python(THREADS.format(first="sys.modules['torch'] = None")).split("|")
+    assert found == ["std::thread", "0", "True", "True", "std::thread"]  # third: the entry None that blocks torch
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux")
+def test_forked_workers_of_torch() -> None:
+    """The engine is first called in a child, of a process in which torch alone had threads: DataLoader and Pool."""
+    code = """
+    import multiprocessing, signal, sys
+    import torch
+    from fusemesh import flash_attention
+    torch.set_num_threads(2)
+    torch.ones(2000, 2000).exp().sum()
+    q = torch.ones(1, 8, 256, 32)
+
+    class Samples(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            signal.alarm(60)
+            torch.set_num_threads(2)
+            return float(flash_attention(q, q, q, backend="cpu")[0, 0, 0, 0])
+
+    print(list(torch.utils.data.DataLoader(Samples(), batch_size=2, num_workers=2, multiprocessing_context="fork")))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(pool.map_async(Samples().__getitem__, range(4)).get(60))
+    """
+    assert python(textwrap.dedent(code), OMP_NUM_THREADS="2").count("1.0") == 4
 
 
 def full_call() -> tuple[engine.Attention, list[np.ndarray]]:

@@ -229,6 +229,32 @@ def refused(world: World, text: str, plan: Any, options: dict[str, Any]) -> str:
     return ""
 
 
+def of_other_values(world: World, text: str, changed: dict[int, str], seeds: tuple[int, ...] = ()) -> str:
+    """The message of parallelize for models that differ among the ranks.
+
+    Args:
+        changed: rank to the name of a parameter or buffer of which it flips one bit, "+name" of one that it alone has,
+            or "meta".
+        seeds: of the ranks.
+    """
+    model = plain(seeds[world.rank] if seeds else 0)
+    model.register_buffer("scale", torch.ones(3))
+    name = changed.get(world.rank, "")
+    if name == "meta":
+        model.to("meta")
+    elif name.startswith("+"):
+        model.register_buffer(name[1:], torch.ones(1))
+    elif name:
+        bits = model.state_dict()[name].view(torch.uint8).view(-1)
+        bits[-1] ^= 1
+    layout = Layout.parse(text)
+    try:
+        fusemesh.parallelize(model, build_mesh(layout, world), layout, plan=PLAN)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def moved(world: World, text: str) -> tuple[list[int], list[int], list[int]]:
     """The sizes of the parts that went to the device, in order, and those of the parameters held afterwards.
 
@@ -289,3 +315,16 @@ def stepped(tied: bool) -> dict[str, torch.Tensor]:
     plain_loss(model, *batch()).backward()
     optimizer.step()
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def dropped(world: World | None, text: str) -> torch.Tensor:
+    """The output of a MultiheadAttention with dropout for a replica's samples, or in one process for all."""
+    torch.manual_seed(0)
+    model: Any = fusemesh.MultiheadAttention(16, 2, dropout=0.5, batch_first=True, backend="reference").double()
+    x = torch.randn(BATCH, 5, 16, dtype=torch.float64)
+    if world is not None:
+        layout = Layout.parse(text)
+        model = fusemesh.parallelize(model, build_mesh(layout, world), layout)
+        x = own(x, layout, world.rank)
+    torch.manual_seed(1)  # the same on every rank
+    return model(x, x, x)[0].detach()

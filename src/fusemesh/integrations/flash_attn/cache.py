@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from fusemesh.kernels.attention.call.errors import short, wrong
-from fusemesh.kernels.attention.call.validation import check_flag
+from fusemesh.kernels.attention.call.scalars import as_integer
+from fusemesh.kernels.attention.call.validation import check_truth
 from fusemesh.kernels.attention.decode.api import flash_attention_decode
 
-from .options import score_options
+from .options import length, score_options
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -66,8 +67,9 @@ def flash_attn_with_kvcache(
         ValueError: shapes do not fit, an argument lacks another that it needs, or a tensor requires a gradient outside
             torch.no_grad() (there is none, and flash-attn would drop it without a word).
     """
-    check_flag("rotary_interleaved", rotary_interleaved)
-    check_flag("return_softmax_lse", return_softmax_lse)
+    rotary_interleaved = check_truth("rotary_interleaved", rotary_interleaved)
+    return_softmax_lse = check_truth("return_softmax_lse", return_softmax_lse)
+    length("num_splits", num_splits, remedy="it is ignored; 0 lets flash-attn choose")
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     for name, x in tensors.items():
         if x is None and name in ("k", "v"):
@@ -97,7 +99,7 @@ def flash_attn_with_kvcache(
         _check_rotary(rotary_cos, rotary_sin, q, k, capacity)
         assert rotary_cos is not None and rotary_sin is not None and k is not None
         # Without a mask by position all queries count as standing where the first new key does.
-        steps = 1 if causal or options["window"] is not None else 0
+        steps = 1 if options["causal"] or options["window"] is not None else 0
         q = _rotate(q, lens, steps, rotary_cos, rotary_sin, rotary_interleaved)
         k = _rotate(k, lens, 1, rotary_cos, rotary_sin, rotary_interleaved)
     result = flash_attention_decode(
@@ -141,11 +143,12 @@ def _lengths(cache_seqlens: Any, q: torch.Tensor, capacity: int, *, appends: boo
         raise wrong("cache_seqlens", "an int or a tensor [B] with k and v", None, "say where they are to be written")
     if cache_seqlens is None:
         cache_seqlens = capacity
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        if not 0 <= cache_seqlens <= capacity:
+    number = as_integer(cache_seqlens)
+    if number is not None:
+        if not 0 <= number <= capacity:
             remedy = "enlarge the cache or correct the length"
-            raise wrong("cache_seqlens", f"from 0 to the cache's {capacity} slots", cache_seqlens, remedy)
-        return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+            raise wrong("cache_seqlens", f"from 0 to the cache's {capacity} slots", number, remedy)
+        return torch.full((q.shape[0],), number, dtype=torch.int32, device=q.device)
     _check_indices("cache_seqlens", cache_seqlens, q, "an int, or the keys of each sequence before the append")
     assert isinstance(cache_seqlens, torch.Tensor)
     return cache_seqlens

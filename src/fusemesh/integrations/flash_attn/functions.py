@@ -15,12 +15,20 @@ Common to all functions:
   -slope * |i + Sk - Sq - j| is added.
 - ``dropout_p``: the mask is FuseMesh's own, its seed drawn from torch's generator. ``deterministic``: gradients have
   the same bits at every run in either case.
+- ``return_attn_probs``, for tests: also return softmax_lse and S_dmask. With dropout S_dmask holds the probabilities of
+  the call, in q's dtype, before dropout and without its factor 1 / (1 - dropout_p); negative where dropped. The plain
+  formula makes it, H * Sq * Sk numbers for each sequence and about 130 bytes a number meanwhile; it has no gradient.
+  Without dropout it is empty, as flash-attn's is.
+- Numbers are taken as flash-attn takes them: numpy's, tensors of one element, numbers as flags, any two integers as a
+  window. A tensor on a GPU is waited for; one that requires a gradient is refused, because it would get none.
 - A query that sees no key has output 0.
 
-Where this is more than flash-attn: fp32 and fp64 (the latter on the reference and torch backends), any head dim on
-those two and 16 to 256 on fused ones, values of another head dim than the keys, softcap with dropout, pages of any
+Where this is more than flash-attn: fp32 and fp64 (the latter on the reference and torch backends), any head dim (on
+triton 16 to 256), values of another head dim than the keys, softcap with dropout, pages of any
 size, left padding of a paged cache. Where it differs: a query without a key has log-sum-exp -inf (flash-attn: +inf), a
-gradient flows through the log-sum-exp (flash-attn drops it), and what cannot be computed is a ValueError.
+gradient flows through the log-sum-exp (flash-attn drops it), S_dmask has the documented shape (flash-attn rounds it up
+to multiples of 128) and holds probabilities (flash-attn: terms of an unfinished sum), and what cannot be computed is a
+ValueError.
 """
 
 from __future__ import annotations
@@ -30,12 +38,13 @@ from typing import Any, cast
 import torch
 
 from fusemesh.kernels.attention.call.errors import short, wrong
-from fusemesh.kernels.attention.call.validation import check_flag
+from fusemesh.kernels.attention.call.validation import check_truth
 from fusemesh.kernels.attention.dense.api import flash_attention
 from fusemesh.kernels.attention.varlen.api import flash_attention_varlen
 
 from .cache import flash_attn_with_kvcache
-from .options import score_options
+from .options import length, score_options
+from .probabilities import dense_probabilities, dropout_options, packed_probabilities
 
 __all__ = [
     "flash_attn_func",
@@ -67,33 +76,29 @@ def flash_attn_func(
 
     Args:
         softmax_scale: factor of q k^T; None means 1 / sqrt(D).
-        return_attn_probs: also return the log-sum-exp and, where flash-attn has the signed probabilities that it keeps
-            for its own tests, an empty tensor: what flash-attn itself returns without dropout. With dropout they would
-            be Sq x Sk numbers that a fused kernel never has, and are refused.
-        dropout_p, causal, window_size, softcap, alibi_slopes, deterministic: see the top of this module.
+        return_attn_probs: also return softmax_lse and S_dmask, with dropout Sq x Sk numbers for each head.
+        The others: see the top of this module.
 
     Returns:
         out [B, Sq, H, Dv]; with return_attn_probs (out, softmax_lse, S_dmask): softmax_lse [B, H, Sq], natural log,
-        fp32 (fp64 for fp64), and S_dmask [0].
+        fp32 (fp64 for fp64), and S_dmask [B, H, Sq, Sk], without dropout [0].
 
     Raises:
-        ValueError: shapes do not fit, an argument has no meaning, or return_attn_probs comes with dropout.
+        ValueError: shapes do not fit, or an argument has no meaning.
     """
     _check_layout(("q", q, "[B, Sq, H, D]"), ("k", k, "[B, Sk, Hkv, D]"), ("v", v, "[B, Sk, Hkv, Dv]"))
-    _check_probs(return_attn_probs, dropout_p)
+    options = score_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return_attn_probs = check_truth("return_attn_probs", return_attn_probs)
+    deterministic = check_truth("deterministic", deterministic)
+    options |= dropout_options(q, dropout_p, return_attn_probs)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    result = flash_attention(
-        q,
-        k,
-        v,
-        **score_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        return_lse=return_attn_probs,
-    )
+    result = flash_attention(q, k, v, **options, deterministic=deterministic, return_lse=return_attn_probs)
     if isinstance(result, tuple):
         out, lse = result
-        return out.transpose(1, 2), lse, out.new_empty(0)
+        probabilities = out.new_empty(0)
+        if options["dropout_p"] > 0:
+            probabilities = dense_probabilities(q, k, lse, options).to(out.dtype)
+        return out.transpose(1, 2), lse, probabilities
     return result.transpose(1, 2)
 
 
@@ -168,7 +173,8 @@ def flash_attn_varlen_func(
         The others: see the top of this module and :func:`flash_attn_func`; positions count within a sequence.
 
     Returns:
-        out [total_q, H, Dv]; with return_attn_probs (out, softmax_lse [H, total_q], S_dmask [0]).
+        out [total_q, H, Dv]; with return_attn_probs (out, softmax_lse [H, total_q], S_dmask), S_dmask [B, H,
+        max_seqlen_q, max_seqlen_k] with zeros beyond a sequence's lengths, without dropout [0].
 
     Raises:
         ValueError: as in :func:`flash_attn_func`. What cu_seqlens hold is checked by the reference backend and under
@@ -177,25 +183,23 @@ def flash_attn_varlen_func(
     paged = block_table is not None
     where = "[N, page, Hkv, D]" if paged else "[total_k, Hkv, D]"
     _check_layout(("q", q, "[total_q, H, D]"), ("k", k, where), ("v", v, where.replace("D]", "Dv]")))
-    _check_probs(return_attn_probs, dropout_p)
+    options = score_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return_attn_probs = check_truth("return_attn_probs", return_attn_probs)
+    deterministic = check_truth("deterministic", deterministic)
+    options |= dropout_options(q, dropout_p, return_attn_probs)
+    max_q, max_k = length("max_seqlen_q", max_seqlen_q), length("max_seqlen_k", max_seqlen_k)
     if paged:
-        k, v = _from_pages(k, v, cu_seqlens_k, max_seqlen_k, block_table)
+        k, v = _from_pages(k, v, cu_seqlens_k, max_k, block_table)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     result = flash_attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        **score_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        return_lse=return_attn_probs,
+        q, k, v, *lengths, **options, deterministic=deterministic, return_lse=return_attn_probs
     )
     if isinstance(result, tuple):
         out, lse = result
-        return out, lse, out.new_empty(0)
+        probabilities = out.new_empty(0)
+        if options["dropout_p"] > 0:
+            probabilities = packed_probabilities(q, k, lse, lengths, options).to(out.dtype)
+        return out, lse, probabilities
     return result
 
 
@@ -267,18 +271,6 @@ def _check_layout(*tensors: tuple[str, Any, str]) -> None:
         raise wrong("k", f"{at_k} with q's batch size {q.shape[0]}", tuple(k.shape), "expand it")
 
 
-def _check_probs(return_attn_probs: Any, dropout_p: Any) -> None:
-    check_flag("return_attn_probs", return_attn_probs)
-    if return_attn_probs and dropout_p:
-        raise wrong(
-            "return_attn_probs",
-            "False with dropout_p > 0",
-            f"True with dropout_p={dropout_p}",
-            "the dropped probabilities are never computed; call it with dropout_p=0.0 for softmax_lse, which dropout "
-            "does not change",
-        )
-
-
 def _unpacked(name: str, packed: Any, letters: str) -> tuple[torch.Tensor, ...]:
     """Return the tensors that stand side by side in ``packed``, as views."""
     sizes = letters.strip("[]").split(", ")
@@ -290,7 +282,7 @@ def _unpacked(name: str, packed: Any, letters: str) -> tuple[torch.Tensor, ...]:
 
 
 def _from_pages(
-    k: torch.Tensor, v: torch.Tensor, cu_seqlens_k: Any, max_seqlen_k: Any, block_table: Any
+    k: torch.Tensor, v: torch.Tensor, cu_seqlens_k: Any, max_seqlen_k: int, block_table: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys and values of all sequences, packed; rows after the last sequence are undefined."""
     batch = cu_seqlens_k.numel() - 1 if isinstance(cu_seqlens_k, torch.Tensor) else None
@@ -303,9 +295,9 @@ def _from_pages(
         raise wrong("cu_seqlens_k", expected, short(cu_seqlens_k), "they are the running sum of the lengths, from 0")
     page = k.shape[1]
     capacity = block_table.shape[1] * page
-    if isinstance(max_seqlen_k, bool) or not isinstance(max_seqlen_k, int) or not 0 <= max_seqlen_k <= capacity:
+    if max_seqlen_k > capacity:
         expected = f"an int from 0 to {capacity}, what the pages of one sequence hold"
-        raise wrong("max_seqlen_k", expected, short(max_seqlen_k), "add columns to block_table")
+        raise wrong("max_seqlen_k", expected, max_seqlen_k, "add columns to block_table")
     if batch == 0 or k.shape[0] == 0:
         return k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
     # The lengths are on the device, so as many rows are gathered as there could be.

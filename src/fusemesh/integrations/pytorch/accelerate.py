@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from fusemesh import compat
 from fusemesh.kernels import backends
 
 from . import routes as torch_routes
@@ -103,10 +104,12 @@ def _apply() -> None:
     backend = _entered[-1][0] if _entered else _installed
     torch_routes.shared_backend = backend
     if backend is not None and not _replaced:
+        compat.keep_out_of_compilers_table()
         for namespace, name, replacement_of in REPLACEMENTS:
             original = getattr(namespace, name)
             replacement = replacement_of(original)
             replacement.__doc__ = original.__doc__
+            replacement.replaced_by_fusemesh = original
             _replaced.append((namespace, name, original, replacement))
             setattr(namespace, name, replacement)
     elif backend is None:

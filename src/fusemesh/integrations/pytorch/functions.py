@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from fusemesh import compat
+from fusemesh.kernels.attention.call.option_checks import checked_dropout, seed_tensor, without_keys
 from fusemesh.kernels.attention.call.options import Options
 from fusemesh.kernels.attention.call.tensors import autocast
 from fusemesh.kernels.attention.call.validation import normalise, wrong
@@ -109,9 +110,12 @@ def _with_weights(
     """Return out [B, H, L, D] and the weights [B, H, L, S], from the log-sum-exp of the same call."""
     q, k, v = autocast(q, k, v)
     head_dim, seed = v.shape[-1], None
+    dropout_p = checked_dropout(dropout_p, takes_all=True)
+    if dropout_p == 1:
+        dropout_p, mask = 0.0, without_keys(q)
     if dropout_p > 0:
         # Drawn here, so that the weights lose what the output does.
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+        seed = seed_tensor(None, q)
     q, k, v, scale = torch_sdpa.widened(q, k, v, None, backend)
     masks = {"mask": mask} if mask is not None and mask.dtype == torch.bool else {"mask": None, "bias": mask}
     options: dict[str, Any] = {"bias": None, **masks, "dropout_p": dropout_p, "seed": seed, "scale": scale}

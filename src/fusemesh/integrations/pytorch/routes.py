@@ -18,9 +18,11 @@ import torch
 from fusemesh import compat
 from fusemesh.kernels import backends
 from fusemesh.kernels.attention.call.options import Call
+from fusemesh.kernels.attention.call.scalars import as_number
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.attention.call.validation import wrong
 from fusemesh.kernels.attention.sdpa.backend import inexpressible
+from fusemesh.kernels.autocast import autocast_dtype
 from fusemesh.kernels.backend_record import Request
 
 
@@ -126,12 +128,13 @@ def automatic_backend(
     """
     if not isinstance(query, torch.Tensor):
         return None, f"an argument of type {type(query).__name__}"
-    dtype, kind = query.dtype, query.device.type
-    if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = query.dtype
+    if dtype.is_floating_point and dtype != torch.float64:
+        dtype = autocast_dtype(query.device.type) or dtype
     bias = mask if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool else None
-    # Where everything is dropped, there is nothing to draw.
-    call = Call(AttentionSpec(1.0, dropout_p=0.0 if dropout_p == 1 else dropout_p), bias=bias)
+    # Where everything is dropped, there is nothing to draw; what is no number is refused when the call is computed.
+    share = as_number(dropout_p)
+    call = Call(AttentionSpec(1.0, dropout_p=0.0 if share is None or share == 1 else share), bias=bias)
     request = Request("attention", query.device, dtype, head_dims, call)
     without = ("reference",) if only_fused is None else ("reference", "torch", "cpu")
     try:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fusemesh.kernels import backend_record, backends
+from fusemesh.kernels.attention.call.option_checks import checked_dropout, checked_scale, without_keys
 from fusemesh.kernels.attention.call.validation import check_flag, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
 
@@ -79,21 +80,18 @@ def attend(
     backend: str,
 ) -> torch.Tensor:
     """Return :func:`scaled_dot_product_attention` by a backend that flash_attention takes."""
-    check_flag("is_causal", is_causal)
-    check_flag("enable_gqa", enable_gqa)
+    is_causal, enable_gqa = check_flag("is_causal", is_causal), check_flag("enable_gqa", enable_gqa)
     _check(query, key, value)
     if attn_mask is not None and is_causal:
         remedy = "put the causal part into attn_mask, or drop one of them"
         raise wrong("attn_mask, is_causal", "at most one of them", "both", remedy)
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
-        raise wrong("dropout_p", "a number in [0, 1]", repr(dropout_p), "0.0 switches dropout off")
+    dropout_p = checked_dropout(dropout_p, takes_all=True)
     lead, q, k, v = _four_dims(query, key, value, enable_gqa)
     mask, bias = _mask(attn_mask, lead, q, k)
     if dropout_p == 1:
-        # Every weight dropped and every key hidden give the same output and the same gradients: zeros.
-        dropout_p, mask = 0.0, torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
+        dropout_p, mask = 0.0, without_keys(q)
     head_dim = v.shape[-1]
-    q, k, v, scale = widened(q, k, v, scale, backend)
+    q, k, v, scale = widened(q, k, v, checked_scale(scale), backend)
     out = flash_attention(
         q,
         k,

@@ -27,7 +27,13 @@ from typing import Any
 import torch
 
 from fusemesh import compat
-from fusemesh.kernels.attention.call.validation import wrong
+from fusemesh.kernels.attention.call.errors import short
+from fusemesh.kernels.attention.call.option_checks import checked_dropout, checked_scale, without_keys
+from fusemesh.kernels.attention.call.place import place_of
+from fusemesh.kernels.attention.call.scalars import as_integer, element
+from fusemesh.kernels.attention.call.score_mods import checked_softcap
+from fusemesh.kernels.attention.call.tensors import has_values
+from fusemesh.kernels.attention.call.validation import check_truth, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
 
 from . import models as transformers_models
@@ -100,13 +106,14 @@ def attention(
     """
     _refuse(attention_mask, kwargs)
     sq, sk = query.shape[2], key.shape[2]
-    causal = _layer_is_causal(module) if is_causal is None else is_causal
+    causal = check_truth("is_causal", _layer_is_causal(module) if is_causal is None else is_causal)
+    dropout_p = checked_dropout(element(dropout), "dropout", takes_all=True)
     mask = bias = None
     window = None
     if attention_mask is None:
         if causal:
             window = _window(module, sliding_window, sk)
-        causal = bool(causal) and sq > 1  # the one query of a decoding step stands at the last key and sees all
+        causal = causal and sq > 1  # the one query of a decoding step stands at the last key and sees all
     else:
         causal = False
         attention_mask = attention_mask[..., :sk]
@@ -120,19 +127,28 @@ def attention(
     if query.shape[0] != key.shape[0]:  # learned queries with a batch of 1
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    if dropout_p == 1:
+        dropout_p, mask = 0.0, without_keys(query)
+    align = "bottom_right" if causal or window is not None else None
+    place = place_of(module) if dropout_p > 0 else None
+    origin = None
+    if place is not None:
+        # The seed is drawn alike on every rank; a rank's heads and samples drop what they would in one process.
+        origin, align = place.origin(query, key, align), None
     out = flash_attention(
         query,
         key,
         value,
         causal=causal,
-        align="bottom_right" if causal or window is not None else None,
+        align=align,
+        origin=origin,
         window=window,
         mask=mask,
         bias=_in_dtype_of(query, bias),
-        softcap=None if softcap is None else float(softcap),
+        softcap=None if softcap is None else checked_softcap(element(softcap)),
         sinks=_in_dtype_of(query, s_aux),
-        dropout_p=dropout,
-        scale=scaling,
+        dropout_p=dropout_p,
+        scale=checked_scale(element(scaling), "scaling"),
     )
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2).contiguous(), None
@@ -219,12 +235,16 @@ class _Span:
         self.batch_size, self.q_length, self.kv_length, self.kv_offset = batch_size, q_length, kv_length, kv_offset
         self.device, self.padding = device, padding
 
+    def can_read(self) -> bool:
+        """Return whether masks can be read: not while compiling, on meta, and of fake tensors."""
+        return has_values(torch.empty(0, device=self.device))
+
     def has_padding(self) -> bool:
-        """Return whether a key is padding; True while compiling, when the tensor cannot be read."""
+        """Return whether a key is padding; True where the tensor cannot be read."""
         if self.padding is None:
             return False
         end = self.kv_offset + self.kv_length
-        if torch.compiler.is_compiling() or self.padding.dim() != 2 or self.padding.shape[1] < end:
+        if not has_values(self.padding) or self.padding.dim() != 2 or self.padding.shape[1] < end:
             return True
         return not bool(self.padding[:, self.kv_offset : end].all())
 
@@ -243,15 +263,15 @@ def _is_causal(
     config: Any,
 ) -> bool:
     """Return whether this mask is causal, or sliding with a window of local_size, unpadded, aligned to the last key."""
-    compiling = torch.compiler.is_compiling()
-    if compiling and isinstance(q_offset, torch.Tensor):
+    can_read = span.can_read()
+    if not can_read and isinstance(q_offset, torch.Tensor):
         return False
     first_q, last_k = int(q_offset), span.kv_offset + span.kv_length - 1
     if first_q + span.q_length - 1 != last_k or span.has_padding():
         return False
     if mask_function is compat.causal_mask_function():
         return True
-    if compiling:  # the values are out of reach: go by the layers that a config can have
+    if not can_read:  # go by the layers that a config can have
         window = getattr(config, "sliding_window", None)
         return local_size is not None and window == local_size and not getattr(config, "attention_chunk_size", None)
     window = span.kv_length if local_size is None else local_size
@@ -276,7 +296,7 @@ def _hides_nothing(span: _Span, q_offset: int | torch.Tensor, mask_function: Cal
         return False
     if mask_function is compat.bidirectional_mask_function():
         return True
-    if torch.compiler.is_compiling():
+    if not span.can_read():
         return False
     q = torch.arange(span.q_length, device=span.device) + q_offset
     k = torch.arange(span.kv_length, device=span.device) + span.kv_offset
@@ -292,7 +312,7 @@ def _layer_is_causal(module: torch.nn.Module) -> bool:
     )
 
 
-def _window(module: torch.nn.Module, passed: int | None, sk: int) -> tuple[int, None] | None:
+def _window(module: torch.nn.Module, passed: Any, sk: int) -> tuple[int, None] | None:
     """Return flash_attention's (left, right) if the window hides one of the sk keys, else None."""
     if passed is None:
         own = _own_window(module)
@@ -304,14 +324,17 @@ def _window(module: torch.nn.Module, passed: int | None, sk: int) -> tuple[int, 
                 "the model's code does not pass it on to its attention; use attn_implementation='sdpa' for this model",
             )
         return None
-    return (passed - 1, None) if passed < sk else None
+    window = as_integer(element(passed))
+    if window is None or window < 1:
+        raise wrong("sliding_window", "an int above 0 or None", short(passed), "it counts the query's own key")
+    return (window - 1, None) if window < sk else None
 
 
 def _own_window(module: torch.nn.Module) -> int | None:
     """Return the window for which transformers makes this layer's mask, or None if the layer does not slide."""
     config = getattr(module, "config", None)
-    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
-    if not isinstance(window, int):
+    window = as_integer(element(getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)))
+    if window is None:
         return None
     kind = getattr(module, "layer_type", None) or getattr(module, "attention_type", None)
     types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)

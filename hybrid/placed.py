@@ -1,0 +1,174 @@
+"""A model on a mesh, as a whole again: its state gathered on rank 0, and a Hugging Face model's save_pretrained."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from . import compat
+from .pipeline_parallel import PipelinedModel
+from .tensor.converted import derived
+from .tensor.modules import own_rows
+
+_logger = logging.getLogger(__name__)
+_PATIENCE = 10.0  # seconds
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return on rank 0 the parameters and buffers of a parallelized model, whole, on the CPU; on other ranks {}.
+
+    Every rank calls it. The names are those of the whole model, and tied parameters share memory, as in the state
+    dict of a model in one process, where ``load_state_dict`` takes the result.
+
+    Args:
+        model: from :func:`fusemesh.hybrid.apply.parallelize`, in any layout.
+    """
+    with _told_while_alone("whole_state_dict() or save_pretrained()"):
+        dist.barrier()
+    compat.silence_redistribute_advice()
+    state = model.state_dict()  # which also takes back what a forward has gathered
+    held = dict(model.named_parameters(remove_duplicate=False))
+    wholes: dict[int, torch.Tensor] = {}
+    found = {}
+    group = model.pipeline.group if isinstance(model, PipelinedModel) and model.pipeline is not None else None
+    # Of a pipeline the stages beside rank 0's.
+    keeps = dist.get_rank() == 0 if group is None else 0 in dist.get_process_group_ranks(group)
+    for name, value in state.items():
+        key = id(held.get(name, value))
+        if key not in wholes:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            # A copy: what is returned stays as it is when the model goes on training.
+            wholes[key] = whole.detach().to("cpu", copy=True) if keeps else torch.empty(0)
+        found[name] = wholes[key]
+    if not keeps:
+        return {}
+    if group is None:
+        return found
+    stages: list[Any] = [None] * dist.get_world_size(group)
+    dist.gather_object(found, stages if dist.get_rank() == 0 else None, dst=0, group=group)
+    # A parameter that two stages hold is equal on both.
+    return {name: value for stage in reversed(stages) if stage is not None for name, value in stage.items()}
+
+
+def _part_like(own: Any, whole: Any) -> Any:
+    """Return the part of a ``whole`` tensor that stands where ``own`` does; what is no whole tensor as it is."""
+    if not isinstance(own, DTensor) or isinstance(whole, DTensor) or not isinstance(whole, torch.Tensor):
+        return whole
+    if own.shape != whole.shape:
+        return whole  # load_state_dict names the parameter and both shapes
+    part = whole
+    # tp has cut first, and fsdp its parts.
+    for axis in reversed(range(own.device_mesh.ndim)):
+        placement, ranks = own.placements[axis], own.device_mesh.size(axis)
+        dim = getattr(placement, "dim", None)  # of Shard, and of the class for parts of parts
+        if dim is not None:
+            rows = own_rows(part.shape[dim], ranks, own.device_mesh.get_local_rank(axis))
+            part = part.narrow(dim, rows.start, rows.stop - rows.start)
+    local = own.to_local()
+    assert part.shape == local.shape, (part.shape, local.shape)
+    part = part.to(local.device).contiguous()
+    return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
+
+
+@contextlib.contextmanager
+def _told_while_alone(what: str) -> Iterator[None]:
+    """Log a warning if the block, a first meeting of all ranks, takes long."""
+    text = "rank %d waits in %s for the other ranks: every rank calls it, not the first alone"
+    timer = threading.Timer(_PATIENCE, _logger.warning, (text, dist.get_rank(), what))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def mark(model: nn.Module, *, sharded: bool) -> None:
+    """Let a model that is placed answer what only a whole one can do; it stays the same object, of a class derived.
+
+    Args:
+        sharded: whether its parameters are gathered over fsdp in each forward, in which all ranks must take part.
+    """
+    kind: Any = type(model)
+    is_hugging_face = hasattr(model, "save_pretrained") and hasattr(model, "config")
+    model.__class__ = derived(kind, PlacedHuggingFaceModel if is_hugging_face else PlacedModel)
+    if is_hugging_face and sharded:
+        compat.let_ranks_generate_together(model)
+
+
+class PlacedModel(nn.Module):
+    """In front of any model's class: it loads whole tensors, too; what cannot be done with parts says what to do."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load parts, as ``state_dict`` gives them, or whole tensors, of which each rank takes its part."""
+        own = self.state_dict()
+        parts = {name: _part_like(own.get(name), value) for name, value in state_dict.items()}
+        return super().load_state_dict(parts, strict, assign)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise ValueError(
+            f"copy.deepcopy: expected a whole model, received {type(self).__name__} that is placed on a mesh; build "
+            "another, parallelize() it in the same way, and copy by load_state_dict(model.state_dict())"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            f"pickle, torch.save: expected a whole model, received {type(self).__name__} that is placed on a mesh; "
+            "save fusemesh.whole_state_dict(model), which every rank calls and rank 0 gets, or all of a training by "
+            "fusemesh.hybrid.checkpoint.save"
+        )
+
+
+class PlacedHuggingFaceModel(PlacedModel):
+    """In front of a Hugging Face model's class: it saves its whole weights, from rank 0, when every rank calls it."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model as transformers does, for ``from_pretrained`` in one process or many; every rank calls it.
+
+        Rank 0 writes; the others return when the files are there.
+
+        Args:
+            save_directory, args, kwargs: of transformers' own save_pretrained.
+            is_main_process: whether rank 0 may write.
+            state_dict: on rank 0, of whole tensors; None gathers the model's own.
+
+        Raises:
+            RuntimeError: on the other ranks, when rank 0 has raised its own error.
+        """
+        if state_dict is None:
+            state_dict = whole_state_dict(self)
+        failure: list[Any] = [None]
+        error: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
+            except Exception as raised:
+                error, failure = raised, [f"{type(raised).__name__}: {raised}"]
+        dist.broadcast_object_list(failure, src=0)
+        if error is not None:
+            raise error
+        if failure[0] is not None:
+            raise RuntimeError(f"save_pretrained: rank 0 could not save: {failure[0]}")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the rows are split already."""
+        raise ValueError(
+            f"resize_token_embeddings: expected a whole model, received {type(self).__name__} that is placed on a "
+            "mesh; call it before parallelize()"
+        )

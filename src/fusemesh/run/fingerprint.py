@@ -1,0 +1,109 @@
+"""The identity of a run's data: sizes and hashes, saved with each checkpoint, and what has changed since."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusemesh.config import Config
+from fusemesh.hybrid.outputs import size_text
+from fusemesh.tasks.registry import task_class
+
+_PARTS = ("path", "held_out")
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with data that are found from any folder."""
+    paths = {part: getattr(config.data, part) for part in _PARTS}
+    found: dict[str, Any] = {part: str(Path(path).expanduser().absolute()) for part, path in paths.items() if path}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """Return, for ``data.path`` and ``data.held_out``, the number of files and bytes and their SHA-256, in which names
+    within a folder count; or the version of the default corpus, as ``corpus``.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    kind = task_class(config.task)
+    if not config.data.path:
+        found: dict[str, Any] = {"corpus": kind.default_version()}
+    else:
+        found = {"path": _entry(kind, config.data.path)}
+    if config.data.held_out:
+        found["held_out"] = _entry(kind, config.data.held_out)
+    return found
+
+
+def _entry(kind: Any, path: str) -> dict[str, Any]:
+    digest, files, size = hashlib.sha256(), 0, 0
+    for name, content in kind.files_of(path):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+        files, size = files + 1, size + len(content)
+    return {"files": files, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two fingerprints, as text; [] if nothing does."""
+    found = []
+    for part in ("corpus", *_PARTS):
+        before, after = saved.get(part), now.get(part)
+        if before != after:
+            key = "data.path" if part == "corpus" else f"data.{part}"
+            found.append(f"{key} was {_text(before, after)}, and is {_text(after, before)}")
+    return found
+
+
+def _text(entry: Any, other: Any) -> str:
+    if entry is None:
+        return "not given"
+    if not isinstance(entry, Mapping):
+        return str(entry)
+    files = f" in {entry['files']} files" if entry["files"] != 1 else ""
+    text = f"{size_text(entry['bytes'])}{files}"
+    if isinstance(other, Mapping):
+        same = all(entry[key] == other[key] for key in ("files", "bytes"))
+        text = f"of SHA-256 {entry['sha256'][:12]}..." if same else f"{entry['bytes']:,} bytes{files}"
+    return text
+
+
+def check_evaluated(saved: Mapping[str, Any] | None, config: Config, given: Mapping[str, str]) -> None:
+    """Check that an evaluation's data are those of the command line, or those of the run, unchanged.
+
+    Args:
+        saved: the fingerprint saved with the model; None for a model of an older version.
+        config: of the evaluation.
+        given: the keys that the command line gives.
+
+    Raises:
+        ValueError: they are not; says how to evaluate on other records.
+    """
+    if "data.held_out" in given or saved is None:
+        return
+    advice = "give the records to evaluate on as --data.held_out FILE"
+    part = "held_out" if config.data.held_out else "path"
+    path = getattr(config.data, part)
+    if not path:
+        here = task_class(config.task).default_version()
+        if saved.get("corpus", here) != here:
+            raise ValueError(
+                f"data.path: the model was trained on the default corpus of {saved['corpus']}, and this is {here}, of "
+                f"which other samples are held out; {advice}"
+            )
+        return
+    try:
+        now = _entry(task_class(config.task), path)
+    except OSError as error:
+        raise ValueError(
+            f"data.{part}: the held-out records are in {path!r}, and it cannot be read ({error.strerror}); {advice}"
+        ) from error
+    if saved.get(part) != now:
+        raise ValueError(
+            f"data.{part}: {path!r} is not what the model was trained with "
+            f"(that was {_text(saved.get(part), now)}, this is {_text(now, saved.get(part))}); {advice}"
+        )

@@ -1,0 +1,47 @@
+"""Distributed layer: a model on a mesh as a whole again: its state on rank 0, whole tensors loaded, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.ranks.testing import RankPool
+from tests.support.ranks import placed as ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        ("fsdp2 x tp2", "plain"),
+        ("fsdp2 x tp2", "decoder"),
+        ("pp2 x fsdp2", "translation-tied"),
+        pytest.param("dp2 x tp2", "decoder-bias", marks=pytest.mark.slow),
+        pytest.param("pp2 x tp2", "decoder", marks=pytest.mark.slow),
+        pytest.param("tp4", "plain", marks=pytest.mark.slow),
+    ],
+)
+def test_whole_states_go_out_and_in(rank_pool: RankPool, layout: str, kind: str) -> None:
+    """To the bit and by the names of one process, where tied weights share memory; on rank 0 alone."""
+    want = ranks.model_of(kind, 1).state_dict()
+    (whole, loaded), *others = rank_pool.run(ranks.through_whole, layout, kind, ranks=Layout.parse(layout).world_size)
+    assert whole.keys() == want.keys() and all(torch.equal(whole[name], x) for name, x in want.items())
+    pointers = [[x.data_ptr() for x in state.values()] for state in (want, whole)]
+    first, second = [[places.index(place) for place in places] for places in pointers]
+    assert first == second
+    assert loaded and all(found == {} and same for found, same in others)
+
+
+def test_what_needs_a_whole_model_says_what_to_do(rank_pool: RankPool) -> None:
+    for found in rank_pool.run(ranks.refused, ranks=2):
+        assert "load_state_dict(model.state_dict())" in found["deepcopy"]
+        for name in ("pickle", "save"):
+            assert "save fusemesh.whole_state_dict(model), which every rank calls" in found[name]
+        assert "size mismatch for norm.bias" in found["load"]
+
+
+def test_a_rank_that_waits_says_so(rank_pool: RankPool) -> None:
+    first, second = rank_pool.run(ranks.alone, ranks=2)
+    assert len(first) == 1 and "rank 0 waits in whole_state_dict() or save_pretrained()" in first[0] and second == []

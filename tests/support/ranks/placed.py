@@ -1,0 +1,89 @@
+"""Functions that ranks run for tests/hybrid/test_placed.py. Imported by the ranks, so it holds no tests."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import fusemesh
+from fusemesh.hybrid import placed
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.ranks.join import World, build_mesh
+from fusemesh.transformer import Transformer
+from tests.support.ranks.plan import PLAN, plain
+from tests.support.ranks.planner import CONFIGS
+
+
+def model_of(kind: str, seed: int) -> nn.Module:
+    """One of our models, or the plain one with tied weights and a buffer, with weights by the seed."""
+    if kind != "plain":
+        return Transformer(CONFIGS[kind], seed=seed)
+    model = plain(seed, tied=True)
+    model.register_buffer("scale", torch.full((3,), float(seed)))
+    return model
+
+
+def through_whole(world: World, text: str, kind: str) -> tuple[dict[str, torch.Tensor], bool]:
+    """What whole_state_dict gives of a model, and whether one that loads whole tensors holds this rank's parts."""
+    layout = Layout.parse(text)
+    mesh = build_mesh(layout, world)
+    plan = PLAN if kind == "plain" else None
+    model = fusemesh.parallelize(model_of(kind, 1), mesh, layout, plan=plan)
+    found = fusemesh.whole_state_dict(model)
+    if layout.pp > 1:
+        return found, True
+    other = fusemesh.parallelize(model_of(kind, 2), mesh, layout, plan=plan)
+    other.load_state_dict(model_of(kind, 1).state_dict())
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    return found, all(torch.equal(_local(x), _local(y)) for x, y in pairs)
+
+
+def _local(x: torch.Tensor) -> torch.Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def refused(world: World) -> dict[str, str]:
+    """What copying and pickling a model on a mesh say, and loading one of another shape."""
+    layout = Layout(dp=world.world_size)
+    model = fusemesh.parallelize(plain(), build_mesh(layout, world), layout)
+    calls: dict[str, Any] = {
+        "deepcopy": lambda: copy.deepcopy(model),
+        "pickle": lambda: pickle.dumps(model),
+        "save": lambda: torch.save(model, io.BytesIO()),
+        "load": lambda: model.load_state_dict({**model.state_dict(), "norm.bias": torch.ones(3)}),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            found[name] = str(error)
+    return found
+
+
+def alone(world: World) -> list[str]:
+    """What the first rank logs that waits for the other."""
+    layout = Layout(dp=world.world_size)
+    model = fusemesh.parallelize(plain(), build_mesh(layout, world), layout)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(placed.__name__)
+    logger.addHandler(handler)
+    patience, placed._PATIENCE = placed._PATIENCE, 0.05
+    try:
+        if world.rank:
+            time.sleep(0.3)
+        fusemesh.whole_state_dict(model)
+    finally:
+        placed._PATIENCE = patience
+        logger.removeHandler(handler)
+    return told
