@@ -23,6 +23,8 @@ Beside these repairs stand those that only save time (:mod:`.interpreter_speed`)
 from __future__ import annotations
 
 import contextlib
+import os
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,3 +154,45 @@ def disabled() -> Iterator[None]:
         _disabled = was_disabled
         if was_installed:
             install()
+
+
+def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run a kernel in the repaired interpreter.
+
+    Raises:
+        InterpreterError: Triton's, with the error that began it and the line of the kernel, or of the function that it
+            called, where that was raised.
+    """
+    install()
+    try:
+        kernel[grid](*args, **kwargs)
+    except Exception as error:
+        first = _first(error)
+        line = _source_line(error)
+        if first is error or line is None:
+            raise
+        raise type(error)(f"{type(first).__name__}: {first}\n{line}") from first
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the error that began a chain; the interpreter wraps it once for each function on the way."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _source_line(error: BaseException) -> str | None:
+    """Return the innermost line of a jit function in the chain of ``error``, with its file and number, or None."""
+    import triton
+
+    tools = (os.path.dirname(triton.__file__), os.path.dirname(np.__file__), os.path.dirname(__file__))
+    found = None
+    link: BaseException | None = error
+    while link is not None:
+        for frame in traceback.extract_tb(link.__traceback__):
+            if not frame.filename.startswith(tools) and frame.line:
+                found = frame
+        link = link.__cause__
+    if found is None:
+        return None
+    return f'  File "{found.filename}", line {found.lineno}, in {found.name}\n    {found.line}'

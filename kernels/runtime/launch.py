@@ -119,7 +119,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     """Run ``kernel`` over ``grid``; ``kwargs`` hold constexprs, ``num_warps`` and ``num_stages``.
 
     A grid with an empty axis launches nothing. In the interpreter the repairs of
-    :mod:`fusemesh.kernels.runtime.interpreter` are installed first, without which bf16 results are wrong.
+    :mod:`fusemesh.kernels.runtime.interpreter` are installed first, without which bf16 results are wrong; errors there
+    end with the line of the kernel's source.
     """
     hook = _hook.get()
     if hook is not None:
@@ -130,5 +131,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     if env.INTERPRET:
         from . import interpreter
 
-        interpreter.install()
+        interpreter.run(kernel, grid, args, kwargs)
+        return
     kernel[grid](*args, **kwargs)

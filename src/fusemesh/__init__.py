@@ -26,6 +26,7 @@ _PUBLIC = {
     "Origin": "fusemesh.kernels.attention.call.spec",
     "ScoreMod": "fusemesh.kernels.attention.call.score_mods",
     "register_score_mod": "fusemesh.kernels.attention.call.score_mods",
+    "check_score_mod": "fusemesh.kernels.attention.score_mod_check",
     "fused_linear": "fusemesh.kernels.matmul.api",
     "use_backend": "fusemesh.kernels.backends",
     "accelerate": "fusemesh.integrations.pytorch.accelerate",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from fusemesh.kernels.attention.dense.api import flash_attention as flash_attention
     from fusemesh.kernels.attention.dense.merge import merge_attention as merge_attention
     from fusemesh.kernels.attention.dense.module import MultiheadAttention as MultiheadAttention
+    from fusemesh.kernels.attention.score_mod_check import check_score_mod as check_score_mod
     from fusemesh.kernels.attention.varlen.api import flash_attention_varlen as flash_attention_varlen
     from fusemesh.kernels.backends import use_backend as use_backend
     from fusemesh.kernels.matmul.api import fused_linear as fused_linear

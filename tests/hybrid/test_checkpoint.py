@@ -1,6 +1,9 @@
 """Checkpoints: round trip, another layout, merging, and what a crash leaves. Layers: one process; 4 gloo ranks."""
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -141,6 +144,58 @@ def test_every_rank_hears_of_a_failure_on_the_first(rank_pool, tmp_path):
     assert all("file" in message and "saved" not in message for message in messages)
     messages = rank_pool.run(ranks.load_from, str(tmp_path), ranks=2)
     assert all(message.startswith("checkpoint: expected a folder step-*") for message in messages)
+
+
+@pytest.mark.distributed
+def test_every_rank_hears_of_a_full_disk_in_the_same_line(rank_pool, tmp_path):
+    """It is one rank's, and not the first's; the checkpoint before is whole, and nothing of the new one is left."""
+    assert rank_pool.run(ranks.save_on_full_disks, "dp2 x tp2", str(tmp_path), [], 1) == ["saved"] * 4
+    messages = rank_pool.run(ranks.save_on_full_disks, "dp2 x tp2", str(tmp_path), [1], 2)
+    assert len(set(messages)) == 1 and "\n" not in messages[0]
+    assert f"checkpoint: cannot write '{tmp_path}/step-00000002': no space is left on the device (" in messages[0]
+    assert " needed, " in messages[0] and messages[0].endswith(
+        " free); make room, or choose another place. step-00000001 is whole"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.distributed
+def test_every_rank_hears_of_a_damaged_file(rank_pool, saved, tmp_path):
+    """The ranks share the reading; this file is one's."""
+    shutil.copytree(checkpoint.latest(saved("dp2 x tp2")[0]), tmp_path / "step-00000003")
+    path = max((tmp_path / "step-00000003").glob("*.distcp"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    messages = rank_pool.run(ranks.load_damaged, "pp2 x tp2", str(tmp_path))
+    assert len({message for message, _ in messages}) == 1
+    assert f"step-00000003' is damaged: {path.name} has {len(whole) // 2:,} bytes" in messages[0][0]
+    # Without the checksums torch finds it.
+    assert all("is damaged: its files cannot be read (" in message for _, message in messages)
+    marker = tmp_path / "step-00000003" / "checkpoint.json"
+    assert len(json.loads(marker.read_text())["files"]) == 5
+    marker.write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint\.json is empty; copy it anew"):
+        checkpoint.read_state(tmp_path / "step-00000003")
+
+
+def test_a_save_that_cannot_fit_writes_nothing(tmp_path, monkeypatch):
+    model, optimizer = small()
+    step(model, optimizer, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 999, 999))
+    with pytest.raises(OSError, match=r"no space is left .*kB needed, 999 bytes free.*No earlier checkpoint is there"):
+        checkpoint.save(tmp_path, model, optimizer, {}, step=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_the_cause_is_said_for_each_way_a_folder_refuses(tmp_path, monkeypatch, code):
+    def refuses(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    causes = {errno.EDQUOT: "quota is used up", errno.EROFS: "is read-only", errno.EACCES: "permission denied"}
+    with pytest.raises(OSError, match=rf"^checkpoint: cannot write '.*/step-00000001': .*{causes[code]}"):
+        checkpoint.save(tmp_path / "deep", nn.Linear(2, 2), None, {}, step=1)
 
 
 def small():

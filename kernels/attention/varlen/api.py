@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ... import env
-from ...backend_record import Request, implementation
+from ... import compat, env
+from ...backend_record import Request, implementation, needs_gradient
 from ...backends import choose, count
-from ..call.errors import short, wrong
+from ..call.errors import or_transpose, short, wrong
 from ..call.options import Options
-from ..call.packed import Packed, check_contents
+from ..call.packed import TRANSPOSE, Packed, check_contents
 from ..call.scalars import as_integer
 from ..call.spec import Origin
-from ..call.tensors import autocast, has_values, needs_gradient, unit_last_stride
+from ..call.tensors import autocast, has_values, unit_last_stride
 from ..call.validation import ALIGN, DTYPES, check_flag, check_qkv, normalise
 from .ops import FIELDS
 
@@ -138,8 +138,10 @@ def attend(
     can_read = has_values(lengths[0])
     if env.CHECK and can_read:
         check_contents(packed, q.shape[0], k.shape[0])
-    # The reference reads lengths on the host, which a compiled graph holds only inside an op.
-    if "attention_varlen" in record.differentiable and can_read:
+    # The reference reads lengths on the host, which a compiled graph holds only inside an op; and that has no rule for
+    # a transform.
+    is_formula = "attention_varlen" in record.differentiable
+    if is_formula and (can_read or (torch.compiler.is_compiling() and compat.transforms())):
         count("attention_varlen_forward", record.name)
         found: tuple[torch.Tensor, torch.Tensor]
         found = implementation(record.name, "attention_varlen").forward(q, k, v, call)
@@ -178,7 +180,11 @@ def _check_tensors(q: Any, k: Any, v: Any) -> None:
             expected, received = f"q's dtype and device, {q.dtype} on {q.device}", f"{x.dtype} on {x.device}"
             raise wrong(name, expected, received, "convert one of them with .to()")
     if v.shape[0] != k.shape[0]:
-        raise wrong("v", f"k's {k.shape[0]} rows", f"{v.shape[0]} (shape {tuple(v.shape)})", "one value for each key")
+        remedy = or_transpose("one value for each key", v.shape[:2] == (k.shape[1], k.shape[0]), TRANSPOSE)
+        raise wrong("v", f"k's {k.shape[0]} rows", f"{v.shape[0]} (shape {tuple(v.shape)})", remedy)
+    if q.shape[1] != 0 and (k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0):
+        received = f"{k.shape[1]} (shape {tuple(k.shape)})"
+        raise wrong("k", f"a number of heads that divides q's {q.shape[1]}", received, TRANSPOSE)
 
 
 def _check_lengths(q: torch.Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) -> tuple[int, int]:
@@ -205,6 +211,9 @@ def _check_starts(name: str, cu: Any, q: torch.Tensor) -> None:
         raise wrong(name, expected, type(cu).__name__, remedy)
     if cu.dim() != 1 or cu.shape[0] == 0 or cu.dtype not in INDEX_DTYPES or cu.device != q.device:
         raise wrong(name, expected, f"shape {tuple(cu.shape)}, {cu.dtype} on {cu.device}", remedy)
+    if compat.VMAP in compat.transforms() and not torch.compiler.is_compiling() and compat.is_mapped(cu):
+        remedy = "pack the sequences of all samples into one call, or call it for each sample"
+        raise wrong(name, "lengths that all samples of torch.func.vmap share", "lengths that vmap maps", remedy)
     if cu.stride(0) != 1 and cu.shape[0] > 1:
         raise wrong(name, "a contiguous tensor", f"strides {cu.stride()}", "call .contiguous()")
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
 from fusemesh.hybrid import checkpoint
@@ -106,6 +110,42 @@ def save_into(world: World, folder: str) -> str:
     except OSError as error:
         return str(error)
     return f"saved: {sorted(Path(folder).iterdir())}"
+
+
+def save_on_full_disks(world: World, text: str, folder: str, full: list[int], step: int) -> str:
+    """The message with which saving fails when the disk is full where the ranks of ``full`` write."""
+    model, optimizer = placed(world, text, 1, False)
+    create = FileSystem.create_stream
+
+    @contextmanager
+    def no_space(self: FileSystem, path: Any, mode: str) -> Iterator[Any]:
+        with create(self, path, mode) as stream:
+            if "w" in mode and world.rank in full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield stream
+
+    FileSystem.create_stream = no_space  # type: ignore[method-assign, assignment]
+    try:
+        checkpoint.save(folder, model, optimizer, {}, step=step)
+    except OSError as error:
+        return str(error)
+    finally:
+        FileSystem.create_stream = create  # type: ignore[method-assign]
+    return "saved"
+
+
+def load_damaged(world: World, text: str, folder: str) -> tuple[str, str]:
+    """The messages with which loading a damaged checkpoint fails, with and without a look at the checksums."""
+    model, optimizer = placed(world, text, 1, False)
+    found = []
+    for verify in (True, False):
+        try:
+            checkpoint.load(folder, model, optimizer, verify=verify)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append("loaded")
+    return found[0], found[1]
 
 
 def load_from(world: World, folder: str) -> str:
