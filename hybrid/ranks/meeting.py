@@ -216,12 +216,14 @@ class Meeting:
             self.store.set(f"{name}/all", "1")
 
     def _missing(self, name: str, what: str, store: dist.Store | None = None, word: str = "come") -> str:
-        """Return whom this rank waits for, and who has come."""
+        """Return whom this rank waits for, and who has come; "" if all have."""
         store = store or self.store
         everyone = range(self.place.world_size)
         came = [rank for rank in everyone if store.check([f"{name}/{rank}"])]
-        absent = ranks_text(set(everyone) - set(came))
-        return f"{absent} {what} (rank {self.place.rank} of {len(everyone)}); {word}: {ranks_text(came)}"
+        absent = set(everyone) - set(came)
+        if not absent:
+            return ""
+        return f"{ranks_text(absent)} {what} (rank {self.place.rank} of {len(everyone)}); {word}: {ranks_text(came)}"
 
 
 def _is_alive(pid: int) -> bool:

@@ -94,9 +94,8 @@ def test_a_wait_says_who_is_missing(where: str, rank_pool: RankPool, tmp_path: P
         "mesh": "to make the mesh of layout dp3 ",
     }
     answers = rank_pool.call(ranks_that_meet.wait_for, 1, where, str(tmp_path), ranks=3)
-    told = [line for line in "".join(answers).splitlines() if " s for rank 1 to " in line]
-    assert told, answers
-    assert all(said[where] in line and line.endswith("of 3); come: ranks 0, 2") for line in told[-1:])
+    told = [line for line in "".join(answers).splitlines() if f" s for rank 1 {said[where]}" in line]
+    assert told and all(line.endswith("of 3); come: ranks 0, 2") for line in told), answers
 
 
 @pytest.mark.parametrize("late", [0, 1])

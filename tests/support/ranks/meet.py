@@ -71,15 +71,16 @@ def meet(places: list[dict[str, str]], patience: float = 0.5, devices: dict[int,
 
 
 class _Noted(io.StringIO):
-    """A stderr; a file tells that something was written to it."""
+    """A stderr; a file tells that a text with the given piece was written to it."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, piece: str) -> None:
         super().__init__()
-        self.file = file
+        self.file, self.piece = file, piece
 
     def write(self, text: str) -> int:
         written = super().write(text)
-        self.file.touch()
+        if self.piece in text:
+            self.file.touch()
         return written
 
 
@@ -112,10 +113,17 @@ def wait_for(late: int, where: str, folder: str, places: list[dict[str, str]] | 
 
     meeting._joined.clear()
     environ = dict(os.environ) if places is None else _variables(places)
-    stderr = _Noted(noted) if rank != late else io.StringIO()
+    said = {
+        "store": " to meet ",
+        "group": " to connect ",
+        "connections": " to be connected ",
+        "mesh": " to make the mesh ",
+    }
+    piece = f" s for rank {late}{', whom' if late == 0 else said[where]}"
+    stderr = _Noted(noted, piece) if rank != late else io.StringIO()
     with (
         mock.patch.dict(os.environ, environ, clear=True),
-        mock.patch.object(waiting, "FIRST", 0.05 if rank != late else 60.0),
+        mock.patch.multiple(waiting, FIRST=0.05 if rank != late else 60.0, AGAIN=0.05),
         mock.patch.object(sys, "stderr", stderr),
         mock.patch.object(join, "Meeting", new_meeting),
         mock.patch.object(meeting.Meeting, "stage", late_stage),
