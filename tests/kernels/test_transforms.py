@@ -335,6 +335,11 @@ def test_many_gradients_at_once(case: str) -> None:
         torch.testing.assert_close(have, want)
 
 
+def test_vmap_over_no_sample() -> None:
+    for backend in ("cpu", "reference"):
+        assert vmap(dense(torch.float32, backend))(torch.empty(0, B, H, S, D)).shape == (0, B, H, S, D)
+
+
 def test_gradients_around_vmap_are_asked_for() -> None:
     """Inside vmap a tensor does not show that it requires a gradient."""
     x = normal(2, B, H, S, D, dtype=torch.float32).requires_grad_()
