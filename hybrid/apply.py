@@ -15,7 +15,7 @@ from fusemesh.kernels.attention.call.place import Place
 
 from . import compat
 from .capabilities import Capabilities
-from .consistency import check_same_model
+from .consistency import check_same_on_all_ranks
 from .data_parallel import shard_data_parallel
 from .layout import Layout
 from .pipeline_options import PipelineOptions
@@ -83,7 +83,7 @@ def parallelize(
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else _CPU
     # What is about to be cut is the same on every rank: replicas and parts of different models would train silently.
     if mesh.size() == dist.get_world_size():
-        check_same_model(model, device)
+        check_same_on_all_ranks([*model.named_parameters(), *model.named_buffers()], device)
 
     # 1. Pipeline parallel: the rank keeps its stages alone, before anything else takes memory.
     mine = None

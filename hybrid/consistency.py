@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -55,14 +55,14 @@ def quick_sum(tensor: torch.Tensor) -> int:
     return int((sums * factors).sum())
 
 
-def check_same_model(model: nn.Module, device: torch.device) -> None:
+def check_same_on_all_ranks(tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> None:
     """Check that every rank of the world holds the same whole model, before its parts are cut; every rank calls it.
 
-    One reduction of two numbers, whatever the model. Parameters and buffers are compared to the bit, by
-    :func:`quick_sum`; those on meta by their names alone.
+    One reduction of two numbers, whatever the model. Tensors are compared to the bit, by :func:`quick_sum`; those on
+    meta by shape and dtype.
 
     Args:
-        model: whole, on no mesh.
+        tensors: the model's parameters and buffers by name, on no mesh.
         device: where the backend of the world's group reduces.
 
     Raises:
@@ -70,7 +70,6 @@ def check_same_model(model: nn.Module, device: torch.device) -> None:
     """
     if dist.get_world_size() == 1:
         return
-    tensors = [*model.named_parameters(), *model.named_buffers()]
     mine = [(name, _sum_of(tensor)) for name, tensor in tensors]
     # Eight bytes are a signed integer, which is reduced as such.
     whole = int.from_bytes(hashlib.blake2b(repr(mine).encode(), digest_size=7).digest(), "big")
@@ -102,9 +101,9 @@ def _raise_different(everyone: list[dict[str, int | str]], names: list[str]) -> 
         ranks = [rank for rank, value in enumerate(values) if tied or value != common]
         told = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         raise ValueError(
-            f"model: expected the same whole model on every rank, received another {name!r} on {told} "
-            f"{'each' if tied else 'than on the others'}; set the same seed on every rank before the model is built, "
-            "or load the same weights on every rank"
+            f"model: expected the same whole model on every rank, received {name!r} that differs on {told} from "
+            f"{'each other' if tied else 'the others'}; set the same seed on every rank before the model is built, or "
+            "load the same weights on every rank"
         )
     raise AssertionError("the models differ in the order of their parameters alone")
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from . import compat
+from .consistency import check_same_on_all_ranks
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
 from .tensor.modules import own_rows
@@ -109,8 +110,23 @@ class PlacedModel(nn.Module):
     """In front of any model's class: it loads whole tensors, too; what cannot be done with parts says what to do."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load parts, as ``state_dict`` gives them, or whole tensors, of which each rank takes its part."""
+        """Load parts, as ``state_dict`` gives them, or whole tensors, of which each rank takes its part.
+
+        Every rank is given the same whole ones, which is checked. In a pipeline each takes what its stages have.
+
+        Raises:
+            ValueError: the ranks' whole tensors differ.
+        """
         own = self.state_dict()
+        plain = [
+            (name, x) for name, x in state_dict.items() if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
+        ]
+        held = next((own[name] for name, _ in plain if isinstance(own.get(name), DTensor)), None)
+        if held is not None:
+            with _told_while_alone("load_state_dict() of whole tensors"):
+                check_same_on_all_ranks(plain, held.to_local().device)
+        if isinstance(self, PipelinedModel) and self.pipeline is not None:
+            state_dict = {name: value for name, value in state_dict.items() if name in own}
         parts = {name: _part_like(own.get(name), value) for name, value in state_dict.items()}
         return super().load_state_dict(parts, strict, assign)
 

@@ -40,6 +40,7 @@ def test_what_needs_a_whole_model_says_what_to_do(rank_pool: RankPool) -> None:
         for name in ("pickle", "save"):
             assert "save fusemesh.whole_state_dict(model), which every rank calls" in found[name]
         assert "size mismatch for norm.bias" in found["load"]
+        assert "'embedding.weight' that differs on ranks 0, 1 from each other" in found["different"]
 
 
 def test_a_rank_that_waits_says_so(rank_pool: RankPool) -> None:

@@ -38,8 +38,6 @@ def through_whole(world: World, text: str, kind: str) -> tuple[dict[str, torch.T
     plan = PLAN if kind == "plain" else None
     model = fusemesh.parallelize(model_of(kind, 1), mesh, layout, plan=plan)
     found = fusemesh.whole_state_dict(model)
-    if layout.pp > 1:
-        return found, True
     other = fusemesh.parallelize(model_of(kind, 2), mesh, layout, plan=plan)
     other.load_state_dict(model_of(kind, 1).state_dict())
     pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
@@ -59,6 +57,7 @@ def refused(world: World) -> dict[str, str]:
         "pickle": lambda: pickle.dumps(model),
         "save": lambda: torch.save(model, io.BytesIO()),
         "load": lambda: model.load_state_dict({**model.state_dict(), "norm.bias": torch.ones(3)}),
+        "different": lambda: model.load_state_dict(plain(world.rank).state_dict()),
     }
     found = {}
     for name, call in calls.items():
