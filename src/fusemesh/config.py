@@ -28,6 +28,13 @@ _DTYPE_NAMES = {
     **dict.fromkeys(("fp16", "f16", "half"), "float16"),
     "bf16": "bfloat16",
 }
+# Names on the command line of the most used keys, beside their own, where a model is trained.
+SHORT_NAMES = {
+    "training.steps": "--steps",
+    "training.global_batch_size": "--batch-size",
+    "training.learning_rate": "--lr",
+    "run.directory": "--out",
+}
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
@@ -246,7 +253,9 @@ def _build(values: Mapping[str, Any]) -> Config:
     known = fields_of(Config)
     for key in values:
         if key not in known:
-            guess = suggestion(key, known) or f"; the keys are: {', '.join(known)}"
+            short = {name.lstrip("-").replace("-", "_"): full for full, name in SHORT_NAMES.items()}
+            meant = short.get(key.rpartition(".")[2].replace("-", "_"), key)
+            guess = suggestion(meant, known) or f"; the keys are: {', '.join(known)}"
             raise ValueError(f"{key}: not a key of the configuration{guess}")
     sections: dict[str, Any] = {}
     for key, value in values.items():

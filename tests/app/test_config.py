@@ -79,7 +79,7 @@ WRONG_OVERRIDES = [
         {"trainin.steps": "3"},
         r"trainin\.steps: not a key of the configuration; did you mean training\.steps\?",
     ),
-    ({"optimizer.lr": "3"}, r"not a key of the configuration; the keys are: task, layout, model\.hidden_size"),
+    ({"optimizer.foo": "3"}, r"not a key of the configuration; the keys are: task, layout, model\.hidden_size"),
     ({"steps": "3"}, r"steps: not a key .*; did you mean training\.steps\?"),
     ({"training.steps": "many"}, r"--training\.steps: expected a whole number, received 'many'"),
     ({"training.steps": "1.5"}, r"--training\.steps: expected a whole number, received '1\.5'"),
