@@ -74,10 +74,10 @@ def _run(words: list[str]) -> int:
         result, text, status = options.command(options)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, UserError) as error:
-        return _fail(name, 2, str(error), as_json=as_json)
     except RuntimeError as error:
         return _fail(name, 1, str(error), as_json=as_json, result=getattr(error, "result", None))
+    except (ValueError, OSError, UserError) as error:
+        return _fail(name, 2, str(error), as_json=as_json)
     except KeyboardInterrupt as error:
         return _fail(name, 130, str(error) or "interrupted", as_json=as_json)
     except Exception as error:

@@ -182,6 +182,15 @@ def test_a_tasks_defaults_stand_beneath_everything_else(tmp_path):
     assert load_config(None, {"task": "translation", "data.path": "a.csv"}).data.sequence_length == 0
 
 
+def test_a_small_learning_rate_alone_still_falls():
+    """The default of the end, 3e-4, would be above it."""
+    assert load_config(None, {"training.learning_rate": "1e-4"}).training.min_learning_rate == pytest.approx(1e-5)
+    assert load_config(None, {"training.learning_rate": "1e-3"}).training.min_learning_rate == 3e-4
+    given = {"training.learning_rate": "1e-4", "training.min_learning_rate": "2e-4"}
+    saved = load_config(None, given)
+    assert saved.training.min_learning_rate == 2e-4 and load_config(base=config.as_dict(saved)) == saved
+
+
 @pytest.mark.parametrize("load", [config.load, load_config])
 def test_an_unknown_task(load):
     with pytest.raises(ValueError, match=r"task: expected one of .*translation.*, received 'poetry'"):
