@@ -10,9 +10,9 @@ import torch
 from ... import compat, env
 from ...backend_record import Request, implementation, needs_gradient
 from ...backends import choose, count
-from ..call.errors import short, wrong
+from ..call.errors import or_transpose, short, wrong
 from ..call.options import Options
-from ..call.packed import Packed, check_contents
+from ..call.packed import TRANSPOSE, Packed, check_contents
 from ..call.scalars import as_integer
 from ..call.spec import Origin
 from ..call.tensors import autocast, has_values, unit_last_stride
@@ -134,7 +134,9 @@ def attend(
     call = normalise(like_q, like_k, options).replace(packed=packed, origin=None)
     needs_grad = needs_gradient(q, k, v, *call.differentiable)
     dims = (q.shape[2], v.shape[2])
-    record = choose(backend, Request("attention_varlen", q.device, q.dtype, dims, call, needs_grad, return_lse))
+    scores = (*like_q.shape[:3], like_k.shape[2])
+    asked = Request("attention_varlen", q.device, q.dtype, dims, call, needs_grad, return_lse, scores=scores)
+    record = choose(backend, asked)
     can_read = has_values(lengths[0])
     if env.CHECK and can_read:
         check_contents(packed, q.shape[0], k.shape[0])
@@ -180,7 +182,11 @@ def _check_tensors(q: Any, k: Any, v: Any) -> None:
             expected, received = f"q's dtype and device, {q.dtype} on {q.device}", f"{x.dtype} on {x.device}"
             raise wrong(name, expected, received, "convert one of them with .to()")
     if v.shape[0] != k.shape[0]:
-        raise wrong("v", f"k's {k.shape[0]} rows", f"{v.shape[0]} (shape {tuple(v.shape)})", "one value for each key")
+        remedy = or_transpose("one value for each key", v.shape[:2] == (k.shape[1], k.shape[0]), TRANSPOSE)
+        raise wrong("v", f"k's {k.shape[0]} rows", f"{v.shape[0]} (shape {tuple(v.shape)})", remedy)
+    if q.shape[1] != 0 and (k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0):
+        received = f"{k.shape[1]} (shape {tuple(k.shape)})"
+        raise wrong("k", f"a number of heads that divides q's {q.shape[1]}", received, TRANSPOSE)
 
 
 def _check_lengths(q: torch.Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) -> tuple[int, int]:

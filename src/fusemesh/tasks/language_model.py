@@ -106,13 +106,17 @@ def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Co
                 f"{path!r}; give more text, or some to evaluate on as data.held_out"
             )
         parts = [{n: text for n, text in documents.items() if (n in chosen) == part} for part in (False, True)]
-    streams = []
-    for part in parts:
-        # In the order of the hash: the first part of a stream is then a random choice of documents.
-        found = b"".join(part[name] + bytes([SEPARATOR]) for name in sorted(part, key=lambda name: hash_of(name)))
-        streams.append(np.frombuffer(found, dtype=np.uint8))
-    source = str(_root(path)) if path else _library()
-    return Corpus(streams[0], streams[1], len(parts[0]), len(parts[1]), source)
+    return Corpus(_stream(parts[0]), _stream(parts[1]), len(parts[0]), len(parts[1]), _source(path))
+
+
+def _stream(documents: dict[str, bytes]) -> np.ndarray:
+    """Return documents as one stream, in the order of their hashes: its first part is then a random choice of them."""
+    names = sorted(documents, key=lambda name: hash_of(name))
+    return np.frombuffer(b"".join(documents[name] + bytes([SEPARATOR]) for name in names), dtype=np.uint8)
+
+
+def _source(path: str) -> str:
+    return str(_root(path)) if path else _library()
 
 
 def _root(path: str) -> Path:
@@ -277,13 +281,19 @@ class LanguageModel(Task):
     @property
     def source(self) -> str:
         """Where the text is from."""
-        return self._corpus.source
+        return _source(self.config.data.path)
 
     def read_train(self) -> Samples:
         return Samples(self._corpus.train, self.config.data.sequence_length)
 
     def read_held_out(self) -> Samples:
-        return Samples(self._corpus.held_out, self.config.data.sequence_length, padded=True)
+        data = self.config.data
+        if data.held_out and "_corpus" not in vars(self):
+            # The data to train on need not be there.
+            found = _stream(_read(data.held_out, "data.held_out", data.encoding))
+        else:
+            found = self._corpus.held_out
+        return Samples(found, data.sequence_length, padded=True)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes()
