@@ -50,13 +50,16 @@ class DecodeCall:
         """Return the call as a backend is asked for it."""
         q = self.q
         rows = q.shape[1] // max(self.k_cache.shape[1], 1) * q.shape[2]
+        dims = (q.shape[3], self.v_dim)
+        is_latent = self.v_cache is None
+        scores = (*q.shape[:3], self.capacity)
         return Request(
             "attention_decode",
             q.device,
             q.dtype,
-            (q.shape[3], self.v_dim),
+            dims,
             self.call,
-            is_latent=self.v_cache is None,
+            is_latent=is_latent,
             rows=rows,
-            scores=(*q.shape[:3], self.capacity),
+            scores=scores,
         )
