@@ -8,6 +8,7 @@ from typing import Protocol
 
 # Mean seconds of a core that one test of a file takes; of the files that are not here, next to nothing.
 SECONDS = {
+    "tests/app/test_carried.py": 0.3,
     "tests/app/test_cli.py": 0.5,
     "tests/app/test_demo.py": 4.0,
     "tests/app/test_planning.py": 0.3,
@@ -19,6 +20,7 @@ SECONDS = {
     "tests/hybrid/test_checkpoint.py": 2.0,
     "tests/hybrid/test_consistency.py": 0.4,
     "tests/hybrid/test_launch.py": 0.6,
+    "tests/hybrid/test_meeting.py": 0.3,
     "tests/hybrid/test_parity.py": 1.2,
     "tests/hybrid/test_pipeline_parallel.py": 0.6,
     "tests/hybrid/test_planner.py": 0.2,

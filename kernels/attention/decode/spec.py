@@ -53,5 +53,13 @@ class DecodeCall:
         dims = (q.shape[3], self.v_dim)
         is_latent = self.v_cache is None
         scores = (*q.shape[:3], self.capacity)
-        numbers = {"is_latent": is_latent, "rows": rows, "scores": scores}
-        return Request("attention_decode", q.device, q.dtype, dims, self.call, **numbers)
+        return Request(
+            "attention_decode",
+            q.device,
+            q.dtype,
+            dims,
+            self.call,
+            is_latent=is_latent,
+            rows=rows,
+            scores=scores,
+        )
