@@ -319,10 +319,6 @@ def test_a_run_of_records_in_another_encoding(
     # The encoding is that of the file; lines have their own, and say so.
     answers = run("predict", folder, lines="服务\f好\n坏\u2028了\r\n\x85很\v好".encode())["answers"]
     assert len(answers) == 3 and "cut" not in caplog.text
-    assert (
-        len(run("predict", folder, "--layout", "dp2", lines="服务\f好\n坏\u2028了\r\n\x85很\v好".encode())["answers"])
-        == 3
-    )
     assert len(run("predict", folder, "--data.encoding", "gb18030", lines="好\n坏".encode("gb18030"))["answers"]) == 2
     run("predict", folder, lines="长".encode() * 20)
     assert "lines: 1 of 1 is cut at data.sequence_length = 32 tokens (the longest takes 60)" in caplog.text
