@@ -18,6 +18,12 @@ import torch
 from . import compat
 
 OPERATIONS = ("attention", "attention_varlen", "attention_decode", "linear")
+# What an error calls a transform.
+TRANSFORMS = {
+    compat.VMAP: "torch.func.vmap",
+    compat.GRADIENT: "gradients of torch.func (grad, vjp, jacrev, hessian)",
+    compat.FORWARD: "forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad)",
+}
 
 
 class Refusal(NamedTuple):
@@ -34,6 +40,24 @@ class Refusal(NamedTuple):
         return ValueError(f"{self.argument}: expected {expected}, received {self.received}; {remedy}")
 
 
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Return whether autograd, or a transform of torch.func, will ask for a gradient of one of the tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    transforms = compat.transforms()
+    if transforms and torch.compiler.is_compiling() and compat.GRADIENT in transforms:
+        return True  # traced tensors do not tell
+    if transforms and not torch.compiler.is_compiling():
+        return any(x is not None and compat.requires_grad(x) for x in tensors)
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def has_derivative(x: torch.Tensor) -> bool:
+    """Return whether a derivative of ``x`` will be asked for, in reverse or forward."""
+    is_forward = compat.FORWARD in compat.transforms() and not torch.compiler.is_compiling()
+    return needs_gradient(x) or (is_forward and compat.has_tangent(x))
+
+
 @dataclass(frozen=True)
 class Request:
     """One call, as far as a backend needs to know it to accept or refuse it; nothing has run yet."""
@@ -47,6 +71,8 @@ class Request:
     needs_lse: bool = False
     is_latent: bool = False  # decode: the values are columns of the keys
     rows: int = 1  # decode: query rows that share a key head
+    # The keys of TRANSFORMS under which the call runs.
+    transforms: tuple[str, ...] = field(default_factory=compat.transforms)
 
     @property
     def aux_needs_grad(self) -> bool:
@@ -66,8 +92,9 @@ class Backend:
         limits: the refusal of a request whatever the machine, or None.
         unavailable: why it cannot run on tensors of a device on this machine, or None.
         automatic: why ``auto`` takes it for a request that it does not refuse, or None where auto leaves it.
-        differentiable: the operations whose implementation is written in PyTorch's differentiable functions; the others
-            run inside a torch.library op with the backward as its gradient.
+        differentiable: the operations whose implementation is written in PyTorch's differentiable functions, and so
+            can run under every transform of torch.func; the others run inside a torch.library op with the backward as
+            its gradient and a rule for vmap alone.
         instead: operations that another backend computes when this one is asked for.
         least_head_dim: smaller head dims are refused.
     """
@@ -91,13 +118,26 @@ class Backend:
             names = ", ".join(other.name for other in reversed(records().values()) if other.computes(request.operation))
             why = f"{self.name} does not compute {request.operation}"
             return Refusal("backend", f"one that computes {request.operation} ({names})", repr(self.name), why)
-        refusal = self.limits(request)
+        refusal = (self._refuse_transform(request) if request.transforms else None) or self.limits(request)
         if refusal is not None:
             return refusal
         reason = why_unavailable(self.name, request.device)
         return (
             None if reason is None else Refusal("backend", "one that can run here", f"{self.name!r}: {reason}", reason)
         )
+
+    def _refuse_transform(self, request: Request) -> Refusal | None:
+        """Return the refusal of a transform for which ops have no rule."""
+        record = _records.get(self.instead.get(request.operation, self.name), self)
+        if request.operation in record.differentiable:
+            return None
+        without = [compat.FORWARD, *([compat.GRADIENT] if request.needs_grad else [])]
+        for name in without:
+            if name in request.transforms:
+                what = TRANSFORMS[name]
+                received = f"{self.name!r}, whose {request.operation} has none"
+                return Refusal("backend", f"one with a rule for {what}", received, f"no rule for {what}")
+        return None
 
     def check(self, request: Request) -> None:
         """Raise ValueError where :meth:`refuse` refuses: what an implementation does before it computes."""

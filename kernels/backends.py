@@ -2,7 +2,8 @@
 
 A backend asked for by name runs or raises; it never falls back. ``backend="auto"`` asks the records in their order,
 takes the first that is willing and does not refuse the call, and says so once at INFO. It never raises where the
-reference can compute.
+reference can compute. Under a transform of torch.func, where ops have no rule for most, it asks only those written in
+PyTorch's differentiable functions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .attention.engine.backend import CPU
 from .attention.gpu.backend import TRITON
 from .attention.reference.backend import REFERENCE
 from .attention.sdpa.backend import TORCH
-from .backend_record import Backend, Request, records, register
+from .backend_record import TRANSFORMS, Backend, Request, records, register
 from .backend_record import why_unavailable as why_unavailable
 from .scoped import Scoped
 
@@ -87,8 +88,12 @@ def automatic(request: Request, without: Collection[str] = ()) -> tuple[Backend,
         ValueError: every backend refuses, with the last one's reason.
     """
     last, why_not = None, ""
+    only_formulas = bool(request.transforms) and any(request.operation in x.differentiable for x in records().values())
     for record in records().values():
         if record.name in without:
+            continue
+        if only_formulas and request.operation not in record.differentiable:
+            why_not = "under " + ", ".join(TRANSFORMS[name] for name in request.transforms)
             continue
         willing = record.automatic(request)
         if willing is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 C = TypeVar("C", bound=type)
 
@@ -38,6 +39,22 @@ PRIVATE = {
     "torch._C._nn.scaled_dot_product_attention": Private(
         "calling PyTorch's kernel while fusemesh.accelerate() has given its public name to a function of ours",
         "keep the function that F.scaled_dot_product_attention names when this module is imported",
+    ),
+    "torch._C._functorch": Private(
+        "which transforms of torch.func a call runs under, and whether vmap maps a tensor or hides its requires_grad",
+        "take `torch.func` calls for ordinary ones: ops without a rule then fail by PyTorch's own messages",
+    ),
+    "torch._C._vmapmode": Private(
+        "the level of the older vmap in which torch.autograd.grad(is_grads_batched=True) calls backward ops",
+        "drop the rule of op_rules.py for it where torch.autograd uses torch.func.vmap, whose rule is another",
+    ),
+    "_batch_dim": Private(
+        "taking the samples of the older vmap apart, and putting results together",
+        "as for torch._C._vmapmode",
+    ),
+    "torch.autograd.forward_ad._current_level": Private(
+        "whether a level of forward-mode differentiation is open, which no op of ours has a rule for",
+        "raise in a jvp rule, if torch.library takes one by then: without either, tangents are silently zero",
     ),
     "._ragged_idx": Private(
         "which dimension of a jagged tensor is the jagged one",
@@ -87,6 +104,71 @@ def recording() -> contextlib.AbstractContextManager[Any]:
     guard: contextlib.AbstractContextManager[Any]
     guard = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     return guard
+
+
+# The transforms of torch.func, as :func:`transforms` names them.
+VMAP, GRADIENT, FORWARD = "vmap", "grad", "jvp"
+_NAMES = {"Vmap": VMAP, "Grad": GRADIENT, "Jvp": FORWARD}
+
+
+def transforms() -> tuple[str, ...]:
+    """Return which transforms the code runs under, each once; torch.autograd.forward_ad's open level is FORWARD."""
+    if torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0:
+        return ()
+    found = {_NAMES.get(level.key().name) for level in torch._C._functorch.get_interpreter_stack() or ()}
+    if forward_ad._current_level >= 0:
+        found.add(FORWARD)
+    return tuple(name for name in _NAMES.values() if name in found)
+
+
+# torch.compile enters the transforms that it traces, and guards on those around the graph.
+assume_constant_result(transforms)
+
+
+def requires_grad(x: torch.Tensor) -> bool:
+    """Return ``x.requires_grad``, also of a tensor inside vmap, which shows False whatever it was made of."""
+    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Return whether ``x`` has a forward-mode derivative, also inside further transforms."""
+    while forward_ad.unpack_dual(x).tangent is None:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
+def is_mapped(x: torch.Tensor) -> bool:
+    """Return whether vmap maps ``x``, so that it has other contents for each sample."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def older_vmap_level() -> int:
+    """Return how many calls of the older vmap, that of is_grads_batched, are around."""
+    level: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def samples_of(x: torch.Tensor, level: int) -> torch.Tensor | None:
+    """Return the samples of the older vmap one after the other, [samples, ...]; None if it does not map ``x``."""
+    if not torch._C._functorch.is_legacy_batchedtensor(x):
+        return None
+    samples: torch.Tensor = torch._remove_batch_dim(x, level, 0, 0)
+    return samples
+
+
+def as_mapped(samples: torch.Tensor, level: int) -> torch.Tensor:
+    """Return [samples, ...] as the older vmap shows it to what it maps."""
+    mapped: torch.Tensor = torch._add_batch_dim(samples, 0, level)
+    return mapped
 
 
 def ragged_dim(x: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import backends
+from .. import backends, op_rules
 from ..backend_record import implementation
 from .call.op_fields import OpFields
 from .call.options import Call
@@ -25,18 +25,27 @@ _LIBRARY = torch.library.Library("fusemesh", "FRAGMENT")
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
-def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
+) -> None:
     """Define the op ``fusemesh::name``.
 
     Args:
         schema: its arguments and results in the language of torch.library.
         function: computes it, for tensors of any device.
         fake: makes results of the right shapes, dtypes and strides, without computing.
+        vmap: the op's rule for torch.func.vmap; None calls it for each sample.
     """
     FUNCTIONS[name] = function
     _LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, op_rules.without_tangents(name)(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusemesh::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"fusemesh::{name}", vmap or op_rules.by_sample(name), lib=_LIBRARY)
+    _LIBRARY.impl(name, op_rules.by_sample_of_gradients(name), "Batched")
 
 
 def register_attention(operation: str, fields: OpFields, reference: Callable[[], Any]) -> None:

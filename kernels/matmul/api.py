@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from .. import compat
 from ..autocast import autocast_dtype
-from ..backend_record import Request, implementation
+from ..backend_record import Request, implementation, needs_gradient
 from ..backends import choose, count
 from . import ops, reference
 
@@ -71,7 +72,9 @@ def fused_linear(
     _check_tensors(x, w, bias, w_up)
     x, w, bias, w_up = _autocast(x, w, bias, w_up)
     _check(x, w, bias, activation, w_up)
-    record = choose(backend, Request("linear", x.device, x.dtype))
+    transforms = compat.transforms()
+    needs_grad = bool(transforms) and needs_gradient(x, w, bias, w_up)
+    record = choose(backend, Request("linear", x.device, x.dtype, needs_grad=needs_grad, transforms=transforms))
     if "linear" not in record.differentiable:
         return ops.linear(x, w, bias, w_up, activation, record.name)
     count("linear_forward", record.name)

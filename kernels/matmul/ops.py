@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import backends
-from ..backend_record import implementation
+from .. import backends, op_rules
+from ..backend_record import implementation, needs_gradient
 
 # slope = dy/dz and slope_up = dy/du are what backward needs of the pre-activations z = x w^T + bias and u = x w_up^T.
 # An output that was not asked for is a tensor of shape [0].
@@ -36,12 +36,8 @@ def linear(
     backend: str,
 ) -> torch.Tensor:
     """The differentiable op: y of shape [..., N], keeping for backward only what the gradients asked for need."""
-
-    def needed(*tensors: torch.Tensor | None) -> bool:
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-    save_slope = activation is not None and needed(x, w, bias)
-    save_slope_up = w_up is not None and needed(x, w_up)
+    save_slope = activation is not None and needs_gradient(x, w, bias)
+    save_slope_up = w_up is not None and needs_gradient(x, w_up)
     return linear_forward(x, w, bias, w_up, activation, save_slope, save_slope_up, backend)[0]
 
 
@@ -69,6 +65,7 @@ def _kernels(backend: str) -> Any:
 
 
 @torch.library.custom_op("fusemesh::linear_forward", mutates_args=(), schema=FORWARD_SCHEMA)
+@op_rules.without_tangents("linear_forward")
 def linear_forward(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -110,6 +107,7 @@ def _(
 
 
 @torch.library.custom_op("fusemesh::linear_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+@op_rules.without_tangents("linear_backward")
 def linear_backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -212,3 +210,9 @@ def _backward_twice(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...
 
 
 linear_backward.register_autograd(_backward_twice)
+
+# An op that custom_op has defined takes no rule for the older vmap but in a library's fragment.
+_LIBRARY = torch.library.Library("fusemesh", "FRAGMENT")
+for _op, _name in ((linear_forward, "linear_forward"), (linear_backward, "linear_backward")):
+    _op.register_vmap(op_rules.by_sample(_name))
+    _LIBRARY.impl(_name, op_rules.by_sample_of_gradients(_name), "Batched")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .. import compat, op_rules
 from .api import fused_linear
 
 # torch 2.13 renamed these two and warns at the old names; 2.11 and 2.12 have only the old ones.
@@ -158,23 +159,31 @@ class _GatherFromColumns(torch.autograd.Function):
         return dy.narrow(-1, min(ctx.start, dy.shape[-1]), ctx.own).contiguous(), None, None
 
 
+def _is_alone(group: dist.ProcessGroup, function: str) -> bool:
+    """Return whether the group has one rank; raise for more where a transform of torch.func is active."""
+    ranks = group_size(group)
+    if ranks > 1 and compat.transforms():
+        op_rules.refuse_collectives(function, ranks)
+    return ranks == 1
+
+
 def copy_to_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """``x``, equal on every rank, enters a computation that the ranks split: its gradients are summed over them."""
-    if group is None or group_size(group) == 1:
+    if group is None or _is_alone(group, "copy_to_group"):
         return x
     return _CopyToGroup.apply(x, group)
 
 
 def reduce_from_group(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The sum over the group of each rank's ``x``, equal on every rank."""
-    if group is None or group_size(group) == 1:
+    if group is None or _is_alone(group, "reduce_from_group"):
         return x
     return _ReduceFromGroup.apply(x, group)
 
 
 def gather_from_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, dim: int = 1) -> torch.Tensor:
     """The whole sequence from its parts, for a computation that the ranks split: [.., S / R, ..] to [.., S, ..]."""
-    if group is None or group_size(group) == 1:
+    if group is None or _is_alone(group, "gather_from_sequence"):
         return x
     return _GatherFromSequence.apply(x, group, dim)
 
@@ -185,7 +194,7 @@ def reduce_scatter_to_sequence(x: torch.Tensor, group: dist.ProcessGroup | None,
     Raises:
         ValueError: the group's size does not divide the sequence.
     """
-    if group is None or group_size(group) == 1:
+    if group is None or _is_alone(group, "reduce_scatter_to_sequence"):
         return x
     _check_divides(x, group, dim)
     return _ReduceScatterToSequence.apply(x, group, dim)
@@ -197,7 +206,7 @@ def scatter_to_sequence(x: torch.Tensor, group: dist.ProcessGroup | None, dim: i
     Raises:
         ValueError: the group's size does not divide the sequence.
     """
-    if group is None or group_size(group) == 1:
+    if group is None or _is_alone(group, "scatter_to_sequence"):
         return x
     _check_divides(x, group, dim)
     return _ScatterToSequence.apply(x, group, dim)
@@ -208,7 +217,7 @@ def gather_from_columns(x: torch.Tensor, group: dist.ProcessGroup | None, column
 
     Parts are as torch.chunk cuts them: ceil(N / R) on each rank, fewer or none on the last ones.
     """
-    if group is None or group_size(group) == 1:
+    if group is None or _is_alone(group, "gather_from_columns"):
         return x
     return _GatherFromColumns.apply(x, group, columns)
 

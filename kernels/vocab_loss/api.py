@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .. import env
+from .. import compat, env, op_rules
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -69,6 +69,19 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return dlogits.to(logits.dtype), None, None, None, None
 
 
+def _by_formula(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, ignore_index: int) -> torch.Tensor:
+    """Return the loss of one process in PyTorch's differentiable functions, for the transforms of torch.func."""
+    z = _wide(logits)
+    own = z.new_zeros(targets.shape)
+    if z.shape[-1] > 0:
+        z = z - z.detach().amax(-1, keepdim=True)
+        local = targets - vocab_start
+        here = (local >= 0) & (local < z.shape[-1])
+        picked = z.gather(-1, local.clamp(0, z.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+        own = torch.where(here, picked, 0.0)
+    return torch.where(targets == ignore_index, 0.0, torch.logsumexp(z, -1) - own)
+
+
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -93,7 +106,8 @@ def vocab_parallel_cross_entropy(
         loss [*], fp32 (fp64 for fp64), equal on every rank of the group. Its gradient must be too.
 
     Raises:
-        ValueError: shapes that do not agree, or targets that are not integers.
+        ValueError: shapes that do not agree, targets that are not integers, or a transform of torch.func around the
+            collectives of more than one rank.
     """
     if logits.ndim < 1 or logits.shape[:-1] != targets.shape:
         raise ValueError(
@@ -109,7 +123,10 @@ def vocab_parallel_cross_entropy(
             f"vocab_start: expected the id of this rank's first column, at least 0, received {vocab_start}"
         )
     targets = targets.long()
-    if env.CHECK:
+    transforms = compat.transforms()
+    if transforms and group is not None and dist.get_world_size(group) > 1:
+        op_rules.refuse_collectives("vocab_parallel_cross_entropy", dist.get_world_size(group))
+    if env.CHECK and not (transforms and compat.is_mapped(targets)):
         held = (targets >= vocab_start) & (targets < vocab_start + logits.shape[-1])
         missing = (_reduce(held.long(), group, dist.ReduceOp.SUM) == 0) & (targets != ignore_index)
         if bool(missing.any()):
@@ -117,4 +134,6 @@ def vocab_parallel_cross_entropy(
                 f"targets: {int(missing.sum())} ids are in no rank's part of the vocabulary, the first is "
                 f"{int(targets[missing][0])}; use ids below the vocabulary's size, or ignore_index={ignore_index}"
             )
+    if transforms:
+        return _by_formula(logits, targets, vocab_start, ignore_index)
     return _VocabParallelCrossEntropy.apply(logits, targets, vocab_start, group, ignore_index)

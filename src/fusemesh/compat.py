@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 
 class FusedPath(NamedTuple):
@@ -84,16 +83,6 @@ def keep_out_of_compilers_table() -> None:
         _name_originals(sys.modules[_CompilersTable.NAME])
     elif not any(isinstance(x, _CompilersTable) for x in sys.meta_path):
         sys.meta_path.insert(0, _CompilersTable())
-
-
-def is_functorch_wrapped(x: torch.Tensor) -> bool:
-    """Return whether a transform of torch.func holds ``x``: custom ops have no rule for it, no public query exists."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def in_forward_mode() -> bool:
-    """Return whether a dual level is open: our ops have no forward-mode formula, and forward_ad has no public query."""
-    return forward_ad._current_level >= 0
 
 
 def is_tracing_tensor(kind: type) -> bool:

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 
 from fusemesh import compat
 from fusemesh.integrations.pytorch import signatures
@@ -23,7 +22,7 @@ from tests.support.private_names import ROOT, private_names
 def test_private_names_stand_in_compat_alone() -> None:
     found = private_names(ROOT / "src" / "fusemesh")
     assert [use for use in found if use.file != "compat.py"] == []
-    assert {"torch._C._functorch.is_functorch_wrapped_tensor", "torch._foreach_norm"} <= {use.name for use in found}
+    assert {"torch._foreach_norm"} <= {use.name for use in found}
 
 
 @pytest.mark.parametrize("path", [compat.FUSED_ATTENTION, compat.FUSED_ENCODER_LAYER], ids=lambda path: path.shown)
@@ -60,19 +59,6 @@ def test_arguments_are_those_of_the_fused_path(path: compat.FusedPath, arguments
     assert tuple(argument.name for argument in schema) == arguments._fields
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     assert defaults == arguments._field_defaults
-
-
-def test_is_functorch_wrapped_tensor() -> None:
-    seen = []
-    torch.func.vmap(lambda x: seen.append(compat.is_functorch_wrapped(x)) or x)(torch.zeros(2, 3))
-    assert seen == [True] and not compat.is_functorch_wrapped(torch.zeros(2, 3))
-
-
-def test_forward_ad_current_level() -> None:
-    assert not compat.in_forward_mode()
-    with forward_ad.dual_level():
-        assert compat.in_forward_mode()
-    assert not compat.in_forward_mode()
 
 
 def test_tracing_tensors_stand_in_torch_subclasses() -> None:

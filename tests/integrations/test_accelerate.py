@@ -329,16 +329,18 @@ def test_tensor_subclasses_go_to_pytorch() -> None:
     assert routes() == {Route(SDPA, None, "a tensor subclass (Tagged)"): 1}
 
 
-def test_forward_mode_goes_to_pytorch() -> None:
-    q, tangent = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 4, 16)
-    with (
-        fusemesh.accelerate(),
-        nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
-        torch.autograd.forward_ad.dual_level(),
-    ):
-        dual = torch.autograd.forward_ad.make_dual(q, tangent)
-        out = torch.autograd.forward_ad.unpack_dual(F.scaled_dot_product_attention(dual, q, q))
-    assert out.tangent is not None and routes() == {Route(SDPA, None, "forward-mode differentiation"): 1}
+@pytest.mark.parametrize("training", [True, False], ids=["sdpa", "fused_layer"])
+def test_forward_mode_is_the_references(training: bool) -> None:
+    """PyTorch's kernels have no forward-mode derivatives, its formula has."""
+    x, tangent = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    model = encoder().train(training).requires_grad_(False)
+    with fusemesh.accelerate():
+        have = torch.func.jvp(model, (x,), (tangent,))[1]
+    name = SDPA if training else "torch._transformer_encoder_layer_fwd"
+    assert set(routes()) == {Route(name, "reference", "")}
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        want = torch.func.jvp(model.train(), (x,), (tangent,))[1]
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpointed_layer_is_computed_again_by_the_same_backend() -> None:

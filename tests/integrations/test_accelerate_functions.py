@@ -305,10 +305,11 @@ def test_errors_of_pytorch_stay_pytorchs_and_a_named_backend_raises() -> None:
             F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
         with pytest.raises(ValueError, match="return_lse"):
             nn.MultiheadAttention(32, 2)(*[torch.randn(6, 2, 32)] * 3)
-        with pytest.raises(
-            ValueError, match=r"a transform of torch\.func; backend='auto' leaves such calls to PyTorch"
-        ):
-            torch.func.vmap(F.scaled_dot_product_attention)(q, q, q)
+    with (
+        fusemesh.accelerate(backend="cpu"),
+        pytest.raises(ValueError, match=r"one with a rule for gradients of torch\.func"),
+    ):
+        torch.func.grad(lambda q: F.scaled_dot_product_attention(q, q, q).sum())(q)
     assert routes() == {}
 
 

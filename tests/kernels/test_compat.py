@@ -5,9 +5,13 @@ A failure names what is gone; ``fusemesh.kernels.compat.PRIVATE`` says what it w
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functionalize, grad, hessian, jvp, vmap
 from torch.nn import functional as F
 
 from fusemesh.kernels import compat
@@ -69,6 +73,64 @@ def test_jagged_tensors() -> None:
     assert compat.longest_of(fresh) == 5 and compat.longest_is_known(fresh)
     known = torch.nested.nested_tensor_from_jagged(x.values(), x.offsets().clone(), max_seqlen=7)
     assert compat.longest_is_known(known) and compat.longest_of(known) == 7
+
+
+def test_transforms_have_names() -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(compat.transforms())
+        return x.sum()
+
+    x = torch.ones(2, 2)
+    look(x)
+    vmap(look)(x)
+    grad(look)(x)
+    jvp(look, (x,), (x,))
+    functionalize(look)(x)
+    hessian(look)(x)
+    with forward_ad.dual_level():
+        look(x)
+    look(x)
+    names = ((), ("vmap",), ("grad",), ("jvp",), (), ("vmap", "grad", "jvp"), ("jvp",), ())
+    assert tuple(seen) == names
+
+
+def test_what_the_wrappers_of_transforms_hide() -> None:
+    found: list[tuple[bool, bool, bool]] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        found.append((x.requires_grad, compat.requires_grad(x), compat.is_mapped(x)))
+        return x.sum()
+
+    x = torch.ones(2, 2)
+    vmap(look)(x)
+    vmap(look)(x.clone().requires_grad_())
+    grad(lambda y: vmap(look)(y).sum())(x)
+    grad(look)(x)
+    assert found == [(False, False, True), (False, True, True), (False, True, True), (True, True, False)]
+
+
+def test_the_older_vmap_is_taken_apart() -> None:
+    seen: list[Any] = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            samples = compat.samples_of(dy, compat.older_vmap_level())
+            seen.append((compat.older_vmap_level(), samples))
+            return dy if samples is None else compat.as_mapped(2 * samples, 1)
+
+    x = torch.ones(3, requires_grad=True)
+    many = torch.arange(6.0).reshape(2, 3)
+    (found,) = torch.autograd.grad(Double.apply(x), x, many, is_grads_batched=True)
+    assert torch.equal(found, 2 * many) and seen[0][0] == 1 and torch.equal(seen[0][1], many)
+    Double.apply(x).sum().backward()
+    assert seen[1] == (0, None)
 
 
 def test_encoder_layers_call_marked_modules_in_inference() -> None:

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...backend_record import has_derivative
+
 
 def as_number(value: Any) -> float | None:
     """Return a real number as a float; None for strings, complex numbers, and tensors with a gradient or dimensions."""
     if not isinstance(value, (int, float)):
         if isinstance(value, torch.Tensor):
             # PyTorch refuses it too: the result would not depend on it as far as autograd is concerned.
-            if value.dim() != 0 or (value.requires_grad and torch.is_grad_enabled()):
+            if value.dim() != 0 or has_derivative(value):
                 return None
         elif getattr(value, "ndim", 0) != 0 or not hasattr(type(value), "__float__") or np.iscomplexobj(value):
             return None
@@ -86,7 +88,7 @@ def element(value: Any) -> Any:
     if value is None or isinstance(value, (int, float)):
         return value
     if isinstance(value, torch.Tensor):
-        if value.numel() != 1 or (value.requires_grad and torch.is_grad_enabled()):
+        if value.numel() != 1 or has_derivative(value):
             return value
         try:
             number = value.item()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ... import compat
 from ...autocast import autocast_dtype
 from .spec import out_dtype
 
@@ -23,13 +24,10 @@ def autocast(*inputs: Any) -> tuple[Any, ...]:
 
 
 def has_values(x: torch.Tensor) -> bool:
-    """Return whether the elements of ``x`` can be read: not on meta, of fake tensors, and while a graph is traced."""
-    return not torch.compiler.is_compiling() and not x.is_meta and type(x) in (torch.Tensor, torch.nn.Parameter)
-
-
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Return whether autograd will ask for a gradient of one of the tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    """Return whether ``x`` has elements to read: not on meta, of fake tensors, in a traced graph, or mapped by vmap."""
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return not (compat.transforms() and compat.is_mapped(x))
 
 
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:

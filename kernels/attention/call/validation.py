@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ... import compat
 from .errors import names, short
 from .errors import wrong as wrong
 from .option_checks import (
@@ -246,7 +247,8 @@ def _bias(bias: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
         raise wrong("bias", f"a tensor of q's dtype {dtype} or torch.float32, or None", received, remedy)
     view = _four_dims("bias", bias, q, k)
     dims = broadcast_dims(view)
-    if not dims:
+    # Derivatives of a transform are those of the tensor that was passed, whatever its strides.
+    if not dims or compat.transforms():
         return view
     result: torch.Tensor = _Unbroadcast.apply(view, dims)
     return result

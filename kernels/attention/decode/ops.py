@@ -8,6 +8,8 @@ import torch
 
 from ... import backends, env
 from ...backend_record import implementation
+from ...op_rules import by_sample
+from ..call.errors import wrong
 from ..call.op_fields import OpFields
 from ..call.tensors import empty_laid_out_like
 from ..library import define, laid_out_like, lse_like
@@ -46,4 +48,17 @@ def _decode_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_laid_out_like(call.q, call.v_dim), lse_like(call.q)
 
 
-define("attention_decode", f"({FIELDS.schema}, str backend) -> (Tensor out, Tensor lse)", _decode, _decode_fake)
+def _decode_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Each sample by itself; refuses a cache that all samples would append to."""
+    call: DecodeCall = FIELDS.unpack(arguments[:-1])
+    dims = FIELDS.by_name(in_dims[:-1])
+    for name in ("k_cache", "v_cache"):
+        if call.k_new is not None and getattr(call, name) is not None and dims[name] is None:
+            received = "one that all samples share, to which each would append"
+            remedy = "give the mapped function a cache of its own by in_dims, or append before"
+            raise wrong(name, "a cache for each sample of torch.func.vmap", received, remedy)
+    return by_sample("attention_decode")(info, in_dims, *arguments)
+
+
+SCHEMA = f"({FIELDS.schema}, str backend) -> (Tensor out, Tensor lse)"
+define("attention_decode", SCHEMA, _decode, _decode_fake, _decode_vmap)

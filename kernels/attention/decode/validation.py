@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ... import compat
+from ...backend_record import TRANSFORMS, needs_gradient
 from ..call.errors import short
 from ..call.scalars import as_integer
 from ..call.validation import DTYPES, wrong
@@ -117,9 +119,12 @@ def check_align(align: Any, positional: bool) -> None:
 
 
 def check_no_gradient(**tensors: Any) -> None:
-    """Raise if autograd would want a gradient."""
+    """Raise if autograd would want a gradient, or forward mode a tangent."""
+    if compat.FORWARD in compat.transforms():
+        remedy = "decode has no derivative: call it outside, or use flash_attention"
+        raise wrong("q", f"a call outside {TRANSFORMS[compat.FORWARD]}", "one inside", remedy)
     for name, x in tensors.items():
-        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+        if isinstance(x, torch.Tensor) and needs_gradient(x):
             remedy = "decode has no gradient: call it under torch.no_grad(), or use flash_attention"
             raise wrong(name, "a tensor that requires no gradient", "requires_grad=True", remedy)
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...backend_record import Backend, Request, implementation
+from ... import compat
+from ...backend_record import TRANSFORMS, Backend, Request, implementation, needs_gradient
 from ...backends import choose, count
 from ..call.option_checks import check_seed
 from ..call.options import Call, Options
 from ..call.spec import Origin
-from ..call.tensors import autocast, needs_gradient, unit_last_stride
+from ..call.tensors import autocast, unit_last_stride
 from ..call.validation import check_flag, check_qkv, check_saved, normalise, wrong
 from .ops import FIELDS
 
@@ -191,6 +192,7 @@ def attention_forward(
         origin=origin,
         descale=descale,
     )
+    _check_no_gradient("attention_forward", q, k, v, options)
     with torch.no_grad():
         call = normalise(q, k, options)
         return _forward(_choose(backend, (q, k, v), call, needs_lse=True), q, k, v, call)
@@ -264,6 +266,7 @@ def attention_backward(
         origin=origin,
         descale=descale,
     )
+    _check_no_gradient("attention_backward", q, k, v, options, do, out, lse, dlse)
     with torch.no_grad():
         call = normalise(q, k, options)
         record = _choose(backend, (q, k, v), call, needs_lse=True, is_backward=True)
@@ -280,9 +283,34 @@ def _choose(
 ) -> Backend:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
     q, _, v = tensors
-    needs_grad = is_backward or needs_gradient(*tensors, *call.differentiable)
-    dims = (q.shape[3], v.shape[3])
-    return choose(backend, Request("attention", q.device, q.dtype, dims, call, needs_grad, needs_lse))
+    transforms = compat.transforms()
+    needs_grad = needs_gradient(*tensors, *call.differentiable)
+    if transforms and not needs_grad:  # what no gradient is asked of is the same inside torch.func.grad and outside
+        transforms = tuple(name for name in transforms if name != compat.GRADIENT)
+    request = Request(
+        "attention",
+        q.device,
+        q.dtype,
+        (q.shape[3], v.shape[3]),
+        call,
+        needs_grad or is_backward,
+        needs_lse,
+        transforms=transforms,
+    )
+    return choose(backend, request)
+
+
+def _check_no_gradient(function: str, q: Any, k: Any, v: Any, options: Options, *others: Any) -> None:
+    """Raise where torch.func asks a gradient of a function without autograd, which would silently be zero."""
+    if compat.GRADIENT not in compat.transforms():
+        return
+    named = {"q": q, "k": k, "v": v, "bias": options.bias, "sinks": options.sinks}
+    named |= dict(zip(("do", "out", "lse", "dlse"), others, strict=False))
+    for name, x in named.items():
+        if isinstance(x, torch.Tensor) and needs_gradient(x):
+            what = TRANSFORMS[compat.GRADIENT]
+            remedy = "call flash_attention, which has every derivative, or this one under torch.no_grad()"
+            raise wrong(name, f"a tensor without gradient, {function} being without autograd", what, remedy)
 
 
 def _forward(

@@ -252,6 +252,8 @@ def through_mods(
     """
     if not call.spec.mods:
         return ds, () if aux_grad else None
+    if compat.transforms():
+        return _through_mods_by_vjp(ds, products, call, aux_grad)
     create_graph = torch.is_grad_enabled()
     with compat.recording(), torch.enable_grad():
         x = products if create_graph and products.requires_grad else products.detach().requires_grad_()
@@ -268,6 +270,28 @@ def through_mods(
     daux = tuple(next(gradients) if a.requires_grad else None for a in aux)
     dx = torch.zeros_like(products) if found[0] is None else found[0]
     return dx, tuple(torch.zeros_like(a) if g is None else g for a, g in zip(aux, daux, strict=True))
+
+
+def _through_mods_by_vjp(
+    ds: torch.Tensor, products: torch.Tensor, call: Call, aux_grad: bool
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+    """:func:`through_mods` under a transform of torch.func, where a tensor cannot be told to require a gradient."""
+    at = [i for i, x in enumerate(call.aux) if aux_grad and x.is_floating_point()]
+
+    def mods(x: torch.Tensor, *floats: torch.Tensor) -> torch.Tensor:
+        aux = list(call.aux)
+        for i, value in zip(at, floats, strict=True):
+            aux[i] = value
+        return apply_mods(x, call, tuple(aux))
+
+    backward = torch.func.vjp(mods, products, *(call.aux[i] for i in at))[1]
+    dx, *found = backward(ds)
+    if not aux_grad:
+        return dx, None
+    daux = [torch.zeros_like(x) for x in call.aux]
+    for i, gradient in zip(at, found, strict=True):
+        daux[i] = gradient
+    return dx, tuple(daux)
 
 
 def _leaf(x: torch.Tensor) -> torch.Tensor:

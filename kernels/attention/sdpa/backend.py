@@ -40,7 +40,9 @@ def _limits(request: Request) -> Refusal | None:
     )
 
 
-def _automatic(request: Request) -> str:
+def _automatic(request: Request) -> str | None:
+    if request.transforms and request.operation != "linear":  # as large as the reference there, and with less of it
+        return None
     if request.operation == "linear":
         on_cpu = request.device.type == "cpu"
         no_record = "no record shows the Triton kernels right for this device and dtype"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import compat
 from ...backend_record import Request
@@ -18,9 +20,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
     """Attention by PyTorch's kernel: out [B, H, Sq, Dv], and no log-sum-exp; arguments as the reference takes them.
 
     Causal masks that are neither aligned to the first nor to the last key, or that meet a mask or a bias, are handed to
-    PyTorch as a boolean tensor [Sq, Sk], because its ``is_causal`` knows no other case.
+    PyTorch as a boolean tensor [Sq, Sk], because its ``is_causal`` knows no other case. Under a transform of torch.func
+    it is PyTorch's formula, with its memory of Sq * Sk: the only one of its kernels that has every derivative.
     """
-    TORCH.check(Request("attention", q.device, q.dtype, (q.shape[-1], v.shape[-1]), call))
+    request = Request("attention", q.device, q.dtype, (q.shape[-1], v.shape[-1]), call)
+    TORCH.check(request)
     gqa = False
     if q.shape[1] != k.shape[1]:  # a branch: under torch.compile the comparison is a symbol, and SDPA takes a bool
         gqa = True
@@ -30,7 +34,10 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         # masked_fill rather than a second addition: adding -inf to a bias of -inf or inf would be no mask.
         attn_mask = seen if bias is None else bias if seen is None else bias.masked_fill(~seen, -math.inf)
         scale = call.spec.scale
-        out = compat.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
+        with sdpa_kernel(SDPBackend.MATH) if request.transforms else contextlib.nullcontext():
+            out = compat.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
+    if request.transforms:
+        return out, None
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     if needs_grad and not torch.compiler.is_compiling():
         out = _SecondDerivative.apply(out, q, k, v, bias, call)

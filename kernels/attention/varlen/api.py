@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ... import env
-from ...backend_record import Request, implementation
+from ... import compat, env
+from ...backend_record import Request, implementation, needs_gradient
 from ...backends import choose, count
 from ..call.errors import short, wrong
 from ..call.options import Options
 from ..call.packed import Packed, check_contents
 from ..call.scalars import as_integer
 from ..call.spec import Origin
-from ..call.tensors import autocast, has_values, needs_gradient, unit_last_stride
+from ..call.tensors import autocast, has_values, unit_last_stride
 from ..call.validation import ALIGN, DTYPES, check_flag, check_qkv, normalise
 from .ops import FIELDS
 
@@ -138,8 +138,10 @@ def attend(
     can_read = has_values(lengths[0])
     if env.CHECK and can_read:
         check_contents(packed, q.shape[0], k.shape[0])
-    # The reference reads lengths on the host, which a compiled graph holds only inside an op.
-    if "attention_varlen" in record.differentiable and can_read:
+    # The reference reads lengths on the host, which a compiled graph holds only inside an op; and that has no rule for
+    # a transform.
+    is_formula = "attention_varlen" in record.differentiable
+    if is_formula and (can_read or (torch.compiler.is_compiling() and compat.transforms())):
         count("attention_varlen_forward", record.name)
         found: tuple[torch.Tensor, torch.Tensor]
         found = implementation(record.name, "attention_varlen").forward(q, k, v, call)
@@ -205,6 +207,9 @@ def _check_starts(name: str, cu: Any, q: torch.Tensor) -> None:
         raise wrong(name, expected, type(cu).__name__, remedy)
     if cu.dim() != 1 or cu.shape[0] == 0 or cu.dtype not in INDEX_DTYPES or cu.device != q.device:
         raise wrong(name, expected, f"shape {tuple(cu.shape)}, {cu.dtype} on {cu.device}", remedy)
+    if compat.VMAP in compat.transforms() and not torch.compiler.is_compiling() and compat.is_mapped(cu):
+        remedy = "pack the sequences of all samples into one call, or call it for each sample"
+        raise wrong(name, "lengths that all samples of torch.func.vmap share", "lengths that vmap maps", remedy)
     if cu.stride(0) != 1 and cu.shape[0] > 1:
         raise wrong(name, "a contiguous tensor", f"strides {cu.stride()}", "call .contiguous()")
 

@@ -2,7 +2,8 @@
 
 A backend asked for by name computes the call or raises. Under ``auto`` FuseMesh computes what the op's own ``auto``
 would give to a kernel; what only its eager reference could do, and what it refuses, goes to PyTorch's original
-function.
+function. So do gradients of torch.func and vmap. Forward-mode derivatives, which PyTorch's kernels do not have, are
+those of the reference.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from fusemesh import compat
 from fusemesh.kernels import backends
+from fusemesh.kernels import compat as kernels_compat
 from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.scalars import as_number
 from fusemesh.kernels.attention.call.spec import AttentionSpec
@@ -97,7 +99,14 @@ def route(
             raise wrong("backend", "'auto'", f"{requested!r} for {function} with {unfit}", remedy)
         result, taken = ours(), Route(function, requested, "")
     else:
-        chosen, reason = (None, unfit) if unfit is not None else automatic
+        chosen, reason = automatic
+        transforms = kernels_compat.transforms()
+        if unfit is not None:
+            chosen, reason = None, unfit
+        elif kernels_compat.FORWARD in transforms:
+            chosen, reason = "reference", ""
+        elif transforms:
+            chosen, reason = None, "a transform of torch.func"
         result = None
         if chosen is not None:
             try:
@@ -140,7 +149,7 @@ def automatic_backend(
     try:
         return backends.automatic(request, without)[0].name, ""
     except ValueError:
-        what = only_fused or inexpressible(request)
+        what = only_fused or inexpressible(request) or "this transform of torch.func"
     return None, f"only the eager reference has {what} here"
 
 
@@ -158,10 +167,6 @@ def _why_not_ours(values: Iterable[Any]) -> str | None:
         # The last are what torch.compile and torch.export trace with.
         if not plain and not compat.is_tracing_tensor(kind):
             return f"a tensor subclass ({kind.__name__})"
-        if not torch.compiler.is_compiling() and compat.is_functorch_wrapped(x):
-            return "a transform of torch.func"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if compat.in_forward_mode():
-        return "forward-mode differentiation"
     return None

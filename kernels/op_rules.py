@@ -1,0 +1,105 @@
+"""The rules of torch.func's transforms that all ops of this floor share, whatever they compute. Torch only.
+
+Ops have a gradient of their own for autograd. torch.func's gradients and forward-mode derivatives are those of the
+reference, which the public functions take under a transform; an op called by itself must not give zeros for them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from . import compat
+from .backend_record import TRANSFORMS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_tangents(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator of the implementation of the op ``name``: it refuses forward mode, which would be lost.
+
+    PyTorch takes an op without a rule for one whose derivative is zero.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            if compat.FORWARD in compat.transforms():
+                what = TRANSFORMS[compat.FORWARD]
+                raise ValueError(
+                    f"backend: expected one with a rule for {what}, received a call of fusemesh::{name}, which has "
+                    "none; use the public function with backend='auto' or backend='reference'"
+                )
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def by_sample(name: str) -> Callable[..., Any]:
+    """Return the rule of the op ``name`` for torch.func.vmap: a call for each sample, whose results are stacked."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = _each_sample(name, info.batch_size, in_dims, arguments)
+        return results, tuple([0] * len(x) if isinstance(x, list) else 0 for x in results)
+
+    return rule
+
+
+def by_sample_of_gradients(name: str) -> Callable[..., Any]:
+    """Return the same rule for the older vmap, in which torch.autograd computes many gradients at once.
+
+    It is there for ``is_grads_batched=True``, which ``torch.autograd.functional.jacobian(vectorize=True)`` asks for.
+    """
+
+    def rule(*arguments: Any) -> tuple[Any, ...]:
+        level = compat.older_vmap_level()
+        if level != 1:
+            raise ValueError(
+                f"is_grads_batched: expected it once in fusemesh::{name}, received {level} of them, one inside the "
+                "other; use torch.func.jacrev or torch.func.hessian"
+            )
+        found = [compat.samples_of(x, level) if isinstance(x, torch.Tensor) else None for x in arguments]
+        inputs = [x if samples is None else samples for x, samples in zip(arguments, found, strict=True)]
+        dims = tuple(None if samples is None else 0 for samples in found)
+        count = next(len(samples) for samples in found if samples is not None)
+        results = _each_sample(name, count, dims, inputs)
+        return tuple(
+            [compat.as_mapped(part, level) for part in x] if isinstance(x, list) else compat.as_mapped(x, level)
+            for x in results
+        )
+
+    return rule
+
+
+def _each_sample(name: str, count: int, dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the op's results for each of ``count`` samples, stacked; ``dims`` are those that a map goes over."""
+    op = getattr(torch.ops.fusemesh, name).default
+    calls = [op(*(_sample(x, dim, i) for x, dim in zip(arguments, dims, strict=True))) for i in range(count)]
+    return tuple(
+        [torch.stack(of_one) for of_one in zip(*parts, strict=True)]
+        if isinstance(parts[0], (list, tuple))
+        else torch.stack(parts)
+        for parts in zip(*calls, strict=True)
+    )
+
+
+def _sample(x: Any, dim: Any, index: int) -> Any:
+    """Argument ``x`` of sample ``index``; ``dim`` is the one that is mapped, None if it is the same for all."""
+    if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_sample(part, at, index) for part, at in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, index)
+
+
+def refuse_collectives(function: str, ranks: int) -> None:
+    """Raise for a function that communicates, under a transform of torch.func."""
+    what = ", ".join(TRANSFORMS[name] for name in compat.transforms())
+    raise ValueError(
+        f"group: expected one rank in {function} under {what}, received {ranks}, whose collectives have no rule; "
+        "differentiate with torch.autograd (backward, grad), or call it with group=None on the whole tensors"
+    )
