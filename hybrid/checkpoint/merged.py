@@ -62,7 +62,7 @@ def merge(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *,
         read_tensors(path, {MODEL: tensors})
     target = Path(output)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    unfinished = target.with_name(f".unfinished-{target.name}")
+    unfinished = target.parent / f".unfinished-{target.name}"
     metadata = {
         "format": "pt",
         _STATE: json.dumps(marker["state"]),

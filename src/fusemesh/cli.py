@@ -118,7 +118,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         command.usage, command.words = f"%(prog)s {module.USAGE}", words
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
         module.add_options(command)
-        command.set_defaults(command=module.run, known=command.option_names())
+        command.set_defaults(command=module.run, parser=command)
     return top
 
 
@@ -127,7 +127,7 @@ def _unknown(word: str, options: argparse.Namespace) -> str:
     if not word.startswith("-"):
         return f"expected only options from here on, received {word!r}; see fusemesh {options.name} --help"
     name = word.partition("=")[0]
-    guess = suggestion(name, options.known)
+    guess = suggestion(name, options.parser.option_names())
     return f"{name}: no option of fusemesh {options.name}{guess or f'; see fusemesh {options.name} --help'}"
 
 

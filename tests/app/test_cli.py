@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -56,6 +57,13 @@ def test_train_eval_merge_in_one_process(run, text, capfd):
     assert evaluated["loss"] == json.loads((run / "summary.json").read_text())["held_out"]["loss"]
     _, earlier, _ = call(capfd, "eval", run / "checkpoints" / "step-00000003")
     assert earlier["step"] == 3 and earlier["loss"] > evaluated["loss"]
+    for place, cause in (
+        ("/proc/x", "permission|not there"),
+        (run, "it is a folder, and a file is needed"),
+        (".", "is"),
+    ):
+        status, refused, _ = call(capfd, "merge", run, "--out", place)
+        assert status == 2 and re.match(rf"cannot write '{place}': .*({cause})", refused["error"])
     status, merged, _ = call(capfd, "merge", run)
     assert status == 0 and merged["output"] == str(run / "model.safetensors")
     assert merged["checkpoint"].endswith("step-00000006")
@@ -204,6 +212,10 @@ def test_bench_writes_beneath_runs_or_where_it_is_told(tmp_path, monkeypatch, ca
     assert f"written to {written.relative_to(tmp_path)}" in capfd.readouterr().out
     status, result, _ = call(capfd, "bench", "--tune", "--out", tmp_path / "other.json")
     assert status == 0 and result["written"] == str(tmp_path / "other.json") and (tmp_path / "other.json").is_file()
+    # Where it cannot write, it tunes nothing.
+    monkeypatch.setattr(tune, "tune_tiles", None)
+    status, result, _ = call(capfd, "bench", "--tune", "--out", tmp_path / "other.json" / "x.json")
+    assert status == 2 and result["error"].startswith(f"--out: cannot write '{tmp_path}/other.json': a file stands")
 
 
 def test_nproc_is_refused_under_a_launcher(monkeypatch, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import re
 import resource
@@ -10,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,6 +161,24 @@ def test_metrics_that_cannot_be_written(small_files: None, tmp_path: Path, capfd
     with contextlib.suppress(OutputError):
         writer.close()
     assert threading.excepthook is hook and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = MetricsWriter(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "file", SimpleNamespace(write=full, close=full))
+        for write in (lambda: writer.write(1, {"loss": 1.0}), writer.close):
+            with pytest.raises(
+                OutputError, match=r"run\.directory: cannot write '.*metrics\.jsonl': no space is left .* free"
+            ):
+                write()
+    writer.file.close()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match=r"cannot write '.*config\.toml': no space is left on the device \(.* free\)"):
+        config.save(config.Config(), tmp_path / "config.toml")
 
 
 def test_a_drawing_that_cannot_be_written_leaves_no_half(small_files: None, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fusemesh.hybrid.outputs import UserError
 from fusemesh.hybrid.ranks.join import Place, distributed, first_node, launch_local, rank_from_environment
 from fusemesh.hybrid.ranks.local import LocalRanks, RankError
 from fusemesh.hybrid.ranks.testing import RankPool
@@ -145,6 +146,13 @@ def test_failures() -> None:
             assert caught.value.failures[rank].strip() in str(caught.value)
         assert ranks.call(launch_ranks.own_rank, ranks=2) == [0, 1]
         assert [process.pid for process in ranks._processes] == processes
+
+        # A refusal says everything, whichever ranks meet it; two that differ are both told.
+        for refusing in ((1,), (0, 1, 2)):
+            with pytest.raises(UserError, match=r"\Arefused\Z"):
+                ranks.call(launch_ranks.refuse_on, refusing)
+        with pytest.raises(RankError, match=r"UserError: refused by 0(.|\n)*UserError: refused by 1"):
+            ranks.call(launch_ranks.refuse_on, (0, 1), True)
 
         with pytest.raises(RankError, match=r"rank 1 ---\ndied by signal 9 \(SIGKILL") as caught:
             ranks.call(launch_ranks.die_on, 1)

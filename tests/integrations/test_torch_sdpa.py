@@ -288,3 +288,18 @@ def test_triton_is_within_the_budget_of_pytorchs_formula(name: str) -> None:
         ("attention_forward", "triton"): len(calls),
         ("attention_backward", "triton"): len(calls),
     }
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "options"),
+    [
+        ((2, 7, 6, 16), (2, 12, 3, 16), (2, 12, 3, 16), {}),
+        ((2, 7, 6, 16), (2, 12, 3, 16), (2, 12, 3, 16), {"enable_gqa": True}),
+        ((2, 6, 7, 16), (2, 3, 12, 16), (2, 12, 3, 16), {"enable_gqa": True}),
+        ((2, 12, 6, 16), (2, 12, 6, 16), (2, 12, 6, 16), {"attn_mask": torch.ones(12, 12, dtype=torch.bool)}),
+    ],
+    ids=["heads", "gqa", "value", "mask"],
+)
+def test_heads_that_stand_where_lengths_belong(query: Any, key: Any, value: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="heads stand second"):
+        scaled_dot_product_attention(torch.ones(query), torch.ones(key), torch.ones(value), **options)

@@ -10,6 +10,15 @@ def wrong(name: str, expected: str, received: object, remedy: str) -> ValueError
     return ValueError(f"{name}: expected {expected}, received {received}; {remedy}")
 
 
+# What to say where a shape is wrong as it is if the sequence stands before the heads.
+TRANSPOSE = "heads stand second, [B, H, S, D]: where they stand third, pass x.transpose(1, 2)"
+
+
+def or_transpose(remedy: str, fits: bool, transpose: str = TRANSPOSE) -> str:
+    """Return the remedy behind that for tensors in the other order, if what was received would be right for them."""
+    return f"{transpose}; {remedy}" if fits else remedy
+
+
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
     return "(" + ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) + ")"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import score_mods
-from .errors import short, wrong
+from .errors import or_transpose, short, wrong
 from .options import Options
 from .scalars import as_integer, as_number
 from .score_mods import BoundScoreMod
@@ -114,7 +114,8 @@ def checked_sinks(sinks: Any, q: torch.Tensor) -> torch.Tensor | None:
 
     def wrong_sinks(received: object) -> ValueError:
         expected = f"a tensor [H] = [{q.shape[1]}] of q's dtype {dtype} or torch.float32 on {q.device}"
-        return wrong("sinks", expected, received, "one logit for each query head")
+        fits = isinstance(sinks, torch.Tensor) and tuple(sinks.shape) == (q.shape[2],) != (q.shape[1],)
+        return wrong("sinks", expected, received, or_transpose("one logit for each query head", fits))
 
     if not isinstance(sinks, torch.Tensor) or sinks.dtype not in (dtype, torch.float32) or sinks.device != q.device:
         received = f"{sinks.dtype} on {sinks.device}" if isinstance(sinks, torch.Tensor) else short(sinks)

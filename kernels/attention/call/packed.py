@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from .errors import wrong
+from .errors import or_transpose, wrong
+
+# As in errors.py, of packed tensors.
+TRANSPOSE = "heads stand second, [total, H, D]: where they stand first, pass x.transpose(0, 1)"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def check_contents(packed: Packed, total_q: int, total_k: int) -> tuple[list[int
         name = f"cu_seqlens_{side}"
         if numbers[0] < 0 or numbers[-1] > total or any(b < a for a, b in itertools.pairwise(numbers)):
             expected = f"numbers that never fall, from 0 to {total}, the rows of {side}"
-            raise wrong(name, expected, numbers, "sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]")
+            remedy = "sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]"
+            raise wrong(name, expected, numbers, or_transpose(remedy, numbers[-1] > total, TRANSPOSE))
         longest = max((b - a for a, b in itertools.pairwise(numbers)), default=0)
         if longest > most:
             remedy = "pass the longest length or any larger number"

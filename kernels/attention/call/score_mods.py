@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .errors import short, wrong
+from .errors import or_transpose, short, wrong
 from .scalars import as_number
 
 _MODS: dict[str, ScoreMod] = {}
@@ -176,7 +176,8 @@ def alibi(slopes: Any, q: torch.Tensor) -> BoundScoreMod:
     def wrong_slopes(received: str) -> ValueError:
         # Written out only for the error: where sizes are symbols, torch.compile makes constants of those in a string.
         expected = f"a float tensor [H] = [{heads}] or [B, H] = [{batch}, {heads}] on {q.device}"
-        return wrong("alibi_slopes", expected, received, "one slope for each query head")
+        fits = isinstance(slopes, torch.Tensor) and slopes.shape[-1:] == q.shape[2:3] != q.shape[1:2]
+        return wrong("alibi_slopes", expected, received, or_transpose("one slope for each query head", fits))
 
     if not isinstance(slopes, torch.Tensor):
         raise wrong_slopes(type(slopes).__name__)

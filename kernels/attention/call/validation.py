@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ... import compat
-from .errors import names, short
+from .errors import TRANSPOSE, names, or_transpose, short
 from .errors import wrong as wrong
 from .option_checks import (
     bound_score_mods,
@@ -59,7 +59,8 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
     if k.shape[3] != dim:
         raise wrong("k", f"q's head dim {dim}", f"{k.shape[3]} (shape {tuple(k.shape)})", "q and k need the same")
     if v.shape[1] != k.shape[1]:
-        raise wrong("v", f"k's {k.shape[1]} heads", f"{v.shape[1]} (shape {tuple(v.shape)})", "k and v share heads")
+        remedy = or_transpose("k and v share heads", v.shape[1:3] == (k.shape[2], k.shape[1]))
+        raise wrong("v", f"k's {k.shape[1]} heads", f"{v.shape[1]} (shape {tuple(v.shape)})", remedy)
     if v.shape[2] != k.shape[2]:
         raise wrong("v", f"k's length {k.shape[2]}", f"{v.shape[2]} (shape {tuple(v.shape)})", "one value for each key")
     if heads != 0 and (k.shape[1] == 0 or heads % k.shape[1] != 0):
@@ -67,7 +68,7 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
             "k",
             f"a number of heads that divides q's {heads}",
             f"{k.shape[1]} (shape {tuple(k.shape)})",
-            "query head h uses key head h // (H / Hkv); where heads stand third, pass x.transpose(1, 2)",
+            f"query head h uses key head h // (H / Hkv); {TRANSPOSE}",
         )
     for name, size in (("q", dim), ("v", v.shape[3])):
         if size == 0:
@@ -146,7 +147,10 @@ def check_saved(q: torch.Tensor, v: torch.Tensor, do: Any, out: Any, lse: Any, d
             raise wrong(name, "a torch.Tensor", type(x).__name__, "pass what the forward returned or its gradient")
         if tuple(x.shape) != shape:
             letters = "[B, H, Sq, Dv]" if len(shape) == 4 else "[B, H, Sq]"
-            raise wrong(name, f"shape {letters} = {shape}", tuple(x.shape), "pass it as attention_forward shapes it")
+            received = tuple(x.shape)
+            is_turned = (received[0:1] + received[2:0:-1] + received[3:]) == shape
+            remedy = or_transpose("pass it as attention_forward shapes it", is_turned)
+            raise wrong(name, f"shape {letters} = {shape}", received, remedy)
         if x.dtype != dtype:
             raise wrong(name, f"dtype {dtype}", x.dtype, "convert it with .to(dtype)")
         if x.device != q.device:
@@ -188,12 +192,18 @@ def _origins(
         raise wrong("align, origin", "at most one of them", f"align={align!r} and {origin}", "drop one of the two")
     if origin is None:
         if align is None and needs is not None and sq != sk:
+            remedy = (
+                "pass align='top_left' (query 0 stands at key 0), align='bottom_right' (the last query stands at the "
+                "last key), or origin=Origin(q=..., k=...)"
+            )
+            if sk > 0 and sq % sk == 0 and q.shape[1] == k.shape[1]:  # as heads, with fewer for keys, would be third
+                received = f"shapes {tuple(q.shape)} and {tuple(k.shape)}"
+                raise wrong("q, k", "heads second", received, f"{TRANSPOSE}; if {sq} and {sk} are lengths, {remedy}")
             raise wrong(
                 "align, origin",
                 f"one of them, because {needs} is given and Sq differs from Sk",
                 f"neither, with Sq={sq} and Sk={sk}",
-                "pass align='top_left' (query 0 stands at key 0), align='bottom_right' (the last query stands at the "
-                "last key), or origin=Origin(q=..., k=...)",
+                remedy,
             )
         return (sk - sq if align == "bottom_right" else 0, 0, 0, 0), None
     if not isinstance(origin, Origin):
@@ -261,12 +271,11 @@ def _four_dims(name: str, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> 
         raise wrong(name, f"q's device {q.device}", x.device, "move it with .to(device)")
     view = x[(None,) * (4 - x.dim())] if x.dim() < 4 else x
     if view.dim() != 4 or any(size not in (1, full) for size, full in zip(view.shape, scores, strict=True)):
-        raise wrong(
-            name,
-            f"a shape that broadcasts to [B, H, Sq, Sk] = {scores}",
-            tuple(x.shape),
-            "each dimension, counted from the last, is 1 or that of the scores; insert a dimension with unsqueeze",
-        )
+        remedy = "each dimension, counted from the last, is 1 or that of the scores; insert a dimension with unsqueeze"
+        transposed = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        fits = view.dim() == 4 and all(a in (1, b) for a, b in zip(view.shape, transposed, strict=True))
+        remedy = or_transpose(remedy, fits and q.shape[1] != q.shape[2])
+        raise wrong(name, f"a shape that broadcasts to [B, H, Sq, Sk] = {scores}", tuple(x.shape), remedy)
     return view
 
 

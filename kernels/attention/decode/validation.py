@@ -8,7 +8,7 @@ import torch
 
 from ... import compat
 from ...backend_record import TRANSFORMS, needs_gradient
-from ..call.errors import short
+from ..call.errors import TRANSPOSE, or_transpose, short
 from ..call.scalars import as_integer
 from ..call.validation import DTYPES, wrong
 from .spec import DecodeCall
@@ -51,12 +51,13 @@ def check_cache(q: Any, k_cache: Any, v_cache: Any, cache_lens: Any, block_table
     if k_cache.shape[3] != dim:
         raise wrong("k_cache", f"q's head dim {dim}", f"shape {tuple(k_cache.shape)}", "q and keys have the same")
     if heads != 0 and (k_cache.shape[1] == 0 or heads % k_cache.shape[1] != 0):
-        remedy = "query head h uses key head h // (H / Hkv); where heads stand third, pass x.transpose(1, 2)"
+        remedy = f"query head h uses key head h // (H / Hkv); {TRANSPOSE}"
         expected = f"a number of heads that divides q's {heads}"
         raise wrong("k_cache", expected, f"{k_cache.shape[1]} (shape {tuple(k_cache.shape)})", remedy)
     if v_cache is not None and v_cache.shape[:3] != k_cache.shape[:3]:
         expected = f"k_cache's first three sizes {tuple(k_cache.shape[:3])}"
-        raise wrong("v_cache", expected, tuple(v_cache.shape), "one value for each key")
+        fits = v_cache.shape[1:3] == (k_cache.shape[2], k_cache.shape[1])
+        raise wrong("v_cache", expected, tuple(v_cache.shape), or_transpose("one value for each key", fits))
     if paged and k_cache.shape[2] == 0:
         raise wrong("k_cache", "pages of at least one key", f"shape {tuple(k_cache.shape)}", "[N, Hkv, page, D]")
 
@@ -98,7 +99,8 @@ def check_new(
             raise wrong(name, "a tensor [B, Hkv, Sn, D]", received, "the keys and values of the new tokens")
         shape = (q.shape[0], k_cache.shape[1], k_new.shape[2], cache.shape[3])
         if tuple(x.shape) != shape:
-            raise wrong(name, f"shape [B, Hkv, Sn, D] = {shape}", tuple(x.shape), "sizes are those of the cache")
+            remedy = or_transpose("sizes are those of the cache", x.shape[2] == k_cache.shape[1])
+            raise wrong(name, f"shape [B, Hkv, Sn, D] = {shape}", tuple(x.shape), remedy)
         if x.dtype != q.dtype or x.device != q.device:
             expected = f"the cache's dtype and device, {q.dtype} on {q.device}"
             raise wrong(name, expected, f"{x.dtype} on {x.device}", "convert it with .to()")

@@ -10,9 +10,9 @@ import torch
 from ... import compat, env
 from ...backend_record import Request, implementation, needs_gradient
 from ...backends import choose, count
-from ..call.errors import short, wrong
+from ..call.errors import or_transpose, short, wrong
 from ..call.options import Options
-from ..call.packed import Packed, check_contents
+from ..call.packed import TRANSPOSE, Packed, check_contents
 from ..call.scalars import as_integer
 from ..call.spec import Origin
 from ..call.tensors import autocast, has_values, unit_last_stride
@@ -180,7 +180,11 @@ def _check_tensors(q: Any, k: Any, v: Any) -> None:
             expected, received = f"q's dtype and device, {q.dtype} on {q.device}", f"{x.dtype} on {x.device}"
             raise wrong(name, expected, received, "convert one of them with .to()")
     if v.shape[0] != k.shape[0]:
-        raise wrong("v", f"k's {k.shape[0]} rows", f"{v.shape[0]} (shape {tuple(v.shape)})", "one value for each key")
+        remedy = or_transpose("one value for each key", v.shape[:2] == (k.shape[1], k.shape[0]), TRANSPOSE)
+        raise wrong("v", f"k's {k.shape[0]} rows", f"{v.shape[0]} (shape {tuple(v.shape)})", remedy)
+    if q.shape[1] != 0 and (k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0):
+        received = f"{k.shape[1]} (shape {tuple(k.shape)})"
+        raise wrong("k", f"a number of heads that divides q's {q.shape[1]}", received, TRANSPOSE)
 
 
 def _check_lengths(q: torch.Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) -> tuple[int, int]:

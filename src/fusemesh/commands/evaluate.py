@@ -13,11 +13,12 @@ from .ranks import add_target, find_target, metrics_text, say
 NAME = "eval"
 SUMMARY = "held-out loss and metrics of a run, a checkpoint or a merged file"
 USAGE = "TARGET [options]"
+_DATA = ("data.path", "data.held_out", "data.columns", "data.encoding")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_target(parser, shown=("data.", "evaluation."), short=ASKING_NAMES)
+    add_target(parser, shown=(*_DATA, "evaluation."), short=ASKING_NAMES)
 
 
 def run(options: argparse.Namespace) -> Outcome:

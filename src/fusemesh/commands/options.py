@@ -66,8 +66,7 @@ class Parser(argparse.ArgumentParser):
 
     def option_names(self) -> list[str]:
         """Return the options that the help shows, without those of one dash."""
-        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
-        return [name for action in shown for name in action.option_strings if name.startswith("--")]
+        return re.findall(r"(?<![\w-])--\w[\w.-]*", self.format_help())
 
 
 def add_configuration(

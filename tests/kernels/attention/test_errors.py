@@ -248,3 +248,54 @@ def test_fused_linear_refuses(case: str) -> None:
 
 def test_the_table_is_as_long_as_promised() -> None:
     assert len(ATTENTION) >= 30
+
+
+def _turned() -> dict[str, Any]:
+    """Return calls whose tensors, or some of them, have heads where lengths belong; by name."""
+    q, k = torch.randn(2, 12, 6, 16), torch.randn(2, 12, 3, 16)  # [B, S, H, D] and [B, S, Hkv, D]
+    Q, K = q.transpose(1, 2), k.transpose(1, 2).contiguous()
+    p, x, cu = q[0].transpose(0, 1), k[0].transpose(0, 1), torch.tensor([0, 5, 12])  # [H, total, D]
+    lens = torch.full((2,), 10)
+    out, lse = fusemesh.attention_forward(Q, K, K)
+
+    def packed(q: Any, k: Any, v: Any) -> Any:
+        return fusemesh.flash_attention_varlen(q, k, v, cu, cu, 7, 7)
+
+    def decode(q: Any, k: Any, v: Any, **new: Any) -> Any:
+        return fusemesh.flash_attention_decode(q, k, v, cache_lens=lens, **new)
+
+    return {
+        "causal": lambda: fusemesh.flash_attention(q, k, k, causal=True),
+        "window": lambda: fusemesh.flash_attention(q, k, k, window=(2, 0)),
+        "multi-query": lambda: fusemesh.flash_attention(q, k[:, :, :1], k[:, :, :1], causal=True),
+        "slopes": lambda: fusemesh.flash_attention(q, q, q, alibi_slopes=torch.ones(6)),
+        "sinks": lambda: fusemesh.flash_attention(q, k, k, sinks=torch.ones(6)),
+        "mask": lambda: fusemesh.flash_attention(q, k, k, mask=torch.ones(12, 12, dtype=torch.bool)),
+        "bias": lambda: fusemesh.flash_attention(q, q, q, bias=torch.ones(2, 1, 1, 12)),
+        "keys": lambda: fusemesh.flash_attention(Q, k, k),
+        "values": lambda: fusemesh.flash_attention(Q, K, k),
+        "out": lambda: fusemesh.attention_backward(q, Q, K, K, out, lse),
+        "lse": lambda: fusemesh.attention_backward(Q, Q, K, K, out, lse.transpose(1, 2)),
+        "cache": lambda: decode(Q[:, :, :1], k, k),
+        "cached values": lambda: decode(Q[:, :, :1], K, k),
+        "decode's queries": lambda: decode(q[:, :1], K, K),
+        "new keys": lambda: decode(Q[:, :, :2], K, K, k_new=k[:, :2], v_new=k[:, :2]),
+        "packed": lambda: packed(p, x, x),
+        "packed keys": lambda: packed(q[0], x, x),
+        "packed values": lambda: packed(q[0], k[0], x),
+    }
+
+
+@pytest.mark.parametrize("name", list(_turned()))
+def test_heads_that_stand_where_lengths_belong(name: str) -> None:
+    packed = name.startswith("packed")
+    with pytest.raises(ValueError, match=r"heads stand second, \[") as caught:
+        _turned()[name]()
+    assert ("pass x.transpose(0, 1)" if packed else "pass x.transpose(1, 2)") in str(caught.value)
+    assert not str(caught.value).startswith("align")
+
+
+def test_lengths_that_could_be_heads_keep_their_advice() -> None:
+    q, k = torch.randn(1, 4, 6, 16), torch.randn(1, 4, 3, 16)
+    with pytest.raises(ValueError, match="if 6 and 3 are lengths, pass align='top_left'"):
+        fusemesh.flash_attention(q, k, k, causal=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fusemesh.hybrid.outputs import UserError
 from fusemesh.hybrid.ranks.local import LocalRanks
 
 
@@ -44,6 +45,12 @@ def fail_on(ranks: tuple[int, ...]) -> None:
     """Raise on some ranks."""
     if own_rank() in ranks:
         raise ZeroDivisionError(f"rank {own_rank()} fails")
+
+
+def refuse_on(ranks: tuple[int, ...], differently: bool = False) -> None:
+    """Some ranks meet an error whose text says everything, each the same or each another."""
+    if own_rank() in ranks:
+        raise UserError(f"refused by {own_rank()}" if differently else "refused")
 
 
 def die_on(rank: int) -> None:

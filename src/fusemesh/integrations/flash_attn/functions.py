@@ -266,7 +266,8 @@ def _check_layout(*tensors: tuple[str, Any, str]) -> None:
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if heads and (kv_heads == 0 or heads % kv_heads):
         expected = f"{at_k} with a number of heads Hkv that divides q's {heads}"
-        raise wrong("k", expected, tuple(k.shape), "query head h uses key head h // (H / Hkv)")
+        remedy = "query head h uses key head h // (H / Hkv); heads stand before the head dim, the last dimension"
+        raise wrong("k", expected, tuple(k.shape), remedy)
     if q.dim() == 4 and k.shape[0] != q.shape[0]:
         raise wrong("k", f"{at_k} with q's batch size {q.shape[0]}", tuple(k.shape), "expand it")
 

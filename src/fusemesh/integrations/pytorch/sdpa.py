@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fusemesh.kernels import backend_record, backends
+from fusemesh.kernels.attention.call.errors import TRANSPOSE, or_transpose
 from fusemesh.kernels.attention.call.option_checks import checked_dropout, checked_scale, without_keys
 from fusemesh.kernels.attention.call.validation import check_flag, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
@@ -137,7 +138,9 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     if key.shape[-1] != query.shape[-1]:
         raise wrong("key", f"query's head dim {query.shape[-1]}", tuple(key.shape), "query and key need the same")
     if value.shape[-2] != key.shape[-2]:
-        raise wrong("value", f"key's length {key.shape[-2]}", tuple(value.shape), "one value for each key")
+        is_turned = value.dim() > 2 and value.shape[-3:-1] == key.shape[-3:-1][::-1]
+        remedy = or_transpose("one value for each key", is_turned)
+        raise wrong("value", f"key's length {key.shape[-2]}", tuple(value.shape), remedy)
 
 
 def _four_dims(
@@ -152,7 +155,9 @@ def _four_dims(
         heads, kv_heads = query.shape[-3], (key.shape[-3], value.shape[-3])
         for name, own in zip(("key", "value"), kv_heads, strict=True):
             if own == 0 or heads % own != 0:
-                raise wrong(name, f"a number of heads that divides query's {heads}", own, "see enable_gqa")
+                raise wrong(
+                    name, f"a number of heads that divides query's {heads}", own, f"see enable_gqa; {TRANSPOSE}"
+                )
         if kv_heads[0] != kv_heads[1]:
             # Rare: one of them would need its own grouping, which no kernel has.
             key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
@@ -161,7 +166,7 @@ def _four_dims(
         lead = tuple(torch.broadcast_shapes(*shapes.values()))
     except RuntimeError:
         received = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-        remedy = "expand them, or pass enable_gqa=True where key and value have fewer heads"
+        remedy = f"expand them, or pass enable_gqa=True where key and value have fewer heads; {TRANSPOSE}"
         raise wrong("query, key, value", "leading dimensions that broadcast", received, remedy) from None
     if enable_gqa:
         batch = lead
@@ -195,7 +200,10 @@ def _mask(
     scores = (*lead, q.shape[2], k.shape[2])
     x = attn_mask[(None,) * (len(scores) - attn_mask.dim())] if attn_mask.dim() < len(scores) else attn_mask
     if x.dim() != len(scores) or any(a not in (1, b) for a, b in zip(x.shape, scores, strict=True)):
+        transposed = (*q.shape[:1], q.shape[2], q.shape[1], k.shape[1])[-attn_mask.dim() :]
+        fits = attn_mask.dim() <= 4 and all(a in (1, b) for a, b in zip(attn_mask.shape, transposed, strict=True))
         remedy = "each dimension, counted from the last, is 1 or that of the scores"
+        remedy = or_transpose(remedy, fits and q.shape[1] != q.shape[2])
         raise wrong("attn_mask", f"a shape that broadcasts to {scores}", tuple(attn_mask.shape), remedy)
     while x.dim() < 4:
         x = x.unsqueeze(0)
