@@ -34,7 +34,7 @@ def main(arguments=None):
     ranks = Layout.parse(settings.layout).world_size
     prepare(settings, ranks, resume=False)
 
-    corpus = load_corpus(settings.data.path)
+    corpus = load_corpus(settings.data.path, settings.data.held_out, encoding=settings.data.encoding)
     length = settings.data.sequence_length
     print(f"{corpus.source}: {len(corpus.train):,} bytes of {corpus.train_documents} documents to train on,", end=" ")
     print(f"{len(corpus.held_out):,} bytes of {corpus.held_out_documents} held out")

@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -148,11 +149,16 @@ def agent_serves_store() -> bool:
     return os.environ.get(_SERVED) == "True"
 
 
-def run_id() -> str:
+def run_id(environ: Mapping[str, str] = os.environ) -> str:
     """Return the name of this run in the store, which may outlive it: a restart, or the next call of local ranks."""
-    return f"{os.environ.get(_RUN, '')}/{os.environ.get(_RESTART, '0')}"
+    return f"{environ.get(_RUN, '')}/{environ.get(_RESTART, '0')}"
+
+
+def launcher_key(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the key of a run's store under which our own launcher writes the first failure that it sees."""
+    return f"{run_id(environ)}/launcher/first"
 
 
 def served_run(name: str) -> dict[str, str]:
     """Return the variables that tell ranks that their launcher serves the store, for a run of this name."""
-    return {_SERVED: "True", _RUN: name}
+    return {_SERVED: "True", _RUN: name, _RESTART: "0"}

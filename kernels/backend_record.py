@@ -71,6 +71,7 @@ class Request:
     needs_lse: bool = False
     is_latent: bool = False  # decode: the values are columns of the keys
     rows: int = 1  # decode: query rows that share a key head
+    scores: tuple[int, ...] = ()  # [B, H, Sq, Sk], of attention
     # The keys of TRANSFORMS under which the call runs.
     transforms: tuple[str, ...] = field(default_factory=compat.transforms)
 
@@ -97,6 +98,7 @@ class Backend:
             its gradient and a rule for vmap alone.
         instead: operations that another backend computes when this one is asked for.
         least_head_dim: smaller head dims are refused.
+        stores_scores: whether attention takes memory of Sq * Sk.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Backend:
     differentiable: frozenset[str] = frozenset()
     instead: Mapping[str, str] = field(default_factory=dict)
     least_head_dim: int = 1
+    stores_scores: bool = False
 
     def computes(self, operation: str) -> bool:
         """Return whether the backend takes the operation, itself or by another."""

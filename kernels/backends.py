@@ -2,19 +2,21 @@
 
 A backend asked for by name runs or raises; it never falls back. ``backend="auto"`` asks the records in their order,
 takes the first that is willing and does not refuse the call, and says so once at INFO. It never raises where the
-reference can compute. Under a transform of torch.func, where ops have no rule for most, it asks only those written in
-PyTorch's differentiable functions.
+reference can compute; but it warns, once for each reason, where that takes memory of Sq * Sk. Under a transform of
+torch.func, where ops have no rule for most, it asks only those written in PyTorch's differentiable functions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
 
 import torch
 
-from . import env
+from . import compat, env
 from .attention.engine.backend import CPU
 from .attention.gpu.backend import TRITON
 from .attention.reference.backend import REFERENCE
@@ -30,6 +32,8 @@ for _record in (TRITON, CPU, TORCH, REFERENCE):
 _override: Scoped[str | None] = Scoped("fusemesh_backend", None)
 _counts: Counter[tuple[str, str]] = Counter()
 _announced: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
+MOST_SILENT = 2**28  # bytes of scores on a CPU that are not worth a warning
 
 
 def names() -> tuple[str, ...]:
@@ -70,6 +74,8 @@ def choose(backend: str, request: Request) -> Backend:
         record, why = automatic(request)
         if not torch.compiler.is_compiling():
             _announce(request.operation, record.name, why)
+        if record.stores_scores and request.scores:
+            _warn_of_scores(record, request, why)
     else:
         record = records()[name]
         check(record, request)
@@ -143,6 +149,41 @@ def _announce(operation: str, backend: str, why: str) -> None:
     if key not in _announced:
         _announced.add(key)
         env.logger.info("%s: auto chose backend %r (%s)", operation, backend, why)
+
+
+def _warn_of_scores(record: Backend, request: Request, why: str) -> None:
+    """Warn, once for each reason, that ``auto`` took a backend with memory of Sq * Sk, and say what to do."""
+    kind = request.device.type
+    if kind == "meta":
+        return
+    others = [x for x in records().values() if not x.stores_scores and x.refuse(request) is None]
+    remedy = "leave that out of the call, or attend to parts of the keys (fusemesh.merge_attention)"
+    if others:
+        remedy = f"name backend={others[0].name!r} in the call or in fusemesh.use_backend, which computes it"
+    if torch.compiler.is_compiling():  # where sizes may be symbols
+        if kind != "cpu":
+            _warn_once(request.operation, kind, record.name, why, "[B, H, Sq, Sk]", remedy)
+        return
+    size = math.prod(request.scores) * (8 if request.dtype == torch.float64 else 4)
+    if kind != "cpu" or size >= MOST_SILENT:
+        memory = f"{' x '.join(map(str, request.scores))} [B, H, Sq, Sk], {size / 2**20:.4g} MiB"
+        _warn_once(request.operation, kind, record.name, why, memory, remedy)
+
+
+def _warn_once(operation: str, device: str, backend: str, why: str, memory: str, remedy: str) -> bool:
+    key = (operation, device, why)
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"{operation}: backend='auto' took {backend!r} on {device} ({why}), which stores scores of {memory}, and "
+            f"matrices as large beside them; {remedy}. Said once for each reason",
+            stacklevel=2,
+        )
+    return True
+
+
+# Traced code cannot warn; torch.compile calls it once and goes on.
+compat.assume_constant_result(_warn_once)
 
 
 def count(operation: str, backend: str) -> None:

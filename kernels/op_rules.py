@@ -80,11 +80,13 @@ def by_sample_of_gradients(name: str) -> Callable[..., Any]:
 def _each_sample(name: str, count: int, dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
     """Return the op's results for each of ``count`` samples, stacked; ``dims`` are those that a map goes over."""
     op = getattr(torch.ops.fusemesh, name).default
-    calls = [op(*(_sample(x, dim, i) for x, dim in zip(arguments, dims, strict=True))) for i in range(count)]
+    # Of no sample the results have their sizes all the same.
+    indices = range(max(count, 1))
+    calls = [op(*(_sample(x, dim, i) for x, dim in zip(arguments, dims, strict=True))) for i in indices]
     return tuple(
-        [torch.stack(of_one) for of_one in zip(*parts, strict=True)]
+        [torch.stack(of_one)[:count] for of_one in zip(*parts, strict=True)]
         if isinstance(parts[0], (list, tuple))
-        else torch.stack(parts)
+        else torch.stack(parts)[:count]
         for parts in zip(*calls, strict=True)
     )
 
@@ -93,7 +95,9 @@ def _sample(x: Any, dim: Any, index: int) -> Any:
     """Argument ``x`` of sample ``index``; ``dim`` is the one that is mapped, None if it is the same for all."""
     if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
         return [_sample(part, at, index) for part, at in zip(x, dim, strict=True)]
-    return x if dim is None else x.select(dim, index)
+    if dim is None:
+        return x
+    return x.select(dim, index) if x.shape[dim] else x.new_zeros(x.movedim(dim, 0).shape[1:])
 
 
 def refuse_collectives(function: str, ranks: int) -> None:

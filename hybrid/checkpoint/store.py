@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +119,14 @@ def save(
             # mixture; if the run dies before the next line, it is put back.
             final.rename(root / f"{folders.REPLACED}{final.name}")
         unfinished.rename(final)
-        for old in root.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(old)
+        # What cannot be removed does no harm to the new one.
         if keep > 0:
             for old in all_checkpoints(root)[:-keep]:
-                shutil.rmtree(old)
+                # Removed in part it would look whole.
+                with suppress(OSError):
+                    old.rename(root / f"{UNFINISHED}removed-{old.name}")
+        for old in root.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(old, ignore_errors=True)
 
     def give_up(error: OSError) -> OutputError:
         shutil.rmtree(unfinished, ignore_errors=True)

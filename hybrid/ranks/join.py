@@ -9,97 +9,42 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .. import compat
 from ..layout import AXES, Layout
 from . import mpi
+from .environment import (
+    MPI,
+    Place,
+    device_index,
+    given_address,
+    launcher_of,
+    ports_of,
+    rank_and_size,
+    rank_from_environment,
+)
+from .hosts import first_node
 from .local import LocalRanks
+from .meeting import Meeting
 from .watchdog import Watchdog
 
-
-@dataclass(frozen=True)
-class Place:
-    """The place of a process among its peers, and the address at which they connect."""
-
-    launcher: str
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    master_addr: str
-    master_port: int
-
-
-# launcher: its variables for (rank, world size, rank on this machine, ranks on this machine). The first launcher whose
-# rank and world size are both set is believed: torchrun may itself have been started by srun, and mpirun too.
-_LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "Open MPI": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    "MPI (PMI)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    # The variables of a job step, not of a job: a plain Python inside an allocation is one process.
-    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-}
-_MPI = ("Open MPI", "MPI (PMI)")
-# Variables that are equal on all ranks of one run and differ between runs: the port is drawn from them.
-_RUN_IDS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID", "SLURM_JOB_ID")
-
-
-def rank_from_environment(environ: Mapping[str, str] | None = None) -> Place | None:
-    """Return the place that torchrun's, Open MPI's, PMI's or Slurm's variables give; None if none are set.
-
-    MASTER_ADDR and MASTER_PORT always count if they are set. Otherwise Slurm's node list names the address, all ranks
-    on one machine meet at 127.0.0.1, and the port follows from the run's id.
-
-    Args:
-        environ: the variables; None takes those of this process.
-
-    Raises:
-        ValueError: a variable that holds no number, ranks that do not fit together, or no address of rank 0.
-    """
-    environ = os.environ if environ is None else environ
-    launcher = _launcher(environ)
-    if launcher is None:
-        return None
-    rank_key, size_key, local_key, local_size_key = _LAUNCHERS[launcher]
-    rank, world_size = _number(environ, rank_key), _number(environ, size_key)
-    if not 0 <= rank < world_size:
-        raise ValueError(f"{rank_key}: expected 0 to {size_key} - 1 = {world_size - 1}, received {rank}")
-    if launcher == "Slurm":
-        # "4(x2),3" lists the tasks of each node; only a single node's count can be told apart here.
-        tasks = environ.get(local_size_key, str(world_size))
-        local_world_size = int(tasks) if tasks.isdigit() else 0
-    else:
-        local_world_size = _number(environ, local_size_key, default=0)
-    if local_key not in environ and world_size > 1 and local_world_size != world_size:
-        raise ValueError(
-            f"{local_key}: not set, so that this process cannot know its device among the {world_size} ranks; "
-            f"set {local_key}, or start with torchrun"
-        )
-    local_rank = _number(environ, local_key, default=rank)
-    return Place(
-        launcher,
-        rank,
-        world_size,
-        local_rank,
-        local_world_size,
-        _master_addr(environ, launcher, world_size, local_world_size),
-        _master_port(environ, launcher),
-    )
+__all__ = [
+    "Place",
+    "World",
+    "build_mesh",
+    "distributed",
+    "find_place",
+    "first_node",
+    "launch_local",
+    "rank_from_environment",
+]
 
 
 def find_place() -> Place | None:
@@ -110,58 +55,31 @@ def find_place() -> Place | None:
     Raises:
         ValueError: see :func:`rank_from_environment`.
     """
-    launcher = _launcher(os.environ)
-    if launcher in _MPI and mpi.is_available():
-        found = mpi.ask()
-        return Place(launcher, *found[:4], *mpi.meeting_point(os.environ, found))
-    return rank_from_environment()
-
-
-def _launcher(environ: Mapping[str, str]) -> str | None:
-    found = [name for name, keys in _LAUNCHERS.items() if keys[0] in environ and keys[1] in environ]
-    return found[0] if found else None
-
-
-def _number(environ: Mapping[str, str], key: str, default: int | None = None) -> int:
-    text = environ.get(key)
-    if text is None and default is not None:
-        return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise ValueError(f"{key}: expected an integer, received {text!r}") from None
-
-
-def _master_addr(environ: Mapping[str, str], launcher: str, world_size: int, local_world_size: int) -> str:
-    if "MASTER_ADDR" in environ:
-        return environ["MASTER_ADDR"]
-    nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", ""))
-    if launcher == "Slurm" and nodes:
-        return first_node(nodes)
-    if local_world_size == world_size or world_size == 1:
-        return "127.0.0.1"
-    raise ValueError(
-        f"MASTER_ADDR: not set, and {launcher} started {world_size} ranks on several machines; set MASTER_ADDR to the "
-        "address of rank 0's machine (mpirun -x MASTER_ADDR=...)"
+    launcher = launcher_of(os.environ)
+    if launcher not in MPI or not mpi.is_available():
+        return rank_from_environment()
+    rank, world_size = rank_and_size(os.environ, launcher)
+    address, address_from = given_address(os.environ)
+    found = mpi.ask()
+    if (found.rank, found.world_size) != (rank, world_size):
+        raise ValueError(
+            f"mpi4py: it says rank {found.rank} of {found.world_size}, while the variables of {launcher} say rank "
+            f"{rank} of {world_size}: it was built for another MPI than the mpirun that started this process; install "
+            "mpi4py for this MPI, or take the mpirun of its MPI"
+        )
+    ports = ports_of(os.environ, found.run)
+    return Place(
+        launcher,
+        rank,
+        world_size,
+        found.local_rank,
+        found.local_world_size,
+        address or found.address,
+        ports[0],
+        address_from if address else "the address of rank 0's machine, from mpi4py",
+        found.run,
+        tuple(ports),
     )
-
-
-def _master_port(environ: Mapping[str, str], launcher: str) -> int:
-    if "MASTER_PORT" in environ:
-        return _number(environ, "MASTER_PORT")
-    if launcher == "torchrun":
-        raise ValueError("MASTER_PORT: not set although RANK and WORLD_SIZE are; set it, or start with torchrun")
-    run = "/".join(environ.get(key, "") for key in _RUN_IDS)
-    # Below 32768, where systems start handing out ports by themselves.
-    return 20000 + zlib.crc32(run.encode()) % 10000
-
-
-def first_node(nodes: str) -> str:
-    """Return the first host of a Slurm node list: ``"gpu[003-006,9],login1"`` gives ``"gpu003"``."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
-    if match is None:
-        raise ValueError(f"SLURM_STEP_NODELIST: expected a node list such as gpu[003-006], received {nodes!r}")
-    return match[1] + (match[2] or "") + (match[3] or "")
 
 
 @dataclass(frozen=True)
@@ -172,6 +90,7 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
+    meeting: Meeting | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -193,66 +112,88 @@ def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: flo
             which, and ends with status 1, whatever it waits for. None: ranks do not watch each other.
 
     Raises:
-        ValueError: an unknown device, or more ranks than GPUs on the machine; see also :func:`find_place`.
+        ValueError: an unknown device, more ranks than GPUs on the machine, two ranks with one GPU, no such address or
+            no free port, on all ranks; see also :func:`find_place`.
+        PeerError: in place of the error of a collective that failed because another rank had failed: it names that one.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, received {device!r}")
     place = find_place()
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local_rank = place.local_rank if place else 0
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"device: rank {local_rank} of this machine has no GPU, it has {torch.cuda.device_count()}; start at "
-                "most as many ranks as GPUs, or use device=cpu"
-            )
-        torch.cuda.set_device(local_rank)
-    where = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
-    wait = datetime.timedelta(seconds=timeout)
-    watchdog = None
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        store=_store(place, wait),
-        rank=place.rank if place else 0,
-        world_size=place.world_size if place else 1,
-        timeout=wait,
-        device_id=where if kind == "cuda" else None,
-    )
+    if place is None:
+        where, _ = _device(kind, None)
+        meeting = None
+    else:
+        meeting = Meeting(place, timeout)
+        try:
+            where, gpu = _device(kind, place)
+            meeting.call_roll(gpu)
+        except ValueError as error:
+            meeting.refuse(str(error))
+            raise
+    watchdog, failed, lost = None, False, False
     try:
-        if place is not None and place.world_size > 1 and lost_after is not None:
-            watchdog = Watchdog(lambda: _client(place, wait), place.rank, place.world_size, limit=lost_after)
-        _wait_for_connections()
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, where)
+        if meeting is not None and meeting.place.world_size > 1 and lost_after is not None:
+            watchdog = Watchdog(
+                meeting.store_of("watchdog"),
+                lambda: meeting.connect("watchdog"),
+                meeting.place.rank,
+                meeting.place.world_size,
+                server=None if meeting.is_served else 0,
+                limit=lost_after,
+                told=meeting.told_by_launcher,
+            )
+        with _stage(meeting, "group", f"to connect to the others ({_BACKENDS[kind]})"):
+            dist.init_process_group(
+                _BACKENDS[kind],
+                store=dist.HashStore() if meeting is None else meeting.store,
+                rank=place.rank if place else 0,
+                world_size=place.world_size if place else 1,
+                timeout=datetime.timedelta(seconds=timeout),
+                device_id=where if kind == "cuda" else None,
+            )
+        with _stage(meeting, "connections", "to be connected to every other"):
+            _wait_for_connections()
+        yield World(dist.get_rank(), dist.get_world_size(), place.local_rank if place else 0, where, meeting)
     except BaseException as error:
         # Leaving the group makes the others fail too, perhaps before this error is told: say when it came.
-        error.failed_at = time.time()  # type: ignore[attr-defined]
+        failed_at = time.time()
+        first = watchdog.explain(error) if watchdog is not None else None
+        failed, lost = True, first is not None and first.lost
+        if first is not None:
+            raise first from error
+        error.failed_at = failed_at  # type: ignore[attr-defined]
         raise
     finally:
         if watchdog is not None:
             watchdog.stop()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if meeting is not None:
+            meeting.leave(failed=failed, lost=lost)
 
 
-def _store(place: Place | None, timeout: datetime.timedelta) -> dist.Store:
-    if place is None:
-        return dist.HashStore()
-    # torchrun and launch_local serve the store themselves; otherwise rank 0 does.
-    served = compat.agent_serves_store()
-    store = dist.TCPStore(
-        place.master_addr,
-        place.master_port,
-        place.world_size,
-        is_master=place.rank == 0 and not served,
-        timeout=timeout,
-        multi_tenant=not served,
-    )
-    return dist.PrefixStore(compat.run_id(), store)
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
-def _client(place: Place, timeout: datetime.timedelta) -> dist.Store:
-    """Open one more connection to the store, whoever serves it."""
-    store = dist.TCPStore(place.master_addr, place.master_port, None, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"{compat.run_id()}/watchdog", store)
+def _device(kind: str, place: Place | None) -> tuple[torch.device, str]:
+    """Return this rank's device, and the name of its GPU that no other has, "" without one."""
+    if kind == "cpu":
+        return torch.device("cpu"), ""
+    index = device_index(place, torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index), _gpu_name(index)
+
+
+def _gpu_name(index: int) -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if index < len(visible) and visible[index].startswith("MIG-"):
+        return visible[index]
+    return str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
+
+
+def _stage(meeting: Meeting | None, name: str, what: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if meeting is None else meeting.stage(name, what)
 
 
 def build_mesh(layout: Layout, world: World) -> DeviceMesh:
@@ -262,8 +203,9 @@ def build_mesh(layout: Layout, world: World) -> DeviceMesh:
         ValueError: the layout does not have as many ranks as the world, or has an axis that is not built yet.
     """
     layout.validate(world_size=world.world_size)
-    mesh = init_device_mesh(world.device.type, layout.shape, mesh_dim_names=AXES)
-    _wait_for_connections()
+    with _stage(world.meeting, "mesh", f"to make the mesh of layout {layout}"):
+        mesh = init_device_mesh(world.device.type, layout.shape, mesh_dim_names=AXES)
+        _wait_for_connections()
     return mesh
 
 

@@ -12,16 +12,20 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import compat
 from ..outputs import UserError
+from .failure import record
 from .process import fork_ranks, serve
+from .waiting import ranks_text, told
 
 # Seconds that the ranks get to import what they are to run.
 STARTING = 300.0
@@ -33,22 +37,83 @@ class RankError(RuntimeError):
     """One or more ranks failed.
 
     ``failures`` maps rank to its traceback, or to how its process ended, the first one first; ``unfinished`` maps the
-    ranks that were ended to the stacks they were in.
+    ranks that were ended to the their stacks; ``followed`` those that failed because another had, to their errors.
     """
 
-    def __init__(self, failures: dict[int, str], unfinished: dict[int, str], ranks: int) -> None:
+    def __init__(
+        self,
+        failures: dict[int, str],
+        unfinished: dict[int, str],
+        ranks: int,
+        followed: Mapping[int, str] | None = None,
+    ) -> None:
         self.failures = failures
         self.unfinished = unfinished
+        self.followed = dict(followed or {})
         parts = []
         if failures:
             first = next(iter(failures))
             parts.append(f"{len(failures)} of {ranks} ranks failed, rank {first} first")
-        if unfinished:
+            ended = {*self.followed, *unfinished} - failures.keys()
+            if ended:
+                parts.append(f"{ranks_text(ended)} ended because of that")
+        elif unfinished:
             parts.append(f"ranks {sorted(unfinished)} did not finish and were ended")
         text = "; ".join(parts)
-        for rank, reason in {**failures, **unfinished}.items():
+        for rank, reason in (failures or unfinished).items():
             text += f"\n--- rank {rank} ---\n{reason.rstrip()}"
         super().__init__(text)
+
+
+@dataclass
+class _Heard:
+    """What ranks have told that did not return, as (time, rank, text); followed: with the rank that they name."""
+
+    died: list[tuple[float, int, str]] = field(default_factory=list)
+    raised: list[tuple[float, int, str]] = field(default_factory=list)
+    followed: list[tuple[float, int, int | None, str]] = field(default_factory=list)
+    refusals: dict[int, UserError] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.died or self.raised or self.followed)
+
+    def add(self, kind: str, at: float, rank: int, answer: Any) -> None:
+        """Take down what a rank tells: that it died, raised, refused, or failed because another had."""
+        if kind in ("followed", "ended"):
+            self.followed.append((at, rank, *answer))
+        elif kind == "died":
+            self.died.append((at, rank, answer))
+        else:
+            if kind == "refused":
+                self.refusals[rank], answer = answer, f"{type(answer).__name__}: {answer}"
+            self.raised.append((at, rank, answer))
+
+    def refusal(self) -> UserError | None:
+        """Return the error of the rank that failed first if it says everything, and no rank raised another such one."""
+        texts = {str(error) for error in self.refusals.values()}
+        if len(texts) != 1 or self.died:
+            return None
+        # Whatever the others do follows from it.
+        return self.refusals.get(min(self.raised)[1])
+
+    def verdict(
+        self, unfinished: dict[int, str], returned: Collection[int], ranks: int
+    ) -> tuple[dict[int, str], dict[int, str], int, dict[int, str]]:
+        """Return the arguments of :class:`RankError`.
+
+        Who died or was stopped first is to blame, alone: the others' errors follow from that, and are often told
+        sooner. Else those are that raised an error of their own, and where nobody did, whom the others name.
+        """
+        followed = {rank: text for _, rank, _, text in sorted(self.followed, key=lambda told: told[0])}
+        if self.died:
+            _, first, reason = min(self.died)
+            followed |= {rank: text for _, rank, text in self.raised + sorted(self.died)[1:]}
+            return {first: reason}, unfinished, ranks, followed
+        if self.raised or not self.followed:
+            return {rank: text for _, rank, text in sorted(self.raised)}, unfinished, ranks, followed
+        named = [(at, rank, text) for at, _, rank, text in self.followed if rank is not None and rank not in returned]
+        _, first, text = min(named) if named else min((at, rank, text) for at, rank, _, text in self.followed)
+        return {first: text}, unfinished, ranks, {rank: text for rank, text in followed.items() if rank != first}
 
 
 class LocalRanks:
@@ -113,23 +178,26 @@ class LocalRanks:
                 f"fn: expected a function and arguments that another process can import, received {fn!r}: {error}; "
                 "define the function at the top level of a module"
             ) from error
-        if not self._processes:
-            self._start(fn.__module__)
-        self._calls += 1
-        for rank in range(count):
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": count,
-                "LOCAL_WORLD_SIZE": count,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": self._store.port,
-                **compat.served_run(f"call{self._calls}"),
-            }
-            with contextlib.suppress(OSError):  # a rank that is gone already is reported below
-                self._connections[rank].send_bytes(pickle.dumps({key: str(value) for key, value in place.items()}))
-                self._connections[rank].send_bytes(task)
-        return self._collect(count, timeout)
+        starting = set(range(count))
+        with told(lambda: f"{ranks_text(starting)} of {count} local ones to start" if starting else ""):
+            if not self._processes:
+                self._start(fn.__module__)
+            self._calls += 1
+            run = compat.served_run(f"call{self._calls}")
+            for rank in range(count):
+                place = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": count,
+                    "LOCAL_WORLD_SIZE": count,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": self._store.port,
+                    **run,
+                }
+                with contextlib.suppress(OSError):  # a rank that is gone already is reported below
+                    self._connections[rank].send_bytes(pickle.dumps({key: str(value) for key, value in place.items()}))
+                    self._connections[rank].send_bytes(task)
+            return self._collect(count, timeout, starting, compat.launcher_key(run))
 
     def close(self, *, kill: bool = False) -> None:
         """End the processes: by asking them, and after ``grace`` seconds, or at once with ``kill``, by force."""
@@ -153,7 +221,13 @@ class LocalRanks:
     def _start(self, module: str) -> None:
         from torch.distributed import TCPStore
 
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # Torch's own socket takes IPv6 too, and asks the name service for each peer's address in that form, while all
+        # ranks wait.
+        listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        port = listening.getsockname()[1]
+        self._store = TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
         self._stacks = tempfile.TemporaryDirectory(prefix="fusemesh-ranks-")
         files = [str(Path(self._stacks.name) / f"{rank}.txt") for rank in range(self.nproc)]
         context = multiprocessing.get_context("spawn")
@@ -171,14 +245,13 @@ class LocalRanks:
         for theirs in ends:
             theirs.close()
 
-    def _collect(self, count: int, timeout: float | None) -> list[Any]:
+    def _collect(self, count: int, timeout: float | None, starting: set[int], key: str) -> list[Any]:
+        """Hear from every rank; ``starting`` loses those that have begun, ``key`` is where they look for a death."""
         results: dict[int, Any] = {}
-        refusals: dict[int, UserError] = {}
-        # Who died or was stopped comes first: the others' errors follow from that, and are often told sooner.
-        failed: list[tuple[bool, float, int, str]] = []
+        heard = _Heard()
         dead = False
         deadline = None if timeout is None else time.monotonic() + timeout + STARTING
-        starting, waiting = set(range(count)), set(range(count))
+        waiting = set(range(count))
         stopped: dict[int, float] = {}
         while waiting:
             left = None if deadline is None else deadline - time.monotonic()
@@ -190,9 +263,8 @@ class LocalRanks:
             for rank in self._stopped_too_long(waiting, stopped):
                 waiting.discard(rank)
                 dead = True
-                failed.append(
-                    (False, time.time(), rank, f"was stopped by a signal (SIGSTOP) {self.patience:.0f} s ago")
-                )
+                reason = f"was stopped by a signal (SIGSTOP) {self.patience:.0f} s ago"
+                heard.died.append((time.time(), rank, reason))
                 # The others wait for it as long as it is stopped.
                 deadline = time.monotonic()
             for rank in sorted(waiting):
@@ -202,34 +274,33 @@ class LocalRanks:
                     kind, at, answer = pickle.loads(self._connections[rank].recv_bytes())
                 except (EOFError, OSError):
                     dead, kind, at, answer = True, "died", time.time(), self._exit_reason(rank)
+                    # Those whose collectives fail look there for the reason.
+                    self._store.compare_set(key, "", record(rank, f"rank {rank} failed first: it {answer}"))
                 starting.discard(rank)
                 if kind == "started":
-                    if not starting and not failed and timeout is not None:
+                    if not starting and not heard and timeout is not None:
                         deadline = time.monotonic() + timeout
                     continue
                 waiting.discard(rank)
+                dead = dead or kind == "ended"
                 if kind == "returned":
                     results[rank] = answer
-                else:
-                    if kind == "refused":
-                        refusals[rank], answer = answer, f"{type(answer).__name__}: {answer}"
-                    failed.append((kind != "died", at, rank, answer))
-                    # The others may wait for this rank for ever.
-                    limit = time.monotonic() + self.grace
-                    deadline = limit if deadline is None else min(deadline, limit)
-        if not failed and not waiting:
+                    continue
+                heard.add(kind, at, rank, answer)
+                # The others may wait for this rank for ever.
+                limit = time.monotonic() + self.grace
+                deadline = limit if deadline is None else min(deadline, limit)
+        if not heard and not waiting:
             return [results[rank] for rank in range(count)]
-        # Whatever the others do follows from a refusal that came first.
-        first = min(failed, key=lambda failure: failure[1])[2] if failed else None
-        if first in refusals and not dead and len({str(error) for error in refusals.values()}) == 1:
-            if waiting:
+        refusal = heard.refusal()
+        if refusal is not None:
+            if waiting or dead:
                 self.close(kill=True)
-            raise refusals[first]
-        failures = {rank: reason for *_, rank, reason in sorted(failed)}
+            raise refusal
         unfinished = self._stacks_of(waiting)
         if waiting or dead:
             self.close(kill=True)
-        raise RankError(failures, unfinished, count)
+        raise RankError(*heard.verdict(unfinished, results.keys(), count))
 
     def _stopped_too_long(self, ranks: set[int], since: dict[int, float]) -> list[int]:
         """Return the ranks that have been stopped for longer than ``patience``; ``since`` is kept up to date."""

@@ -6,13 +6,26 @@ number of GPUs is wrong as soon as ranks are spread in turn), and rank 0's addre
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import socket
-from collections.abc import Mapping
+import uuid
+from dataclasses import dataclass
 
-# rank, world size, rank on this machine, ranks on this machine, rank 0's address and a free port there
-Found = tuple[int, int, int, int, str, int]
+from .waiting import told
+
+
+@dataclass(frozen=True)
+class Found:
+    """This process's place as MPI says it, rank 0's address, and a name of the run that no other has."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    address: str
+    run: str
 
 
 def is_available() -> bool:
@@ -22,21 +35,24 @@ def is_available() -> bool:
 
 @functools.cache
 def ask() -> Found:
-    """Return this process's place and rank 0's address; every rank calls it. MPI starts here, and ends at exit."""
-    from mpi4py import MPI
+    """Return what MPI says of this process; every rank calls it. MPI starts here, and ends at exit."""
+    with told(lambda: "all ranks of mpirun to start MPI (mpi4py), which tells rank 0's address"):
+        from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    local = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
-    meeting = None
-    if world.rank == 0:
-        address = "127.0.0.1" if local.size == world.size else socket.gethostbyname(socket.gethostname())
-        with socket.socket() as free:
-            free.bind(("", 0))
-            meeting = address, free.getsockname()[1]
-    address, port = world.bcast(meeting)
-    return world.rank, world.size, local.rank, local.size, address, port
+        world = MPI.COMM_WORLD
+        local = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
+        meeting = None
+        if world.rank == 0:
+            meeting = "127.0.0.1" if local.size == world.size else _own_address(), uuid.uuid4().hex
+        address, run = world.bcast(meeting)
+        return Found(world.rank, world.size, local.rank, local.size, address, run)
 
 
-def meeting_point(environ: Mapping[str, str], found: Found) -> tuple[str, int]:
-    """Return rank 0's address and port: MASTER_ADDR and MASTER_PORT where they are set, else MPI's."""
-    return environ.get("MASTER_ADDR", found[4]), int(environ.get("MASTER_PORT", found[5]))
+def _own_address() -> str:
+    """Return this machine's address; its name where that stands for the loopback here, which other machines know."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(name)
+        if not address.startswith("127."):
+            return address
+    return name

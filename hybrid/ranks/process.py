@@ -27,6 +27,7 @@ from typing import Any
 
 from .. import compat
 from ..outputs import UserError
+from .failure import PeerError, before_end, is_aborted_collective
 
 _PR_SET_PDEATHSIG = 1
 
@@ -173,6 +174,12 @@ def _run_calls(connection: Any, stack_file: str, forked_by: int | None) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     _die_with(parent.pid if forked_by is None else forked_by)
+
+    def tell(failure: PeerError) -> None:
+        with contextlib.suppress(OSError):
+            connection.send_bytes(pickle.dumps(("ended", time.time(), (failure.rank, str(failure)))))
+
+    before_end.append(tell)
     with open(stack_file, "w") as stacks:
         if hasattr(signal, "SIGUSR1"):
             faulthandler.register(signal.SIGUSR1, file=stacks)
@@ -192,6 +199,10 @@ def _run_calls(connection: Any, stack_file: str, forked_by: int | None) -> None:
                 at = getattr(error, "failed_at", time.time())
                 if isinstance(error, UserError):
                     answer = pickle.dumps(("refused", at, error))
+                elif isinstance(error, PeerError):
+                    answer = pickle.dumps(("followed", at, (error.rank, str(error))))
+                elif is_aborted_collective(error):
+                    answer = pickle.dumps(("followed", at, (None, traceback.format_exc())))
                 else:
                     answer = pickle.dumps(("raised", at, traceback.format_exc()))
             connection.send_bytes(answer)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from fusemesh import cli
 from fusemesh.hybrid import checkpoint
@@ -256,6 +257,10 @@ def test_a_checkpoint_of_the_version_before_takes_labels_from_the_data(
     expected = answers(ask, monkeypatch, "run")
     for folder in checkpoint.all_checkpoints("run/checkpoints"):
         as_format_2(folder)
+    tensors, state = checkpoint.read_merged("model.safetensors")
+    saved = {"step": state["step"], "config": state["config"]}
+    save_file(tensors, "old.safetensors", metadata={"format": "pt", "fusemesh": json.dumps(saved)})
+    assert answers(ask, monkeypatch, "old.safetensors") == expected
     monkeypatch.setattr(sys, "stdin", StringIO("abe\nmor\n"))
     status, result, _ = ask("predict", "run")
     assert status == 2 and "name them by --data.path FILE" in result["error"] and "older version" in result["error"]

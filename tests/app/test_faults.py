@@ -84,7 +84,8 @@ def ends_in_time(run: subprocess.Popen[str], victim: int, pids: list[int]) -> No
     out, err = run.communicate(timeout=60)
     assert time.monotonic() - began < 30
     assert run.returncode == 1, err
-    assert re.search(rf"\d of \d ranks failed, rank {victim} first", json.loads(out)["error"]), out
+    assert re.match(rf"1 of \d ranks failed, rank {victim} first", json.loads(out)["error"]), out
+    assert json.loads(out)["error"].count("--- rank") == 1
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 

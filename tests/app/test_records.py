@@ -73,6 +73,11 @@ def test_encodings_that_do_not_fit(tmp_path: Path) -> None:
     path.write_bytes("text,label\nné,x\n".encode("cp1252"))
     with pytest.raises(ValueError, match=r"line 2: expected gb18030, as data\.encoding says, received the byte 0xe9"):
         read_records(str(path), FIELDS, encoding="gb18030")
+    path.write_text("text,label\na,x\n服务很好,x\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"line 3: expected ascii, as data\.encoding says, .*; it is UTF-8: leave --data"
+    ):
+        read_records(str(path), FIELDS, encoding="ascii")
     for wrong in ("klingon", "base64"):
         with pytest.raises(ValueError, match=rf"data\.encoding: expected the name of a text encoding, .*'{wrong}'"):
             read_records(str(path), FIELDS, encoding=wrong)
@@ -108,6 +113,11 @@ def test_columns_may_have_other_names_and_a_byte_order_mark(tmp_path: Path) -> N
         ("a.csv", b"text,kind\nb,x\n", "a.csv, line 1: expected a column 'label', received 'text', 'kind'; rename it"),
         ("a.csv", b"text,label\na,x\nb, c,x\n", "a.csv, line 3: expected 2 values, as in the heading, received 3"),
         ("a.csv", b'text,label\na,x\n"b,x\n', "a.csv, line 3: expected a record, received what is broken"),
+        (
+            "a.txt",
+            "这家餐厅的服务很好,还\n".encode() + b"\xe4\tx\n",
+            "a.txt, line 2: expected UTF-8, received the byte 0xe4; the r",
+        ),
         (
             "a.jsonl",
             b'{"text": "a", "label": "x"}\n{"text": \n',

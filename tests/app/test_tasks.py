@@ -300,6 +300,9 @@ def test_a_language_model_goes_on_with_a_text(
     data = ["--data.path", str(tmp_path / "text.txt"), "--data.sequence_length", "32"]
     assert cli.main(["train", *options, *data, "--out", folder, "--quiet"]) == 0
     capsys.readouterr()
+    # What it was trained on is needed no more.
+    (tmp_path / "text.txt").rename(tmp_path / "other.txt")
+    assert run(capsys, "eval", folder, "--data.held_out", str(tmp_path / "other.txt"))["samples"] > 99
     found = run(capsys, "generate", folder, "--prompt", "line", "--tokens", "9")
     assert found["prompt"] == "line" and found["tokens"] == 9
     # Streamed: the same text.

@@ -1,4 +1,4 @@
-"""Rank from the environment (pure), and processes of this machine that fail, hang, die, or lose their parent."""
+"""Layer: hybrid. Processes of this machine that fail, hang, die, or lose their parent."""
 
 from __future__ import annotations
 
@@ -13,98 +13,10 @@ from pathlib import Path
 import pytest
 
 from fusemesh.hybrid.outputs import UserError
-from fusemesh.hybrid.ranks.join import Place, distributed, first_node, launch_local, rank_from_environment
+from fusemesh.hybrid.ranks.join import distributed, launch_local
 from fusemesh.hybrid.ranks.local import LocalRanks, RankError
 from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.ranks import launch as launch_ranks
-
-TORCHRUN = {
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "node0",
-    "MASTER_PORT": "29500",
-}
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "1",
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "2",  # not in rank order, as Open MPI 5 may number them
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
-}
-PMI = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "10.0.0.7"}
-SLURM = {
-    "SLURM_PROCID": "9",
-    "SLURM_STEP_NUM_TASKS": "16",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
-    "SLURM_STEP_NODELIST": "gpu[003-004]",
-    "SLURM_JOB_ID": "77",
-}
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        (TORCHRUN, Place("torchrun", 5, 8, 1, 4, "node0", 29500)),
-        ({**TORCHRUN, **SLURM, **OPEN_MPI}, Place("torchrun", 5, 8, 1, 4, "node0", 29500)),
-        ({**OPEN_MPI, "MASTER_PORT": "1234"}, Place("Open MPI", 1, 4, 2, 4, "127.0.0.1", 1234)),
-        ({**PMI, "MASTER_PORT": "1234"}, Place("MPI (PMI)", 3, 4, 1, 2, "10.0.0.7", 1234)),
-        ({**SLURM, "MASTER_PORT": "1234"}, Place("Slurm", 9, 16, 1, 0, "gpu003", 1234)),
-        ({"PMI_RANK": "0", "PMI_SIZE": "1", "MASTER_PORT": "1"}, Place("MPI (PMI)", 0, 1, 0, 0, "127.0.0.1", 1)),
-        ({}, None),
-        # Inside an allocation, but not a step of it: one process.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "77"}, None),
-        ({"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, None),
-    ],
-)
-def test_rank_from_environment(environ: dict[str, str], expected: Place | None) -> None:
-    assert rank_from_environment(environ) == expected
-
-
-@pytest.mark.parametrize(
-    ("environ", "parts"),
-    [
-        ({**TORCHRUN, "RANK": "8"}, ["RANK: ", "0 to WORLD_SIZE - 1 = 7", "received 8"]),
-        ({**TORCHRUN, "RANK": "one"}, ["RANK: ", "expected an integer", "'one'"]),
-        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ["MASTER_ADDR: not set", "Open MPI", "4 ranks"]),
-        ({k: v for k, v in PMI.items() if k != "MASTER_ADDR"}, ["MASTER_ADDR: not set"]),
-        ({"PMI_RANK": "1", "PMI_SIZE": "4", "MASTER_ADDR": "a"}, ["MPI_LOCALRANKID: not set", "torchrun"]),
-        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"}, ["MASTER_PORT: not set"]),
-    ],
-)
-def test_rank_from_environment_refuses(environ: dict[str, str], parts: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:
-        rank_from_environment(environ)
-    for part in parts:
-        assert part in str(caught.value)
-
-
-def test_the_port_follows_from_the_run() -> None:
-    """Equal on all ranks of a run, without talking; different between runs; out of the range that systems hand out."""
-
-    def port(**change: str) -> int:
-        place = rank_from_environment({**SLURM, **change})
-        assert place is not None
-        return place.master_port
-
-    assert port(SLURM_PROCID="0", SLURM_LOCALID="0") == port(SLURM_PROCID="9")
-    ports = {port(SLURM_JOB_ID=str(job)) for job in range(50)}
-    assert len(ports) > 45 and min(ports) >= 20000 and max(ports) < 30000
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu7", "gpu7"),
-        ("gpu[003-006,9],login1", "gpu003"),
-        ("gpu[3,5]", "gpu3"),
-        ("a-b1,a-b2", "a-b1"),
-        ("rack[1-2]n", "rack1n"),
-    ],
-)
-def test_first_node(nodes: str, first: str) -> None:
-    assert first_node(nodes) == first
 
 
 def test_a_plain_process_is_a_world_of_one() -> None:
@@ -189,6 +101,9 @@ def test_a_failure_frees_the_others_from_a_collective() -> None:
     with pytest.raises(RankError, match="rank 1 first") as caught:
         launch_local(3, launch_ranks.fail_before_a_collective, 1)
     assert "ZeroDivisionError" in caught.value.failures[1]
+    # They are not to blame, and say whom they ended with.
+    assert list(caught.value.failures) == [1] and "ranks 0, 2 ended because of that" in str(caught.value)
+    assert all(text.startswith("rank 1 failed first: ZeroDivisionError") for text in caught.value.followed.values())
 
 
 @pytest.mark.distributed

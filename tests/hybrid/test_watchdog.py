@@ -10,6 +10,7 @@ import pytest
 
 from fusemesh.hybrid.ranks.local import LocalRanks, RankError
 from tests.support.ranks import fault as fault_ranks
+from tests.support.ranks import meet as ranks_that_meet
 
 pytestmark = [
     pytest.mark.distributed,
@@ -40,7 +41,9 @@ def test_the_launcher_names_the_lost_rank(victim: int, number: signal.Signals) -
         with pytest.raises(RankError) as caught:
             ranks.call(fault_ranks.reduce_for_ever, victim, int(number), 60.0)
         assert time.monotonic() - began < 30
-        assert next(iter(caught.value.failures)) == victim
+        assert list(caught.value.failures) == [victim]
+        assert f"1 of 3 ranks failed, rank {victim} first; ranks " in str(caught.value)
+        assert " ended because of that\n" in str(caught.value)
         assert ("SIGKILL" if number == signal.SIGKILL else "stopped") in caught.value.failures[victim]
         assert gone(pids)
 
@@ -55,9 +58,23 @@ def test_ranks_find_the_stopped_one_themselves(victim: int, capfd: pytest.Captur
         with pytest.raises(RankError) as caught:
             ranks.call(fault_ranks.reduce_for_ever, victim, int(signal.SIGSTOP), 4.0)
         assert time.monotonic() - began < 30
-        assert set(caught.value.failures) == {0, 1, 2} - {victim}
+        # Who finds it ends with it and is not to blame.
+        assert list(caught.value.failures) == [victim]
     told = capfd.readouterr().err
     assert told.count(f"fusemesh: rank {victim} has given no sign of life for 4 s") >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_who_survives_names_the_killed_one(victim: int) -> None:
+    """Where no launcher says who it was: by its heartbeats, or by the store that rank 0 served."""
+    places = [ranks_that_meet.slurm(f"lost-{victim}", rank, 3) for rank in range(3)]
+    with LocalRanks(3, ONE_THREAD, grace=20.0) as ranks:
+        with pytest.raises(RankError) as caught:
+            ranks.call(ranks_that_meet.lose, places, victim, 60.0)
+        assert list(caught.value.failures) == [victim] and "SIGKILL" in caught.value.failures[victim]
+        assert caught.value.followed.keys() == {0, 1, 2} - {victim}
+        assert all(text.startswith(f"rank {victim} failed first: ") for text in caught.value.followed.values())
 
 
 @pytest.mark.slow

@@ -6,12 +6,15 @@ import contextvars
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+import fusemesh
 from fusemesh.kernels import backend_record, backends
 from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
@@ -229,3 +232,74 @@ def test_overlapping_blocks_of_two_threads_leave_nothing_behind() -> None:
     assert value.traced == "second" and value.get() == "default"
     contexts[1].run(second.__exit__, None, None, None)
     assert value.traced == value.get() == "default"
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been warned of."""
+    monkeypatch.setattr(backends, "_warned", set())
+
+
+def caught(call: Callable[[], Any]) -> list[str]:
+    """Return the warnings of a call."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return [str(x.message) for x in found if "stores scores" in str(x.message)]
+
+
+@pytest.mark.parametrize("operation", ["attention", "attention_varlen"])
+def test_auto_warns_once_where_a_gpu_would_store_the_scores(
+    operation: str, warned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU whose kernels are not proven would: the choice asks it for its capability alone."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+    def choose(**options: Any) -> str:
+        call, shape = Call(AttentionSpec(1.0, **options)), (2, 16, 8192, 8192)
+        asked = request(operation, device=torch.device("cuda"), dtype=torch.bfloat16, call=call, scores=shape)
+        return backends.choose("auto", asked).name
+
+    (message,) = caught(lambda: choose(window_left=5))
+    for part in (f"{operation}: backend='auto' took 'reference' on cuda", "2 x 16 x 8192 x 8192", "8192 MiB"):
+        assert part in message
+    assert "name backend='triton'" in message
+    assert caught(lambda: choose(window_left=7)) == []
+    if operation == "attention":  # packed sequences have one reason, whatever the options are
+        assert len(caught(lambda: choose(dropout_p=0.5))) == 1
+        assert caught(choose) == []
+
+
+def test_auto_warns_on_a_cpu_where_it_is_worth_it(warned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, cu, lens = torch.ones(2, 2, 4, 16, dtype=torch.float64), torch.tensor([0, 4]), torch.tensor([3, 4])
+
+    def attend() -> Any:
+        return fusemesh.flash_attention(q, q, q, window=(1, 1))
+
+    p = q[0].transpose(0, 1)
+    calls = {
+        "attention": (attend, "2 x 2 x 4 x 4"),
+        "attention_varlen": (lambda: fusemesh.flash_attention_varlen(p, p, p, cu, cu, 4, 4), "1 x 2 x 4 x 4"),
+        "attention_decode": (lambda: fusemesh.flash_attention_decode(q, q, q, cache_lens=lens), "2 x 2 x 4 x 4"),
+    }
+    assert caught(attend) == []
+    monkeypatch.setattr(backends, "MOST_SILENT", 0)
+    for name, (call, shape) in calls.items():
+        (message,) = caught(call)
+        assert message.startswith(f"{name}: backend='auto' took 'reference' on cpu") and shape in message
+        assert caught(call) == []
+    backends._warned.clear()
+    assert caught(lambda: fusemesh.flash_attention(q, q, q, backend="reference")) == []
+    assert caught(lambda: fusemesh.flash_attention(q.float(), q.float(), q.float(), window=(1, 1))) == []
+    meta = q.to("meta")
+    assert caught(lambda: fusemesh.flash_attention(meta, meta, meta, window=(1, 1))) == []
+
+
+def test_a_compiled_call_warns_too(warned: None) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        backends._warn_once("attention", "cuda", "reference", "window", "[B, H, Sq, Sk]", "name another")
+        return x + 1
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    assert len(caught(lambda: compiled(torch.ones(2)))) == 1
+    assert caught(lambda: compiled(torch.ones(3))) == []

@@ -19,6 +19,7 @@ SECONDS = {
     "tests/hybrid/test_checkpoint.py": 2.0,
     "tests/hybrid/test_consistency.py": 0.4,
     "tests/hybrid/test_launch.py": 0.6,
+    "tests/hybrid/test_meeting.py": 0.3,
     "tests/hybrid/test_parity.py": 1.2,
     "tests/hybrid/test_pipeline_parallel.py": 0.6,
     "tests/hybrid/test_placed.py": 0.6,

@@ -52,4 +52,14 @@ class DecodeCall:
         rows = q.shape[1] // max(self.k_cache.shape[1], 1) * q.shape[2]
         dims = (q.shape[3], self.v_dim)
         is_latent = self.v_cache is None
-        return Request("attention_decode", q.device, q.dtype, dims, self.call, is_latent=is_latent, rows=rows)
+        scores = (*q.shape[:3], self.capacity)
+        return Request(
+            "attention_decode",
+            q.device,
+            q.dtype,
+            dims,
+            self.call,
+            is_latent=is_latent,
+            rows=rows,
+            scores=scores,
+        )

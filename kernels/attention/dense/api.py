@@ -282,7 +282,7 @@ def _choose(
     backend: str, tensors: tuple[torch.Tensor, ...], call: Call, *, needs_lse: bool, is_backward: bool = False
 ) -> Backend:
     """The backend that runs; for one given by name, ValueError if it cannot do this call."""
-    q, _, v = tensors
+    q, k, v = tensors
     transforms = compat.transforms()
     needs_grad = needs_gradient(*tensors, *call.differentiable)
     if transforms and not needs_grad:  # what no gradient is asked of is the same inside torch.func.grad and outside
@@ -295,6 +295,7 @@ def _choose(
         call,
         needs_grad or is_backward,
         needs_lse,
+        scores=(*q.shape[:3], k.shape[2]),
         transforms=transforms,
     )
     return choose(backend, request)

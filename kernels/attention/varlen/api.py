@@ -134,7 +134,9 @@ def attend(
     call = normalise(like_q, like_k, options).replace(packed=packed, origin=None)
     needs_grad = needs_gradient(q, k, v, *call.differentiable)
     dims = (q.shape[2], v.shape[2])
-    record = choose(backend, Request("attention_varlen", q.device, q.dtype, dims, call, needs_grad, return_lse))
+    scores = (*like_q.shape[:3], like_k.shape[2])
+    asked = Request("attention_varlen", q.device, q.dtype, dims, call, needs_grad, return_lse, scores=scores)
+    record = choose(backend, asked)
     can_read = has_values(lengths[0])
     if env.CHECK and can_read:
         check_contents(packed, q.shape[0], k.shape[0])

@@ -49,5 +49,5 @@ def run(options: argparse.Namespace) -> Outcome:
 def _source(configured: config.Config) -> str:
     data = configured.data
     if data.held_out:
-        return f"the records of {data.held_out}"
+        return data.held_out
     return f"the held-out part of {data.path or 'the default corpus'}"

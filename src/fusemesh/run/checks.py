@@ -73,7 +73,7 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
     if how is not None and not how.allow_changed_data:
         # Files that cannot be read are named below, with the remedy.
         with contextlib.suppress(OSError):
-            if message := changed_data(config, state):
+            if message := changed_data(state, fingerprint(config)):
                 raise ValueError(message)
     task = build_task(config, state.get("metadata"))
     order_of(settings, len(task.train))
@@ -90,9 +90,10 @@ def how_to_resume(resume: bool | Resume | None) -> Resume | None:
     return (Resume() if resume else None) if isinstance(resume, bool) else resume
 
 
-def changed_data(config: Config, state: dict[str, Any]) -> str:
-    """Return the error about data that have changed since a checkpoint; "" if they have not, or nobody knows."""
-    found = changes(state["data"], fingerprint(config)) if "data" in state else []
+def changed_data(state: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the error about data, now of this fingerprint, that have changed since a checkpoint; "" if they have not,
+    or nobody knows."""
+    found = changes(state["data"], now) if "data" in state else []
     if not found:
         return ""
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,26 +84,27 @@ def check_evaluated(saved: Mapping[str, Any] | None, config: Config, given: Mapp
     Raises:
         ValueError: they are not; says how to evaluate on other records.
     """
-    if "data.held_out" in given or saved is None:
+    if "data.held_out" in given:
         return
     advice = "give the records to evaluate on as --data.held_out FILE"
     part = "held_out" if config.data.held_out else "path"
     path = getattr(config.data, part)
     if not path:
         here = task_class(config.task).default_version()
-        if saved.get("corpus", here) != here:
+        if saved is not None and saved.get("corpus", here) != here:
             raise ValueError(
                 f"data.path: the model was trained on the default corpus of {saved['corpus']}, and this is {here}, of "
                 f"which other samples are held out; {advice}"
             )
         return
     try:
-        now = _entry(task_class(config.task), path)
+        os.stat(path)
+        now = {} if saved is None else _entry(task_class(config.task), path)
     except OSError as error:
         raise ValueError(
             f"data.{part}: the held-out records are in {path!r}, and it cannot be read ({error.strerror}); {advice}"
         ) from error
-    if saved.get(part) != now:
+    if saved is not None and saved.get(part) != now:
         raise ValueError(
             f"data.{part}: {path!r} is not what the model was trained with "
             f"(that was {_text(saved.get(part), now)}, this is {_text(now, saved.get(part))}); {advice}"

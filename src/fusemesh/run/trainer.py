@@ -85,11 +85,12 @@ class Trainer:
 
     def _identify(self, how: Resume | None, state: dict[str, Any]) -> dict[str, Any]:
         """Return the fingerprint of the data, after it has been compared with that of the run to go on with."""
-        if how is not None and (message := changed_data(self.config, state)):
+        found = fingerprint(self.config)
+        if how is not None and (message := changed_data(state, found)):
             if not how.allow_changed_data:
                 raise ValueError(message)
             logger.warning("%s", message)
-        return fingerprint(self.config)
+        return found
 
     def _set_later_aside(self) -> None:
         for path in checkpoint.set_later_aside(self.folder / "checkpoints", self.first_step):

@@ -51,7 +51,7 @@ def decode_text(content: bytes, encoding: str, where: str) -> str:
     try:
         text = content.decode(name)
     except UnicodeDecodeError as error:
-        line = content[: error.start].decode(name, "ignore").count("\n") + 1
+        line = error.object[: error.start].decode(name, "ignore").count("\n") + 1
         raise _refusal(content, error, encoding, where, line) from None
     if not encoding and "\0" in text and (likely := _unmarked_utf16(content)):
         raise ValueError(
@@ -74,9 +74,8 @@ def check_encoding(encoding: str) -> None:
         ValueError: it does not.
     """
     try:
-        if encoding and not codecs.lookup(encoding)._is_text_encoding:  # type: ignore[attr-defined]
-            raise LookupError
-    except LookupError:
+        "a".encode(encoding or "utf-8")
+    except (LookupError, ValueError):
         raise ValueError(
             "data.encoding: expected the name of a text encoding, such as gb18030, utf-16 or cp1252, received "
             f"{encoding!r}; leave it out for UTF-8"
@@ -85,6 +84,10 @@ def check_encoding(encoding: str) -> None:
 
 def remedy(content: bytes) -> str:
     """Return what to do about bytes that are no UTF-8: the encodings that they may have, the likeliest first."""
+    text = content[: 16 * _SAMPLE].decode(errors="replace")
+    damaged, foreign = text.count("\ufffd"), sum(letter > "\x7f" for letter in text)
+    if foreign > 10 * damaged:
+        return "the rest is UTF-8: mend the line" if damaged else "it is UTF-8: leave --data.encoding out"
     found = likely_encodings(content)
     if not found:
         return "no encoding that is tried decodes it as text; give its own by --data.encoding, if it is text"
@@ -180,9 +183,12 @@ def check_characters(text: str, where: str) -> None:
     with contextlib.suppress(UnicodeEncodeError):
         text.encode()
         return
-    half = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
+    half = ord(next(letter for letter in text if "\ud800" <= letter <= "\udfff"))
+    if 0xDC80 <= half <= 0xDCFF:
+        # By this Python stands for a byte of the command line that it could not decode.
+        raise ValueError(f"{where}: expected UTF-8, received the byte 0x{half - 0xDC00:02x}; write the text in UTF-8")
     raise ValueError(
-        f"{where}: expected characters, received \\u{ord(half):04x}, one half of a surrogate pair; write the character "
+        f"{where}: expected characters, received \\u{half:04x}, one half of a surrogate pair; write the character "
         "itself, or both halves"
     )
 
@@ -214,7 +220,8 @@ def lines_of(stream: Any, encoding: str = "", where: str = "standard input") -> 
         marked = any(first.startswith(mark) for mark, _ in _MARKS)
         if marked or "\n".encode(name or "utf-8") != b"\n":
             # Bytes of another character may be those of a newline.
-            parts = decode_text(first + stream.buffer.read(), name, where).removesuffix("\n").split("\n")
+            text = decode_text(first + stream.buffer.read(), name, where).removesuffix("\n")
+            parts = text.split("\n") if text else []
         else:
             parts = itertools.chain([first] if first else [], stream.buffer)
     for number, part in enumerate(parts, 1):

@@ -1,8 +1,6 @@
 """Byte-level language modelling on text files, by default the Python standard library's own source.
 
-A corpus is two streams of bytes, for training and held out. Documents go to one or the other as a whole, by a hash of
-their relative path, so that no held-out text has a part in training and the split is the same on every rank and in
-every run. A sample is a fixed-length window of a stream, known by its global index.
+A sample is a fixed-length window of one of the corpus's two streams of bytes, known by its global index; see corpus.py.
 """
 
 from __future__ import annotations
@@ -10,14 +8,8 @@ from __future__ import annotations
 import codecs
 import functools
 import gzip
-import logging
 import math
-import os
-import platform
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,13 +24,14 @@ from .base import (
     Task,
     decode,
     encode,
-    hash_of,
-    held_out_names,
     padded,
     shortened,
 )
-from .encodings import check_characters, decode_text, is_wide
-from .files import read_bytes
+from .corpus import SEPARATOR as SEPARATOR  # public here
+from .corpus import Corpus, files_of, library_version, read_documents, some_of, source_of, stream_of
+from .corpus import load_corpus as load_corpus
+from .corpus import standard_library as standard_library
+from .encodings import check_characters
 
 if TYPE_CHECKING:
     import torch
@@ -47,153 +40,7 @@ if TYPE_CHECKING:
     from fusemesh.transformer import Transformer, TransformerConfig
 
 DEFAULTS: Mapping[str, Any] = {"data.sequence_length": 256}
-SEPARATOR = PAD  # ends every document; NUL does not occur in source text
-
-# Not the library's source: installed packages, compiled files, tests, and text that a program wrote.
-_EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
-_EXCLUDED_PREFIX = "_sysconfigdata"
-_SOURCE_SUFFIX = ".py"
-_SHOWN = 3  # files in a message
 _LEAST_LENGTH = 16  # that is chosen
-logger = logging.getLogger("fusemesh")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Two streams of bytes; each document is followed by one separator byte.
-
-    train, held_out: uint8 [bytes]. train_documents, held_out_documents: how many documents each holds.
-    source: where the text came from, for reports.
-    """
-
-    train: np.ndarray
-    held_out: np.ndarray
-    train_documents: int
-    held_out_documents: int
-    source: str
-
-
-def standard_library() -> Path:
-    """Return the folder of the running Python's standard library."""
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def _library() -> str:
-    """Return the name and the version of the default corpus."""
-    return f"Python {platform.python_version()} standard library"
-
-
-def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Corpus:
-    """Read a corpus.
-
-    Args:
-        path: a text file, a folder of text files, or "" for the standard library's source.
-        held_out: the same for the held-out part; "": one in 16 of the documents, but at least one, by hash.
-        encoding: of the files, see :func:`fusemesh.tasks.encodings.decode_text`.
-
-    Raises:
-        ValueError: nothing is there, it is in another encoding, or one document has no two lines to divide.
-    """
-    documents = _read(path, "data.path", encoding)
-    if held_out:
-        parts = [documents, _read(held_out, "data.held_out", encoding)]
-    else:
-        documents = _at_least_two(documents)
-        chosen = held_out_names(documents)
-        if not chosen:
-            raise ValueError(
-                f"data.path: expected enough documents to hold some out, received {len(documents)} of one line in "
-                f"{path!r}; give more text, or some to evaluate on as data.held_out"
-            )
-        parts = [{n: text for n, text in documents.items() if (n in chosen) == part} for part in (False, True)]
-    streams = []
-    for part in parts:
-        # In the order of the hash: the first part of a stream is then a random choice of documents.
-        found = b"".join(part[name] + bytes([SEPARATOR]) for name in sorted(part, key=lambda name: hash_of(name)))
-        streams.append(np.frombuffer(found, dtype=np.uint8))
-    source = str(_root(path)) if path else _library()
-    return Corpus(streams[0], streams[1], len(parts[0]), len(parts[1]), source)
-
-
-def _root(path: str) -> Path:
-    return Path(path).expanduser().resolve() if path else standard_library()
-
-
-def _read(path: str, key: str, encoding: str) -> dict[str, bytes]:
-    """Return the documents of a file or a folder by name, in UTF-8; say which files have another encoding."""
-    root = _root(path)
-    if root.is_file():
-        text = decode_text(read_bytes(root, key, "text"), encoding, str(root)).encode()
-        if not text or b"\0" in text:
-            what = "which holds bytes of 0" if text else "an empty file"
-            raise ValueError(f"{key}: expected text, received {path!r}, {what}; give another")
-        return _parts(root.name, text)
-    if not root.is_dir():
-        is_there = "neither file nor folder" if root.exists() else "not found"
-        raise ValueError(f"{key}: expected a text file or a folder of text files, received {path!r}: {is_there}")
-    found, undecoded = {}, []
-    for name, content in _files(root):
-        try:
-            text = _utf8(content, encoding, name) if path else content
-        except ValueError as error:
-            undecoded.append(str(error))
-            continue
-        # A NUL byte marks a binary file, and would be taken for the end of a document.
-        if text and b"\0" not in text:
-            found[name] = text
-    if undecoded:
-        more = f"; and {len(undecoded) - _SHOWN} others" if len(undecoded) > _SHOWN else ""
-        line = f"{len(undecoded)} of {len(undecoded) + len(found)} files of {path!r} cannot be read and are left out: "
-        line += "; ".join(sorted(undecoded)[:_SHOWN]) + more
-        if len(undecoded) > len(found):
-            raise ValueError(f"{key}: expected text in {encoding or 'UTF-8'}, received other files: {line}")
-        logger.warning("%s: %s", key, line)
-    if not found:
-        raise ValueError(f"{key}: expected a folder of text files, received {path!r}, which has no text; give another")
-    return found
-
-
-def _files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (relative path, content) of a folder's files; unreadable and hidden ones are left out."""
-    suffix = _SOURCE_SUFFIX if root == standard_library() else ""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS and not name.startswith(".")]
-        for name in files:
-            if not name.endswith(suffix) or name.startswith((_EXCLUDED_PREFIX, ".")):
-                continue
-            path = Path(folder, name)
-            try:
-                content = read_bytes(path, "data.path", "text")
-            except ValueError:
-                continue
-            yield path.relative_to(root).as_posix(), content
-
-
-def _utf8(content: bytes, encoding: str, name: str) -> bytes:
-    """Return a document in UTF-8; a binary one, which holds bytes of 0, as it is."""
-    if b"\0" in content and not is_wide(content, encoding):
-        return content
-    return decode_text(content, encoding, name).encode()
-
-
-def _parts(name: str, text: bytes) -> dict[str, bytes]:
-    """Return the paragraphs of a text as documents by name."""
-    blank = b"\r\n\r\n" if b"\r\n" in text else b"\n\n"
-    return {f"{name}#{number}": part + blank for number, part in enumerate(text.split(blank)) if part.strip()}
-
-
-def _at_least_two(documents: dict[str, bytes]) -> dict[str, bytes]:
-    """Return the documents; of a single one its paragraphs, or its lines."""
-    for cut in (_parts, _lines):
-        if len(documents) == 1:
-            ((name, text),) = documents.items()
-            documents = cut(name, text)
-    return documents
-
-
-def _lines(name: str, text: bytes) -> dict[str, bytes]:
-    """Return the lines of a text as documents by name."""
-    return {f"{name}:{number}": line + b"\n" for number, line in enumerate(text.split(b"\n")) if line.strip()}
 
 
 class Samples:
@@ -252,16 +99,11 @@ class LanguageModel(Task):
 
     @staticmethod
     def default_version() -> str:
-        return _library()
+        return library_version()
 
     @staticmethod
     def files_of(path: str) -> Iterator[tuple[str, bytes]]:
-        root = _root(path)
-        if not root.is_dir():
-            yield "", root.read_bytes()
-        for name, content in sorted(_files(root)):
-            if content and (b"\0" not in content or is_wide(content, "")):
-                yield name, content
+        yield from files_of(path)
 
     @functools.cached_property
     def _corpus(self) -> Corpus:
@@ -274,16 +116,39 @@ class LanguageModel(Task):
         fits = (len(self._corpus.train) - 1) // _LEAST_LENGTH * _LEAST_LENGTH
         return min(default, max(fits, _LEAST_LENGTH))
 
+    def cuts(self, part: str) -> dict[str, int]:
+        found = self._left_out(part)
+        return {"files_left_out": len(found)} if found else {}
+
+    def say_cuts(self, part: str) -> str:
+        """Return which files of the data have another encoding; a stream is cut into windows, and nothing is lost."""
+        found = self._left_out(part)
+        files = "1 file is" if len(found) == 1 else f"{len(found)} files are"
+        return f"{files} left out: {some_of(found)}" if found else ""
+
+    def _left_out(self, part: str) -> tuple[str, ...]:
+        return self._corpus.train_left_out if part == "train" else self._held_out_text[1]
+
+    @functools.cached_property
+    def _held_out_text(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The stream of the held-out text, and the files left out of it."""
+        data = self.config.data
+        if data.held_out and "_corpus" not in vars(self):
+            # The data to train on need not be there.
+            documents, left_out = read_documents(data.held_out, "data.held_out", data.encoding)
+            return stream_of(documents), left_out
+        return self._corpus.held_out, self._corpus.held_out_left_out
+
     @property
     def source(self) -> str:
         """Where the text is from."""
-        return self._corpus.source
+        return source_of(self.config.data.path)
 
     def read_train(self) -> Samples:
         return Samples(self._corpus.train, self.config.data.sequence_length)
 
     def read_held_out(self) -> Samples:
-        return Samples(self._corpus.held_out, self.config.data.sequence_length, padded=True)
+        return Samples(self._held_out_text[0], self.config.data.sequence_length, padded=True)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes()
