@@ -8,6 +8,7 @@ from typing import Protocol
 
 # Mean seconds of a core that one test of a file takes; of the files that are not here, next to nothing.
 SECONDS = {
+    "tests/app/test_carried.py": 0.3,
     "tests/app/test_cli.py": 0.5,
     "tests/app/test_demo.py": 4.0,
     "tests/app/test_planning.py": 0.3,

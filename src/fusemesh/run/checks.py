@@ -64,7 +64,7 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
     state: dict[str, Any] = {}
     if how is not None:
         state = checkpoint.read_state(how.checkpoint_in(folder))
-        check_resumable(config, state)
+        check_resumable(config, state, how)
     elif checkpoint.all_checkpoints(folder):
         raise ValueError(
             f"run.directory: {config.run.directory!r} holds another run's checkpoints; go on with that run by "
@@ -113,6 +113,7 @@ def summary_of(directory: str | os.PathLike[str], step: int) -> dict[str, Any] |
 
 
 def order_of(settings: Settings, num_samples: int) -> BatchOrder:
+    """Return the order of this many samples; raise ValueError if the layout cannot deal them out."""
     training, layout = settings.config.training, settings.layout
     order = BatchOrder(
         num_samples,
@@ -128,9 +129,10 @@ def order_of(settings: Settings, num_samples: int) -> BatchOrder:
     return order
 
 
-def check_resumable(config: Config, state: dict[str, Any]) -> None:
+def check_resumable(config: Config, state: dict[str, Any], how: Resume) -> None:
+    """Check that a run can go on from the state of a checkpoint; raise ValueError if it is another's, or is done."""
     saved = configuration.load(base=state["config"])
-    if "data" in state:
+    if "data" in state or how.allow_changed_data:
         # The files' content is compared, not their places.
         places = {key.partition(".")[2]: configuration.get(config, key) for key in _FILES}
         if config.data.sequence_length == 0:

@@ -54,7 +54,7 @@ class Trainer:
         if how is not None:
             source = checkpoint.on_first_rank(lambda: how.checkpoint_in(self.folder / "checkpoints"))
             state = checkpoint.read_state(source)
-            check_resumable(config, state)
+            check_resumable(config, state, how)
         self.task = build_task(config, state.get("metadata"))
         if world.is_first:
             for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
