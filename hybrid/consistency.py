@@ -15,17 +15,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .outputs import UserError
 from .pipeline_parallel import PipelinedModel
 
 
-class DriftError(RuntimeError):
+class DriftError(UserError, RuntimeError):
     """Replicas of a parameter are no longer equal; the message names the parameter and the ranks."""
 
 
 _ROW = 64  # integers
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """A number is infinite or NaN; the message names the step, and the rank and parameter where it first appeared."""
 
 

@@ -158,6 +158,9 @@ def _warn_of_scores(record: Backend, request: Request, why: str) -> None:
         return
     others = [x for x in records().values() if not x.stores_scores and x.refuse(request) is None]
     remedy = "leave that out of the call, or attend to parts of the keys (fusemesh.merge_attention)"
+    if request.transforms:  # where PyTorch's functions store the scores, too
+        others = [x for x in others if request.operation not in x.differentiable]
+        remedy = "take gradients by backward(), or attend to parts of the keys (fusemesh.merge_attention)"
     if others:
         remedy = f"name backend={others[0].name!r} in the call or in fusemesh.use_backend, which computes it"
     if torch.compiler.is_compiling():  # where sizes may be symbols

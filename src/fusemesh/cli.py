@@ -74,10 +74,10 @@ def _run(words: list[str]) -> int:
         result, text, status = options.command(options)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, UserError) as error:
-        return _fail(name, 2, str(error), as_json=as_json)
     except RuntimeError as error:
         return _fail(name, 1, str(error), as_json=as_json, result=getattr(error, "result", None))
+    except (ValueError, OSError, UserError) as error:
+        return _fail(name, 2, str(error), as_json=as_json)
     except KeyboardInterrupt as error:
         return _fail(name, 130, str(error) or "interrupted", as_json=as_json)
     except Exception as error:
@@ -154,12 +154,13 @@ def _fail(name: str, status: int, message: str, *, as_json: bool = False, result
 
 def _is_first() -> bool:
     """Return whether this process is alone or a launcher's first rank, which prints for all."""
+    # Without these no launcher has started it, and a wrong option is told without importing torch.
     if not any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")):
         return True
-    from fusemesh.hybrid.ranks.join import find_place
+    from fusemesh.hybrid.ranks.environment import launcher_of, rank_and_size
 
     try:
-        place = find_place()
+        launcher = launcher_of(os.environ)
+        return launcher is None or rank_and_size(os.environ, launcher)[0] == 0
     except ValueError:
         return True
-    return place is None or place.rank == 0

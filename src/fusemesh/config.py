@@ -28,6 +28,13 @@ _DTYPE_NAMES = {
     **dict.fromkeys(("fp16", "f16", "half"), "float16"),
     "bf16": "bfloat16",
 }
+# Names on the command line of the most used keys, beside their own, where a model is trained.
+SHORT_NAMES = {
+    "training.steps": "--steps",
+    "training.global_batch_size": "--batch-size",
+    "training.learning_rate": "--lr",
+    "run.directory": "--out",
+}
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
@@ -85,7 +92,7 @@ class TrainingConfig:
     global_batch_size: int = _doc(32, "samples per step over all ranks", least=1)
     accumulation: int = _doc(1, "micro-batches that each rank's part of a step is cut into", least=1)
     learning_rate: float = _doc(3e-3, "peak of AdamW's learning rate", least=0.0)
-    min_learning_rate: float = _doc(3e-4, "where the cosine ends", least=0.0)
+    min_learning_rate: float = _doc(3e-4, "where the cosine ends; lower for a peak below it", least=0.0)
     warmup_steps: int = _doc(20, "steps over which the learning rate rises linearly", least=0)
     weight_decay: float = _doc(0.1, "decoupled, of matrices only", least=0.0)
     beta1: float = _doc(0.9, "AdamW's decay of the mean gradient", least=0.0)
@@ -246,7 +253,9 @@ def _build(values: Mapping[str, Any]) -> Config:
     known = fields_of(Config)
     for key in values:
         if key not in known:
-            guess = suggestion(key, known) or f"; the keys are: {', '.join(known)}"
+            short = {name.lstrip("-").replace("-", "_"): full for full, name in SHORT_NAMES.items()}
+            meant = short.get(key.rpartition(".")[2].replace("-", "_"), key)
+            guess = suggestion(meant, known) or f"; the keys are: {', '.join(known)}"
             raise ValueError(f"{key}: not a key of the configuration{guess}")
     sections: dict[str, Any] = {}
     for key, value in values.items():
@@ -319,6 +328,7 @@ def load(
     if path is not None:
         values.update(_flatten(_read_toml(Path(path))))
     known = fields_of(Config)
+    is_given = "training.min_learning_rate" in {**values, **(overrides or {})}
     for key, text in (overrides or {}).items():
         values[key] = _parse(key, known[key], text) if key in known else text
     if defaults is not None:
@@ -326,7 +336,16 @@ def load(
         if values.get("data.path"):
             beneath.pop("data.sequence_length", None)
         values = {**beneath, **values}
-    return _build(values)
+    return _with_falling_rate(_build(values), is_given)
+
+
+def _with_falling_rate(config: Config, is_given: bool) -> Config:
+    """Return the configuration with a minimum of the learning rate below its peak, unless the user gave the minimum."""
+    training = config.training
+    if is_given or training.min_learning_rate < training.learning_rate:
+        return config
+    lower = dataclasses.replace(training, min_learning_rate=training.learning_rate / 10)
+    return dataclasses.replace(config, training=lower)
 
 
 def as_dict(config: Config) -> dict[str, Any]:

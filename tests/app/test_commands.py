@@ -61,6 +61,21 @@ def test_a_misspelt_word_is_guessed_and_told_as_json(
 
 def test_nothing_is_guessed_from_afar() -> None:
     assert closest("spets", ["steps"]) == "steps" and closest("foo", ["steps", "data.path"]) is None
+    keys = config.fields_of(config.Config)
+    for name, key in {
+        "training.batch_size": "training.global_batch_size",
+        "training.optimizer": None,
+        "data.seq_len": "data.sequence_length",
+        "trainin.steps": "training.steps",
+        "run.steps": "training.steps",
+        "run.dir": "run.directory",
+        "evaluation.beams": "evaluation.num_beams",
+        "model.num_head": "model.num_heads",
+    }.items():
+        assert closest(name, keys) == key, name
+    for short, key in {"training.lr": "training.learning_rate", "run.out": "run.directory"}.items():
+        with pytest.raises(ValueError, match=rf"{short}: not a key .*; did you mean {key}\?"):
+            config.load(None, {short: "1"})
 
 
 @pytest.mark.parametrize("given", ["bf16", "torch.bfloat16", "BFloat16", "bfloat16"])

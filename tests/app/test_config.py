@@ -79,7 +79,7 @@ WRONG_OVERRIDES = [
         {"trainin.steps": "3"},
         r"trainin\.steps: not a key of the configuration; did you mean training\.steps\?",
     ),
-    ({"optimizer.lr": "3"}, r"not a key of the configuration; the keys are: task, layout, model\.hidden_size"),
+    ({"optimizer.foo": "3"}, r"not a key of the configuration; the keys are: task, layout, model\.hidden_size"),
     ({"steps": "3"}, r"steps: not a key .*; did you mean training\.steps\?"),
     ({"training.steps": "many"}, r"--training\.steps: expected a whole number, received 'many'"),
     ({"training.steps": "1.5"}, r"--training\.steps: expected a whole number, received '1\.5'"),
@@ -180,6 +180,15 @@ def test_a_tasks_defaults_stand_beneath_everything_else(tmp_path):
     assert config.load() == Config()
     # The length of samples suits the task's own corpus; that of other data is chosen.
     assert load_config(None, {"task": "translation", "data.path": "a.csv"}).data.sequence_length == 0
+
+
+def test_a_small_learning_rate_alone_still_falls():
+    """The default of the end, 3e-4, would be above it."""
+    assert load_config(None, {"training.learning_rate": "1e-4"}).training.min_learning_rate == pytest.approx(1e-5)
+    assert load_config(None, {"training.learning_rate": "1e-3"}).training.min_learning_rate == 3e-4
+    given = {"training.learning_rate": "1e-4", "training.min_learning_rate": "2e-4"}
+    saved = load_config(None, given)
+    assert saved.training.min_learning_rate == 2e-4 and load_config(base=config.as_dict(saved)) == saved
 
 
 @pytest.mark.parametrize("load", [config.load, load_config])

@@ -295,6 +295,18 @@ def test_auto_warns_on_a_cpu_where_it_is_worth_it(warned: None, monkeypatch: pyt
     assert caught(lambda: fusemesh.flash_attention(meta, meta, meta, window=(1, 1))) == []
 
 
+def test_the_remedy_under_a_transform_is_one_that_stores_no_scores(
+    warned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's kernel, which elsewhere would be it, is PyTorch's formula there."""
+    monkeypatch.setattr(backends, "MOST_SILENT", 0)
+    q = torch.ones(1, 2, 4, 16)
+    (message,) = caught(lambda: torch.func.jvp(lambda x: fusemesh.flash_attention(x, q, q), (q,), (q,)))
+    assert "take gradients by backward()" in message and "(under forward-mode derivatives" in message
+    (message,) = caught(lambda: torch.func.vmap(lambda x: fusemesh.flash_attention(x, x, x))(q[None]))
+    assert "name backend='cpu'" in message
+
+
 def test_a_compiled_call_warns_too(warned: None) -> None:
     def run(x: torch.Tensor) -> torch.Tensor:
         backends._warn_once("attention", "cuda", "reference", "window", "[B, H, Sq, Sk]", "name another")

@@ -11,13 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 from fusemesh import config
 from fusemesh.tasks.names import TASKS
 
-# Short names of the configuration's keys where a model is trained, and where it is asked.
-TRAINING_NAMES = {
-    "training.steps": "--steps",
-    "training.global_batch_size": "--batch-size",
-    "training.learning_rate": "--lr",
-    "run.directory": "--out",
-}
+# Short names of keys where a model is asked; where one is trained they are config.SHORT_NAMES.
 ASKING_NAMES = {"evaluation.batch_size": "--batch-size"}
 # Keys that apply wherever a trained model is loaded.
 LOADING = (

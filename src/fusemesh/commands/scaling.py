@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from .options import TRAINING_NAMES, Outcome, add_config_file, add_configuration, add_task, overrides
+from fusemesh import config
+
+from .options import Outcome, add_config_file, add_configuration, add_task, overrides
 
 NAME = "scaling"
 SUMMARY = "the same training job on 1, 2, 4 ... local processes"
@@ -19,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", default="1,2,4", metavar="N,N", help="numbers of processes; default: 1,2,4")
     parser.add_argument("--axis", default="dp", help="the layout's axis for the processes: dp (default), fsdp, tp, pp")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="of each row, of which the median counts")
-    add_configuration(parser, short=TRAINING_NAMES, defaults=_DEFAULTS)
+    add_configuration(parser, short=config.SHORT_NAMES, defaults=_DEFAULTS)
 
 
 def run(options: argparse.Namespace) -> Outcome:

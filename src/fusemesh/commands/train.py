@@ -13,7 +13,7 @@ from typing import Any
 
 from fusemesh import config
 
-from .options import TRAINING_NAMES, Outcome, add_config_file, add_configuration, add_task, overrides
+from .options import Outcome, add_config_file, add_configuration, add_task, overrides
 from .ranks import add_checks, add_nproc, find_ranks, metrics_text, say
 
 NAME = "train"
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=float, metavar="N", help="passes over the data, instead of --steps")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no lines of progress")
     add_nproc(parser)
-    add_configuration(parser, short=TRAINING_NAMES)
+    add_configuration(parser, short=config.SHORT_NAMES)
 
 
 def run(options: argparse.Namespace) -> Outcome:

@@ -66,12 +66,14 @@ class StepMetrics:
             if report[1]:
                 saved = last_checkpoint(self.folder)
                 again = (
-                    "No checkpoint has been saved: start again" if saved is None else f"Resume from {saved} (--resume)"
+                    "no checkpoint has been saved. Start again"
+                    if saved is None
+                    else f"no checkpoint holds it. Resume from {saved} (--resume)"
                 )
                 raise consistency.NonFiniteError(
                     f"step {item.step + 1}: a number is not finite, and was born {self.diagnose(item.step)}. The "
-                    f"weights are those before the step, and no checkpoint holds it. {again} with a lower "
-                    "training.learning_rate, or a training.clip_norm above 0"
+                    f"weights are those before the step, and {again} with a lower training.learning_rate, or a "
+                    "training.clip_norm above 0"
                 )
             losses.append(report[0] / item.targets)
         last = self.pending[-1]
