@@ -24,6 +24,7 @@ SECONDS = {
     "tests/hybrid/test_meeting.py": 0.3,
     "tests/hybrid/test_parity.py": 1.2,
     "tests/hybrid/test_pipeline_parallel.py": 0.6,
+    "tests/hybrid/test_placed.py": 0.6,
     "tests/hybrid/test_planner.py": 0.2,
     "tests/hybrid/test_planner_models.py": 0.3,
     "tests/hybrid/test_tensor_parallel.py": 0.3,
