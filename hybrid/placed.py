@@ -24,6 +24,7 @@ _logger = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds
 
 
+@torch.no_grad()
 def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return on rank 0 the parameters and buffers of a parallelized model, whole, on the CPU; on other ranks {}.
 
@@ -36,20 +37,17 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     with _told_while_alone("whole_state_dict() or save_pretrained()"):
         dist.barrier()
     compat.silence_redistribute_advice()
-    state = model.state_dict()  # which also takes back what a forward has gathered
-    held = dict(model.named_parameters(remove_duplicate=False))
     wholes: dict[int, torch.Tensor] = {}
     found = {}
     group = model.pipeline.group if isinstance(model, PipelinedModel) and model.pipeline is not None else None
     # Of a pipeline the stages beside rank 0's.
     keeps = dist.get_rank() == 0 if group is None else 0 in dist.get_process_group_ranks(group)
-    for name, value in state.items():
-        key = id(held.get(name, value))
-        if key not in wholes:
+    for name, value in _own_state(model).items():
+        if id(value) not in wholes:
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             # A copy: what is returned stays as it is when the model goes on training.
-            wholes[key] = whole.detach().to("cpu", copy=True) if keeps else torch.empty(0)
-        found[name] = wholes[key]
+            wholes[id(value)] = whole.detach().to("cpu", copy=True) if keeps else torch.empty(0)
+        found[name] = wholes[id(value)]
     if not keeps:
         return {}
     if group is None:
@@ -60,19 +58,28 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for stage in reversed(stages) if stage is not None for name, value in stage.items()}
 
 
+def _own_state(model: nn.Module) -> dict[str, Any]:
+    """Return what the state dict names: the parameters themselves, tied ones as one object, and the rest as it is."""
+    # Called first: it takes back what a forward has gathered.
+    state = model.state_dict()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: parameters.get(name, value) for name, value in state.items()}
+
+
 def _part_like(own: Any, whole: Any) -> Any:
     """Return the part of a ``whole`` tensor that stands where ``own`` does; what is no whole tensor as it is."""
     if not isinstance(own, DTensor) or isinstance(whole, DTensor) or not isinstance(whole, torch.Tensor):
         return whole
     if own.shape != whole.shape:
         return whole  # load_state_dict names the parameter and both shapes
-    part = whole
+    part, place = whole, own.device_mesh.get_coordinate()
+    assert place is not None
     # tp has cut first, and fsdp its parts.
     for axis in reversed(range(own.device_mesh.ndim)):
         placement, ranks = own.placements[axis], own.device_mesh.size(axis)
         dim = getattr(placement, "dim", None)  # of Shard, and of the class for parts of parts
         if dim is not None:
-            rows = own_rows(part.shape[dim], ranks, own.device_mesh.get_local_rank(axis))
+            rows = own_rows(part.shape[dim], ranks, place[axis])
             part = part.narrow(dim, rows.start, rows.stop - rows.start)
     local = own.to_local()
     assert part.shape == local.shape, (part.shape, local.shape)
@@ -117,7 +124,7 @@ class PlacedModel(nn.Module):
         Raises:
             ValueError: the ranks' whole tensors differ.
         """
-        own = self.state_dict()
+        own = _own_state(self)
         plain = [
             (name, x) for name, x in state_dict.items() if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
         ]

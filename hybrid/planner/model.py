@@ -130,14 +130,17 @@ class Head:
     outputs: logits in a row, which tp splits. of: the rows. ``tokens``: a row for each token, by a linear layer.
     ``texts``: a row for each text, by a linear layer on the mean of its tokens. ``positions``: ``outputs`` rows for
     each text of a logit for each position, by products of the tokens with as many vectors made of the mean of some;
-    every rank of tp makes all of these vectors.
+    every rank of tp makes all of these vectors. gathered: whether each rank of tp has the logits of a token whole, and
+    so the loss, as Hugging Face's plans have it.
     """
 
     outputs: int
     of: str = "tokens"
+    gathered: bool = False
 
     def __post_init__(self) -> None:
         assert self.of in ("tokens", "texts", "positions"), self.of
+        assert self.of == "tokens" or not self.gathered
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.distributed
     ("layout", "kind"),
     [
         ("fsdp2 x tp2", "plain"),
-        ("fsdp2 x tp2", "decoder"),
-        ("pp2 x fsdp2", "translation-tied"),
+        ("pp2", "translation-tied"),
+        pytest.param("fsdp2 x tp2", "decoder", marks=pytest.mark.slow),
+        pytest.param("pp2 x fsdp2", "translation-tied", marks=pytest.mark.slow),
         pytest.param("dp2 x tp2", "decoder-bias", marks=pytest.mark.slow),
         pytest.param("pp2 x tp2", "decoder", marks=pytest.mark.slow),
         pytest.param("tp4", "plain", marks=pytest.mark.slow),

@@ -12,7 +12,7 @@ import pytest
 from fusemesh.hybrid.apply import capabilities_of
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
-from fusemesh.hybrid.planner import cost, memory, search
+from fusemesh.hybrid.planner import cost, memory, operations, search
 from fusemesh.hybrid.planner.hardware import Curve, Hardware, Link, find_hardware, from_dict, named_hardware
 from fusemesh.hybrid.planner.job import BatchSplit, TrainingJob
 from fusemesh.hybrid.planner.model import ModelDescription
@@ -212,6 +212,19 @@ def test_stages_hold_the_whole_model_once_and_a_tied_head_twice() -> None:
         model, layout = find_model(name), Layout(pp=4)
         total = sum(memory.stored(model, TrainingJob(8, 64), layout, stage=stage)[0] for stage in range(4))
         assert total == 4 * (model.parameters + copies)
+
+
+def test_tp_gathers_the_logits_of_a_hugging_face_model_and_keeps_ours_split() -> None:
+    job, split = TrainingJob(8, 2048, sequence_parallel=False), BatchSplit(8)
+    theirs = find_model("llama3-8b")
+    logits = {name: [] for name in ("ours", "theirs")}
+    for name, model in (("ours", LLAMA), ("theirs", theirs)):
+        for tp in (1, 8):
+            gathers = [op for op in operations.last_operations(model, job, tp, 1, "gpu") if op.name == "head.gather"]
+            assert len(gathers) == (name == "theirs" and tp == 8)
+            assert all(op.size == 2048 * 128256 * 2 for op in gathers)
+            logits[name].append(memory.estimate(model, job, Layout(tp=tp), H100, split).parts["logits"])
+    assert logits["theirs"][0] == logits["theirs"][1] == logits["ours"][0] == 8 * logits["ours"][1]
 
 
 def test_recompute_keeps_less() -> None:

@@ -123,8 +123,8 @@ def generated_apart(world: World | None, rank: int) -> torch.Tensor:
 
 
 def logits_on_more_ranks_than_keys(world: World | None, implementation: str) -> torch.Tensor:
-    """Logits of a Llama with two key and value heads, on a mesh of tp or (world None) alone, with padding."""
-    model = build("llama", implementation, torch.float32, {})
+    """Logits of a Llama with one key and value head, on a mesh of tp or (world None) alone, with padding."""
+    model = build("llama", implementation, torch.float32, {"num_key_value_heads": 1})
     if world is not None:
         layout = Layout(tp=world.world_size)
         fusemesh.parallelize(model, build_mesh(layout, world), layout)

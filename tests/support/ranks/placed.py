@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import fusemesh
-from fusemesh.hybrid import placed
+from fusemesh.hybrid import compat, placed
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
 from fusemesh.transformer import Transformer
@@ -33,6 +33,8 @@ def model_of(kind: str, seed: int) -> nn.Module:
 
 def through_whole(world: World, text: str, kind: str) -> tuple[dict[str, torch.Tensor], bool]:
     """What whole_state_dict gives of a model, and whether one that loads whole tensors holds this rank's parts."""
+    # What DTensor remembers of other calls' meshes names groups that a pipeline numbers otherwise.
+    compat.clear_dtensor_caches()
     layout = Layout.parse(text)
     mesh = build_mesh(layout, world)
     plan = PLAN if kind == "plain" else None
