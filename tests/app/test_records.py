@@ -90,8 +90,22 @@ def test_a_long_text_and_squads_form(tmp_path: Path) -> None:
     asked = {"question": "who?", "answers": [{"text": "Anna", "answer_start": 4}]}
     content = {"data": [{"paragraphs": [{"context": "Not Anna, Anna.", "qas": [asked]}]}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    (record,) = read_records(str(tmp_path / "a.json"), Fields(("question", "passage", "answer"), ("answer_start",)))
-    assert record.values == ("who?", "Not Anna, Anna.", "Anna", "4") and record.where.endswith("a.json, question 1")
+    fields, values = (
+        Fields(("question", "passage", "answer"), ("answer_start",)),
+        ("who?", "Not Anna, Anna.", "Anna", "4"),
+    )
+    (record,) = read_records(str(tmp_path / "a.json"), fields)
+    assert record.values == values and record.where.endswith("a.json, question 1")
+    # An optional field stands last, under its own name or another.
+    (tmp_path / "a.txt").write_text("\t".join(values) + "\n" + "\t".join(values[:3]))
+    assert [record.values for record in read_records(str(tmp_path / "a.txt"), fields)] == [values, (*values[:3], "")]
+    path.write_text('q,p,a,at\nwho?,"Not Anna, Anna.",Anna,4')
+    for columns, start in (("q,p,a,at", "4"), ("q,p,a", "")):
+        assert read_records(str(path), fields, columns)[0].values == (*values[:3], start)
+    with pytest.raises(
+        ValueError, match=r"data\.columns: expected 3 names, of .*, and may be of answer_start, received"
+    ):
+        read_records(str(path), fields, "q,p")
     for text, label in (("3", "3"), ("true", "true"), ('"3.5"', "3.5")):
         (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "label": {text}}}')
         assert read_records(str(tmp_path / "a.jsonl"), FIELDS)[0].values == ("a", label)
