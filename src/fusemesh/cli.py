@@ -72,6 +72,8 @@ def _run(words: list[str]) -> int:
         options = parse(words)
         as_json = options.json
         result, text, status = options.command(options)
+        if result is not None and (as_json or text is not None):
+            standard_output.write(json.dumps(result) if as_json else str(text))
     except BrokenPipeError:
         raise
     except RuntimeError as error:
@@ -85,8 +87,6 @@ def _run(words: list[str]) -> int:
             raise
         traceback.print_exc()
         return _fail(name, 1, f"{type(error).__name__}: {error}", as_json=True)
-    if result is not None and (options.json or text is not None):
-        print(json.dumps(result) if options.json else text)
     return status
 
 

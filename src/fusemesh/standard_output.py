@@ -15,9 +15,15 @@ def write(text: str, end: str = "\n") -> None:
     Raises:
         BrokenPipeError: nobody reads it any longer.
         OutputError: it cannot be written.
+        ValueError: its encoding lacks a character.
     """
     try:
         print(text, end=end, flush=True)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"standard output: expected an encoding that has {error.object[error.start]!a}, received {error.encoding}; "
+            "set PYTHONIOENCODING=utf-8"
+        ) from error
     except OSError as error:
         drop()
         raise cannot_write(error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 
 from fusemesh import cli, config
 from fusemesh.commands import doctor
-from fusemesh.commands.options import overrides
+from fusemesh.commands.options import Outcome, overrides
 from fusemesh.run.settings import load_config
 from fusemesh.spelling import closest
 from fusemesh.tasks.names import TASKS
@@ -187,6 +188,15 @@ def test_another_rank_of_a_launcher_prints_no_object(
         assert cli.main(["train", "--steps", "x", "--json"]) == 2
         out, err = capsys.readouterr()
         assert len(out.splitlines()) == objects and "--training.steps: expected a whole number" in err
+
+
+def test_an_answer_that_the_output_cannot_spell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "run", lambda options: Outcome({}, "正面"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    assert cli.main(["doctor"]) == 2
+    assert "standard output: expected an encoding that has '\\u6b63', received latin-1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

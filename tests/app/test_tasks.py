@@ -314,3 +314,11 @@ def test_a_language_model_goes_on_with_a_text(
     assert sampled[0] == sampled[1] != sampled[2]
     assert cli.main(["generate", folder, "--prompt", "line", "--tokens", "32"]) == 2
     assert "--tokens: expected 1 to 31" in capsys.readouterr().err
+    # What is no UTF-8, from a shell or a file.
+    assert cli.main(["generate", folder, "--prompt", "a\udce9"]) == 2
+    assert "--prompt: expected UTF-8, received the byte 0xe9" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\xe9"), encoding="utf-8"))
+    assert cli.main(["generate", folder]) == 2
+    assert (
+        "standard input, line 2: expected UTF-8, received the byte 0xe9; it is likely cp1252" in capsys.readouterr().err
+    )
