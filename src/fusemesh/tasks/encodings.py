@@ -180,6 +180,8 @@ def check_characters(text: str, where: str) -> None:
     Raises:
         ValueError: it has one.
     """
+    if text.isascii():
+        return
     with contextlib.suppress(UnicodeEncodeError):
         text.encode()
         return
