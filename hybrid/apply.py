@@ -113,7 +113,7 @@ def parallelize(
     if mine is not None:
         mine.model.pipeline = Pipeline(mine, mesh, options, dtype)
     # 6. What would save, copy or grow the whole model knows that there are parts.
-    mark(model, sharded=layout.fsdp > 1)
+    mark(model)
     return model
 
 

@@ -57,10 +57,6 @@ PRIVATE = {
         "the plan by which a Hugging Face model says how its modules are split",
         "read the plan where transformers keeps it then; until then users pass plan=",
     ),
-    "._is_fsdp_managed_module": Private(
-        "telling transformers' generate() that ranks which have finished go on until all have: they hold parts",
-        "let let_ranks_generate_together() do nothing; users of fsdp then pass synced_gpus=True to generate()",
-    ),
     "TORCHELASTIC_USE_AGENT_STORE": Private(
         "whether the launcher serves the store where ranks meet, which rank 0 must then not do",
         "find another sign in agent_serves_store(); a second server on the port fails with 'address already in use'",
@@ -137,11 +133,6 @@ def hugging_face_plan(model: nn.Module) -> dict[str, str] | None:
         return None
     base = getattr(model, "base_model_prefix", "")
     return {f"{base}.{name}" if base and hasattr(model, base) else name: style for name, style in plan.items()}
-
-
-def let_ranks_generate_together(model: nn.Module) -> None:
-    """Make a Hugging Face model's generate() on every rank go on until all ranks are done."""
-    model._is_fsdp_managed_module = True  # type: ignore[assignment]
 
 
 def agent_serves_store() -> bool:

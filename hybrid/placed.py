@@ -100,17 +100,11 @@ def _told_while_alone(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def mark(model: nn.Module, *, sharded: bool) -> None:
-    """Let a model that is placed answer what only a whole one can do; it stays the same object, of a class derived.
-
-    Args:
-        sharded: whether its parameters are gathered over fsdp in each forward, in which all ranks must take part.
-    """
-    kind: Any = type(model)
+def mark(model: nn.Module) -> None:
+    """Let a model that is placed answer what only a whole one can do; it stays the same object, of a class derived."""
     is_hugging_face = hasattr(model, "save_pretrained") and hasattr(model, "config")
+    kind: Any = type(model)
     model.__class__ = derived(kind, PlacedHuggingFaceModel if is_hugging_face else PlacedModel)
-    if is_hugging_face and sharded:
-        compat.let_ranks_generate_together(model)
 
 
 class PlacedModel(nn.Module):

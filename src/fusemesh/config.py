@@ -79,7 +79,7 @@ class DataConfig:
     sequence_length: int = _doc(
         0,
         "tokens (bytes, of a question words) per sample, of source and target each; longer texts are cut; 0: chosen "
-        "from the data",
+        "from the data, as it is for a data.path where nothing is given",
         least=0,
     )
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from fusemesh import cli
 from fusemesh.hybrid import checkpoint
+from fusemesh.hybrid.outputs import OutputError
 
 OPTIONS = {
     "model.hidden_size": "16",
@@ -286,18 +287,28 @@ def test_a_package_that_the_end_needs_is_missed_before_the_first_step(
 def test_the_last_checkpoint_comes_before_what_may_fail(
     home: Path, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusemesh.run import trainer
+    from fusemesh.run import metrics, trainer
 
     def fails(*_: object) -> None:
         raise ValueError("no memory for this")
 
+    data = f"--data.path={home / 'records.csv'}"
+    command = ["train", "text_classification", *options(), data, "--quiet", "--out"]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "evaluate", fails)
-        data = f"--data.path={home / 'records.csv'}"
-        status, result, _ = ask("train", "text_classification", *options(), data, "--out", tmp_path / "run", "--quiet")
+        status, result, _ = ask(*command, tmp_path / "run")
     assert status == 1 and "the evaluation failed (ValueError: no memory for this)" in result["error"]
     assert f"fusemesh eval {tmp_path / 'run'}" in result["error"]
     assert ask("eval", tmp_path / "run")[1]["step"] == 4
+
+    def cannot_write(_: object, step: int, __: object) -> None:
+        if step == 4:
+            raise OutputError("cannot write metrics.jsonl")
+
+    monkeypatch.setattr(metrics.MetricsWriter, "write", cannot_write)
+    status, result, _ = ask(*command, tmp_path / "other")
+    assert status == 2 and result["error"] == "cannot write metrics.jsonl"
+    assert ask("eval", tmp_path / "other")[1]["step"] == 4
 
 
 def test_progress_is_said_where_there_is_no_terminal(away: Path, ask: Ask) -> None:

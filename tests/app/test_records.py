@@ -90,8 +90,22 @@ def test_a_long_text_and_squads_form(tmp_path: Path) -> None:
     asked = {"question": "who?", "answers": [{"text": "Anna", "answer_start": 4}]}
     content = {"data": [{"paragraphs": [{"context": "Not Anna, Anna.", "qas": [asked]}]}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    (record,) = read_records(str(tmp_path / "a.json"), Fields(("question", "passage", "answer"), ("answer_start",)))
-    assert record.values == ("who?", "Not Anna, Anna.", "Anna", "4") and record.where.endswith("a.json, question 1")
+    fields, values = (
+        Fields(("question", "passage", "answer"), ("answer_start",)),
+        ("who?", "Not Anna, Anna.", "Anna", "4"),
+    )
+    (record,) = read_records(str(tmp_path / "a.json"), fields)
+    assert record.values == values and record.where.endswith("a.json, question 1")
+    # An optional field stands last, under its own name or another.
+    (tmp_path / "a.txt").write_text("\t".join(values) + "\n" + "\t".join(values[:3]))
+    assert [record.values for record in read_records(str(tmp_path / "a.txt"), fields)] == [values, (*values[:3], "")]
+    path.write_text('q,p,a,at\nwho?,"Not Anna, Anna.",Anna,4')
+    for columns, start in (("q,p,a,at", "4"), ("q,p,a", "")):
+        assert read_records(str(path), fields, columns)[0].values == (*values[:3], start)
+    with pytest.raises(
+        ValueError, match=r"data\.columns: expected 3 names, of .*, and may be of answer_start, received"
+    ):
+        read_records(str(path), fields, "q,p")
     for text, label in (("3", "3"), ("true", "true"), ('"3.5"', "3.5")):
         (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "label": {text}}}')
         assert read_records(str(tmp_path / "a.jsonl"), FIELDS)[0].values == ("a", label)
@@ -319,10 +333,6 @@ def test_a_run_of_records_in_another_encoding(
     # The encoding is that of the file; lines have their own, and say so.
     answers = run("predict", folder, lines="服务\f好\n坏\u2028了\r\n\x85很\v好".encode())["answers"]
     assert len(answers) == 3 and "cut" not in caplog.text
-    assert (
-        len(run("predict", folder, "--layout", "dp2", lines="服务\f好\n坏\u2028了\r\n\x85很\v好".encode())["answers"])
-        == 3
-    )
     assert len(run("predict", folder, "--data.encoding", "gb18030", lines="好\n坏".encode("gb18030"))["answers"]) == 2
     run("predict", folder, lines="长".encode() * 20)
     assert "lines: 1 of 1 is cut at data.sequence_length = 32 tokens (the longest takes 60)" in caplog.text
@@ -330,6 +340,14 @@ def test_a_run_of_records_in_another_encoding(
     assert failed["error"].startswith(
         "standard input, line 2: expected UTF-8, received the byte 0xe9; it is likely cp1252"
     )
+    # A run that goes on keeps its length, and a plan is made for the same one.
+    saved = (tmp_path / "run" / "config.toml").read_text(encoding="utf-8")
+    (tmp_path / "a.toml").write_text(saved.replace("sequence_length = 32\n", ""), encoding="utf-8")
+    summary = run("train", "--config", str(tmp_path / "a.toml"), "--resume", "--steps", "2", "--quiet")
+    assert summary["tokens"] == 8 * 32
+    named = ["--config", str(tmp_path / "a.toml")]
+    layout = run("plan", *named, "--gpu", "h100", "--world", "2")["layouts"][0]
+    assert layout["tokens_per_s_per_rank"] * 2 * layout["step_s"] == pytest.approx(8 * 32)
     # Other records, in UTF-8.
     held_out = write(tmp_path / "b.jsonl", [("很" * 20, "好")])
     found = run("eval", folder, "--data.held_out", held_out)

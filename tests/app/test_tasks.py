@@ -292,7 +292,10 @@ def _numbers(scores: list[dict]) -> list[float]:
 
 
 def test_a_language_model_goes_on_with_a_text(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"line {n} is line {n}" for n in range(200)))
     options = [f"--{key}={value}" for key, value in SMALL.items()]
@@ -314,3 +317,14 @@ def test_a_language_model_goes_on_with_a_text(
     assert sampled[0] == sampled[1] != sampled[2]
     assert cli.main(["generate", folder, "--prompt", "line", "--tokens", "32"]) == 2
     assert "--tokens: expected 1 to 31" in capsys.readouterr().err
+    # Between two characters, and not without a word.
+    assert run(capsys, "generate", folder, "--prompt", "é" * 20, "--tokens", "9")["prompt"] == "é" * 11
+    assert "--prompt: the model sees the last 22 of its 40 tokens" in caplog.text
+    # What is no UTF-8, from a shell or a file.
+    assert cli.main(["generate", folder, "--prompt", "a\udce9"]) == 2
+    assert "--prompt: expected UTF-8, received the byte 0xe9" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\xe9"), encoding="utf-8"))
+    assert cli.main(["generate", folder]) == 2
+    assert (
+        "standard input, line 2: expected UTF-8, received the byte 0xe9; it is likely cp1252" in capsys.readouterr().err
+    )

@@ -71,14 +71,6 @@ def test_the_plan_of_a_hugging_face_model() -> None:
     assert compat.hugging_face_plan(nn.Linear(1, 1)) is None
 
 
-def test_ranks_that_generate_together() -> None:
-    fsdp = pytest.importorskip("transformers.integrations.fsdp")
-    model, name = nn.Linear(1, 1), "._is_fsdp_managed_module"
-    assert not fsdp.is_fsdp_managed_module(model), gone(name, model)
-    compat.let_ranks_generate_together(model)
-    assert fsdp.is_fsdp_managed_module(model), gone(name, vars(model))
-
-
 def test_what_is_imported_before_ranks_are_forked() -> None:
     """Nothing without DTensor; with it the module that an operation would import, which starts no thread."""
     script = """

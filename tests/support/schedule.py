@@ -11,6 +11,7 @@ SECONDS = {
     "tests/app/test_carried.py": 0.3,
     "tests/app/test_cli.py": 0.5,
     "tests/app/test_demo.py": 4.0,
+    "tests/app/test_drawing.py": 0.2,
     "tests/app/test_planning.py": 0.3,
     "tests/app/test_tasks.py": 1.5,
     "tests/app/test_trainer.py": 1.0,

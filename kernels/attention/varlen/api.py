@@ -43,6 +43,7 @@ def flash_attention_varlen(
     dropout_p: float = 0.0,
     seed: int | torch.Tensor | None = None,
     scale: float | None = None,
+    origin: Origin | None = None,
     descale: Any = None,
     return_lse: bool = False,
     deterministic: bool = True,
@@ -71,6 +72,8 @@ def flash_attention_varlen(
         score_mod: its i_b is the index of the sequence; i_q and i_k count within it, from where align puts them.
         dropout_p, seed: as in flash_attention of a batch: an element's counter is the index of its sequence, its head
             and its positions within the sequence (under bottom_right the query's is moved as align says).
+        origin: where head 0 and sequence 0 stand in the whole, for a shard's score_mod and dropout: ``Origin(head=...,
+            batch=...)`` of ints. Where queries and keys stand is align's matter.
         return_lse: also return the log-sum-exp, through which gradients flow, too.
         backend: ``reference`` (plain PyTorch, one sequence after the other; reads the lengths on the host), ``cpu`` or
             ``triton``; ``torch`` takes no packed sequences. ``auto`` takes triton on a GPU where that is proven, cpu on
@@ -98,6 +101,7 @@ def flash_attention_varlen(
         dropout_p=dropout_p,
         seed=seed,
         scale=scale,
+        origin=origin,
         descale=descale,
     )
     check_flag("deterministic", deterministic)
@@ -130,7 +134,7 @@ def attend(
     like_q, like_k, like_v = _longest_batch(q, k, v, packed)
     check_qkv(like_q, like_k, like_v)
     # Each sequence's own shift is added where its lengths are read.
-    options = dataclasses.replace(options, align=None, origin=Origin())
+    options = dataclasses.replace(options, align=None, origin=_checked_origin(options.origin))
     call = normalise(like_q, like_k, options).replace(packed=packed, origin=None)
     needs_grad = needs_gradient(q, k, v, *call.differentiable)
     dims = (q.shape[2], v.shape[2])
@@ -151,6 +155,17 @@ def attend(
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
     out, lse = torch.ops.fusemesh.attention_varlen_forward(q, k, v, *FIELDS.pack(call), record.name)
     return out, lse
+
+
+def _checked_origin(origin: Any) -> Origin:
+    """Return the origin of heads and sequences; raise for one of queries or keys, or one that lies on the device."""
+    if origin is None:
+        return Origin()
+    parts = [as_integer(getattr(origin, name, None)) for name in ("q", "k", "head", "batch")]
+    if not isinstance(origin, Origin) or None in parts or parts[0] != 0 or parts[1] != 0:
+        remedy = "positions count within each sequence, and align says where its queries stand"
+        raise wrong("origin", "None or Origin(head=..., batch=...) of ints", short(origin), remedy)
+    return origin
 
 
 def _longest_batch(

@@ -20,8 +20,7 @@ def attention(q: Any, k: Any, v: Any, options: Options, *, return_lse: bool, bac
         q: [B, H, j, D], jagged in j: ``torch.nested.nested_tensor(..., layout=torch.jagged).transpose(1, 2)``.
         k, v: [B, Hkv, j, D] and [B, Hkv, j, Dv], jagged by the same offsets as each other.
         options: those of flash_attention_varlen; mask and bias broadcast to [B, H, longest q, longest k]. Where q has
-            the offsets of k, lengths are equal and ``align`` may be None. ``origin`` is None: each sequence stands for
-            itself.
+            the offsets of k, lengths are equal and ``align`` may be None.
         return_lse: also return the log-sum-exp.
         backend: as flash_attention takes it.
 
@@ -49,8 +48,6 @@ def attention(q: Any, k: Any, v: Any, options: Options, *, return_lse: bool, bac
         raise wrong("v", "the offsets of k", "others", "make v with offsets=k.offsets()")
     if q.shape[0] != k.shape[0]:
         raise wrong("k", f"q's batch size {q.shape[0]}", k.shape[0], "each sequence has queries and keys")
-    if options.origin is not None:
-        raise wrong("origin", "None with jagged tensors", type(options.origin).__name__, "pass align")
     if options.align is None and q.shape[2] == k.shape[2]:
         options = dataclasses.replace(options, align="top_left")
     out, lse = attend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -119,6 +120,11 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
     with _loaded(target, values, verify) as loaded:
         task, world = loaded.task, loaded.run.world
         prompt = task.encode_prompt(asked.prompt, max(1, task.config.data.sequence_length - asked.tokens))
+        whole = len(task.encode_prompt(asked.prompt, sys.maxsize))
+        if world.is_first and len(prompt) < whole:
+            logger.warning(
+                "--prompt: the model sees the last %d of its %d tokens, beside those to add", len(prompt), whole
+            )
         streaming = asked.stream and world.is_first and asked.num_beams == 1
         decode = task.token_decoder()
 

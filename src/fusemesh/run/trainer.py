@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fusemesh import compat
 from fusemesh import config as configuration
 from fusemesh.hybrid import checkpoint, consistency
-from fusemesh.hybrid.outputs import make_folder, writing
+from fusemesh.hybrid.outputs import OutputError, make_folder, writing
 from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
 from fusemesh.run.checks import Resume, changed_data, check_resumable, how_to_resume, order_of
@@ -110,11 +110,9 @@ class Trainer:
                     consistency.check_replicas(self.model, step=done)
                 last = done == training.steps
                 save = last or (run.checkpoint_every and done % run.checkpoint_every == 0)
-                if done % run.log_every == 0 or save:
-                    metrics.flush()
-                if save:
-                    # Before anything that may fail.
-                    self._save(done)
+                with self._saving(done if save else None):
+                    if done % run.log_every == 0 or save:
+                        metrics.flush()
                 if last or (self.config.evaluation.every and done % self.config.evaluation.every == 0):
                     evaluation = self._evaluate(done if save else None)
                     evaluating += evaluation.seconds
@@ -228,6 +226,20 @@ class Trainer:
                 f"step {saved}: the evaluation failed ({type(error).__name__}: {error}); the checkpoint of this step "
                 f"is whole: evaluate it by: fusemesh eval {self.folder}"
             ) from error
+
+    @contextlib.contextmanager
+    def _saving(self, step: int | None) -> Iterator[None]:
+        """Save the checkpoint of ``step``, if one is due, after the block, even if that cannot write metrics."""
+        unwritten: OutputError | None = None
+        try:
+            yield
+        except OutputError as error:
+            # The other ranks, which write none, are about to save.
+            unwritten = error
+        if step is not None:
+            self._save(step)
+        if unwritten is not None:
+            raise unwritten
 
     def _save(self, step: int) -> None:
         checkpoint.save(

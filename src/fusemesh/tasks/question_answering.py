@@ -9,8 +9,9 @@ al., 2009), so that any text has some, and equal words have equal tokens; an ans
 written there. A record may say where it stands, by ``answer_start``; without, it has to stand in one place.
 
 Metrics: exact match and F1 of words, by the rules of SQuAD (Rajpurkar et al., 2016): lower case, no punctuation, no
-articles; of characters in scripts without spaces, as for CMRC (Cui et al., 2019). Beside them stands a baseline that
-looks for words alone: the last word of the first sentence that shares most words with the question.
+articles; of characters in scripts without spaces (CMRC, by Cui et al., 2019, counts their longest common run instead).
+Beside them stands a baseline that looks for words alone: the last word of the first sentence that shares most words
+with the question.
 """
 
 from __future__ import annotations
@@ -221,15 +222,15 @@ class QuestionAnswering(RecordTask):
 
         inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
         logits = model.logits(torch.from_numpy(batch.tokens).to(device), **inputs)
-        length, most = logits.shape[-1], self.metadata["answer_words"]
-        # [B, start, end]
-        pairs = logits[:, 0, :, None] + logits[:, 1, None, :]
-        near = torch.ones((length, length), dtype=torch.bool, device=device).triu().tril(most - 1)
-        pairs = pairs.masked_fill(~near, float("-inf")).flatten(1)
+        most = min(self.metadata["answer_words"], logits.shape[-1])
+        ends = torch.nn.functional.pad(logits[:, 1], (0, most - 1), value=float("-inf")).unfold(1, most, 1)
+        # [B, first word, number of words beyond it]: small also where passages are long.
+        pairs = (logits[:, 0, :, None] + ends).flatten(1)
         best = pairs.argmax(-1)
+        first, beyond = best // most, best % most
         # An empty passage has no span, and every probability in it is NaN.
         probability = pairs.double().softmax(-1).gather(1, best[:, None]).nan_to_num()
-        return torch.stack((best // length, best % length), dim=-1) - inputs["span_starts"][:, None], probability
+        return torch.stack((first, first + beyond), dim=-1) - inputs["span_starts"][:, None], probability
 
     def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
         return {"probability": float(scores[0])}

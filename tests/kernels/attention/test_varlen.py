@@ -80,6 +80,9 @@ class TestTriton:
         out = flash_attention_varlen(q, k, v, cu, cu, 5, 4, mask=mask, backend="triton")
         assert isinstance(out, torch.Tensor) and not out[5:].any() and out[:5].any(2).all()
 
+    def test_shards_drop_what_the_whole_drops(self) -> None:
+        check_shards("triton")
+
     def test_second_derivative(self) -> None:
         def second(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
             generator = torch.Generator().manual_seed(3)
@@ -272,10 +275,29 @@ class TestJagged:
             ((q, k, None), {}, "v: expected a jagged tensor .* received NoneType"),
             ((q.transpose(1, 2), k, v), {}, "q: expected a jagged tensor .* jagged in dimension 1; where heads stand"),
             ((q, k, other), {}, "v: expected the offsets of k"),
-            ((q, k, v), {"origin": Origin(q=1)}, "origin: expected None with jagged tensors"),
+            ((q, k, v), {"origin": Origin(q=1)}, r"origin: expected None or Origin\(head=..., batch=...\)"),
         ):
             with pytest.raises(ValueError, match=message):
                 flash_attention(*arguments, **options)
+
+
+def check_shards(backend: str) -> None:
+    """Heads 2 and 3, and sequence 1, compute with dropout what the whole does, told by origin where they stand."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(9, heads, 16, generator=generator) for heads in (4, 2, 2))
+    options = {"dropout_p": 0.5, "seed": 5, "causal": True, "align": "top_left", "backend": backend}
+    cu, one = torch.tensor([0, 4, 9]), torch.tensor([0, 5])
+    whole = flash_attention_varlen(q, k, v, cu, cu, 5, 5, **options)
+    heads = (q[:, 2:], k[:, 1:], v[:, 1:], cu, cu, 5, 5)
+    part = flash_attention_varlen(*heads, origin=Origin(head=2), **options)
+    last = flash_attention_varlen(q[4:], k[4:], v[4:], one, one, 5, 5, origin=Origin(batch=1), **options)
+    assert torch.equal(part, whole[:, 2:]) and torch.equal(last, whole[4:])
+    assert not torch.equal(flash_attention_varlen(*heads, **options), part)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_shards_drop_what_the_whole_drops(backend: str) -> None:
+    check_shards(backend)
 
 
 def good() -> dict[str, Any]:
@@ -294,6 +316,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"k": None}, r"k: expected a torch.Tensor, received NoneType"),
     ({"k": torch.randn(5, 2, 8)}, r"k: expected q's head dim 16, received 8"),
     ({"v": torch.randn(4, 2, 16)}, r"v: expected k's 5 rows, received 4"),
+    ({"origin": Origin(head=torch.tensor(1))}, r"origin: expected None or Origin\(head=..., batch=...\) of ints"),
     ({"v": torch.randn(5, 2, 16).double()}, r"v: expected q's dtype and device, torch.float32 on cpu"),
     ({"q": torch.randn(5, 3, 16)}, r"k: expected a number of heads that divides q's 3, received 2"),
     ({"q": torch.zeros(5, 2, 16, dtype=torch.int32)}, r"q: expected a dtype out of .*int32"),
