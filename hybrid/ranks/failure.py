@@ -6,12 +6,15 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 
 from .waiting import first_line
 
 # What the errors of a collective say whose other ranks are gone: gloo's by its files, NCCL's by its name.
 _ABORTED = re.compile(r"\bgloo/|Connection (closed|reset) by peer|Broken pipe|\bNCCL\b|ncclRemoteError")
+# Seconds that a rank which failed because of another stays, for that one's process to end.
+_YIELD = 2.0
 
 
 class PeerError(RuntimeError):
@@ -38,6 +41,15 @@ def end_process(failure: PeerError) -> None:
         tell(failure)
     print(f"fusemesh: {failure}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def let_first_end() -> None:
+    """Wait until the process of the rank that failed first has ended, so that torchrun or mpirun sees that one first.
+
+    The parent of local ranks orders what it hears by itself.
+    """
+    if not before_end:
+        time.sleep(_YIELD)
 
 
 def is_aborted_collective(error: BaseException | None) -> bool:

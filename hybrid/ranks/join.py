@@ -30,6 +30,7 @@ from .environment import (
     rank_and_size,
     rank_from_environment,
 )
+from .failure import let_first_end
 from .hosts import first_node
 from .local import LocalRanks
 from .meeting import Meeting
@@ -128,10 +129,10 @@ def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: flo
         try:
             where, gpu = _device(kind, place)
             meeting.call_roll(gpu)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             meeting.refuse(str(error))
             raise
-    watchdog, failed, lost = None, False, False
+    watchdog, failed, lost, is_grouped = None, False, False, False
     try:
         if meeting is not None and meeting.place.world_size > 1 and lost_after is not None:
             watchdog = Watchdog(
@@ -152,6 +153,7 @@ def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: flo
                 timeout=datetime.timedelta(seconds=timeout),
                 device_id=where if kind == "cuda" else None,
             )
+        is_grouped = True
         with _stage(meeting, "connections", "to be connected to every other"):
             _wait_for_connections()
         yield World(dist.get_rank(), dist.get_world_size(), place.local_rank if place else 0, where, meeting)
@@ -161,13 +163,14 @@ def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: flo
         first = watchdog.explain(error) if watchdog is not None else None
         failed, lost = True, first is not None and first.lost
         if first is not None:
+            let_first_end()
             raise first from error
         error.failed_at = failed_at  # type: ignore[attr-defined]
         raise
     finally:
         if watchdog is not None:
             watchdog.stop()
-        if dist.is_initialized():
+        if is_grouped:
             dist.destroy_process_group()
         if meeting is not None:
             meeting.leave(failed=failed, lost=lost)

@@ -64,10 +64,18 @@ class Meeting:
         if place.rank > 0:
             return ask(place.master_addr, ports, run, who, self.timeout)
         self._desk = Desk(ports, run)
+        try:
+            return self._serve(self._desk, run)
+        except BaseException:
+            self._desk.close()
+            raise
+
+    def _serve(self, desk: Desk, run: str) -> int:
+        place = self.place
         wait = datetime.timedelta(seconds=self.timeout)
         self._server = dist.TCPStore("127.0.0.1", 0, None, is_master=True, timeout=wait, wait_for_workers=False)
-        self._desk.answer(self._server.port)
-        check_own_address(place.master_addr, place.address_from, self._desk.port, run)
+        desk.answer(self._server.port)
+        check_own_address(place.master_addr, place.address_from, desk.port, run)
         return self._server.port
 
     def _wait_for_launcher(self) -> dist.TCPStore:
@@ -160,8 +168,9 @@ class Meeting:
 
     def refuse(self, reason: str) -> None:
         """Tell all ranks, also those still to come, why this one does not start."""
-        self.store.compare_set("refused", "", f"rank {self.place.rank} does not start: {reason}")
-        self.store.set("roll/all", "1")
+        with contextlib.suppress(RuntimeError):
+            self.store.compare_set("refused", "", f"rank {self.place.rank} does not start: {reason}")
+            self.store.set("roll/all", "1")
         self._part("leaving", _LINGER_REFUSED, self.place.world_size)
 
     def leave(self, *, failed: bool, lost: bool) -> None:
@@ -175,7 +184,8 @@ class Meeting:
 
     def _part(self, name: str, seconds: float, need: int) -> None:
         with contextlib.suppress(RuntimeError):
-            self._come(name)
+            if not self.is_served:
+                self._come(name)
             if self._server is not None:
                 deadline = time.monotonic() + seconds
                 with told(lambda: self._missing(name, "to leave")):

@@ -25,6 +25,9 @@ def test_a_plain_process_is_a_world_of_one() -> None:
     with distributed("cpu") as world:
         assert (world.rank, world.world_size, world.is_first) == (0, 1, True)
         assert dist.is_initialized()
+        with pytest.raises(ValueError, match="twice"), distributed("cpu"):
+            pass
+        assert dist.is_initialized()
     assert not dist.is_initialized()
     with pytest.raises(KeyError), distributed("cpu"):
         raise KeyError
@@ -172,3 +175,26 @@ def test_a_process_finds_its_place_under_each_launcher(launcher: str, tmp_path: 
     assert done.returncode == 0, done.stderr
     name = {"torchrun": "torchrun", "mpiexec": "Open MPI"}[launcher]
     assert sorted(re.findall(r"<(.*?)>", done.stdout)) == [f"{name} {rank} {rank} 2 3.0" for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("fault", ["raise ZeroDivisionError", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_torchrun_blames_the_rank_that_failed_first(fault: str, tmp_path: Path) -> None:
+    """The others' collectives fail at once, and they end later than it."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, signal, torch, torch.distributed as dist\n"
+        "from fusemesh.hybrid.ranks.join import distributed\n"
+        "with distributed('cpu') as world:\n"
+        "    for turn in range(10**9):\n"
+        "        if turn == 100 and world.rank == 2:\n"
+        f"            {fault}\n"
+        "        dist.all_reduce(torch.ones(4))\n"
+    )
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "3", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    cause = done.stderr[done.stderr.index("Root Cause") :]
+    assert re.search(r"^  rank      : 2 ", cause, re.MULTILINE), done.stderr
+    assert re.findall(r"exitcode  : (-?\d+)", cause) == ["1" if "raise" in fault else "-9"]
+    assert "Connection closed by peer" not in done.stderr
