@@ -106,7 +106,10 @@ def _raise_different(everyone: list[dict[str, int | str]], names: list[str]) -> 
             f"{'each other' if tied else 'the others'}; set the same seed on every rank before the model is built, or "
             "load the same weights on every rank"
         )
-    raise AssertionError("the models differ in the order of their parameters alone")
+    raise ValueError(
+        "model: expected the same whole model on every rank, received the same parameters in another order; build it "
+        "by the same code on every rank"
+    )
 
 
 def check_replicas(model: nn.Module, *, step: int) -> None:

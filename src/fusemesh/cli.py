@@ -70,7 +70,6 @@ def _run(words: list[str]) -> int:
     name, as_json = _name(words), "--json" in _cut(words)[0]
     try:
         options = parse(words)
-        as_json = options.json
         result, text, status = options.command(options)
         if result is not None and (as_json or text is not None):
             standard_output.write(json.dumps(result) if as_json else str(text))
