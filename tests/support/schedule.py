@@ -15,6 +15,8 @@ SECONDS = {
     "tests/app/test_planning.py": 0.3,
     "tests/app/test_tasks.py": 1.5,
     "tests/app/test_trainer.py": 1.0,
+    "tests/app/test_trials.py": 0.5,
+    "tests/app/test_trials_in_python.py": 0.5,
     "tests/bench/test_on_gpu.py": 0.2,
     "tests/bench/test_verification.py": 0.3,
     "tests/hybrid/test_architectures.py": 2.0,
