@@ -125,11 +125,11 @@ def _sample(x: Any, dim: Any, index: int) -> Any:
 class _Library(torch.library.Library):
     """A library whose ops name themselves where the autograd of torch.library has no rule for torch.func."""
 
-    def impl(self, name: Any, function: Any, dispatch_key: str = "", **options: Any) -> None:
-        """Register ``function`` for the op."""
+    def impl(self, op_name: Any, fn: Any, dispatch_key: Any = "", **options: Any) -> None:
+        """Register ``fn`` for the op."""
         if dispatch_key == "Autograd":
-            function = without_functional_gradients(name)(function)
-        super().impl(name, function, dispatch_key, **options)
+            fn = without_functional_gradients(op_name)(fn)
+        super().impl(op_name, fn, dispatch_key, **options)
 
 
 # torch.library.custom_op reads a schema with mutated arguments anew at every call, 80 us of decode's 150.

@@ -60,6 +60,7 @@ def _range_of_scores(q: torch.Tensor) -> tuple[float, float, str]:
 
 def _softcap(options: Options, q: torch.Tensor) -> BoundScoreMod:
     """Return the bound of the scores as a mod."""
+    assert options.softcap is not None
     bound = score_mods.softcap(options.softcap)
     least, most, dtype = _range_of_scores(q)
     if not least <= bound.params[0] <= most:
