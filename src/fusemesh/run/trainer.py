@@ -86,7 +86,7 @@ class Trainer:
     def _identify(self, how: Resume | None, state: dict[str, Any]) -> dict[str, Any]:
         """Return the fingerprint of the data, after it has been compared with that of the run to go on with."""
         found = fingerprint(self.config)
-        if how is not None and (message := changed_data(state, found)):
+        if how is not None and (message := changed_data(state, found, allowed=how.allow_changed_data)):
             if not how.allow_changed_data:
                 raise ValueError(message)
             logger.warning("%s", message)
