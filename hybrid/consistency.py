@@ -118,6 +118,16 @@ def check_same_on_all_ranks(tensors: Iterable[tuple[str, torch.Tensor]], device:
     _raise_different([dict(found) for found in everyone], [name for name, _ in mine])
 
 
+def check_has_memory(call: str, model: nn.Module) -> None:
+    """Raise ValueError if a parameter, or a buffer of the state dict, is on meta; ``call`` is what asks for values."""
+    empty = next((name for name, x in model.state_dict().items() if isinstance(x, torch.Tensor) and x.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"{call}: expected parameters and buffers that have memory, received {empty!r} on meta; call "
+            "model.to_empty(device=...) before, and load_state_dict() or checkpoint.load() for their values"
+        )
+
+
 class _Told(NamedTuple):
     """How a rank tells the others of a tensor."""
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from fusemesh.kernels import op_rules
 
 from . import compat
-from .consistency import agree, check_same_on_all_ranks
+from .consistency import agree, check_has_memory, check_same_on_all_ranks
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
 from .tensor.modules import own_rows
@@ -40,12 +40,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a parameter or buffer is on meta.
     """
-    empty = next((name for name, value in model.state_dict().items() if value.is_meta), None)
-    if empty is not None:
-        raise ValueError(
-            f"whole_state_dict, save_pretrained: expected parameters and buffers with values, received {empty!r} on "
-            "meta; give them memory by model.to_empty(device=...), and load values by load_state_dict()"
-        )
+    check_has_memory("whole_state_dict, save_pretrained", model)
     with _told_while_alone("whole_state_dict() or save_pretrained()"):
         dist.barrier()
     compat.silence_redistribute_advice()
@@ -213,8 +208,10 @@ class PlacedModel(PlacedPart):
         Every rank is given the same whole ones, which is checked. In a pipeline each takes what its stages have.
 
         Raises:
-            ValueError: the ranks' whole tensors differ.
+            ValueError: the ranks' whole tensors differ, or the model is on meta.
         """
+        if not assign or not all(isinstance(x, DTensor) for x in state_dict.values()):
+            check_has_memory("load_state_dict", self)
         own = _own_state(self)
         plain = [
             (name, x.detach())

@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import fusemesh
-from fusemesh.hybrid import compat, placed
+from fusemesh.hybrid import checkpoint, compat, placed
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
 from fusemesh.transformer import Transformer
@@ -88,11 +89,10 @@ def refused(world: World) -> dict[str, str]:
     return found
 
 
-def filled(world: World) -> tuple[str, torch.Tensor, str]:
-    """What to_empty() says of a buffer on meta; one that had its values; and what gathering says before."""
+def filled(world: World, folder: str) -> tuple[str, torch.Tensor, dict[str, str]]:
+    """What to_empty() says of a buffer on meta; one that had its values; and what asks for values before it."""
     layout = Layout(fsdp=world.world_size)
     mesh = build_mesh(layout, world)
-    said: list[str] = []
 
     def placed_with(scale: torch.Tensor) -> nn.Module:
         with torch.device("meta"):
@@ -101,16 +101,21 @@ def filled(world: World) -> tuple[str, torch.Tensor, str]:
         return fusemesh.parallelize(model, mesh, layout)
 
     model = placed_with(torch.arange(3.0))
-    for call in (
-        lambda: placed_with(torch.empty(3, device="meta")).to_empty(device="cpu"),
-        lambda: fusemesh.whole_state_dict(model),
-    ):
+    calls: dict[str, Callable[[], Any]] = {
+        "to_empty": lambda: placed_with(torch.empty(3, device="meta")).to_empty(device="cpu"),
+        "whole_state_dict": lambda: fusemesh.whole_state_dict(model),
+        "load_state_dict": lambda: model.load_state_dict(Plain().state_dict()),
+        "checkpoint.save": lambda: checkpoint.save(folder, model, None, {}, step=1),
+        "checkpoint.load": lambda: checkpoint.load(folder, model),
+    }
+    said = {}
+    for name, call in calls.items():
         try:
             call()
         except ValueError as error:
-            said.append(str(error))
+            said[name] = str(error)
     model.to_empty(device="cpu")
-    return said[0], model.get_buffer("layers.0.attention.scale"), said[1]
+    return said.pop("to_empty"), model.get_buffer("layers.0.attention.scale"), said
 
 
 def alone(world: World) -> list[str]:
