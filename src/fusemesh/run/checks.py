@@ -17,6 +17,7 @@ from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.outputs import make_folder
+from fusemesh.run.agreement import check_free
 from fusemesh.run.fingerprint import changes, fingerprint, with_absolute_paths
 from fusemesh.run.settings import Settings, first_change
 from fusemesh.tasks.registry import build_task
@@ -60,6 +61,7 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
     """Check as :func:`prepare` does, given the settings."""
     settings.check(world_size)
     config, how = with_absolute_paths(settings.config), how_to_resume(resume)
+    check_free(config.run.directory)
     folder = Path(config.run.directory) / "checkpoints"
     state: dict[str, Any] = {}
     if how is not None:

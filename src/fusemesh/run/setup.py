@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh, distributed
+from fusemesh.run.agreement import check_same, entries_of
 from fusemesh.run.settings import Settings
 from fusemesh.tasks.base import Task
 from fusemesh.tasks.registry import build_task, task_class
@@ -143,16 +144,21 @@ def task_of(state: dict[str, Any], config: Config) -> Task:
 
 
 @contextlib.contextmanager
-def joined(values: dict[str, Any]) -> Iterator[Run]:
+def joined(values: dict[str, Any], further: Mapping[str, Any] | None = None) -> Iterator[Run]:
     """Join the other ranks and yield the run; leave them at the end.
 
     Args:
         values: the configuration, as ``config.as_dict`` gives it.
+        further: what the command decides beside it, by the names that errors say.
+
+    Raises:
+        ValueError: on every rank, if one has another configuration or decides otherwise.
     """
     settings = Settings.of(configuration.load(base=values))
     if settings.config.run.threads:
         torch.set_num_threads(settings.config.run.threads)
     with distributed(settings.config.run.device) as world:
+        check_same(entries_of(settings, world.device.type, further or {}))
         yield Run(settings, world)
 
 
