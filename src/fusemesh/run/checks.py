@@ -92,16 +92,18 @@ def how_to_resume(resume: bool | Resume | None) -> Resume | None:
     return (Resume() if resume else None) if isinstance(resume, bool) else resume
 
 
-def changed_data(state: dict[str, Any], now: dict[str, Any]) -> str:
+def changed_data(state: dict[str, Any], now: dict[str, Any], *, allowed: bool = False) -> str:
     """Return the error about data, now of this fingerprint, that have changed since a checkpoint; "" if they have not,
-    or nobody knows."""
+    or nobody knows. Where they are ``allowed`` to, it is a warning."""
     found = changes(state["data"], now) if "data" in state else []
     if not found:
         return ""
+    begin = f"the data have changed since the checkpoint of step {state['step']}: {'; '.join(found)}"
+    if allowed:
+        return f"{begin}; the run goes on with them: samples may be left out or taken twice, and others are held out"
     return (
-        f"the data have changed since the checkpoint of step {state['step']}: {'; '.join(found)}; samples would be "
-        "left out or taken twice, and others be held out. Bring the data back, start a new run in another folder, or "
-        "go on with --allow-changed-data"
+        f"{begin}; samples would be left out or taken twice, and others be held out. Bring the data back, start a new "
+        "run in another folder, or go on with --allow-changed-data"
     )
 
 

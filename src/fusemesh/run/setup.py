@@ -79,7 +79,7 @@ class Run:
             mesh,
             self.layout,
             sequence_parallel=self.config.run.sequence_parallel,
-            dtype=torch.bfloat16 if self.config.training.dtype == "bfloat16" else None,
+            dtype=_computed_in(self.config),
             pipeline=self.settings.pipeline,
         )
         return model, mesh
@@ -176,14 +176,20 @@ def plain_model(task: Task) -> Transformer:
 def load_file(
     path: str | os.PathLike[str], config: Config, *, verify: bool = True
 ) -> tuple[Task, Transformer, dict[str, Any]]:
-    """Return the task and the plain model of a merged file, on the configured device, and the state saved with it."""
+    """Return the task and the plain model of a merged file, on the configured device and in the dtype of its
+    computation, and the state saved with it."""
     kind = config.run.device
     where = torch.device("cuda" if kind == "auto" and torch.cuda.is_available() else kind.replace("auto", "cpu"))
     tensors, state = checkpoint.read_merged(path, verify=verify)
     task = task_of(state, config)
     model = plain_model(task)
     _load_whole(model, tensors)
-    return task, model.to(where), state
+    return task, model.to(where, _computed_in(config)), state
+
+
+def _computed_in(config: Config) -> torch.dtype | None:
+    """Return the dtype of the computation; None where it is the parameters' own."""
+    return torch.bfloat16 if config.training.dtype == "bfloat16" else None
 
 
 def _load_whole(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

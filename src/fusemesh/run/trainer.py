@@ -89,7 +89,9 @@ class Trainer:
     def _identify(self, config: Config, how: Resume | None, state: dict[str, Any]) -> dict[str, Any]:
         """Return the fingerprint of the data, which rank 0 compares with that of the run to go on with."""
         found = fingerprint(config)
-        if self.world.is_first and how is not None and (message := changed_data(state, found)):
+        if not self.world.is_first or how is None:
+            return found
+        if message := changed_data(state, found, allowed=how.allow_changed_data):
             if not how.allow_changed_data:
                 raise ValueError(message)
             logger.warning("%s", message)
