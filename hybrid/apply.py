@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fusemesh.kernels.attention.call.place import Place
 
@@ -20,7 +22,7 @@ from .data_parallel import shard_data_parallel
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
-from .placed import mark
+from .placed import PlacedPart, mark
 from .tensor.modules import ColumnParallelLinear, TensorParallelModule
 from .tensor.table import convert, find_table
 
@@ -46,7 +48,9 @@ def parallelize(
     count; gradients are sums over the replicas; torch's clipping and optimizers work unchanged.
 
     Parameters are cut where they are, layer by layer, and a layer's part alone moves to the mesh's device. Those on
-    meta stay there: give them memory by ``model.to_empty(device=...)``, then load a checkpoint.
+    meta stay there: give them memory by ``model.to_empty(device=...)``, then load a checkpoint. Of the buffers
+    that no state dict holds, such as rotary frequencies, to_empty() keeps those that had values, computes Hugging
+    Face's again as from_pretrained does (transformers 5), and names the rest, which it refuses.
 
     With pp a rank keeps the parameters of its own stages, under the names of the whole model; forward and backward are
     one call, :meth:`~fusemesh.hybrid.pipeline_parallel.PipelinedModel.loss_and_gradients`, and clipping is
@@ -64,10 +68,11 @@ def parallelize(
         pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
 
     Raises:
-        ValueError: the layout has an axis that is not built yet or other degrees than the mesh, a module cannot be
-            split over tp, the plan does not fit the model, or the model cannot be cut for pp; raised before any
-            communication. Or the ranks' models differ, which the first one finds.
+        ValueError: the model is on a mesh already, the layout has an axis that is not built yet or other degrees than
+            the mesh, a module cannot be split over tp, the plan does not fit the model, or the model cannot be cut for
+            pp; raised before any communication. Or the ranks' models differ, which the first one finds.
     """
+    _check_whole(model)
     options = pipeline or PipelineOptions()
     capabilities_of(model, plan).check(layout)
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
@@ -118,6 +123,18 @@ def parallelize(
 
 
 _CPU = torch.device("cpu")
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` is, or holds, what is on a mesh already."""
+    found = [name for name, module in model.named_modules() if isinstance(module, (PlacedPart, FSDPModule))]
+    found += [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    if found:
+        inside = f" with {found[0]!r}" if found[0] else ""
+        raise ValueError(
+            f"model: expected a whole model, received {type(model).__name__}{inside} that is on a mesh already; "
+            "call parallelize() once, without fully_shard before, on a model that is built anew"
+        )
 
 
 def capabilities_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> Capabilities:

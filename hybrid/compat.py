@@ -57,6 +57,10 @@ PRIVATE = {
         "the plan by which a Hugging Face model says how its modules are split",
         "read the plan where transformers keeps it then; until then users pass plan=",
     ),
+    "._init_weights": Private(
+        "computing buffers that no state dict holds, such as rotary frequencies, of a Hugging Face model built on meta",
+        "see how from_pretrained computes them; without it PlacedPart.to_empty() refuses such models by name",
+    ),
     "TORCHELASTIC_USE_AGENT_STORE": Private(
         "whether the launcher serves the store where ranks meet, which rank 0 must then not do",
         "find another sign in agent_serves_store(); a second server on the port fails with 'address already in use'",
@@ -133,6 +137,31 @@ def hugging_face_plan(model: nn.Module) -> dict[str, str] | None:
         return None
     base = getattr(model, "base_model_prefix", "")
     return {f"{base}.{name}" if base and hasattr(model, base) else name: style for name, style in plan.items()}
+
+
+def initialize_hugging_face(model: nn.Module, name: str) -> None:
+    """Let the innermost Hugging Face model around the module ``name`` set that module's own buffers, if there is one.
+
+    transformers 5 computes them there, 4 does not.
+    """
+    import torch
+
+    parts = name.split(".") if name else []
+    for end in range(len(parts), -1, -1):
+        initialize = getattr(model.get_submodule(".".join(parts[:end])), "_init_weights", None)
+        if initialize is not None:
+            module = model.get_submodule(name)
+            parameters = parameters_of(module)
+            held = dict(parameters)
+            # They would be drawn anew.
+            parameters.update(
+                {key: torch.empty(p.shape, dtype=p.dtype, device="meta") for key, p in held.items() if p is not None}
+            )
+            try:
+                initialize(module)
+            finally:
+                parameters.update(held)
+            return
 
 
 def agent_serves_store() -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ class DriftError(UserError, RuntimeError):
     """Replicas of a parameter are no longer equal; the message names the parameter and the ranks."""
 
 
-_ROW = 64  # integers
+_ROW = 2**15  # integers
 
 
 class NonFiniteError(UserError, RuntimeError):
@@ -41,26 +42,64 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def quick_sum(tensor: torch.Tensor) -> int:
-    """Return a number of a tensor's bits at the speed of memory: a change of one element always changes it.
+    """Return a number of a tensor's bits and their order, nearly at the speed of memory; on any device the same.
 
-    Rows of 512 bytes are added as integers, and the sums within a row weighed: of the elements that change places only
-    those are seen that come to stand in another column.
+    A change of one element always changes the sums of its row, which a hash puts together; others nearly always.
     """
     bits = tensor.detach().contiguous().flatten().view(torch.uint8)
     if bits.data_ptr() % 8:  # a parameter may begin anywhere in a buffer that it shares
         bits = bits.clone()
-    whole = bits.numel() // (8 * _ROW) * (8 * _ROW)
-    rest = torch.nn.functional.pad(bits[whole:], (0, 8 * _ROW - bits.numel() + whole)).view(torch.int64)
-    sums = bits[:whole].view(torch.int64).view(-1, _ROW).sum(0) + rest
-    factors = torch.arange(_ROW, device=bits.device) * 2654435762 + 1
-    return int((sums * factors).sum())
+    if bits.numel() % 8:
+        bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
+    words = bits.view(torch.int64)
+    whole = words.numel() // _ROW * _ROW
+    rows = 1 if bits.device.type == "cpu" else 128  # what stays in a core's cache, or fills a GPU
+    weights = _weights(bits.device)
+    buffer = torch.empty_like(words[: rows * _ROW])
+    sums = []
+    for block in (*words[:whole].view(-1, _ROW).split(rows), words[whole:].view(1, -1)):
+        products, factors = buffer[: block.numel()].view(block.shape), weights[: block.shape[1]]
+        torch.mul(block, factors, out=products)
+        sums.append(products.sum(1))
+        # Modulo 2^64 any odd factor leaves the highest bit as it is, so that two that flip would be as none: it moves.
+        torch.bitwise_right_shift(block, 32, out=products)
+        sums.append(products.mul_(factors).sum(1))
+    return _digest(torch.cat(sums[0::2]).tolist(), torch.cat(sums[1::2]).tolist())
+
+
+@functools.cache
+def _weights(device: torch.device) -> torch.Tensor:
+    """Return the odd factors of the integers in a row. Those of an arithmetic series would not see all permutations."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(-(2**63), 2**63 - 1, (_ROW,), generator=generator) | 1).to(device)
+
+
+def _digest(*values: object) -> int:
+    # Eight bytes would be a signed integer, which is reduced as such.
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=7).digest(), "big")
+
+
+def agree(values: object, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether all ranks of the group hold the same ``values``, whose ``repr`` tells them apart.
+
+    One reduction of two numbers.
+
+    Args:
+        device: where the group's backend reduces.
+        group: None is the world.
+    """
+    mine = _digest(values)
+    both = torch.tensor([mine, -mine], device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    # The largest equals the smallest, which is minus the largest of the negatives.
+    return bool(both[0] == -both[1])
 
 
 def check_same_on_all_ranks(tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> None:
     """Check that every rank of the world holds the same whole model, before its parts are cut; every rank calls it.
 
-    One reduction of two numbers, whatever the model. Tensors are compared to the bit, by :func:`quick_sum`; those on
-    meta by shape and dtype.
+    One reduction of two numbers, whatever the model. Tensors are compared to the bit, by :func:`quick_sum`, and by
+    shape, dtype and requires_grad; those on meta by the latter alone.
 
     Args:
         tensors: the model's parameters and buffers by name, on no mesh.
@@ -71,45 +110,73 @@ def check_same_on_all_ranks(tensors: Iterable[tuple[str, torch.Tensor]], device:
     """
     if dist.get_world_size() == 1:
         return
-    mine = [(name, _sum_of(tensor)) for name, tensor in tensors]
-    # Eight bytes are a signed integer, which is reduced as such.
-    whole = int.from_bytes(hashlib.blake2b(repr(mine).encode(), digest_size=7).digest(), "big")
-    both = torch.tensor([whole, -whole], device=device)
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    if both[0] == -both[1]:
+    mine = [(name, _Told(_content(tensor), tensor.requires_grad)) for name, tensor in tensors]
+    if agree(mine, device):
         return
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     _raise_different([dict(found) for found in everyone], [name for name, _ in mine])
 
 
-def _sum_of(tensor: torch.Tensor) -> int | str:
+def check_has_memory(call: str, model: nn.Module) -> None:
+    """Raise ValueError if a parameter, or a buffer of the state dict, is on meta; ``call`` is what asks for values."""
+    empty = next((name for name, x in model.state_dict().items() if isinstance(x, torch.Tensor) and x.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"{call}: expected parameters and buffers that have memory, received {empty!r} on meta; call "
+            "model.to_empty(device=...) before, and load_state_dict() or checkpoint.load() for their values"
+        )
+
+
+class _Told(NamedTuple):
+    """How a rank tells the others of a tensor."""
+
+    content: str
+    requires_grad: bool
+
+
+def _content(tensor: torch.Tensor) -> str:
+    told = f"{tuple(tensor.shape)} {tensor.dtype}"
     if tensor.is_meta:
-        return f"{tuple(tensor.shape)} {tensor.dtype} on meta"
+        return f"{told} on meta"
     # A subclass, as of quantized numbers, has bits that cannot be seen so.
-    return quick_sum(tensor) if type(tensor.data) is torch.Tensor and tensor.layout is torch.strided else ""
+    is_plain = type(tensor.data) is torch.Tensor and tensor.layout is torch.strided
+    return f"{told} {quick_sum(tensor)}" if is_plain else told
 
 
-def _raise_different(everyone: list[dict[str, int | str]], names: list[str]) -> None:
+def _raise_different(everyone: list[dict[str, _Told]], names: list[str]) -> None:
     """Raise for the first name, in this rank's order and then in any's, whose values are not the same on all ranks."""
     others = [name for found in everyone for name in found if name not in names]
     for name in [*names, *others]:
         values = [found.get(name) for found in everyone]
         if len(set(values)) == 1:
             continue
-        (common, count), *rest = Counter(values).most_common()
-        tied = bool(rest) and rest[0][1] == count
-        ranks = [rank for rank, value in enumerate(values) if tied or value != common]
-        told = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        contents = [value and value.content for value in values]
+        if len(set(contents)) > 1:
+            ranks, than = _odd_ones(contents)
+            raise ValueError(
+                f"model: expected the same whole model on every rank, received {name!r} that differs on {ranks} from "
+                f"{than}; set the same seed on every rank before the model is built, or load the same weights on every "
+                "rank"
+            )
+        ranks, than = _odd_ones([value and value.requires_grad for value in values])
         raise ValueError(
-            f"model: expected the same whole model on every rank, received {name!r} that differs on {told} from "
-            f"{'each other' if tied else 'the others'}; set the same seed on every rank before the model is built, or "
-            "load the same weights on every rank"
+            f"model: expected the same whole model on every rank, received {name!r} whose requires_grad differs on "
+            f"{ranks} from {than}; freeze the same parameters on every rank"
         )
     raise ValueError(
         "model: expected the same whole model on every rank, received the same parameters in another order; build it "
         "by the same code on every rank"
     )
+
+
+def _odd_ones(values: Sequence[object]) -> tuple[str, str]:
+    """Return the ranks whose values are not the most frequent one, and from which they differ, for a message."""
+    (common, count), *rest = Counter(values).most_common()
+    tied = bool(rest) and rest[0][1] == count
+    ranks = [rank for rank, value in enumerate(values) if tied or value != common]
+    told = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    return told, "each other" if tied else "the others"
 
 
 def check_replicas(model: nn.Module, *, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -14,8 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fusemesh.kernels import op_rules
+
 from . import compat
-from .consistency import check_same_on_all_ranks
+from .consistency import agree, check_has_memory, check_same_on_all_ranks
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
 from .tensor.modules import own_rows
@@ -32,8 +35,12 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     dict of a model in one process, where ``load_state_dict`` takes the result.
 
     Args:
-        model: from :func:`fusemesh.hybrid.apply.parallelize`, in any layout.
+        model: from :func:`fusemesh.hybrid.apply.parallelize`, in any layout; or a part of one.
+
+    Raises:
+        ValueError: a parameter or buffer is on meta.
     """
+    check_has_memory("whole_state_dict, save_pretrained", model)
     with _told_while_alone("whole_state_dict() or save_pretrained()"):
         dist.barrier()
     compat.silence_redistribute_advice()
@@ -101,35 +108,67 @@ def _told_while_alone(what: str) -> Iterator[None]:
 
 
 def mark(model: nn.Module) -> None:
-    """Let a model that is placed answer what only a whole one can do; it stays the same object, of a class derived."""
-    is_hugging_face = hasattr(model, "save_pretrained") and hasattr(model, "config")
-    kind: Any = type(model)
-    model.__class__ = derived(kind, PlacedHuggingFaceModel if is_hugging_face else PlacedModel)
+    """Let a model that is placed, and what it is made of, answer what only a whole one can do.
+
+    All stay the same objects, of classes derived.
+    """
+    for module in model.modules():
+        mixin: Any = PlacedPart
+        if hasattr(module, "save_pretrained") and hasattr(module, "config"):
+            mixin = PlacedGenerator if hasattr(module, "generate") else PlacedHuggingFaceModel
+        elif module is model:
+            mixin = PlacedModel
+        elif type(module) in _CONTAINERS or next(itertools.chain(module.parameters(), module.buffers()), None) is None:
+            continue
+        kind: Any = type(module)
+        module.__class__ = derived(kind, mixin)
+        if mixin is not PlacedPart:
+            # Before fully_shard's own, which gathers.
+            module.register_forward_pre_hook(_refuse_transforms, prepend=True)
 
 
-class PlacedModel(nn.Module):
-    """In front of any model's class: it loads whole tensors, too; what cannot be done with parts says what to do."""
+# They make others of their class, of slices of themselves; copying goes on to their members.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load parts, as ``state_dict`` gives them, or whole tensors, of which each rank takes its part.
 
-        Every rank is given the same whole ones, which is checked. In a pipeline each takes what its stages have.
+def _refuse_transforms(module: nn.Module, args: Any) -> None:
+    """Raise under a transform of torch.func: neither collectives nor fully_shard's gathering have a rule for one."""
+    found = op_rules.active_transforms()
+    if found:
+        raise ValueError(
+            f"torch.func: expected a whole model under {found}, received {type(module).__name__} that is placed on a "
+            "mesh, whose collectives have no rule; differentiate with backward() or torch.autograd.grad, or transform "
+            "a model that was not given to parallelize()"
+        )
+
+
+class PlacedPart(nn.Module):
+    """In front of the class of what holds parts of parameters: what cannot be done with them says what to do."""
+
+    def to_empty(self, *, device: str | torch.device | int | None, recurse: bool = True) -> Any:
+        """Give memory to parameters and buffers as torch does; buffers that no state dict holds have their values.
+
+        Those that were on meta are computed as Hugging Face's from_pretrained does; those with values keep them.
 
         Raises:
-            ValueError: the ranks' whole tensors differ.
+            ValueError: it is on meta, and its model does not compute it.
         """
-        own = _own_state(self)
-        plain = [
-            (name, x) for name, x in state_dict.items() if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
-        ]
-        held = next((own[name] for name, _ in plain if isinstance(own.get(name), DTensor)), None)
-        if held is not None:
-            with _told_while_alone("load_state_dict() of whole tensors"):
-                check_same_on_all_ranks(plain, held.to_local().device)
-        if isinstance(self, PipelinedModel) and self.pipeline is not None:
-            state_dict = {name: value for name, value in state_dict.items() if name in own}
-        parts = {name: _part_like(own.get(name), value) for name, value in state_dict.items()}
-        return super().load_state_dict(parts, strict, assign)
+        loaded = self.state_dict().keys()
+        before = {name: x for name, x in self.named_buffers(remove_duplicate=False) if name not in loaded}
+        super().to_empty(device=device, recurse=recurse)
+        after = dict(self.named_buffers(remove_duplicate=False))
+        with torch.no_grad():
+            for name, buffer in before.items():
+                if not buffer.is_meta and buffer is not after[name]:
+                    after[name].copy_(buffer)
+        lost = _not_computed(self, [name for name, x in before.items() if x.is_meta and not after[name].is_meta])
+        if lost:
+            raise ValueError(
+                f"to_empty: expected values of the buffers that no state dict holds, received {', '.join(lost)} on "
+                f"meta, which {type(self).__name__} does not compute again; give them values before parallelize(), "
+                "as by building the modules that hold them outside torch.device('meta'): to_empty() keeps those"
+            )
+        return self
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise ValueError(
@@ -143,6 +182,50 @@ class PlacedModel(nn.Module):
             "save fusemesh.whole_state_dict(model), which every rank calls and rank 0 gets, or all of a training by "
             "fusemesh.hybrid.checkpoint.save"
         )
+
+
+@torch.no_grad()
+def _not_computed(model: nn.Module, names: list[str]) -> list[str]:
+    """Let a Hugging Face model compute the buffers ``names``, and return those that it has left as they were."""
+    found = []
+    for filling in (0, 1):  # what has one value after both is computed
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        for name in names:
+            buffers[name].fill_(filling)
+        for holder in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            compat.initialize_hugging_face(model, holder)
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        found.append([buffers[name].clone() for name in names])
+    return [name for name, first, then in zip(names, *found, strict=True) if not torch.equal(first, then)]
+
+
+class PlacedModel(PlacedPart):
+    """In front of any model's class: it loads whole tensors, too."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load parts, as ``state_dict`` gives them, or whole tensors, of which each rank takes its part.
+
+        Every rank is given the same whole ones, which is checked. In a pipeline each takes what its stages have.
+
+        Raises:
+            ValueError: the ranks' whole tensors differ, or the model is on meta.
+        """
+        if not assign or not all(isinstance(x, DTensor) for x in state_dict.values()):
+            check_has_memory("load_state_dict", self)
+        own = _own_state(self)
+        plain = [
+            (name, x.detach())
+            for name, x in state_dict.items()
+            if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
+        ]
+        held = next((own[name] for name, _ in plain if isinstance(own.get(name), DTensor)), None)
+        if held is not None:
+            with _told_while_alone("load_state_dict() of whole tensors"):
+                check_same_on_all_ranks(plain, held.to_local().device)
+        if isinstance(self, PipelinedModel) and self.pipeline is not None:
+            state_dict = {name: value for name, value in state_dict.items() if name in own}
+        parts = {name: _part_like(own.get(name), value) for name, value in state_dict.items()}
+        return super().load_state_dict(parts, strict, assign)
 
 
 class PlacedHuggingFaceModel(PlacedModel):
@@ -189,3 +272,37 @@ class PlacedHuggingFaceModel(PlacedModel):
             f"resize_token_embeddings: expected a whole model, received {type(self).__name__} that is placed on a "
             "mesh; call it before parallelize()"
         )
+
+
+class PlacedGenerator(PlacedHuggingFaceModel):
+    """In front of the class of a Hugging Face model that generates."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does; the ranks of a tp group must draw the same random numbers.
+
+        Raises:
+            ValueError: on every rank of a tp group, before anything is drawn, their generators' states differ.
+        """
+        parameter = next((p for p in self.parameters() if isinstance(p, DTensor)), None)
+        axes = (parameter.device_mesh.mesh_dim_names if parameter is not None else None) or ()
+        if (
+            parameter is not None
+            and "tp" in axes
+            and parameter.device_mesh["tp"].size() > 1
+            and self._samples(args, kwargs)
+        ):
+            device = parameter.to_local().device
+            state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+            if not agree(state.tolist(), device, parameter.device_mesh.get_group("tp")):
+                raise ValueError(
+                    "generate(do_sample=True): expected the same state of torch's random generator on the ranks of a "
+                    "tp group, which draw each token together, received others; call torch.manual_seed() with one "
+                    "seed on all of them before"
+                )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        own = self.generation_config
+        choices = (kwargs.get("do_sample"), *(getattr(config, "do_sample", None) for config in (given, own)))
+        return bool(next((x for x in choices if x is not None), False))

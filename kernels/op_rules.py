@@ -102,8 +102,13 @@ def _sample(x: Any, dim: Any, index: int) -> Any:
 
 def refuse_collectives(function: str, ranks: int) -> None:
     """Raise for a function that communicates, under a transform of torch.func."""
-    what = ", ".join(TRANSFORMS[name] for name in compat.transforms())
     raise ValueError(
-        f"group: expected one rank in {function} under {what}, received {ranks}, whose collectives have no rule; "
-        "differentiate with torch.autograd (backward, grad), or call it with group=None on the whole tensors"
+        f"group: expected one rank in {function} under {active_transforms()}, received {ranks}, whose "
+        "collectives have no rule; differentiate with torch.autograd (backward, grad), or "
+        "call it with group=None on the whole tensors"
     )
+
+
+def active_transforms() -> str:
+    """Return the transforms of torch.func under which the code runs, for a message; "" for none."""
+    return ", ".join(TRANSFORMS[name] for name in compat.transforms())

@@ -176,10 +176,19 @@ def _open_merged(path: str | os.PathLike[str]) -> Iterator[tuple[Any, dict[str, 
         raise CheckpointError(f"model: expected a .safetensors file, received {str(path)!r}: not found")
     try:
         opened = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(
-            f"model: expected a .safetensors file, received {str(path)!r}: {error}; if it was one, it is cut off or "
-            "damaged: merge the checkpoint again, or copy the file anew"
+            f"model: expected a .safetensors file that can be read, received {str(path)!r}: {error.strerror or error}"
+        ) from error
+    except SafetensorError as error:
+        if Path(path).suffix != ".safetensors":
+            raise CheckpointError(
+                f"model: {str(path)!r} is not a .safetensors file; give a run directory, a checkpoint, or the file "
+                "that `fusemesh merge` wrote"
+            ) from error
+        raise CheckpointError(
+            f"model: {str(path)!r} is not a .safetensors file, or is one that is cut off or damaged; merge the "
+            "checkpoint again, or copy the file anew"
         ) from error
     with opened as file:
         metadata = file.metadata() or {}

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from ..consistency import check_has_memory
 from ..outputs import OutputError, cannot_write, free_bytes
 from ..pipeline_parallel import PipelinedModel
 from . import folders
@@ -90,9 +91,11 @@ def save(
         The checkpoint's folder.
 
     Raises:
+        ValueError: the model is on meta.
         OSError: on every rank, if it cannot be written: the folder, the bytes needed and free, and the checkpoint that
             is still whole. Nothing of the unfinished one is left.
     """
+    check_has_memory("checkpoint.save", model)
     root = Path(directory)
     final, unfinished = root / f"{STEP}{step:08d}", root / f"{UNFINISHED}{STEP}{step:08d}"
     with quiet():
@@ -205,9 +208,10 @@ def load(
         The state that was saved with it.
 
     Raises:
-        ValueError: no checkpoint is there, it is damaged, or its tensors are not the model's: the first few names that
-            differ.
+        ValueError: the model is on meta, no checkpoint is there, it is damaged, or its tensors are not the model's: the
+            first few names that differ.
     """
+    check_has_memory("checkpoint.load", model)
     path = on_first_rank(lambda: folders.latest(checkpoint))
     marker = on_first_rank(lambda: read_marker(path))
     if verify:

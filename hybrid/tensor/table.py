@@ -38,6 +38,7 @@ from .converted import check_free, column, embedding, row, whole
 from .modules import TensorParallelModule
 
 STYLES = ("column", "row", "row_of_whole", "vocab", "heads", "sequence", "whole")
+_LAYERS = ("column", "row", "row_of_whole", "vocab")
 # transformers' names, of 4.57 and of 5: what they mean here.
 HUGGING_FACE = {
     "colwise": "column",
@@ -118,10 +119,16 @@ def convert(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bo
             if style is not None and table.is_users:
                 expected = "a plain module with parameters of its own"
                 raise _wrong(table, name, expected, module, "name others, or those inside it")
+            if (
+                style in _LAYERS
+                and not isinstance(module, TensorParallelModule)
+                and any(True for _ in module.parameters())
+            ):
+                raise _not_linear(table, name, module, style)
         elif style == "vocab" and isinstance(module, nn.Embedding):
             _check_table(table, name, module)
             tables.append(module)
-        elif style in ("column", "row", "row_of_whole", "vocab"):
+        elif style in _LAYERS:
             layers[module] = _split(table, name, module, style, heads.get(name), ranks)
             layers[module].check(ranks)
         else:
@@ -208,8 +215,7 @@ def _split(
 ) -> TensorParallelModule:
     """Return the tensor parallel module that takes the place of a plain one."""
     if type(module).forward is not nn.Linear.forward:
-        expected = "torch.nn.Linear" + (" or torch.nn.Embedding" if style == "vocab" else "")
-        raise _wrong(table, name, f"a {expected} for {style!r}", module, "or one that keeps its forward")
+        raise _not_linear(table, name, module, style)
     assert isinstance(module, nn.Linear)
     if style in ("row", "row_of_whole"):
         return row(module, split_input=style == "row_of_whole")
@@ -219,6 +225,15 @@ def _split(
             f"{module.out_features}; use a multiple of {ranks}, or 'vocab', which splits any number and gathers"
         )
     return column(module, heads, gather_output=style == "vocab")
+
+
+def _not_linear(table: Table, name: str, module: nn.Module, style: str) -> ValueError:
+    expected = "torch.nn.Linear" + (" or torch.nn.Embedding" if style == "vocab" else "")
+    remedy = (
+        "give one that keeps Linear's forward, or use fsdp in the place of tp, which takes wrappers such as LoRA's "
+        "(put around the parts after parallelize(), their sizes would not fit)"
+    )
+    return _wrong(table, name, f"a {expected} for {style!r}", module, remedy)
 
 
 def _check_table(table: Table, name: str, module: nn.Embedding) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import re
 import resource
@@ -113,6 +114,25 @@ def test_labels_of_any_kind(axes: list[Any], tmp_path: Path) -> None:
     many = [f"class {n}" for n in range(41)]
     drawing.draw_matrix(np.eye(41, dtype=int), many, tmp_path / "c.png", title="")
     assert drawn_labels(axes[2])[1] == many and not axes[2].texts and len(axes[0].texts) == 4
+
+
+def test_the_bar_of_a_matrix_is_as_tall_and_its_print_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes: list[Any] = []
+    monkeypatch.setattr(drawing, "_save", lambda figure, _: axes.append(figure.axes[0]))
+    names = [f"a name of class {n}" for n in range(40)]
+    drawing.draw_matrix(np.eye(40, dtype=int) * 100, names, tmp_path / "a.png", title="texts")
+    (drawn,) = axes
+    drawn.figure.draw_without_rendering()
+    bar = next(image.colorbar.ax for image in drawn.images)
+    assert bar.get_window_extent().height == pytest.approx(drawn.get_window_extent().height, rel=0.01)
+    assert bar.get_window_extent().y0 == pytest.approx(drawn.get_window_extent().y0, abs=1)
+    # Seen at a width of 1000 points, a letter has some.
+    seen = 1000 / (drawn.figure.get_size_inches()[0] * 72)
+    sizes = [text.get_fontsize() for text in (*drawn.texts, *drawn.get_yticklabels(), drawn.title, drawn.yaxis.label)]
+    assert min(sizes) * seen > 7 and drawn.yaxis.label.get_fontsize() * seen > 10
+    # No label is cut off, nor upon the next one.
+    heights = [label.get_window_extent() for label in drawn.get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(heights))
 
 
 def test_the_loss_is_drawn_in_its_unit(axes: list[Any], tmp_path: Path) -> None:

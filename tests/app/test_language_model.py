@@ -219,6 +219,10 @@ def test_documents_in_another_encoding_are_named_or_read(tmp_path):
     assert said.startswith(
         "1 file is left out: gbk.md, line 1: expected UTF-8, received the byte 0xbd; it is likely gb18030"
     )
+    (tmp_path / "false.md.gz").write_bytes(b"not packed")
+    said = build_task(load_config(None, {"data.path": str(tmp_path)})).say_cuts("train")
+    assert said.startswith("2 files are left out: ") and "false.md.gz: expected a gzip file, as .gz says" in said
+    (tmp_path / "false.md.gz").unlink()
     for n in range(4):
         (tmp_path / f"{n}.md").write_bytes("我们去公园吧".encode("gb18030"))
     with pytest.raises(ValueError, match=r"data\.path: expected text in UTF-8, .*5 of 7 files in .* and 2 others"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,8 @@ def test_explain_adds_up(capfd: pytest.CaptureFixture[str]) -> None:
 def test_where_nothing_fits_the_nearest_miss_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     status, found, err = call(capfd, "plan", "--model", "gpt3-175b", "--world", 8, "--gpu", "a100")
     assert status == 1 and found["layouts"] == [] and len(found["rejected"]) == 20
-    assert "no layout of 8 ranks can run: the nearest miss is" in err and "bytes short" in err
-    assert err.rstrip().endswith("too much") and found["error"] in err
+    assert "no layout of 8 ranks can run: the nearest miss is" in err and not re.search(r"\d{7}", err)
+    assert "a100 with 74.51 GiB (80.00 GB) each" in err and err.rstrip().endswith("too much") and found["error"] in err
 
 
 WRONG = [
@@ -140,6 +141,18 @@ WRONG = [
 def test_wrong_requests_name_the_flag(capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     status, found, err = call(capfd, "plan", *arguments)
     assert status == 2 and message in found["error"] and message in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--memory", "100"), ("--gpus-per-node", "0"), ("--explain", "dp3"), ("--explain", "qp2"), ("--world", "0")],
+)
+def test_a_wrong_request_is_refused_before_the_machine_is_measured(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(measure, "measure", lambda *_, **__: pytest.fail("measured"))
+    status, found, _ = call(capfd, "plan", "--world", 2, "--gpu", "local", *flags)
+    assert status == 2 and (flags[0] in found["error"] or flags[1] in found["error"])
 
 
 @pytest.mark.parametrize(

@@ -281,9 +281,14 @@ def test_wrong_input(tmp_path):
         checkpoint.read_state(tmp_path)
     with pytest.raises(ValueError, match=r"expected a \.safetensors file, received .*nowhere.*not found"):
         checkpoint.read_merged(tmp_path / "nowhere.safetensors")
-    (tmp_path / "text.safetensors").write_text("this is no safetensors file")
-    with pytest.raises(ValueError, match=r"expected a \.safetensors file"):
-        checkpoint.read_merged(tmp_path / "text.safetensors")
+    for name, more in (
+        ("text.safetensors", ", or is one that is cut off or damaged"),
+        ("a.csv", "; give a run directory"),
+    ):
+        (tmp_path / name).write_text("this is no safetensors file")
+        with pytest.raises(ValueError, match=rf"^model: '\S*{name}' is not a \.safetensors file{more}") as error:
+            checkpoint.read_merged(tmp_path / name)
+        assert "header" not in str(error.value)
 
     from safetensors.torch import save_file
 

@@ -71,6 +71,21 @@ def test_the_plan_of_a_hugging_face_model() -> None:
     assert compat.hugging_face_plan(nn.Linear(1, 1)) is None
 
 
+def test_buffers_that_a_hugging_face_model_computes() -> None:
+    """Of the module alone; its parameters are not drawn anew."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    model: Any = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, num_attention_heads=2))
+    want = {name: x.clone() for name, x in (*model.named_buffers(), *model.named_parameters())}
+    for name, buffer in list(model.named_buffers()):
+        buffer.fill_(7)
+        compat.initialize_hugging_face(model, name.rpartition(".")[0])
+    found = dict((*model.named_buffers(), *model.named_parameters()))
+    wrong = [name for name, x in want.items() if not torch.equal(found[name], x)]
+    assert not wrong and found.keys() == want.keys(), gone("._init_weights", wrong)
+    compat.initialize_hugging_face(nn.Linear(1, 1), "")
+
+
 def test_what_is_imported_before_ranks_are_forked() -> None:
     """Nothing without DTensor; with it the module that an operation would import, which starts no thread."""
     script = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_checksum(dtype: torch.dtype) -> None:
     assert len({int(checksum(y)) for y in (x, other, swapped)}) == 3
 
 
-@pytest.mark.parametrize("size", [1, 7, 128, 256, 500])
+@pytest.mark.parametrize("size", [1, 7, 128, 500, 65536 + 7])
 def test_a_quick_sum_sees_a_change_of_any_element(size: int) -> None:
     x = torch.randn(size + 1)
     for y in (x[:size], x[1:]):  # which begins where eight bytes do not
@@ -30,7 +32,37 @@ def test_a_quick_sum_sees_a_change_of_any_element(size: int) -> None:
             other[index] = torch.nextafter(other[index], torch.tensor(9.0))
             assert quick_sum(other) != quick_sum(y) == quick_sum(y.clone())
     y = x[:size].view(-1, 1).expand(size, 2)
-    assert quick_sum(y) == quick_sum(y.contiguous()) and quick_sum(torch.empty(0)) == 0
+    assert quick_sum(y) == quick_sum(y.contiguous()) and quick_sum(torch.empty(0)) == quick_sum(torch.empty(0))
+
+
+def _bit_flipped(x: torch.Tensor, *indices: int, bit: int = 7) -> torch.Tensor:
+    """Of the highest byte of each of these elements."""
+    x.view(-1, 1).view(torch.uint8)[list(indices), -1] ^= 1 << bit
+    return x
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rows in another order": lambda x: x.flip(0),
+    "swapped heads": lambda x: x.unflatten(0, (2, -1)).flip(0).flatten(0, 1),
+    "a palindrome of rows": lambda x: torch.cat([x[[1, 0]], x[2:-2], x[[-1, -2]]]),
+    "negated": lambda x: -x,
+    "a negated column": lambda x: torch.cat([x[:, :1], -x[:, 1:2], x[:, 2:]], 1),
+    "two signs in a column": lambda x: _bit_flipped(x, 0, x.shape[1]),
+    "two signs far apart": lambda x: _bit_flipped(x, 3, 3 + 2**15 if x.numel() > 2**16 else 67),
+    "zeros with two signs": lambda x: _bit_flipped(x, x.numel() - 1, x.numel() - 2),
+    "one sign": lambda x: _bit_flipped(x, 5),
+    "one bit": lambda x: _bit_flipped(x, x.numel() // 2, bit=0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(32, 128), (128, 2048)], ids=str)
+def test_a_quick_sum_sees_what_leaves_plain_sums_as_they_are(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[-1] = 0
+    changed = {name: change(x.clone()) for name, change in CHANGES.items()}
+    sums = {"none": quick_sum(x), **{name: quick_sum(y) for name, y in changed.items()}}
+    assert len(set(sums.values())) == len(CHANGES) + 1, sums
 
 
 GATE = "blocks.1.mlp.gate.weight"

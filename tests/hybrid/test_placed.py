@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,6 +44,23 @@ def test_what_needs_a_whole_model_says_what_to_do(rank_pool: RankPool) -> None:
             assert "save fusemesh.whole_state_dict(model), which every rank calls" in found[name]
         assert "size mismatch for norm.bias" in found["load"]
         assert "'embedding.weight' that differs on ranks 0, 1 from each other" in found["different"]
+        for name in ("layer", "attention", "norm"):
+            assert "copy.deepcopy: expected a whole model" in found[f"deepcopy of {name}"]
+            assert "save fusemesh.whole_state_dict(model)" in found[f"save of {name}"]
+        assert "expected a whole model, received FSDPPlain that is on a mesh already" in found["again"]
+        assert "with 'layers' that" in found["inside"] or "with 'layers.0' that" in found["inside"]
+        for name in ("jvp", "grad", "vmap", "forward_ad"):
+            assert found[name].startswith("torch.func: expected a whole model under"), found[name]
+
+
+def test_memory_for_a_model_on_meta_leaves_no_buffer_without_values(rank_pool: RankPool, tmp_path: Path) -> None:
+    """Of those that no state dict holds; others are loaded."""
+    for refused, kept, unfilled in rank_pool.run(ranks.filled, str(tmp_path), ranks=2):
+        assert "received layers.0.attention.scale on meta, which FSDPPlain does not compute again" in refused
+        assert "before parallelize()" in refused and torch.equal(kept, torch.arange(3.0))
+        for call, told in unfilled.items():
+            assert told.startswith(call) and "'embedding.weight' on meta; call model.to_empty(device=...)" in told
+        assert len(unfilled) == 4 and not any(tmp_path.iterdir())
 
 
 def test_a_rank_that_waits_says_so(rank_pool: RankPool) -> None:

@@ -98,6 +98,12 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         {"tied": True},
         ["embedding.weight and head.weight are one parameter"],
     ),
+    "wrapped": (
+        "tp2",
+        {**plan_ranks.PLAN, "norm": "column"},
+        {},
+        ["at 'norm', received LayerNorm; give one that keeps Linear's forward, or use fsdp", "wrappers such as LoRA's"],
+    ),
     "no plan": ("tp2", None, {}, ["tp: Plain brings no tensor-parallel table; pass one", "plan=, or use fsdp"]),
 }
 
@@ -144,6 +150,9 @@ HEAD = "layers.1.mlp.2.weight"
         ("tp2", {1: HEAD}, (), f"'{HEAD}' that differs on ranks 0, 1 from each other"),
         ("fsdp2", {1: "scale"}, (), "'scale' that differs on ranks 0, 1 from each other"),
         ("fsdp2 x tp2", {}, (5, 5, 7, 5), "'embedding.weight' that differs on rank 2 from the others"),
+        ("dp2", {1: "-norm.weight"}, (), "'norm.weight' that differs on ranks 0, 1 from each other"),
+        ("dp2", {1: "=norm.weight"}, (), "'norm.weight' whose requires_grad differs on ranks 0, 1 from each other"),
+        ("tp2", dict.fromkeys(range(2), "=head.bias"), (), ""),
         ("dp2", dict.fromkeys(range(2), "meta"), (), ""),
         pytest.param("tp2", {}, (0, 1), "'embedding.weight' that differs on ranks 0, 1 from", marks=pytest.mark.slow),
         pytest.param(
@@ -159,7 +168,8 @@ def test_models_that_differ_among_ranks_are_refused(
     for message in rank_pool.run(plan_ranks.of_other_values, layout, changed, seeds, ranks=number):
         if told:
             assert message.startswith("model: expected the same whole model on every rank") and told in message
-            assert "set the same seed on every rank" in message and "load the same weights" in message
+            remedies = "freeze the same parameters on", "set the same seed on every rank before the model is built"
+            assert remedies["requires_grad" not in told] in message
         else:
             assert message == ""
 

@@ -118,6 +118,28 @@ def test_generation_on_a_mesh_equals_one_process(rank_pool: RankPool) -> None:
         assert torch.equal(found, want)
 
 
+def test_sampling_needs_one_state_of_the_generators_of_a_tp_group(rank_pool: RankPool) -> None:
+    want = ranks.sampled(None, False)
+    for found in rank_pool.run(ranks.sampled, False, ranks=2):
+        assert isinstance(want, torch.Tensor) and torch.equal(found, want)
+    for told in rank_pool.run(ranks.sampled, True, ranks=2):
+        assert told.startswith("generate(do_sample=True): expected the same state") and "torch.manual_seed()" in told
+
+
+@pytest.mark.parametrize(("layout", "name"), [("tp2", "gemma2"), ("fsdp2", "llama")])
+def test_a_model_on_meta_gets_the_buffers_that_no_state_dict_holds(
+    rank_pool: RankPool, tmp_path: Path, layout: str, name: str
+) -> None:
+    """Rotary frequencies and a scale of embeddings; and a model inside of it saves whole weights, too."""
+    for found, want, said in rank_pool.run(ranks.from_meta, layout, name, str(tmp_path), ranks=2):
+        assert parity.error(found, want) <= FP32
+        assert len(said) == 1 and "save fusemesh.whole_state_dict(model)" in said[0]
+    saved = transformers.AutoModel.from_pretrained(tmp_path).state_dict()
+    torch.manual_seed(0)
+    base = ranks.build(name, "eager", torch.float32, {}).get_decoder().state_dict()
+    assert saved.keys() == base.keys() and all(torch.equal(saved[key], x) for key, x in base.items())
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", slow("eager")])
 def test_transformers_own_attention_on_more_ranks_than_keys(rank_pool: RankPool, implementation: str) -> None:
     """It repeats keys by the number of its query heads that share one, which is the rank's."""
@@ -213,6 +235,13 @@ def test_the_planner_leaves_out_what_parallelize_refuses_and_says_the_same(rank_
         ),
         (
             "tp2",
+            "llama",
+            {},
+            {"model.layers.*.mlp": "colwise"},  # as a wrapper around what the plan names is
+            ["a torch.nn.Linear for 'column' at 'model.layers.0.mlp', received LlamaMLP", "or use fsdp", "LoRA"],
+        ),
+        (
+            "tp2",
             "gpt2",
             {},
             {},
@@ -220,7 +249,7 @@ def test_the_planner_leaves_out_what_parallelize_refuses_and_says_the_same(rank_
         ),
         ("pp2", "llama", {}, {}, ["pp: LlamaForCausalLM brings no stage()", "use fsdp or tp in the place of pp"]),
     ],
-    ids=["heads", "intermediate", "style", "no-plan", "pipeline"],
+    ids=["heads", "intermediate", "style", "wrapped", "no-plan", "pipeline"],
 )
 def test_refusals(
     rank_pool: RankPool, layout: str, name: str, changed: dict[str, Any], styles: dict[str, str], parts: list[str]

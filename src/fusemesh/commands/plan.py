@@ -41,19 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Rank the layouts, or explain one of them."""
-    from fusemesh.hybrid.layout import Layout
     from fusemesh.hybrid.planner import search
     from fusemesh.run import planning
 
-    model, job, hardware, world = planning.request(options, overrides(options))
+    model, job, hardware, world, layout = planning.request(options, overrides(options))
     print(f"fusemesh {NAME}: {planning.describe_request(model, job, hardware, world)}", file=sys.stderr)
-    if options.explain is not None:
-        layout = Layout.parse(options.explain)
-        if layout.world_size != world:
-            raise ValueError(
-                f"--explain: expected a layout of {world} ranks (--world), received {layout}, which has "
-                f"{layout.world_size}"
-            )
+    if layout is not None:
         return Outcome(*planning.explain(search.consider(model, job, hardware, layout), job))
     found = search.plan(model, job, hardware, world)
     planning.require(found, job, f"{world} ranks")

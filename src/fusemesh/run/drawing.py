@@ -22,9 +22,10 @@ logger = logging.getLogger("fusemesh")
 BITS_PER_BYTE = "bits per byte"
 LEGEND = "labels.txt"
 _DPI = 120
-# Of a matrix: up to how many labels the cells have numbers, and the most inches of a side.
-_NUMBERED_CELLS, _LARGEST = 40, 40.0
+# Of a matrix: up to how many labels its cells are large, and have numbers; and the most inches of a side.
+_LARGE_CELLS, _NUMBERED_CELLS, _LARGEST = 12, 40, 40.0
 _LONGEST_LABEL = 32
+_LETTER = 0.64  # the width of most, as a share of their size
 # Of matplotlib: it has a box for every character.
 _NO_FONTS = ("Last Resort",)
 
@@ -86,26 +87,35 @@ def draw_matrix(counts: np.ndarray, labels: Sequence[str], output: str | os.Path
         OutputError: a file cannot be written.
     """
     count = len(labels)
-    cell = 0.45 if count <= _NUMBERED_CELLS else 0.2 if count <= 2 * _NUMBERED_CELLS else 0.13
-    side = min(max(4.0, 1.5 + cell * count), _LARGEST)
-    with _new_axes(side + 1, side, [title, *labels]) as (figure, axes):
+    cell = 0.45 if count <= _LARGE_CELLS else 0.32 if count <= _NUMBERED_CELLS else 0.2 if count <= 80 else 0.14
+    # In points, of 72 an inch: what stands around the matrix is read with all of it in view, its labels from close by.
+    within = min(10.0 if count <= _LARGE_CELLS else 12.0, 0.75 * 72 * cell)
+    with _new_axes(4, 4, [title, *labels]) as (figure, axes):
         shown, is_numbered = _shown_labels(labels, Path(output), fits=cell * count < _LARGEST)
+        beside = _LETTER * within / 72 * max(map(len, shown))
+        side = min(max(4.0, 1.2 + beside + cell * count), _LARGEST)
+        around = max(10.0, 1.2 * side)
+        figure.set_size_inches(side + 1, side)
         shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, ax=axes, label="share of the row", fraction=0.046, aspect=30)
+        # Within the axes, so that it is as tall as the matrix.
+        bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.03, 1)))
+        bar.set_label("share of the row", fontsize=around)
+        bar.ax.tick_params(labelsize=around)
         # Of too many labels every k-th.
         ticks = range(0, count, max(1, math.ceil(cell * count / _LARGEST)))
         of_legend = f" (numbers: {LEGEND})" if is_numbered else ""
-        axes.set(xticks=ticks, yticks=ticks, xlabel=f"predicted label{of_legend}", ylabel=f"true label{of_legend}")
-        size = 10 if cell > 0.4 else 7 if cell > 0.15 else 6
+        axes.set(xticks=ticks, yticks=ticks)
+        axes.set_xlabel(f"predicted label{of_legend}", fontsize=around)
+        axes.set_ylabel(f"true label{of_legend}", fontsize=around)
         is_long = max(map(len, shown)) > 3
         turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
         names = [shown[tick] for tick in ticks]
-        axes.set_xticklabels(names, fontsize=size, parse_math=False, **(turned if cell > 0.4 else {"rotation": 90}))
-        axes.set_yticklabels(names, fontsize=size, parse_math=False)
+        axes.set_xticklabels(names, fontsize=within, parse_math=False, **(turned if cell > 0.4 else {"rotation": 90}))
+        axes.set_yticklabels(names, fontsize=within, parse_math=False)
         if count <= _NUMBERED_CELLS:
-            _write_counts(axes, counts, shares)
-        _set_title(axes, title, side)
+            _write_counts(axes, counts, shares, min(within, 0.9 * 72 * cell / (_LETTER * len(str(counts.max())))))
+        _set_title(axes, title, side, 1.2 * around)
         _save(figure, output)
 
 
@@ -191,20 +201,20 @@ def _shown_labels(labels: Sequence[str], output: Path, *, fits: bool) -> tuple[l
     return numbers, True
 
 
-def _write_counts(axes: Any, counts: np.ndarray, shares: np.ndarray) -> None:
+def _write_counts(axes: Any, counts: np.ndarray, shares: np.ndarray, size: float) -> None:
     for row, values in enumerate(counts.tolist()):
         for column, value in enumerate(values):
             if value:
                 color = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, value, ha="center", va="center", fontsize=8, color=color)
+                axes.text(column, row, value, ha="center", va="center", fontsize=size, color=color)
 
 
-def _set_title(axes: Any, title: str, inches: float) -> None:
+def _set_title(axes: Any, title: str, inches: float, size: float = 12.0) -> None:
     _, missing = fonts_for(title)
     shown = "".join("?" if letter in missing else letter for letter in title)
     # Letters of a title an inch: Chinese ones are as wide as high.
-    lines = textwrap.wrap(shown, int(inches * (9 if shown.isascii() else 6)))
-    axes.set_title("\n".join(lines), parse_math=False)
+    lines = textwrap.wrap(shown, int(inches * (9 if shown.isascii() else 6) * 12 / size))
+    axes.set_title("\n".join(lines), parse_math=False, fontsize=size)
 
 
 @contextmanager
@@ -226,7 +236,7 @@ def _new_axes(width: float, height: float, texts: Sequence[str]) -> Iterator[tup
 def _save(figure: Any, output: str | os.PathLike[str]) -> None:
     """Write the PNG in one piece, so that a full disk leaves no half of one."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=_DPI, format="png")
+    figure.savefig(drawn, dpi=_DPI, format="png", bbox_inches="tight")
     with writing(output):
         try:
             Path(output).write_bytes(drawn.getvalue())

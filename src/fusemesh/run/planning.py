@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from fusemesh.config import Config
+from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner import search
 from fusemesh.hybrid.planner.hardware import Hardware, bytes_of, find_hardware, named_hardware
 from fusemesh.hybrid.planner.job import TrainingJob
@@ -64,25 +65,27 @@ def hardware_of(
     Raises:
         ValueError: see :func:`find_hardware`, :func:`bytes_of` and :func:`fusemesh.hybrid.planner.measure.measure`.
     """
+    # Before a measurement, which takes its time.
+    changes: dict[str, Any] = {}
+    if memory is not None:
+        changes["memory"] = bytes_of(memory)
+    if per_node is not None:
+        if per_node < 1:
+            raise ValueError(f"--gpus-per-node: expected at least 1, received {per_node}")
+        changes["ranks_per_node"] = per_node
     if name.lower() == LOCAL:
         from fusemesh.hybrid.planner.measure import measure
 
         found = measure(world, dtype=dtype, threads=threads)
     else:
         found = find_hardware(name)
-    if memory is not None:
-        found = dataclasses.replace(found, memory=bytes_of(memory))
-    if per_node is not None:
-        if per_node < 1:
-            raise ValueError(f"--gpus-per-node: expected at least 1, received {per_node}")
-        found = dataclasses.replace(found, ranks_per_node=per_node)
-    return found
+    return dataclasses.replace(found, **changes)
 
 
 def request(
     options: argparse.Namespace, overrides: dict[str, str]
-) -> tuple[ModelDescription, TrainingJob, Hardware, int]:
-    """Return model, job, hardware and ranks that ``fusemesh plan`` was asked for.
+) -> tuple[ModelDescription, TrainingJob, Hardware, int, Layout | None]:
+    """Return model, job, hardware and ranks that ``fusemesh plan`` was asked for, and the layout to explain.
 
     Args:
         options: of the command.
@@ -94,12 +97,12 @@ def request(
     if options.model is not None and (options.config is not None or overrides):
         given = "--config" if options.config is not None else f"--{next(iter(overrides))}"
         raise ValueError(f"--model: expected it alone, or without it our run's options, received {given} as well")
+    if options.world is not None and options.world < 1:
+        raise ValueError(f"--world: expected at least 1, received {options.world}")
     if options.model is not None:
         model, world = find_model(options.model), options.world
         if world is None:
             raise ValueError("--world: expected the number of ranks that --model is to be trained on, received none")
-        if world < 1:
-            raise ValueError(f"--world: expected at least 1, received {world}")
         length = options.sequence or model.sequence_length
         job = TrainingJob(options.batch or default_batch(length, world), length)
         gpu, threads = options.gpu, 1
@@ -126,17 +129,35 @@ def request(
     if asked := {key: value for key, value in stages.items() if value is not None}:
         changes["pipeline"] = dataclasses.replace(job.pipeline, **asked)
     job = dataclasses.replace(job, **{key: value for key, value in changes.items() if value is not None})
+    layout = _asked_layout(options, world)
     hardware = hardware_of(
         gpu, world, dtype=job.dtype, threads=threads, memory=options.memory, per_node=options.gpus_per_node
     )
-    return model, job, hardware, world
+    return model, job, hardware, world, layout
+
+
+def _asked_layout(options: argparse.Namespace, world: int) -> Layout | None:
+    """Return the layout to explain, None where none is asked for.
+
+    Raises:
+        ValueError: it is none, or of another number of ranks.
+    """
+    if options.explain is None:
+        return None
+    layout = Layout.parse(options.explain)
+    if layout.world_size != world:
+        raise ValueError(
+            f"--explain: expected a layout of {world} ranks (--world), received {layout}, which has {layout.world_size}"
+        )
+    return layout
 
 
 def describe_request(model: ModelDescription, job: TrainingJob, hardware: Hardware, world: int) -> str:
     """Return the request in a line."""
+    memory = f"{gib(hardware.memory)} ({hardware.memory / 1e9:.2f} GB)"
     return (
         f"{model.name}, {model.parameters:,} parameters, {job.global_batch} samples of {job.sequence_length} tokens a "
-        f"step in {job.dtype}, on {world} ranks of {hardware.name} with {gib(hardware.memory)} each"
+        f"step in {job.dtype}, on {world} ranks of {hardware.name} with {memory} each"
     )
 
 
@@ -182,7 +203,7 @@ def require(plan: RankedLayouts, job: TrainingJob, what: str) -> Choice:
         return plan.layouts[0]
     miss = plan.nearest_miss
     if miss is not None:
-        reason = f"the nearest miss is {miss.layout}, {miss.short_by} bytes short: {miss.why}"
+        reason = f"the nearest miss is {miss.layout}: {miss.why}"
         # Our own trainer, which has its number of parts, recomputes nothing.
         if job.recompute == "none" and job.accumulation is None and "most of it activations" in miss.why:
             reason += "; --recompute full keeps fewer (gradient_checkpointing_enable() of a Hugging Face model)"

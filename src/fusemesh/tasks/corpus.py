@@ -17,7 +17,7 @@ import numpy as np
 
 from .base import PAD, hash_of, held_out_names
 from .encodings import decode_text, is_wide
-from .files import read_bytes
+from .files import GzipError, read_bytes
 
 SEPARATOR = PAD  # ends every document; NUL does not occur in source text
 
@@ -112,8 +112,9 @@ def read_documents(path: str, key: str, encoding: str) -> tuple[dict[str, bytes]
     if not root.is_dir():
         is_there = "neither file nor folder" if root.exists() else "not found"
         raise ValueError(f"{key}: expected a text file or a folder of text files, received {path!r}: {is_there}")
-    found, undecoded = {}, []
-    for name, content in _files(root):
+    found: dict[str, bytes] = {}
+    undecoded: list[str] = []
+    for name, content in _files(root, undecoded):
         try:
             text = _utf8(content, encoding, name) if path else content
         except ValueError as error:
@@ -149,8 +150,12 @@ def files_of(path: str) -> Iterator[tuple[str, bytes]]:
             yield name, content
 
 
-def _files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (relative path, content) of a folder's files; unreadable and hidden ones are left out."""
+def _files(root: Path, broken: list[str] | None = None) -> Iterator[tuple[str, bytes]]:
+    """Yield (relative path, content) of a folder's files; unreadable and hidden ones are left out.
+
+    Args:
+        broken: takes the errors of those that are not gzip's, as they should be.
+    """
     suffix = _SOURCE_SUFFIX if root == standard_library() else ""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS and not name.startswith(".")]
@@ -160,6 +165,10 @@ def _files(root: Path) -> Iterator[tuple[str, bytes]]:
             path = Path(folder, name)
             try:
                 content = read_bytes(path, "data.path", "text")
+            except GzipError as error:
+                if broken is not None:
+                    broken.append(str(error))
+                continue
             except ValueError:
                 continue
             yield path.relative_to(root).as_posix(), content

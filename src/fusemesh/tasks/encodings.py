@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -64,7 +65,22 @@ def decode_text(content: bytes, encoding: str, where: str) -> str:
 def _refusal(content: bytes, error: UnicodeDecodeError, encoding: str, where: str, line: int) -> ValueError:
     kind = f"{encoding}, as data.encoding says" if encoding else "UTF-8"
     byte = error.object[error.start]
+    if _is_cut_off(error, encoding):
+        return ValueError(
+            f"{where}, line {line}: expected {kind}, received its last character cut off (0x{byte:02x} is no whole "
+            "one); give the text to its end, or cut it between two characters"
+        )
     return ValueError(f"{where}, line {line}: expected {kind}, received the byte 0x{byte:02x}; {remedy(content)}")
+
+
+def _is_cut_off(error: UnicodeDecodeError, encoding: str) -> bool:
+    """Return whether all of the bytes are text in their encoding, but for the beginning of a character at their end."""
+    try:
+        codecs.getincrementaldecoder(error.encoding)().decode(error.object)
+    except (UnicodeError, LookupError):
+        return False
+    # Without a named encoding a lone byte of another one looks like that, too.
+    return bool(encoding) or not error.object[: error.start].isascii()
 
 
 def check_encoding(encoding: str) -> None:
@@ -195,6 +211,19 @@ def check_characters(text: str, where: str) -> None:
     )
 
 
+def check_line_ends(text: str, where: str) -> None:
+    """Check that lines, if there are several, end at newlines.
+
+    Raises:
+        ValueError: it has carriage returns alone, as files of old Macs.
+    """
+    if "\n" not in text and "\r" in text.rstrip("\r"):
+        raise ValueError(
+            f"{where}: expected lines that end at newlines, received carriage returns alone (0x0d, as of old Macs); "
+            "convert them: tr '\\r' '\\n' < OLD > NEW"
+        )
+
+
 def read_stream(stream: Any, encoding: str = "", where: str = "standard input") -> str:
     """Return all text of a stream; arguments and errors as those of :func:`lines_of`."""
     if not hasattr(stream, "buffer"):
@@ -222,8 +251,7 @@ def lines_of(stream: Any, encoding: str = "", where: str = "standard input") -> 
         marked = any(first.startswith(mark) for mark, _ in _MARKS)
         if marked or "\n".encode(name or "utf-8") != b"\n":
             # Bytes of another character may be those of a newline.
-            text = decode_text(first + stream.buffer.read(), name, where).removesuffix("\n")
-            parts = text.split("\n") if text else []
+            parts = io.StringIO(decode_text(first + stream.buffer.read(), name, where), newline="\n")
         else:
             parts = itertools.chain([first] if first else [], stream.buffer)
     for number, part in enumerate(parts, 1):
@@ -231,6 +259,8 @@ def lines_of(stream: Any, encoding: str = "", where: str = "standard input") -> 
             line = part.decode(name or "utf-8") if isinstance(part, bytes) else part
         except UnicodeDecodeError as error:
             raise _refusal(part, error, name, where, number) from None
+        if number == 1:
+            check_line_ends(line, where)
         check_characters(line, f"{where}, line {number}")
         yield line.removesuffix("\n").removesuffix("\r")
 

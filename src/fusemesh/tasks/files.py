@@ -26,6 +26,10 @@ _BEGINNINGS = (
 )
 
 
+class GzipError(ValueError):
+    """A file is not the whole of what gzip wrote, though its name or its beginning says so."""
+
+
 def kind_of(path: Path) -> str:
     """Return the ending of a file's name in lower case, before ``.gz``."""
     name = path.name.lower()
@@ -60,7 +64,8 @@ def read_bytes(path: Path, key: str, accepted: str) -> bytes:
         accepted: the kinds of files that are read, for messages.
 
     Raises:
-        ValueError: it cannot be read, is of a kind that is none of them, or is compressed and broken.
+        ValueError: it cannot be read, or is of a kind that is none of them.
+        GzipError: it is compressed and broken, or is named ``.gz`` without being gzip's.
     """
     try:
         content = path.read_bytes()
@@ -70,7 +75,9 @@ def read_bytes(path: Path, key: str, accepted: str) -> bytes:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: expected a whole gzip file, received a broken one ({error}); copy it") from None
+            raise GzipError(f"{path}: expected a whole gzip file, received a broken one ({error}); copy it") from None
+    elif path.name.lower().endswith(".gz"):
+        raise GzipError(f"{path}: expected a gzip file, as .gz says, received another kind; rename it, or compress it")
     found = kind_of(path)
     if found not in _UNREAD:
         found = next((ending for begin, ending in _BEGINNINGS if content.startswith(begin)), "")

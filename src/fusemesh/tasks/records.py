@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .base import held_out_names
-from .encodings import check_characters, decode_text
+from .encodings import check_characters, check_line_ends, decode_text
 from .files import TABLES, find_file, kind_of, read_bytes
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _Row = tuple[int, tuple[str, ...]]
 _BLANKS = re.compile(r"\s*")
+_RETURN = re.compile(r"\r(?!\n)")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def read_records(
     file, names = find_file(path, key, "a file of records"), fields.named(columns)
     text = decode_text(read_bytes(file, key, TABLES), encoding, str(file))
     kind, unit = kind_of(file), "line"
+    if kind != ".json":
+        check_line_ends(text, str(file))
     if kind in (".csv", ".tsv"):
         rows = _separated(file, text, names, "," if kind == ".csv" else "\t")
     elif kind in (".jsonl", ".ndjson"):
@@ -100,13 +103,21 @@ def read_records(
         rows = _plain(file, text, fields)
     records = [Record(values, str(file), line, unit) for line, values in rows]
     if not records:
-        raise ValueError(f"{file}: expected records, received an empty file; give one record a line")
+        found = _nothing_in(text, kind)
+        raise ValueError(f"{file}: expected records, received {found}; give one record a line")
     for record in records:
         for name, value in zip(fields.needed, record.values, strict=False):
             check_characters(value, record.where)
             if not value.strip():
                 raise ValueError(f"{record.where}: expected a {name}, received nothing; fill it in, or drop the line")
     return records
+
+
+def _nothing_in(text: str, kind: str) -> str:
+    """Return what a file has in the place of records, for the message."""
+    if not text.strip():
+        return "blank lines alone" if text else "an empty file"
+    return "a heading alone" if kind in (".csv", ".tsv") else "none in its JSON"
 
 
 def load_records(
@@ -146,36 +157,71 @@ def read_held_out(data: DataConfig, fields: Fields | Sequence[str]) -> list[Reco
 
 
 def _separated(file: Path, text: str, names: Fields, separator: str) -> Iterator[_Row]:
+    """Yield the records of a table, each with the line that it begins in."""
+    # The csv module ends a record at a carriage return alone, too; one that is not in the text stands for it meanwhile.
+    mark = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)
+    text = _RETURN.sub(mark, text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     # The module's limit is for all readers, and by default below what a long passage takes.
     limit = csv.field_size_limit(2**31 - 1)
+    first = 1
+    heading: list[str] = []
+    at: list[int | None] = []
     try:
-        heading = [name.strip() for name in next(reader, [])]
-        for name in names.needed:
-            if heading and heading.count(name) != 1:
-                found = ", ".join(map(repr, heading))
-                raise ValueError(
-                    f"{file}, line 1: expected a column {name!r}, received {found}; rename it, or name the columns by "
-                    "data.columns"
-                )
-        at = [heading.index(name) if name in heading else None for name in (*names.needed, *names.optional)]
         for row in reader:
-            if not row:
-                continue
-            if len(row) != len(heading):
+            begin, first = first, reader.line_num + 1
+            row = [value.replace(mark, "\r") for value in row]
+            if row and not heading:
+                heading = [name.strip() for name in row]
+                at = _columns(heading, names, f"{file}, line {begin}")
+            elif row and len(row) != len(heading):
+                lines = f" up to line {first - 1}, to which a quote keeps it open" if first - 1 > begin else ""
                 raise ValueError(
-                    f"{file}, line {reader.line_num}: expected {len(heading)} values, as in the heading, received "
-                    f"{len(row)}; put values that hold a {'comma' if separator == ',' else 'tab'} between quotes"
+                    f"{file}, line {begin}: expected {len(heading)} values, as in the heading, received {len(row)}"
+                    f"{lines}; put values that hold a {'comma' if separator == ',' else 'tab'} between quotes"
                 )
-            yield reader.line_num, tuple("" if index is None else row[index] for index in at)
+            elif row:
+                yield begin, tuple("" if index is None else row[index] for index in at)
     except csv.Error as error:
-        # Everything else that the module refuses has to do with a quote that is open or in the middle of a value.
-        advice = "check its quotes" if "NUL" not in str(error) else "take the character 0 out"
+        if "NUL" in str(error):
+            line, found, advice = reader.line_num, str(error), "take the character 0 out"
+        else:
+            # Everything else that the module refuses has to do with a quote.
+            line, found = _line_of_quote(text, first, separator), "the quote that opens here is not closed"
+            if "expected after" in str(error):
+                found = "the quote that opens here is closed by one that no separator follows"
+            advice = 'check its quotes, and write "" for one within a value'
         raise ValueError(
-            f"{file}, line {reader.line_num}: expected a record, received what is broken ({error}); {advice}"
+            f"{file}, line {line}: expected a record, received what is broken ({found}); {advice}"
         ) from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _columns(heading: Sequence[str], names: Fields, where: str) -> list[int | None]:
+    """Return the places of the named columns in a heading, None for an optional one that is not there."""
+    for name in (*names.needed, *names.optional):
+        if heading.count(name) != 1 and (name in names.needed or name in heading):
+            found = ", ".join(map(repr, heading))
+            raise ValueError(
+                f"{where}: expected a column {name!r}, received {found}; rename it, or name the columns by data.columns"
+            )
+    return [heading.index(name) if name in heading else None for name in (*names.needed, *names.optional)]
+
+
+def _line_of_quote(text: str, line: int, separator: str) -> int:
+    """Return the line of the quote that opens the first broken value of a table.
+
+    Args:
+        line: in which the record with it begins.
+    """
+    whole = re.compile(rf'(?:"[^"]*(?:""[^"]*)*"|[^"{separator}\r\n][^{separator}\r\n]*|)(?:{separator}|\r?\n)')
+    begin = at = 0
+    for _ in range(line - 1):
+        begin = at = text.index("\n", at) + 1
+    while found := whole.match(text, at):
+        at = found.end()
+    return line + text.count("\n", begin, at)
 
 
 def _json_lines(file: Path, text: str, names: Fields) -> Iterator[_Row]:
@@ -183,7 +229,9 @@ def _json_lines(file: Path, text: str, names: Fields) -> Iterator[_Row]:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            found = json.loads(line, object_pairs_hook=_object)
+        except _DoubledKeyError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{file}, line {number}: expected a JSON object, received what is broken ({error.msg} at column "
@@ -194,7 +242,7 @@ def _json_lines(file: Path, text: str, names: Fields) -> Iterator[_Row]:
 
 def _json_array(file: Path, text: str, names: Fields) -> Iterator[_Row]:
     """Yield the objects of an array, element by element, so that each one's line is known."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    decoder, line, counted = json.JSONDecoder(object_pairs_hook=_object), 1, 0
     at, follows = _after_blanks(text, 0), "["
     try:
         while True:
@@ -203,19 +251,35 @@ def _json_array(file: Path, text: str, names: Fields) -> Iterator[_Row]:
             at = _after_blanks(text, at + 1)
             if follows == "[" and text[at : at + 1] == "]":
                 break
-            found, end = decoder.raw_decode(text, at)
             line, counted = line + text.count("\n", counted, at), at
+            found, end = decoder.raw_decode(text, at)
             yield line, _values_of(found, names, f"{file}, line {line}", "write an array of objects")
             at, follows = _after_blanks(text, end), ","
             if text[at : at + 1] == "]":
                 break
         if text[at + 1 :].strip():
             raise json.JSONDecodeError("more behind the array", text, at + 1)
+    except _DoubledKeyError as error:
+        raise ValueError(f"{file}, line {line}: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{file}, line {error.lineno}: expected an array of JSON objects, received what is broken ({error.msg} at "
             f"column {error.colno}); write [{{...}}, {{...}}], or one object a line in a .jsonl file"
         ) from None
+
+
+class _DoubledKeyError(Exception):
+    """An object of JSON has a key twice."""
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; raise :class:`_DoubledKeyError` rather than choose one of two values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _DoubledKeyError(f"expected each key of an object once, received {twice!r} twice; take one out")
+    return found
 
 
 def _after_blanks(text: str, at: int) -> int:
@@ -227,13 +291,15 @@ def _after_blanks(text: str, at: int) -> int:
 def _squad(file: Path, text: str, names: Fields) -> Iterator[_Row]:
     """Yield the questions of a file in SQuAD's form, with the first of their answers."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_object)
         objects = [
             {"question": asked["question"], "passage": paragraph["context"], "answers": asked["answers"]}
             for article in found["data"]
             for paragraph in article["paragraphs"]
             for asked in paragraph["qas"]
         ]
+    except _DoubledKeyError as error:
+        raise ValueError(f"{file}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file}: expected an array of JSON objects, or SQuAD's form (data, paragraphs, qas), received what is "
@@ -284,7 +350,7 @@ def split_line(line: str, fields: Sequence[str], where: str) -> tuple[str, ...]:
     Raises:
         ValueError: it has more or fewer; begins with ``where``.
     """
-    values = tuple(line.rstrip("\r\n").split("\t"))
+    values = tuple(line.removesuffix("\n").removesuffix("\r").split("\t"))
     if len(values) != len(fields):
         raise ValueError(
             f"{where}: expected {', '.join(fields)}, separated by tabs, received {len(values)} value(s); separate them "

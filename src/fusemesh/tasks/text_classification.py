@@ -11,6 +11,7 @@ label of the training data every time.
 from __future__ import annotations
 
 import datetime
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -60,7 +61,7 @@ class TextClassification(RecordTask):
         return f"Babel {version('babel')}"
 
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
-        counts = Counter(record.values[1] for record in records)
+        counts = Counter(label_of(record) for record in records)
         if len(counts) < 2:
             raise ValueError(f"data.path: expected at least 2 labels, received {len(counts)} in {self.source}")
         return {"labels": sorted(counts), "counts": [counts[label] for label in sorted(counts)]}
@@ -71,20 +72,28 @@ class TextClassification(RecordTask):
         found: list[str] = self.metadata["labels"]
         return found
 
+    @property
+    def _numbers(self) -> dict[str, int]:
+        """The model's outputs by label as :func:`label_of` gives it, whatever an older version kept of it."""
+        numbers: dict[str, int] = {}
+        for number, label in enumerate(self.labels):
+            numbers.setdefault(plain_label(label), number)
+        return numbers
+
     def examples(self, records: Sequence[Record]) -> Examples:
         self._check_labels(records)
-        number = {label: index for index, label in enumerate(self.labels)}
-        targets = np.array([[number[record.values[1]]] for record in records], np.int64)
+        numbers = self._numbers
+        targets = np.array([[numbers[label_of(record)]] for record in records], np.int64)
         return self._texts([record.values[0] for record in records], targets)
 
     def _check_labels(self, records: Sequence[Record]) -> None:
-        known = set(self.labels)
+        known = self._numbers
         for record in records:
-            if record.values[1] not in known:
+            if label_of(record) not in known:
                 shown = ", ".join(map(repr, self.labels[:_SHOWN])) + (", ..." if len(self.labels) > _SHOWN else "")
                 raise ValueError(
                     f"{record.where}: expected one of the {len(self.labels)} labels of the training data ({shown}), "
-                    f"received {record.values[1]!r}; add records of it to the training data, or drop the line"
+                    f"received {label_of(record)!r}; add records of it to the training data, or drop the line"
                 )
 
     def length_of(self, record: Record) -> int:
@@ -92,9 +101,9 @@ class TextClassification(RecordTask):
 
     def balanced(self, train: list[Record], held_out: list[Record]) -> tuple[list[Record], list[Record]]:
         """Return the parts with the records of labels that only the held-out one had moved to those to train on."""
-        known = {record.values[1] for record in train}
-        moved = [record for record in held_out if record.values[1] not in known]
-        kept = [record for record in held_out if record.values[1] in known]
+        known = {label_of(record) for record in train}
+        moved = [record for record in held_out if label_of(record) not in known]
+        kept = [record for record in held_out if label_of(record) in known]
         if "metadata" in vars(self):
             # A trained model's, of which these may be no records at all.
             self._check_labels(moved)
@@ -165,6 +174,16 @@ class TextClassification(RecordTask):
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return self.labels[int(prediction[0])]
+
+
+def plain_label(label: str) -> str:
+    """Return a label without spaces around it and in Unicode's form NFC, so that equal ones are one class."""
+    return unicodedata.normalize("NFC", label.strip())
+
+
+def label_of(record: Record) -> str:
+    """Return a record's label as :func:`plain_label` does."""
+    return plain_label(record.values[1])
 
 
 def accuracy(found: np.ndarray, expected: np.ndarray) -> float:

@@ -112,6 +112,40 @@ def generated(world: World | None, name: str, changed: dict[str, Any]) -> torch.
         return model.generate(batch()[0], attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
 
 
+def sampled(world: World | None, differ: bool) -> torch.Tensor | str:
+    """Tokens drawn on tp, or alone, by generators that are in the same state on all ranks or not; or the refusal."""
+    model = build("llama", "sdpa", torch.float32, {})
+    if world is not None:
+        layout = Layout(tp=world.world_size)
+        fusemesh.parallelize(model, build_mesh(layout, world), layout)
+    torch.manual_seed(world.rank if world is not None and differ else 0)
+    try:
+        return model.generate(batch()[0][:2], max_new_tokens=5, do_sample=True)
+    except ValueError as error:
+        return str(error)
+
+
+def from_meta(world: World, text: str, name: str, folder: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Logits of a model that got memory on a mesh, and in one process; and what saving parts of it says."""
+    layout = Layout.parse(text)
+    torch.manual_seed(0)
+    one = build(name, "eager", torch.float32, {})
+    with torch.device("meta"):
+        model = build(name, "eager", torch.float32, {})
+    fusemesh.parallelize(model, build_mesh(layout, world), layout)
+    model.to_empty(device="cpu")
+    model.load_state_dict(one.state_dict())
+    said = []
+    model.get_decoder().save_pretrained(folder)
+    try:
+        torch.save(model.model.layers[0], io.BytesIO())
+    except ValueError as error:
+        said.append(str(error))
+    ids = own(batch()[0], layout, world.rank)
+    with torch.no_grad():
+        return model(ids).logits, one(ids).logits, said
+
+
 def generated_apart(world: World | None, rank: int) -> torch.Tensor:
     """Greedy tokens on shards, where each rank has a prompt of its own and asks for another number of them."""
     model = build("llama", "sdpa", torch.float32, {})

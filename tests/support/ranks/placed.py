@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import pickle
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +16,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import fusemesh
-from fusemesh.hybrid import compat, placed
+from fusemesh.hybrid import checkpoint, compat, placed
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
 from fusemesh.transformer import Transformer
-from tests.support.ranks.plan import PLAN, plain
+from tests.support.ranks.plan import PLAN, Plain, plain
 from tests.support.ranks.planner import CONFIGS
 
 
@@ -51,14 +53,31 @@ def _local(x: torch.Tensor) -> torch.Tensor:
 
 
 def refused(world: World) -> dict[str, str]:
-    """What copying and pickling a model on a mesh say, and loading one of another shape."""
+    """What is said by copying, pickling, transforming and placing again a model on a mesh, or loading another shape."""
     layout = Layout(dp=world.world_size)
-    model = fusemesh.parallelize(plain(), build_mesh(layout, world), layout)
+    mesh = build_mesh(layout, world)
+    model = fusemesh.parallelize(plain(), mesh, layout)
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    named = dict(model.named_parameters())
+    parts: dict[str, Any] = {"layer": model.layers[0], "attention": model.layers[0].attention, "norm": model.norm}
+
+    def forward() -> None:
+        with torch.autograd.forward_ad.dual_level():
+            model(ids)
+
     calls: dict[str, Any] = {
         "deepcopy": lambda: copy.deepcopy(model),
         "pickle": lambda: pickle.dumps(model),
         "save": lambda: torch.save(model, io.BytesIO()),
         "load": lambda: model.load_state_dict({**model.state_dict(), "norm.bias": torch.ones(3)}),
+        "again": lambda: fusemesh.parallelize(model, mesh, layout),
+        "inside": lambda: fusemesh.parallelize(nn.ModuleDict({"layers": model.layers[0]}), mesh, layout),
+        "grad": lambda: torch.func.grad(lambda p: torch.func.functional_call(model, p, (ids,)).sum())(named),
+        "jvp": lambda: torch.func.jvp(lambda x: model(ids) * x, (torch.ones(()),), (torch.ones(()),)),
+        "vmap": lambda: torch.vmap(model)(ids[:, None]),
+        "forward_ad": forward,
+        **{f"deepcopy of {name}": functools.partial(copy.deepcopy, part) for name, part in parts.items()},
+        **{f"save of {name}": functools.partial(torch.save, part, io.BytesIO()) for name, part in parts.items()},
         "different": lambda: model.load_state_dict(plain(world.rank).state_dict()),
     }
     found = {}
@@ -68,6 +87,35 @@ def refused(world: World) -> dict[str, str]:
         except (ValueError, RuntimeError) as error:
             found[name] = str(error)
     return found
+
+
+def filled(world: World, folder: str) -> tuple[str, torch.Tensor, dict[str, str]]:
+    """What to_empty() says of a buffer on meta; one that had its values; and what asks for values before it."""
+    layout = Layout(fsdp=world.world_size)
+    mesh = build_mesh(layout, world)
+
+    def placed_with(scale: torch.Tensor) -> nn.Module:
+        with torch.device("meta"):
+            model = Plain()
+        model.layers[0].attention.register_buffer("scale", scale, persistent=False)
+        return fusemesh.parallelize(model, mesh, layout)
+
+    model = placed_with(torch.arange(3.0))
+    calls: dict[str, Callable[[], Any]] = {
+        "to_empty": lambda: placed_with(torch.empty(3, device="meta")).to_empty(device="cpu"),
+        "whole_state_dict": lambda: fusemesh.whole_state_dict(model),
+        "load_state_dict": lambda: model.load_state_dict(Plain().state_dict()),
+        "checkpoint.save": lambda: checkpoint.save(folder, model, None, {}, step=1),
+        "checkpoint.load": lambda: checkpoint.load(folder, model),
+    }
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            said[name] = str(error)
+    model.to_empty(device="cpu")
+    return said.pop("to_empty"), model.get_buffer("layers.0.attention.scale"), said
 
 
 def alone(world: World) -> list[str]:

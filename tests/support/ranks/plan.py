@@ -234,7 +234,7 @@ def of_other_values(world: World, text: str, changed: dict[int, str], seeds: tup
 
     Args:
         changed: rank to the name of a parameter or buffer of which it flips one bit, "+name" of one that it alone has,
-            or "meta".
+            "-name" of one that it negates, "=name" of one that it freezes, or "meta".
         seeds: of the ranks.
     """
     model = plain(seeds[world.rank] if seeds else 0)
@@ -244,6 +244,10 @@ def of_other_values(world: World, text: str, changed: dict[int, str], seeds: tup
         model.to("meta")
     elif name.startswith("+"):
         model.register_buffer(name[1:], torch.ones(1))
+    elif name.startswith("-"):
+        model.state_dict()[name[1:]].neg_()
+    elif name.startswith("="):
+        model.get_parameter(name[1:]).requires_grad_(False)
     elif name:
         bits = model.state_dict()[name].view(torch.uint8).view(-1)
         bits[-1] ^= 1
