@@ -64,7 +64,9 @@ def parallelize(
             "column"}``; see :mod:`fusemesh.hybrid.tensor.table` for the styles. None takes a Hugging Face model's own.
         sequence_parallel: whether activations between the matmuls are split along the sequence over tp. The sequence
             length must then be a multiple of tp. With a plan they are only where it has the style ``sequence``.
-        dtype: of the computation; None computes in the parameters' own.
+        dtype: of the computation; None computes in the parameters' own. Floating-point tensors that the model and its
+            layers are called with are cast to it, those in lists, dicts and dataclasses too, of which a copy is then
+            passed; a container in which nothing is to be cast is passed itself, so that a layer may write into it.
         pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
 
     Raises:

@@ -6,7 +6,10 @@ a token by how many others happen to share its replica.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,20 +44,64 @@ def shard_data_parallel(
     compat.silence_redistribute_advice()
     precision = MixedPrecisionPolicy()
     if dtype is not None:
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # fully_shard's own cast copies dataclasses, lists and dicts; what a layer writes into them would be lost.
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     replicas = mesh["dp", "fsdp"]
     # With one shard there is nothing to free between forward and backward, and gathering again would only copy.
     reshard = mesh["fsdp"].size() > 1 and not keep_gathered
     for block in blocks:
         prepare(block)
         fully_shard(block, mesh=replicas, mp_policy=precision, reshard_after_forward=reshard)
+        _cast_inputs(block, dtype)
     prepare(model)
     fully_shard(model, mesh=replicas, mp_policy=precision, reshard_after_forward=False)
+    _cast_inputs(model, dtype)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # gloo has no scaled sum, which a factor would otherwise ask for.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _cast_inputs(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Let ``module`` receive its floating-point arguments in ``dtype``; None leaves them as they are."""
+    if dtype is None:
+        return
+
+    def cast_all(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return _cast(args, dtype), _cast(kwargs, dtype)
+
+    # Before fully_shard's own hook.
+    module.register_forward_pre_hook(cast_all, prepend=True, with_kwargs=True)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return ``value`` with the floating-point tensors in it in ``dtype``; a container without others is not copied."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, nn.utils.rnn.PackedSequence):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        changed = _changed(fields, dtype)
+        return dataclasses.replace(value, **changed) if changed else value
+    if isinstance(value, dict):
+        changed = _changed(value, dtype)
+        copied = copy.copy(value) if changed else value
+        copied.update(changed)
+        return copied
+    if isinstance(value, (list, tuple)):
+        changed = _changed(dict(enumerate(value)), dtype)
+        items = [changed.get(index, item) for index, item in enumerate(value)]
+        if not changed:
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _changed(parts: dict[Any, Any], dtype: torch.dtype) -> dict[Any, Any]:
+    """Return those of ``parts`` that :func:`_cast` changes, cast."""
+    return {key: new for key, part in parts.items() if (new := _cast(part, dtype)) is not part}
 
 
 def sum_over_replicas(value: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

@@ -111,12 +111,20 @@ VMAP, GRADIENT, FORWARD = "vmap", "grad", "jvp"
 _NAMES = {"Vmap": VMAP, "Grad": GRADIENT, "Jvp": FORWARD}
 
 
+# Where torch.compile leaves a caller as it is, it compiles the functions that name a module of torch by themselves. One
+# compiled outside of all transforms has no guard against them, and would say the same inside: so this one names none.
+_functorch_level = torch._C._functorch.maybe_current_level
+_functorch_levels = torch._C._functorch.get_interpreter_stack
+_forward_mode = vars(forward_ad)
+
+
 def transforms() -> tuple[str, ...]:
     """Return which transforms the code runs under, each once; torch.autograd.forward_ad's open level is FORWARD."""
-    if torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0:
+    is_forward = _forward_mode["_current_level"] >= 0
+    if _functorch_level() is None and not is_forward:
         return ()
-    found = {_NAMES.get(level.key().name) for level in torch._C._functorch.get_interpreter_stack() or ()}
-    if forward_ad._current_level >= 0:
+    found = {_NAMES.get(level.key().name) for level in _functorch_levels() or ()}
+    if is_forward:
         found.add(FORWARD)
     return tuple(name for name in _NAMES.values() if name in found)
 

@@ -1,4 +1,4 @@
-"""The rules of torch.func's transforms that all ops of this floor share, whatever they compute. Torch only.
+"""How a function becomes an op of this floor, and the rules of torch.func's transforms that all ops share. Torch only.
 
 Ops have a gradient of their own for autograd. torch.func's gradients and forward-mode derivatives are those of the
 reference, which the public functions take under a transform; an op called by itself must not give zeros for them.
@@ -29,16 +29,38 @@ def without_tangents(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             if compat.FORWARD in compat.transforms():
-                what = TRANSFORMS[compat.FORWARD]
-                raise ValueError(
-                    f"backend: expected one with a rule for {what}, received a call of fusemesh::{name}, which has "
-                    "none; use the public function with backend='auto' or backend='reference'"
-                )
+                raise _no_rule(compat.FORWARD, name)
             return function(*args, **kwargs)
 
         return checked
 
     return decorate
+
+
+def without_functional_gradients(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator of the autograd of the op ``name``, which names what torch.library says of its own classes."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError as error:
+                if compat.GRADIENT not in compat.transforms() or "setup_context" not in str(error):
+                    raise
+                raise _no_rule(compat.GRADIENT, name) from error
+
+        return checked
+
+    return decorate
+
+
+def _no_rule(transform: str, name: str) -> ValueError:
+    """Return the error for a transform of the op ``name``, called by itself or in a program that was traced before."""
+    return ValueError(
+        f"backend: expected one with a rule for {TRANSFORMS[transform]}, received a call of fusemesh::{name}, which "
+        "has none; transform the public function itself, with backend='auto' or backend='reference'; a program that is "
+        "exported or traced first keeps the ops of its tracing, so trace it with backend='reference'"
+    )
 
 
 def by_sample(name: str) -> Callable[..., Any]:
@@ -98,6 +120,45 @@ def _sample(x: Any, dim: Any, index: int) -> Any:
     if dim is None:
         return x
     return x.select(dim, index) if x.shape[dim] else x.new_zeros(x.movedim(dim, 0).shape[1:])
+
+
+class _Library(torch.library.Library):
+    """A library whose ops name themselves where the autograd of torch.library has no rule for torch.func."""
+
+    def impl(self, name: Any, function: Any, dispatch_key: str = "", **options: Any) -> None:
+        """Register ``function`` for the op."""
+        if dispatch_key == "Autograd":
+            function = without_functional_gradients(name)(function)
+        super().impl(name, function, dispatch_key, **options)
+
+
+# torch.library.custom_op reads a schema with mutated arguments anew at every call, 80 us of decode's 150.
+LIBRARY = _Library("fusemesh", "FRAGMENT")
+# What each op runs, by its name; tests run it on fake tensors too, in place of the op's fake.
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+
+def define(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
+) -> None:
+    """Define the op ``fusemesh::name``.
+
+    Args:
+        schema: its arguments and results in the language of torch.library.
+        function: computes it, for tensors of any device.
+        fake: makes results of the right shapes, dtypes and strides, without computing.
+        vmap: the op's rule for torch.func.vmap; None calls it for each sample.
+    """
+    FUNCTIONS[name] = function
+    LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, without_tangents(name)(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusemesh::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"fusemesh::{name}", vmap or by_sample(name), lib=LIBRARY)
+    LIBRARY.impl(name, by_sample_of_gradients(name), "Batched")
 
 
 def refuse_collectives(function: str, ranks: int) -> None:

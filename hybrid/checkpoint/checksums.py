@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from .folders import damaged
-from .together import distributed, on_every_rank, rank
+from .folders import WRITER, damaged
+from .together import distributed, on_every_rank, rank, seen_in_time
 
 _BLOCK = 1 << 20
 
@@ -32,19 +33,43 @@ def _own(names: list[str]) -> list[str]:
 
 
 def checksums_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return ``bytes`` and ``sha256`` of each file of a folder, by name, on every rank; every rank calls it.
+    """Return ``bytes`` and ``sha256`` of each of a folder's files that falls to this rank, by name.
 
     Raises:
-        OSError: on every rank, if one cannot read its files.
+        OSError: one cannot be read.
     """
+    # A rank lists its own files itself: another machine may see those that were just made a moment later.
+    names = _own(sorted(path.name for path in folder.iterdir() if path.name != WRITER))
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": digest_of(folder / name)} for name in names}
 
-    def measure() -> dict[str, dict[str, Any]]:
-        # A rank lists its own files itself: another machine may see those that were just made a moment later.
-        names = _own(sorted(path.name for path in folder.iterdir()))
-        return {name: {"bytes": (folder / name).stat().st_size, "sha256": digest_of(folder / name)} for name in names}
 
-    merged = {name: entry for part in on_every_rank(measure) for name, entry in part.items()}
-    return dict(sorted(merged.items()))
+def check_all_there(folder: Path, parts: list[dict[str, dict[str, Any]]]) -> None:
+    """Check that this process sees all files that the ranks say they have written.
+
+    Args:
+        folder: where.
+        parts: of each rank, as :func:`checksums_of` returns them.
+
+    Raises:
+        OSError: it does not; names the first rank, and its file.
+    """
+    for number, part in enumerate(parts):
+        for name, entry in part.items():
+
+            def is_whole(path: Path = folder / name, size: int = entry["bytes"]) -> bool:
+                with path.open("rb") as file:
+                    return os.fstat(file.fileno()).st_size == size
+
+            if not seen_in_time(is_whole, folder):
+                raise OSError(
+                    f"rank 0 does not see {name}, the {entry['bytes']:,} bytes that rank {number} wrote, or sees "
+                    "another size; all ranks must share the folder"
+                )
+
+
+def merged(parts: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the entries of all ranks in one dictionary, by name."""
+    return dict(sorted((name, entry) for part in parts for name, entry in part.items()))
 
 
 def check_files(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..outputs import UserError
+from .lock import holder_of
 
 MARKER = "checkpoint.json"
 # Format 2 has no checksums and no metadata of the task.
@@ -17,6 +19,8 @@ FORMAT, READABLE = 3, (2, 3)
 STEP = "step-"
 UNFINISHED = ".unfinished-"
 REPLACED = f"{UNFINISHED}old-"
+# In a folder that is being written: held by the process that writes it.
+WRITER = ".writer"
 _ASIDE = "aside-"
 
 
@@ -90,10 +94,22 @@ def restore_replaced(root: Path) -> None:
     """Rename back a checkpoint that was about to be replaced when its run died."""
     for path in root.glob(f"{REPLACED}*/{MARKER}"):
         final = root / path.parent.name.removeprefix(REPLACED)
-        if not final.exists():
+        if not final.exists() and not any(map(is_being_written, root.glob(f"{UNFINISHED}*"))):
             # Another rank may do the same.
             with suppress(OSError):
                 path.parent.rename(final)
+
+
+def is_being_written(unfinished: Path) -> bool:
+    """Return whether a living process writes an unfinished checkpoint."""
+    return bool(holder_of(unfinished / WRITER))
+
+
+def remove_leftovers(root: Path, *, ignore_errors: bool = False) -> None:
+    """Remove what dead runs have left unfinished."""
+    for path in root.glob(f"{UNFINISHED}*"):
+        if not is_being_written(path):
+            shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def marker_text(state: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:

@@ -37,14 +37,15 @@ def merge(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *,
 
     Args:
         checkpoint: its folder, or a folder of checkpoints, of which the latest is taken.
-        output: the file to write; it appears only when it is whole.
+        output: the file to write, or a merged file to replace; it appears only when it is whole.
         verify: first compare all files of the checkpoint with their checksums.
 
     Returns:
         ``{"checkpoint", "output", "tensors", "parameters", "bytes"}``.
 
     Raises:
-        ValueError: no checkpoint is there, it is damaged, or safetensors is not installed.
+        ValueError: no checkpoint is there, it is damaged, ``output`` is a file that this function did not write, or
+            safetensors is not installed.
         OSError: the file cannot be written; nothing of it is left.
     """
     try:
@@ -53,6 +54,8 @@ def merge(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *,
     except ImportError as error:
         raise ValueError("merge needs safetensors; install it with: pip install 'fusemesh[app]'") from error
 
+    target = Path(output)
+    _check_replaceable(target)
     path = latest(checkpoint)
     marker = read_marker(path)
     if verify:
@@ -60,7 +63,6 @@ def merge(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *,
     tensors = {name: torch.empty(v.size, dtype=v.properties.dtype) for name, v in stored_tensors(path).items()}
     with quiet():
         read_tensors(path, {MODEL: tensors})
-    target = Path(output)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     unfinished = target.parent / f".unfinished-{target.name}"
     metadata = {
@@ -77,6 +79,8 @@ def merge(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *,
             free = free_bytes(target.parent)
             if free is not None and free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             try:
                 save_file(tensors, unfinished, metadata=metadata)
             except SafetensorError as error:
@@ -85,6 +89,8 @@ def merge(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *,
                 if number is None:
                     raise
                 raise cannot_write(target, OSError(int(number[1]), str(error)), needed=needed) from error
+            # safetensors leaves it to its owner alone, whatever the umask is.
+            unfinished.chmod(mode)
             _seal(unfinished)
             unfinished.replace(target)
     finally:
@@ -97,6 +103,20 @@ def merge(checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], *,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": target.stat().st_size,
     }
+
+
+def _check_replaceable(target: Path) -> None:
+    """Check that nothing is at ``target`` but an empty file or one that :func:`merge` wrote; not of a folder."""
+    with writing(target):
+        if not target.exists() or target.is_dir() or (target.is_file() and target.stat().st_size == 0):
+            return
+    with suppress(CheckpointError):
+        read_merged_state(target)
+        return
+    raise CheckpointError(
+        f"output: expected a new file, or one that fusemesh merge wrote, received {str(target)!r}, which holds "
+        "something else; choose another name, or remove it first"
+    )
 
 
 def _header_of(path: Path) -> bytes:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,12 @@ from ..consistency import check_has_memory
 from ..outputs import OutputError, cannot_write, free_bytes
 from ..pipeline_parallel import PipelinedModel
 from . import folders
-from .checksums import check_files, checksums_of
-from .folders import MARKER, STEP, UNFINISHED, CheckpointError, all_checkpoints, damaged, read_marker
-from .together import distributed, on_first_rank
+from .checksums import check_all_there, check_files, checksums_of, merged
+from .folders import MARKER, STEP, UNFINISHED, WRITER, CheckpointError, all_checkpoints, damaged, read_marker
+from .lock import Lock
+from .together import distributed, on_every_rank, on_first_rank
 
+_T = TypeVar("_T")
 MODEL, _OPTIMIZER = "model", "optimizer"
 # What an entry takes beside a tensor's elements: heads of a zip file, and its line in the metadata.
 _BYTES_BESIDE = 1400
@@ -97,30 +100,37 @@ def save(
     """
     check_has_memory("checkpoint.save", model)
     root = Path(directory)
-    final, unfinished = root / f"{STEP}{step:08d}", root / f"{UNFINISHED}{STEP}{step:08d}"
+    final = root / f"{STEP}{step:08d}"
     with quiet():
         tensors = _tensors_of(model, optimizer)
     needed = _bytes_of(model, tensors)
+    lock: Lock | None = None
 
-    def prepare() -> None:
+    def prepare() -> str:
+        nonlocal lock
         root.mkdir(parents=True, exist_ok=True)
         folders.restore_replaced(root)
-        for leftover in root.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(leftover)
+        folders.remove_leftovers(root)
         free = free_bytes(root)
         if free is not None and free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        unfinished.mkdir()
+        # Another run's of the same step is another folder.
+        made = root / f"{UNFINISHED}{secrets.token_hex(4)}-{final.name}"
+        made.mkdir()
+        lock = Lock(made / WRITER)
+        return made.name
 
     def finish() -> None:
+        check_all_there(unfinished, parts)
         with (unfinished / MARKER).open("w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if final.exists():
             # A folder cannot be replaced in one move. The old one first steps aside, so that no reader ever meets a
-            # mixture; if the run dies before the next line, it is put back.
+            # mixture; if the run dies before the next lines, it is put back.
             final.rename(root / f"{folders.REPLACED}{final.name}")
+        (unfinished / WRITER).unlink(missing_ok=True)
         unfinished.rename(final)
         # What cannot be removed does no harm to the new one.
         if keep > 0:
@@ -128,35 +138,56 @@ def save(
                 # Removed in part it would look whole.
                 with suppress(OSError):
                     old.rename(root / f"{UNFINISHED}removed-{old.name}")
-        for old in root.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(old, ignore_errors=True)
+        folders.remove_leftovers(root, ignore_errors=True)
 
-    def give_up(error: OSError) -> OutputError:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    def give_up(error: OSError, unfinished: Path | None = None) -> OutputError:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
         folders.restore_replaced(root)
         whole = all_checkpoints(root)
         kept = f"{whole[-1].name} is whole" if whole else "No earlier checkpoint is there"
         return cannot_write(final, error, what="checkpoint", needed=needed, kept=kept)
 
-    def attempt(action: Any) -> Any:
+    def attempt(action: Callable[[], _T], unfinished: Path | None = None) -> _T:
         try:
             return action()
         except OSError as error:
-            raise give_up(error) from error
+            raise give_up(error, unfinished) from error
 
-    on_first_rank(lambda: attempt(prepare))
+    try:
+        unfinished = root / on_first_rank(lambda: attempt(prepare))
+        try:
+            # Each phase ends on all ranks alike: an error of one is raised on every other, too.
+            _write(tensors, unfinished)
+            parts = on_every_rank(lambda: checksums_of(unfinished))
+        except OSError as error:
+            cause = error
+            failed = on_first_rank(lambda: str(give_up(cause, unfinished)))
+            # Where ranks do not share the folder, each has one.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OutputError(failed) from None
+        content = folders.marker_text(state, merged(parts))
+        try:
+            on_first_rank(lambda: attempt(finish, unfinished))
+        except OutputError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    finally:
+        if lock is not None:
+            lock.release()
+    return final
+
+
+def _write(tensors: dict[str, Any], folder: Path) -> None:
+    """Write the tensors; raise the error of the first rank that failed, on every rank."""
     try:
         with quiet():
-            dcp.save(tensors, storage_writer=_Writer(unfinished), no_dist=not distributed())
-        content = folders.marker_text(state, checksums_of(unfinished))
-    except (CheckpointException, OSError) as error:
-        cause = _first_failure(error)
-        if not isinstance(cause, OSError):
-            raise cause from None
-        failed = give_up(cause) if not distributed() else on_first_rank(lambda: str(give_up(cause)))
-        raise OutputError(str(failed)) from None
-    on_first_rank(lambda: attempt(finish))
-    return final
+            dcp.save(tensors, storage_writer=_Writer(folder), no_dist=not distributed())
+    except CheckpointException as error:
+        raise _first_failure(error) from None
+    except OSError as error:
+        # Not of a phase that ends on all ranks alike: the others hear of it when this one ends.
+        raise RuntimeError(f"checkpoint {str(folder)!r}: {error}") from error
 
 
 def _first_failure(error: BaseException) -> BaseException:

@@ -19,34 +19,6 @@ from .call.options import Call
 from .call.packed import as_batch, as_packed
 from .call.tensors import empty_laid_out_like
 
-# torch.library.custom_op reads a schema with mutated arguments anew at every call, 80 us of decode's 150.
-_LIBRARY = torch.library.Library("fusemesh", "FRAGMENT")
-# What each op runs, by its name; tests run it on fake tensors too, in place of the op's fake.
-FUNCTIONS: dict[str, Callable[..., Any]] = {}
-
-
-def define(
-    name: str,
-    schema: str,
-    function: Callable[..., Any],
-    fake: Callable[..., Any],
-    vmap: Callable[..., Any] | None = None,
-) -> None:
-    """Define the op ``fusemesh::name``.
-
-    Args:
-        schema: its arguments and results in the language of torch.library.
-        function: computes it, for tensors of any device.
-        fake: makes results of the right shapes, dtypes and strides, without computing.
-        vmap: the op's rule for torch.func.vmap; None calls it for each sample.
-    """
-    FUNCTIONS[name] = function
-    _LIBRARY.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, op_rules.without_tangents(name)(function), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusemesh::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"fusemesh::{name}", vmap or op_rules.by_sample(name), lib=_LIBRARY)
-    _LIBRARY.impl(name, op_rules.by_sample_of_gradients(name), "Batched")
-
 
 def register_attention(operation: str, fields: OpFields, reference: Callable[[], Any]) -> None:
     """Define ``fusemesh::{operation}_forward`` and ``_backward``, and the gradients of both.
@@ -57,14 +29,14 @@ def register_attention(operation: str, fields: OpFields, reference: Callable[[],
         reference: returns the module of the reference, whose formulas are the second derivatives.
     """
     ops = _AttentionOps(operation, fields, reference)
-    define(
+    op_rules.define(
         f"{operation}_forward",
         f"(Tensor q, Tensor k, Tensor v, {fields.schema}, str backend) -> (Tensor out, Tensor lse)",
         ops.forward,
         ops.forward_fake,
     )
     # dbias is a tensor of shape [0] unless bias_grad, and so is dsinks without sinks; daux is empty unless aux_grad.
-    define(
+    op_rules.define(
         f"{operation}_backward",
         f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, {fields.schema},"
         " bool bias_grad, bool aux_grad, str backend)"
@@ -77,7 +49,7 @@ def register_attention(operation: str, fields: OpFields, reference: Callable[[],
         ("backward", ops.second_gradients, ops.save_for_second_gradients),
     ):
         op = f"fusemesh::{operation}_{name}"
-        torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
+        torch.library.register_autograd(op, backward, setup_context=setup_context, lib=op_rules.LIBRARY)
 
 
 def _empty_like(x: torch.Tensor, last: int) -> torch.Tensor:

@@ -64,9 +64,7 @@ def _kernels(backend: str) -> Any:
     return module
 
 
-@torch.library.custom_op("fusemesh::linear_forward", mutates_args=(), schema=FORWARD_SCHEMA)
-@op_rules.without_tangents("linear_forward")
-def linear_forward(
+def _forward(
     x: torch.Tensor,
     w: torch.Tensor,
     bias: torch.Tensor | None,
@@ -90,8 +88,7 @@ def linear_forward(
     return result
 
 
-@linear_forward.register_fake
-def _(
+def _forward_fake(
     x: torch.Tensor,
     w: torch.Tensor,
     bias: torch.Tensor | None,
@@ -106,9 +103,7 @@ def _(
     return x.new_empty(shape), slope, x.new_empty(shape if save_slope_up else (0,))
 
 
-@torch.library.custom_op("fusemesh::linear_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-@op_rules.without_tangents("linear_backward")
-def linear_backward(
+def _backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     w: torch.Tensor | None,
@@ -138,8 +133,7 @@ def linear_backward(
     return result
 
 
-@linear_backward.register_fake
-def _(
+def _backward_fake(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     w: torch.Tensor | None,
@@ -182,7 +176,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.has_activation, ctx.is_gated, ctx.backend = activation is not None, w_up is not None, backend
 
 
-def _backward(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing = (None,) * 4
     if dy is None:
         return nothing + nothing
@@ -199,9 +193,6 @@ def _backward(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
     return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), *nothing)
 
 
-linear_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
 def _backward_twice(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
     raise RuntimeError(
         "fused_linear: second derivatives are not implemented on the Triton backend (the gradient of "
@@ -209,10 +200,11 @@ def _backward_twice(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...
     )
 
 
-linear_backward.register_autograd(_backward_twice)
-
-# An op that custom_op has defined takes no rule for the older vmap but in a library's fragment.
-_LIBRARY = torch.library.Library("fusemesh", "FRAGMENT")
-for _op, _name in ((linear_forward, "linear_forward"), (linear_backward, "linear_backward")):
-    _op.register_vmap(op_rules.by_sample(_name))
-    _LIBRARY.impl(_name, op_rules.by_sample_of_gradients(_name), "Batched")
+op_rules.define("linear_forward", FORWARD_SCHEMA, _forward, _forward_fake)
+op_rules.define("linear_backward", BACKWARD_SCHEMA, _backward, _backward_fake)
+linear_forward = torch.ops.fusemesh.linear_forward.default
+linear_backward = torch.ops.fusemesh.linear_backward.default
+torch.library.register_autograd(
+    "fusemesh::linear_forward", _gradients, setup_context=_setup_context, lib=op_rules.LIBRARY
+)
+torch.library.register_autograd("fusemesh::linear_backward", _backward_twice, lib=op_rules.LIBRARY)

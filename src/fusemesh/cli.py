@@ -4,15 +4,14 @@ With ``--json`` a command writes exactly one JSON object to stdout; messages alw
 configuration is an option: what the TOML file calls ``steps`` under ``[training]`` is ``--training.steps``; the most
 used ones have short names, too.
 
-Exit status: 0; 1 for a run that failed (a rank died, numbers not finite, replicas that drifted, no layout that fits); 2
-for a request that cannot work; 130 after an interruption; 141 where the reader of the output has gone. ``doctor
---trace`` keeps the script's.
+Exit status: 0; 1 for a run that failed (a rank died, numbers not finite, replicas that drifted, what it
+writes cannot be written any longer, no layout that fits); 2 for a request that cannot work; 130 after an interruption;
+141 where the reader of the output has gone; 143 after SIGTERM. ``doctor --trace`` keeps the script's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
@@ -29,6 +28,8 @@ from fusemesh.spelling import suggestion
 COMMANDS = (doctor, train, evaluate, predict, generate, merge, plan, scaling, bench)
 # As a shell reports a process that SIGPIPE ended.
 _NO_READER = 141
+# And that SIGTERM ended.
+_TERMINATED = 143
 
 _SHORT_HELP = """\
 usage: fusemesh COMMAND [options]
@@ -71,7 +72,7 @@ def _run(words: list[str]) -> int:
     name, as_json = _name(words), "--json" in _cut(words)[0]
 
     def end(failure: Exception) -> None:
-        standard_output.write(json.dumps({"error": str(failure)}))
+        standard_output.write(standard_output.as_json({"error": str(failure)}))
 
     # A thread that finds another rank lost ends this process.
     on_end[:] = [end] if as_json and _is_first() else []
@@ -79,7 +80,7 @@ def _run(words: list[str]) -> int:
         options = parse(words)
         result, text, status = options.command(options)
         if result is not None and (as_json or text is not None):
-            standard_output.write(json.dumps(result) if as_json else str(text))
+            standard_output.write(standard_output.as_json(result) if as_json else str(text))
     except BrokenPipeError:
         raise
     except RuntimeError as error:
@@ -87,7 +88,8 @@ def _run(words: list[str]) -> int:
     except (ValueError, OSError, UserError) as error:
         return _fail(name, 2, str(error), as_json=as_json)
     except KeyboardInterrupt as error:
-        return _fail(name, 130, str(error) or "interrupted", as_json=as_json)
+        status = _TERMINATED if isinstance(error, train.Terminated) else 130
+        return _fail(name, status, str(error) or "interrupted", as_json=as_json)
     except Exception as error:
         if not as_json:
             _refuse_start(f"{type(error).__name__}: {error}")
@@ -155,8 +157,8 @@ def _name(words: Sequence[str]) -> str:
 def _fail(name: str, status: int, message: str, *, as_json: bool = False, result: dict[str, Any] | None = None) -> int:
     print(f"{name}: error: {message}", file=sys.stderr, flush=True)
     if as_json and _is_first():
-        print(json.dumps({**(result or {}), "error": message}), flush=True)
-    if status != 130:
+        print(standard_output.as_json({**(result or {}), "error": message}), flush=True)
+    if status not in (130, _TERMINATED):
         _refuse_start(message)
     return status
 

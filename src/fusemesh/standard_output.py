@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 
@@ -27,6 +28,16 @@ def write(text: str, end: str = "\n") -> None:
     except OSError as error:
         drop()
         raise cannot_write(error) from error
+
+
+def as_json(value: object) -> str:
+    """Return ``value`` as JSON, in which only characters that standard output's encoding lacks are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def cannot_write(error: OSError) -> OSError:

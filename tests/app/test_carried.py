@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -164,11 +165,15 @@ def test_what_contradicts_the_weights_is_refused(home: Path, ask: Ask, option: s
         assert status == 2 and expected in result["error"]
 
 
-def test_a_run_that_has_done_its_steps(away: Path, ask: Ask) -> None:
+def test_a_run_that_has_done_its_steps(away: Path, ask: Ask, capfd: pytest.CaptureFixture[str]) -> None:
     status, result, _ = ask("train", "--resume", "--out", away / "run", "--steps", "3")
     assert status == 2 and result["error"].startswith("training.steps: expected more than 4, ") and len(result) == 1
     status, done, err = ask("train", "--resume", "--out", away / "run")
     assert status == 0 and "nothing is left to do" in err
+    assert cli.main(["train", "--resume", "--out", str(away / "run"), "--quiet"]) == 0
+    assert (
+        "no step was left to do; of the earlier run: 4 steps in layout single on 1 cpu rank, " in capfd.readouterr().out
+    )
     assert done == json.loads((away / "run" / "summary.json").read_text())
     # Its evaluation was never done: it is made up for.
     (away / "run" / "summary.json").unlink()
@@ -189,6 +194,7 @@ def test_data_that_have_changed_are_not_gone_on_with(home: Path, away: Path, ask
     )
     status, result, err = ask(*go_on, "--data.path", changed, "--allow-changed-data")
     assert status == 0 and result["resumed_from"] == 4 and "the data have changed" in err
+    assert "the run goes on with them" in err and "--allow-changed-data" not in err
     # Elsewhere, but the same.
     shutil.copy(changed, away / "moved.csv")
     status, result, _ = ask(*go_on[:-2], "6", "--data.path", away / "moved.csv")
@@ -307,7 +313,7 @@ def test_the_last_checkpoint_comes_before_what_may_fail(
 
     monkeypatch.setattr(metrics.MetricsWriter, "write", cannot_write)
     status, result, _ = ask(*command, tmp_path / "other")
-    assert status == 2 and result["error"] == "cannot write metrics.jsonl"
+    assert status == 1 and result["error"] == "cannot write metrics.jsonl"
     assert ask("eval", tmp_path / "other")[1]["step"] == 4
 
 
@@ -319,6 +325,33 @@ def test_progress_is_said_where_there_is_no_terminal(away: Path, ask: Ask) -> No
     )
     assert lines[1].startswith("step 6 of 6: loss ")
     assert ask("eval", away / "run")[2].startswith("fusemesh eval: step 6 of ")
+
+
+def test_a_merged_file_is_for_others_and_replaces_nothing_else(away: Path, ask: Ask) -> None:
+    run, output = away / "run", away / "out.safetensors"
+    for mask in (0o022, 0o027):
+        before = os.umask(mask)
+        try:
+            # The second time it replaces what it wrote.
+            assert ask("merge", run, "-o", output)[0] == 0
+        finally:
+            os.umask(before)
+        assert output.stat().st_mode & 0o777 == 0o666 & ~mask
+    foreign = write_records(away / "over.csv")
+    save_file({}, away / "other.safetensors")
+    (away / "empty").touch()
+    for path in (foreign, away / "other.safetensors", "/dev/null"):
+        status, result, _ = ask("merge", run, "-o", path)
+        assert status == 2 and result["error"] == (
+            f"output: expected a new file, or one that fusemesh merge wrote, received {str(path)!r}, which holds "
+            "something else; choose another name, or remove it first"
+        )
+    assert foreign.read_text().startswith("text,label") and not Path("/dev/null").is_file()
+    assert ask("merge", run, "-o", away / "empty")[0] == 0
+    for target in (run, run / "checkpoints", run / "checkpoints" / "step-00000002"):
+        assert ask("merge", target)[1]["output"] == str(run / "model.safetensors")
+    copied = shutil.copytree(run / "checkpoints" / "step-00000002", away / "copied")
+    assert ask("merge", copied)[1]["output"] == str(copied / "model.safetensors")
 
 
 @contextmanager
@@ -337,7 +370,7 @@ def test_a_full_disk_is_said_in_one_line(home: Path, away: Path, ask: Ask) -> No
     with at_most(30_000):
         status, result, _ = ask("train", "--resume", "--out", run, "--steps", "6", "--quiet")
         error = result["error"]
-        assert status == 2 and "\n" not in error and f"cannot write '{run / 'checkpoints' / 'step-00000006'}'" in error
+        assert status == 1 and "\n" not in error and f"cannot write '{run / 'checkpoints' / 'step-00000006'}'" in error
         assert " needed, " in error and " free, a limit of 30.0 kB a file" in error
         assert error.endswith("step-00000004 is whole")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]

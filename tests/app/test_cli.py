@@ -5,7 +5,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import time
 
 import pytest
 
@@ -72,6 +74,8 @@ def test_train_eval_merge_in_one_process(run, text, capfd):
     assert alone["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
     _, fewer, _ = call(capfd, "eval", merged["output"], "--evaluation.samples=3")
     assert fewer["targets"] == 48 and fewer["loss"] != alone["loss"]
+    assert cli.main(["eval", merged["output"], "--evaluation.samples=1"]) == 0
+    assert capfd.readouterr().out.endswith(" over 1 sample\n")
 
 
 def test_text_for_people(run, capfd):
@@ -180,6 +184,22 @@ def test_wrong_requests_end_with_2_and_one_message(capfd, arguments, message):
     assert status == 2
     assert result.keys() == {"error"} and message in result["error"]
     assert err.startswith(f"fusemesh {arguments[0]}: error: ") and message in err
+
+
+GENERATE = [
+    (["--beams", "0"], "--beams: expected at least 1, received 0"),
+    (["--beams", "2", "--temperature", "1"], "--temperature: expected without --beams 2, .* received 1; leave one"),
+    (["--beams", "2", "--top-k", "3"], "--top-k: expected without --beams 2, "),
+    (["--temperature", "0"], "--temperature: expected a positive number, received 0.0"),
+    (["--top-p", "2"], "--top-p: expected above 0 and at most 1"),
+    (["--top-k", "-1"], "--top-k: expected at least 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), GENERATE)
+def test_options_of_a_generation_are_named_as_they_were_typed(options, message, run, capfd):
+    status, result, _ = call(capfd, "generate", run, "--prompt", "line", *options)
+    assert status == 2 and re.match(message, result["error"]) and "Sampling" not in result["error"], result
 
 
 def test_a_merged_file_is_not_evaluated_as_another_model(run, capfd):
@@ -292,6 +312,22 @@ def test_an_interruption_says_how_to_go_on(run, text, tmp_path, monkeypatch, cap
     assert (status, result["error"]) == (130, "interrupted; no checkpoint has been saved")
     status, result, _ = call(capfd, "train", "--resume", "--out", run, "--steps", "8")
     assert (status, result["error"]) == (130, "interrupted; go on from step-00000006 with --resume")
+
+
+def test_sigterm_ends_a_run_like_an_interruption(run, monkeypatch, capfd):
+    def terminated(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+    # Not this process, if the command leaves the signal as it is.
+    monkeypatch.setattr(Ranks, "call", terminated)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        status, result, _ = call(capfd, "train", "--resume", "--out", run, "--steps", "8")
+        assert (status, result["error"]) == (143, "terminated; go on from step-00000006 with --resume")
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("command", ["train", "scaling"])

@@ -144,7 +144,7 @@ def test_help_shows_a_commands_own_options_first_and_what_applies(
     text = helped(capsys, name)
     assert text.startswith(f"usage: fusemesh {name} TARGET [options]")
     assert text.index(own) < text.index("configuration:") < text.index("--layout")
-    assert not re.search(r"--training\.(steps|learning_rate)|--model\.|--run\.directory", text)
+    assert not re.search(r"--training\.(steps|learning_rate)|--model\.|--run\.directory|--evaluation\.every", text)
 
 
 def test_without_arguments_a_short_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +197,23 @@ def test_an_answer_that_the_output_cannot_spell(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
     assert cli.main(["doctor"]) == 2
     assert "standard output: expected an encoding that has '\\u6b63', received latin-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("encoding", "spelt"), [("utf-8", "正面"), ("latin-1", r"\u6b63\u9762")])
+def test_json_spells_what_the_output_can_spell(encoding: str, spelt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for outcome in (Outcome({"answer": "正面"}), ValueError("正面")):
+        monkeypatch.setattr(doctor, "run", lambda options, outcome=outcome: _given(outcome))
+        output = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", output)
+        cli.main(["doctor", "--json"])
+        output.seek(0)
+        assert f'"{spelt}"' in output.read()
+
+
+def _given(outcome: Outcome | Exception) -> Outcome:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fusemesh import cli
+from fusemesh import cli, config
+from fusemesh.hybrid.ranks.testing import RankPool
+from fusemesh.run.evaluator import evaluate_rank
 from fusemesh.run.settings import load_config
+from fusemesh.run.setup import state_of
 from fusemesh.tasks import question_answering, spans, text_classification, translation
 from fusemesh.tasks.base import decode, encode, is_held_out
 from fusemesh.tasks.registry import build_task
@@ -328,3 +331,47 @@ def test_a_language_model_goes_on_with_a_text(
     assert (
         "standard input, line 2: expected UTF-8, received the byte 0xe9; it is likely cp1252" in capsys.readouterr().err
     )
+
+
+RECORDS = {
+    "language_model": ("text.txt", "".join(f"line {n} is line {n}\n\n" for n in range(99)), "line"),
+    "translation": ("a.csv", "source,target\n" + "".join(f"number {n},numero {n}\n" for n in range(99)), "number 3"),
+    "text_classification": ("a.csv", "text,label\n" + "".join(f"{n},{'正负'[n % 2]}\n" for n in range(99)), "正"),
+    "question_answering": ("a.txt", "".join(f"who?\tIt was Al{n}.\tAl{n}\n" for n in range(99)), "who?\tIt was Al."),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", RECORDS)
+def test_bf16_from_the_first_step_to_the_last_answer(
+    name: str,
+    tmp_path: Path,
+    rank_pool: RankPool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, content, line = RECORDS[name]
+    (tmp_path / file).write_text(content)
+    options = [f"--{key}={value}" for key, value in SMALL.items() if key != "training.steps"]
+    options += ["--data.path", str(tmp_path / file), "--steps=2", "--data.sequence_length=24", "--quiet"]
+    options += ["--evaluation.samples=3", "--evaluation.num_beams=1"]
+    for module in ("matplotlib", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    folder = str(tmp_path / "run")
+    summary = run(capsys, "train", name, *options, "--training.dtype=bf16", "--out", folder)
+    assert run(capsys, "eval", folder)["loss"] == summary["loss"]
+    # In one process a merged file is the same model, in the dtype that is asked for.
+    merged = run(capsys, "merge", folder)["output"]
+    assert run(capsys, "eval", merged)["loss"] == summary["loss"]
+    assert run(capsys, "eval", merged, "--training.dtype=fp32")["loss"] != summary["loss"]
+    if name == "language_model":
+        whole = run(capsys, "generate", folder, "--prompt", line, "--tokens", "9")
+        assert whole["tokens"] == 9
+        return
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{line}\n{line}\n"))
+    answers = run(capsys, "predict", folder)["answers"]
+    assert len(answers) == 2 and answers[0] == answers[1]
+    if name == "translation":
+        values = config.as_dict(load_config(None, {"layout": "fsdp2"}, base=state_of(folder)["config"]))
+        for found in rank_pool.call(evaluate_rank, folder, values, ranks=2):
+            assert found["loss"] == pytest.approx(summary["loss"], rel=1e-3)

@@ -1,14 +1,19 @@
 """Training, resuming and evaluating. Layers: pure functions; one process; 4 gloo ranks."""
 
+import errno
 import itertools
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from fusemesh import config
+from fusemesh import cli, config
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.layout import Layout
@@ -278,6 +283,83 @@ def test_what_a_run_leaves(runs):
     data = state.pop("data")
     assert state == {"step": 3, "config": config.as_dict(whole), "metadata": {}}
     assert data["path"]["files"] == 60 and len(data["path"]["sha256"]) == 64
+
+
+@pytest.mark.distributed
+def test_ranks_that_differ_are_refused_before_the_first_step(runs, rank_pool, text, tmp_path):
+    """Other folders (or one path on machines that share none), other keys, and data that differ by a letter."""
+    shutil.copytree(text, tmp_path / "other")
+    (tmp_path / "other" / "7.txt").write_text((Path(text) / "7.txt").read_text().replace("line 3", "line 4"))
+    whole, _ = runs("dp2 x tp2")
+
+    def values(**overrides):
+        defaults = {"layout": "dp2", "training__steps": "1", "evaluation__samples": "4"}
+        return config.as_dict(tiny_run.settings(text, tmp_path / "run", **{**defaults, **overrides}))
+
+    elsewhere = config.as_dict(tiny_run.settings(text, tmp_path / "b", layout="dp2", training__steps="1"))
+    there = {**elsewhere, "run": {**elsewhere["run"], "directory": str(tmp_path / "run")}}
+    cases = [
+        [there, elsewhere],
+        [values(), values(training__learning_rate="0.5")],
+        [values(), values(training__steps="2")],
+        [values(), values(layout="tp2")],
+        [values(), values(data__path=str(tmp_path / "other"))],
+        [values(), values(data__path=str(tmp_path / "none"))],
+        [values(data__held_out=text), values(data__held_out=str(tmp_path / "other"))],
+    ]
+    first, second = rank_pool.call(tiny_run.train_each, cases, whole.run.directory, ranks=2, timeout=120)
+    assert first == second
+    expected = [
+        rf"run\.directory: expected one folder that all .*/run' on .*1 of 2 ranks .*rank 1: '{tmp_path}/b' on ",
+        r"training\.learning_rate: expected the same on all ranks, received 0\.003 on rank 0; 0\.5 on rank 1; start",
+        r"training\.steps: .*received 1 on rank 0; 2 on rank 1",
+        r'layout: .*received "dp2" on rank 0; "tp2" on rank 1',
+        r"data: .*received data\.path on rank 0 of SHA-256 \w{12}\.\.\., on rank 1 of SHA-256 ",
+        rf"data: .*rank 1 cannot read them \(.*{tmp_path}/none",
+        r"data: .*received data\.held_out on rank 0 of SHA-256 \w{12}\.\.\., on rank 1 of SHA-256 ",
+        r"data: .*received data\.held_out on rank 0 of SHA-256 \w{12}\.\.\., on rank 1 of SHA-256 ",
+    ]
+    for pattern, message in zip(expected, first, strict=True):
+        assert re.match(pattern, message), message
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == []
+
+
+def test_a_second_run_into_one_folder_is_refused_while_the_first_one_lives(text, tmp_path, monkeypatch, capsys):
+    step, seen = trainer.Trainer.train_step, []
+    command = ["train", *tiny_run.options(text, tmp_path, training__steps="1"), "--quiet", "--json"]
+
+    def second(self, current):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        seen.append((cli.main(command), json.loads(capsys.readouterr().out)["error"]))
+        seen.append((cli.main([*command, "--resume"]), json.loads(capsys.readouterr().out)["error"]))
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        return step(self, current)
+
+    # What a dead run on this machine has left is taken over.
+    (tmp_path / ".lock").write_text(json.dumps({"host": "another", "pid": 1, "since": "long ago"}))
+    monkeypatch.setattr(trainer.Trainer, "train_step", second)
+    assert cli.main(command) == 0
+    for status, message in seen:
+        assert status == 2
+        assert re.match(
+            rf"run\.directory: .*another run writes \(process {os.getpid()} on .*, since .*\); wait", message
+        )
+    assert len(seen) == 2 and not list(tmp_path.glob(".lock"))
+
+
+def test_a_lock_where_the_file_system_has_none(tmp_path, monkeypatch):
+    """Then what the file says counts: a process of another machine may live."""
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
+    path = tmp_path / "lock"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": ended.pid, "since": "today"}))
+    lock = checkpoint.Lock(path)
+    lock.release()
+    path.write_text(json.dumps({"host": "another", "pid": 7, "since": "today"}))
+    assert checkpoint.holder_of(path) == "process 7 on another, since today"
+    with pytest.raises(ValueError, match="process 7 on another, since today"):
+        checkpoint.Lock(path)
 
 
 WRONG = [

@@ -223,7 +223,7 @@ def test_a_full_disk_is_told_in_one_line(here: Path, ask: Ask) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = result.get("error", text)
-    assert status == 2 and "\n" not in error and f"{here}/run/checkpoints" in error and "whole" in error, error
+    assert status == 1 and "\n" not in error and f"{here}/run/checkpoints" in error and "whole" in error, error
 
 
 def test_changed_data_are_not_gone_on_with(home: Path, ask: Ask) -> None:

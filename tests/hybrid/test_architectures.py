@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.ranks import architecture as ranks
 
@@ -133,3 +134,16 @@ def test_generated_tokens(rank_pool: RankPool, kind: str, layout: str, options: 
     (want,) = rank_pool.run(ranks.generated, kind, None, *arguments, ranks=1)
     assert {len(row) for row in want} != {0}
     assert rank_pool.run(ranks.generated, kind, layout, *arguments) == [want] * 4
+
+
+@pytest.mark.parametrize("kind", ["decoder", "translation"])
+@pytest.mark.parametrize("layout", ["single", "fsdp2"])
+def test_a_cache_changes_nothing_in_bf16(rank_pool: RankPool, kind: str, layout: str) -> None:
+    """A layer that is cast fills the caches that it is called with, not copies of them."""
+    for cached, anew in rank_pool.run(ranks.generated_in_bf16, kind, layout, ranks=Layout.parse(layout).world_size):
+        assert cached == anew and len({tuple(row) for row in cached}) > 1
+
+
+def test_a_layer_that_is_cast_writes_into_its_arguments(rank_pool: RankPool) -> None:
+    ((dtypes, out),) = rank_pool.run(ranks.written, ranks=1)
+    assert {*dtypes, out} == {torch.bfloat16}

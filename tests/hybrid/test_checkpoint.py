@@ -1,6 +1,7 @@
 """Checkpoints: round trip, another layout, merging, and what a crash leaves. Layers: one process; 4 gloo ranks."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -239,6 +240,28 @@ def test_a_crash_while_writing_leaves_the_last_whole_checkpoint(tmp_path, monkey
     checkpoint.save(tmp_path, model, optimizer, {"step": 2}, step=2)
     assert checkpoint.read_state(checkpoint.latest(tmp_path)) == {"step": 2}
     assert not list(tmp_path.glob(".unfinished-*"))
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
+    model, optimizer = small()
+    others = tmp_path / ".unfinished-1-step-00000002"
+    others.mkdir()
+    with (others / ".writer").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        checkpoint.save(tmp_path, model, optimizer, {}, step=2)
+        assert others.is_dir()
+    checkpoint.save(tmp_path, model, optimizer, {}, step=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.distributed
+def test_ranks_that_share_no_folder_save_nothing_and_one_that_cannot_read_ends_all(rank_pool, tmp_path):
+    apart = [str(tmp_path / name) for name in "ab"]
+    first, second = rank_pool.run(ranks.save_apart, apart, ranks=2)
+    assert first == second
+    assert "rank 0 does not see __1_0.distcp, the " in first[0] and "bytes that rank 1 wrote" in first[0]
+    assert "step-00000001': Input/output error" in first[1] and "No earlier checkpoint" in first[1]
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_the_same_step_is_replaced_and_only_the_newest_are_kept(tmp_path):

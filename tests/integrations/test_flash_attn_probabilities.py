@@ -15,6 +15,21 @@ from tests.support.flash_attn_inputs import LENS_K, LENS_Q, bounds, dense, new, 
 from tests.support.flash_attn_semantics import SCORES
 
 
+def test_probabilities_have_no_tangent() -> None:
+    x = torch.randn(1, 5, 2, 16, generator=torch.Generator().manual_seed(0))
+    cu = torch.tensor([0, 2, 5])
+
+    def of_a_batch(x: torch.Tensor) -> torch.Tensor:
+        return ours.flash_attn_func(x, x, x, 0.2, return_attn_probs=True)[2]
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        return ours.flash_attn_varlen_func(x[0], x[0], x[0], cu, cu, 3, 3, 0.2, return_attn_probs=True)[2]
+
+    for function in (of_a_batch, packed):
+        signed, tangent = torch.func.jvp(function, (x,), (x,))
+        assert signed.any() and not tangent.any()
+
+
 def unit_values(lens: list[int], heads: int, dtype: torch.dtype) -> torch.Tensor:
     """Packed values [total, heads, 16]: key j's is the j-th unit vector, so that outputs are probabilities."""
     return torch.cat([torch.eye(n, 16, dtype=dtype) for n in lens])[:, None].expand(-1, heads, -1)

@@ -243,6 +243,12 @@ def test_flash_attns_lengths_and_flags() -> None:
         flash_attn.flash_attn_with_kvcache(x, x, x, num_splits="4")
     with pytest.raises(ValueError, match=r"^max_seqlen_k: expected an int of at least 0, received 2.5"):
         flash_attn.flash_attn_varlen_func(flat, flat, flat, cu, cu, 3, 2.5)
+    with pytest.raises(ValueError, match=r"^max_seqlen_k: expected an int of at least 0, received \d+, beyond 64 bits"):
+        flash_attn.flash_attn_varlen_func(flat, flat, flat, cu, cu, 3, 2**70)
+    with pytest.raises(ValueError, match=r"^window_size: expected two ints .*beyond 64 bits"):
+        flash_attn.flash_attn_func(x, x, x, window_size=(2**70, 1))
+    with pytest.raises(ValueError, match=r"^softmax_scale: expected a number that is finite in fp32"):
+        flash_attn.flash_attn_func(x, x, x, softmax_scale=1e39)
 
 
 def test_numbers_of_accelerated_functions() -> None:

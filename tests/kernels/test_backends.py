@@ -159,7 +159,10 @@ def test_the_engine_refuses_dtypes_and_user_mods() -> None:
     from fusemesh.kernels.attention.engine.backend import CPU as ENGINE
 
     for mods in ((), ("softcap",), ("alibi",), ("softcap", "alibi")):
-        assert ENGINE.limits(request(dtype=torch.float16, call=Call(AttentionSpec(1.0, mods=mods)))) is None
+        assert (
+            ENGINE.limits(request(dtype=torch.float16, call=Call(AttentionSpec(1.0, mods=mods, params=(2.0, 4.0)))))
+            is None
+        )
     assert ENGINE.limits(request(dtype=torch.float64))[:3] == ("q", "float32, bfloat16 or float16", torch.float64)
     refusal = ENGINE.limits(request(call=Call(AttentionSpec(1.0, mods=("softcap", "mine")))))
     assert refusal[:3] == ("score_mod", "softcap and alibi_slopes alone", "'mine'")

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401  which the interpreter looks for beside a jit function
 
+import fusemesh
 from fusemesh.kernels import backend_record, backends
 from fusemesh.kernels.attention.call import score_mods
 from fusemesh.kernels.attention.call.options import Options
@@ -290,3 +291,24 @@ def test_what_docs_say_of_dropout_is_what_the_records_say() -> None:
     # A backend's limits, whatever this machine has.
     have = {x.name for x in records if "attention" in x.implementations and x.limits(spec) is None}
     assert set(re.findall(r"`(\w+)`", named)) == have
+
+
+@pytest.mark.parametrize("cap", [3e38, 1e38, 1e-37, 1e-45])
+def test_auto_computes_a_softcap_that_the_engine_refuses(cap: float) -> None:
+    q = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+    found, want = (fusemesh.flash_attention(q, q, q, softcap=cap, backend=x) for x in ("auto", "reference"))
+    assert torch.equal(found, want)
+    with pytest.raises(ValueError, match=r"^softcap: expected a number between 1e-37 and 1e\+38 for backend='cpu'"):
+        fusemesh.flash_attention(q, q, q, softcap=cap, backend="cpu")
+
+
+@pytest.mark.parametrize("origin", [-5, 2**60])
+def test_windows_as_wide_as_integers(origin: int) -> None:
+    q = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+    at = fusemesh.Origin(q=origin)
+    for window, same in (((2**63 - 1, None), None), ((None, 2**63 - 1), None), ((2**62, 2**62), None)):
+        for backend in ("cpu", "reference"):
+            found, want = (
+                fusemesh.flash_attention(q, q, q, window=x, origin=at, backend=backend) for x in (window, same)
+            )
+            assert torch.equal(found, want), (window, backend)

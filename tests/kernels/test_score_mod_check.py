@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,51 @@ def hidden_backward(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
 
 
 @triton.jit
+def kept(b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return b_s
+
+
+@triton.jit
+def kept_gradient(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return b_ds
+
+
+@triton.jit
+def doubled_in_late_rows(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return tl.where(i_q > 64, 2 * b_ds, b_ds)
+
+
+@triton.jit
+def doubled_in_late_keys(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return tl.where(i_k - i_q > 64, 2 * b_ds, b_ds)
+
+
+@triton.jit
+def doubled_in_other_heads(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return tl.where(i_h >= 2, 2 * b_ds, b_ds)
+
+
+@triton.jit
+def doubled_in_other_samples(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return tl.where(i_b >= 2, 2 * b_ds, b_ds)
+
+
+@triton.jit
+def clamped(b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return tl.minimum(b_s, 10.0)
+
+
+@triton.jit
+def steep(b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return tl.exp(4 * b_s) + tl.sin(0.7 * (i_q - i_k))
+
+
+@triton.jit
+def steep_backward(b_ds, b_s, i_b, i_h, i_q, i_k, aux, numbers):
+    return 4 * tl.exp(4 * b_s) * b_ds
+
+
+@triton.jit
 def part_of_a_number(numbers):
     return numbers[3]
 
@@ -77,6 +123,22 @@ def mixed(s: Any, i_b: Any, i_h: Any, i_q: Any, i_k: Any) -> Any:
     return s.softmax(-1)
 
 
+def as_it_is(s: Any, i_b: Any, i_h: Any, i_q: Any, i_k: Any) -> Any:
+    return s * 1.0
+
+
+def clamped_in_torch(s: Any, i_b: Any, i_h: Any, i_q: Any, i_k: Any) -> Any:
+    return s.clamp(max=10.0)
+
+
+def steep_in_torch(s: Any, i_b: Any, i_h: Any, i_q: Any, i_k: Any) -> Any:
+    return torch.exp(4 * s) + (0.7 * (i_q - i_k).to(s.dtype)).sin()
+
+
+def unfinished(s: Any, i_b: Any, i_h: Any, i_q: Any, i_k: Any) -> Any:
+    raise KeyError("weight")
+
+
 def of_the_head(s: Any, i_b: Any, i_h: Any, i_q: Any, i_k: Any, slopes: Any) -> Any:
     return s * slopes[i_h]
 
@@ -103,6 +165,19 @@ def test_scores_that_a_mod_hides(registered: Callable[..., score_mods.ScoreMod])
 
 
 @pytest.mark.interpreter
+def test_a_right_mod_may_leave_the_range_of_fp32(registered: Callable[..., score_mods.ScoreMod]) -> None:
+    """exp(4 * 32) does not fit, and fp32 rounds the angle at distant positions."""
+    fusemesh.check_score_mod(registered(steep, steep_backward, steep_in_torch))
+
+
+def test_what_the_twin_raises_is_named(registered: Callable[..., score_mods.ScoreMod]) -> None:
+    mod = registered(None, None, unfinished)
+    with pytest.raises(ValueError, match="'tried': torch_forward raised KeyError") as raised:
+        fusemesh.check_score_mod(mod)
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("given", "wrong", "right"),
     [
@@ -112,8 +187,17 @@ def test_scores_that_a_mod_hides(registered: Callable[..., score_mods.ScoreMod])
         ((square, square_backward, without_positions), "so torch_forward may be the wrong one", ["autograd"]),
         ((of_a_transposed_tile, None, square_in_torch), "forward, tiles of keys by queries: expected", ["backward"]),
         ((None, None, mixed), "torch_forward's gradient by autograd: expected", ["forward:", "backward"]),
+        ((kept, doubled_in_late_rows, as_it_is), "backward, at origin=Origin(q=5000, ", ["forward:", "torch_forward"]),
+        ((kept, doubled_in_late_keys, as_it_is), "backward, at origin=Origin(q=130, ", ["forward:", "torch_forward"]),
+        ((kept, doubled_in_other_heads, as_it_is), "backward, at origin=", ["forward:", "torch_forward"]),
+        ((kept, doubled_in_other_samples, as_it_is), "backward, at origin=", ["forward:", "torch_forward"]),
+        (
+            (clamped, kept_gradient, clamped_in_torch),
+            "backward, of scores up to 32: expected 0",
+            ["forward:", "torch_forward"],
+        ),
     ],
-    ids=["backward", "forward", "autograd", "twin", "transposed", "mixed"],
+    ids=["backward", "forward", "autograd", "twin", "transposed", "mixed", "rows", "keys", "heads", "samples", "clamp"],
 )
 def test_what_is_wrong_is_named(
     given: tuple[Any, ...], wrong: str, right: list[str], registered: Callable[..., score_mods.ScoreMod]
@@ -151,7 +235,14 @@ def test_arguments(registered: Callable[..., score_mods.ScoreMod]) -> None:
         (lambda: fusemesh.check_score_mod(mod), "expected 1 tensors"),
         (lambda: fusemesh.check_score_mod(mod(slopes), shape=(1, 3, 2, 2)), "pass the shape and origin for which"),
         (lambda: fusemesh.check_score_mod(mod(slopes), shape=(1, 3, 2)), r"shape: expected \(B, H, Sq, Sk\)"),
+        (lambda: fusemesh.check_score_mod(mod(slopes), shape=None), r"shape: expected \(B, H, Sq, Sk\)"),
+        (lambda: fusemesh.check_score_mod(mod(slopes), origin=3), "origin: expected an Origin of ints"),
         (lambda: fusemesh.check_score_mod(mod(slopes), scores=torch.ones(3)), "scores: expected a floating tensor"),
+        (lambda: fusemesh.check_score_mod(mod(slopes), scores=torch.full((1, 1, 1, 1), math.inf)), "finite numbers"),
+        *(
+            (lambda x=x: fusemesh.check_score_mod(mod(slopes), tolerance=x), "tolerance: expected a finite number")
+            for x in (math.nan, "x", None, -1)
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             call()

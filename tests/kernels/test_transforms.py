@@ -16,9 +16,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd import functional as autograd
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusemesh
-from fusemesh.kernels import backends
+from fusemesh.kernels import backends, compat
 from fusemesh.kernels.attention.call.options import Options
 from fusemesh.kernels.attention.call.validation import normalise
 from fusemesh.kernels.attention.dense.ops import FIELDS
@@ -392,6 +393,27 @@ def test_ops_by_themselves_lose_no_tangent_in_silence() -> None:
             jvp(call, (q,), (q,))
 
 
+def test_programs_traced_before_refuse_by_name() -> None:
+    """What they hold is an op; traced of the reference they hold its formula."""
+    q = normal(B, H, S, D, dtype=torch.float32)
+    program = make_fx(dense(torch.float32, "cpu"))(q)
+
+    def linear_op(x: torch.Tensor) -> torch.Tensor:
+        return linear_forward(x, x[0, 0], None, None, None, False, False, "triton")[0]
+
+    for name, traced in (("attention", program), ("linear", linear_op)):
+        for transform in (
+            lambda f: grad(lambda x: f(x).sum())(q),
+            lambda f: jvp(f, (q,), (q,)),
+            lambda f: jacrev(f)(q),
+        ):
+            with pytest.raises(ValueError, match=rf"fusemesh::{name}_forward, .*trace it with backend='reference'"):
+                transform(traced)
+    formula, want = make_fx(dense(torch.float32, "reference"))(q), dense(torch.float32, "reference")
+    torch.testing.assert_close(grad(lambda x: formula(x).sum())(q), grad(lambda x: want(x).sum())(q))
+    torch.testing.assert_close(jvp(formula, (q,), (q,)), jvp(want, (q,), (q,)))
+
+
 def test_collectives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the group had two ranks: the refusal comes before any communication."""
     monkeypatch.setattr(parallel, "group_size", lambda group: 2)
@@ -430,6 +452,15 @@ def test_one_graph_outside_and_inside_of_a_transform() -> None:
     plain, tangent = torch.compile(both, backend="eager", fullgraph=True)(q, t)
     assert torch.equal(plain, function(q))
     torch.testing.assert_close(tangent, jvp(reference, (q,), (t,))[1])
+
+
+def test_transforms_are_looked_up_by_functions_that_are_not_compiled() -> None:
+    """torch.compile leaves a function under jvp as it is, and from then on compiles what it calls by itself."""
+    x = torch.ones(2)
+    compiled = torch.compile(lambda x: x * len(compat.transforms()), backend="eager")
+    jvp(compiled, (x,), (x,))
+    assert not compiled(x).any()
+    assert torch.equal(grad(lambda x: compiled(x).sum())(x), x)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fusemesh import config
+from fusemesh.hybrid.checkpoint import together
 from fusemesh.run.evaluator import evaluate_rank
 from fusemesh.run.trainer import Trainer, train_rank
 
@@ -56,6 +58,26 @@ def options(text: str, directory: Path, **overrides: str) -> list[str]:
 
 def train(values: dict[str, Any], resume: bool = False) -> dict[str, Any]:
     return train_rank(values, resume, quiet=True)
+
+
+def train_each(cases: list[list[dict[str, Any]]], saved: str) -> list[str]:
+    """Of each case, which has a configuration for each rank: the message with which training fails on this rank, and in
+    the end that of an evaluation of ``saved`` by the last case."""
+    patience, found, rank = together.PATIENCE, [], int(os.environ["RANK"])
+    together.PATIENCE = 0.2
+    for case in cases:
+        try:
+            train_rank(case[rank], quiet=True)
+            found.append("trained")
+        except (ValueError, OSError) as error:
+            found.append(str(error))
+    try:
+        evaluate_rank(saved, cases[-1][rank])
+        found.append("evaluated")
+    except ValueError as error:
+        found.append(str(error))
+    together.PATIENCE = patience
+    return found
 
 
 def train_with_a_bad_rank(values: dict[str, Any], bad: int, step: int) -> tuple[str, dict[str, torch.Tensor]]:

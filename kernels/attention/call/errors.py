@@ -28,4 +28,6 @@ def short(value: object) -> str:
     if isinstance(value, torch.Tensor):
         gradient = ", requires_grad=True" if value.requires_grad else ""
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}{gradient}"
-    return repr(value)
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    is_beyond = any(isinstance(x, int) and not -(2**63) <= x < 2**63 for x in parts)
+    return f"{value!r}, beyond 64 bits" if is_beyond else repr(value)

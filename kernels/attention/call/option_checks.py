@@ -14,6 +14,8 @@ from .scalars import as_integer, as_number
 from .score_mods import BoundScoreMod
 from .spec import FP8, out_dtype
 
+FP32_MAX, FP64_MAX = torch.finfo(torch.float32).max, torch.finfo(torch.float64).max
+
 
 def check_seed(dropout_p: Any, seed: Any) -> None:
     """Raise where forward and backward are two calls and would each draw a seed of its own."""
@@ -37,7 +39,7 @@ def without_keys(q: torch.Tensor) -> torch.Tensor:
     return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=q.device)
 
 
-def checked_scale(scale: Any, name: str = "scale") -> float | None:
+def checked_scale(scale: Any, q: torch.Tensor, name: str = "scale") -> float | None:
     """Return the factor of q k^T, or None where it is to follow from the head dim."""
     if scale is None:
         return None
@@ -45,14 +47,32 @@ def checked_scale(scale: Any, name: str = "scale") -> float | None:
     # Not math.isfinite, which torch.compile cannot trace with a number that is a symbol.
     if number is None or not -math.inf < number < math.inf:
         raise wrong(name, "a finite number or None", short(scale), "None means 1 / sqrt(D)")
+    _, most, dtype = _range_of_scores(q)
+    if not -most <= number <= most:
+        raise wrong(name, f"a number that is finite in {dtype}", short(scale), "None means 1 / sqrt(D)")
     return number
+
+
+def _range_of_scores(q: torch.Tensor) -> tuple[float, float, str]:
+    """Return the least and the largest number above 0 of the dtype of the scores, and its name."""
+    return (2.0**-1074, FP64_MAX, "fp64") if q.dtype == torch.float64 else (1e-45, FP32_MAX, "fp32")
+
+
+def _softcap(options: Options, q: torch.Tensor) -> BoundScoreMod:
+    """Return the bound of the scores as a mod."""
+    bound = score_mods.softcap(options.softcap)
+    least, most, dtype = _range_of_scores(q)
+    if not least <= bound.params[0] <= most:
+        expected = f"a number above 0 and finite in {dtype}, the dtype of the scores"
+        raise wrong("softcap", expected, short(options.softcap), "None switches it off")
+    return bound
 
 
 def bound_score_mods(q: torch.Tensor, options: Options) -> list[BoundScoreMod]:
     """Return softcap, ALiBi and the user's mod, as far as the call has them, in the contract's order."""
     bound = []
     if options.softcap is not None:
-        bound.append(score_mods.softcap(options.softcap))
+        bound.append(_softcap(options, q))
     if options.alibi_slopes is not None:
         bound.append(score_mods.alibi(options.alibi_slopes, q))
     score_mod = options.score_mod
@@ -98,7 +118,7 @@ def descale_factors(descale: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Ten
             if x.dtype != torch.float32 or x.device != q.device or (x.numel() != 1 and x.shape != (batch, heads)):
                 raise wrong_factors(f"{short(x)} on {x.device}")
             found.append(x.reshape(1, 1).expand(batch, heads) if x.numel() == 1 else x)
-        elif x is None or (number is not None and math.isfinite(number)):
+        elif x is None or (number is not None and abs(number) <= FP32_MAX):
             factor = 1.0 if number is None else number
             found.append(torch.full((batch, heads), factor, dtype=torch.float32, device=q.device))
         else:

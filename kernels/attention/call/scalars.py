@@ -17,6 +17,8 @@ import torch
 
 from ...backend_record import has_derivative
 
+_LEAST, _MOST = -(2**63), 2**63 - 1
+
 
 def as_number(value: Any) -> float | None:
     """Return a real number as a float; None for strings, complex numbers, and tensors with a gradient or dimensions."""
@@ -34,17 +36,23 @@ def as_number(value: Any) -> float | None:
 
 
 def as_integer(value: Any) -> int | None:
-    """Return an integer as an int, or as the symbol that it is; None for tensors (see :func:`element`) and floats."""
+    """Return an integer as an int, or as the symbol that it is.
+
+    None for tensors (see :func:`element`), for floats, and for integers beyond the 64 bits in which ops carry them.
+    """
     if isinstance(value, int):
-        return int(value) if isinstance(value, bool) else value
-    if isinstance(value, torch.SymInt):
+        number = int(value) if isinstance(value, bool) else value
+    elif isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
-    if isinstance(value, torch.Tensor) or not hasattr(type(value), "__index__"):
+    elif isinstance(value, torch.Tensor) or not hasattr(type(value), "__index__"):
         return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
+    else:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            return None
+    # A number that torch.compile traces may be a symbol, which it would have to decide.
+    return number if torch.compiler.is_compiling() or _LEAST <= number <= _MOST else None
 
 
 def as_flag(value: Any) -> bool | None:

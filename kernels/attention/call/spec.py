@@ -14,7 +14,7 @@ class Origin:
 
     A shard of a tensor computes what the whole would: query i stands at position ``q + i``, key j at ``k + j``, head h
     at ``head + h``, batch b at ``batch + b``. Causal and window masks, and everything else that depends on a position,
-    see only these. Each is an int, or an integer device tensor with one element (read on the device, no
+    see only these. Each is an int within +-2^60, or an integer device tensor with one element (read on the device, no
     synchronisation).
     """
 

@@ -30,6 +30,7 @@ from .spec import FP8, AttentionSpec, Origin, out_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ALIGN = ("top_left", "bottom_right")
+FARTHEST = 2**60  # positions beyond would overflow when they are subtracted
 
 
 def check_qkv(q: Any, k: Any, v: Any) -> None:
@@ -99,7 +100,7 @@ def normalise(q: torch.Tensor, k: torch.Tensor, options: Options) -> Call:
     left, right = window_sides(options.window)
     if causal:
         right = 0 if right is None else min(right, 0)
-    scale = checked_scale(options.scale)
+    scale = checked_scale(options.scale, q)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     ahead = left is not None or right is not None
@@ -175,7 +176,13 @@ def window_sides(window: Any) -> tuple[int | None, int | None]:
         right = as_integer(right)
         if right is None or right < 0:
             raise wrong("window", expected, short(window), remedy)
-    return left, right
+    return _bounded(left), _bounded(right)
+
+
+def _bounded(side: int | None) -> int | None:
+    """Return a side of a window, no larger than all positions are apart, so that 64 bits hold its sum with one."""
+    # A number that torch.compile traces may be a symbol, which it would have to decide.
+    return side if not isinstance(side, int) or torch.compiler.is_compiling() else min(side, 4 * FARTHEST)
 
 
 def _origins(
@@ -231,6 +238,8 @@ def _position(name: str, value: object, device: torch.device) -> int | torch.Ten
     number = as_integer(value)
     if number is None:
         raise wrong(name, expected, short(value), remedy)
+    if isinstance(number, int) and not torch.compiler.is_compiling() and not -FARTHEST <= number <= FARTHEST:
+        raise wrong(name, "a position within +-2^60", short(value), "beyond, distances overflow; count from elsewhere")
     return number
 
 

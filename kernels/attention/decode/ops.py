@@ -8,11 +8,11 @@ import torch
 
 from ... import backends, env
 from ...backend_record import implementation
-from ...op_rules import by_sample
+from ...op_rules import by_sample, define
 from ..call.errors import wrong
 from ..call.op_fields import OpFields
 from ..call.tensors import empty_laid_out_like
-from ..library import define, laid_out_like, lse_like
+from ..library import laid_out_like, lse_like
 from . import validation
 from .spec import DecodeCall
 

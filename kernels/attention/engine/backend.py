@@ -9,6 +9,9 @@ from ...backend_record import Backend, Refusal, Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODS = ("softcap", "alibi")  # in the order in which the engine applies them
+# As csrc/abi/check.cpp has them.
+MOST_DIM = 2**24
+SOFTCAPS = (1e-37, 1e38)
 
 
 def _limits(request: Request) -> Refusal | None:
@@ -16,9 +19,16 @@ def _limits(request: Request) -> Refusal | None:
         return None
     if request.dtype not in DTYPES:
         return Refusal("q", "float32, bfloat16 or float16", request.dtype)
+    if max(request.head_dims) > MOST_DIM:
+        return Refusal("q", f"head dims of at most {MOST_DIM}", max(request.head_dims))
     others = [name for name in request.call.spec.mods if name not in MODS]
     if others:
         return Refusal("score_mod", "softcap and alibi_slopes alone", repr(others[0]))
+    if request.call.spec.mods[:1] == ("softcap",):
+        low, high = SOFTCAPS
+        cap = request.call.spec.params[0]
+        if not low < cap < high:
+            return Refusal("softcap", f"a number between {low:g} and {high:g}", cap, f"softcap is {cap:g}")
     return None
 
 

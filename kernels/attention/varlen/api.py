@@ -20,6 +20,7 @@ from ..call.validation import ALIGN, DTYPES, check_flag, check_qkv, normalise
 from .ops import FIELDS
 
 INDEX_DTYPES = (torch.int32, torch.int64)
+_HUGE = 2**24
 
 
 def flash_attention_varlen(
@@ -130,6 +131,8 @@ def attend(
     _check_tensors(q, k, v)
     longest = _check_lengths(q, *lengths)
     _check_align(options)
+    widest = _HUGE if options.mask is None and options.bias is None else 2**40
+    longest = _within(longest[0], q, widest), _within(longest[1], k, widest)
     packed = Packed(*lengths[:2], *longest, options.align == "bottom_right")
     like_q, like_k, like_v = _longest_batch(q, k, v, packed)
     check_qkv(like_q, like_k, like_v)
@@ -212,6 +215,12 @@ def _check_lengths(q: torch.Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any
         expected = f"as many numbers as cu_seqlens_q, {cu_q.shape[0]}"
         raise wrong("cu_seqlens_k", expected, cu_k.shape[0], "each sequence has queries and keys, maybe none")
     return _longest("max_seqlen_q", max_q), _longest("max_seqlen_k", max_k)
+
+
+def _within(most: int, x: torch.Tensor, widest: int) -> int:
+    """Return a longest length, or the rows of all sequences above ``widest``: sizes must fit 64 bits."""
+    is_huge = isinstance(most, int) and not torch.compiler.is_compiling() and most > widest
+    return min(most, max(x.shape[0], _HUGE)) if is_huge else most
 
 
 def _longest(name: str, most: Any) -> int:

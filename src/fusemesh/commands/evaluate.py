@@ -7,18 +7,20 @@ from dataclasses import replace
 
 from fusemesh import config
 
-from .options import ASKING_NAMES, Outcome
+from .options import ASKING_NAMES, Outcome, counted
 from .ranks import add_target, find_target, metrics_text, say
 
 NAME = "eval"
 SUMMARY = "held-out loss and metrics of a run, a checkpoint or a merged file"
 USAGE = "TARGET [options]"
 _DATA = ("data.path", "data.held_out", "data.columns", "data.encoding")
+# All but evaluation.every, which is of training.
+_EVALUATION = ("evaluation.samples", "evaluation.batch_size", "evaluation.num_beams")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_target(parser, shown=(*_DATA, "evaluation."), short=ASKING_NAMES)
+    add_target(parser, shown=(*_DATA, *_EVALUATION), short=ASKING_NAMES)
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(
         result,
         f"step {result['step']}, layout {result['layout']}: held-out loss {result['loss']:.6f}, "
-        f"{metrics_text(result)} over {result['samples']} samples",
+        f"{metrics_text(result)} over {counted(result['samples'], 'sample')}",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from fusemesh import config, standard_output
 from fusemesh.tasks.encodings import check_characters, read_stream
@@ -12,6 +13,9 @@ from fusemesh.tasks.names import TASKS
 
 from .options import Outcome
 from .ranks import add_target, find_target
+
+if TYPE_CHECKING:
+    from fusemesh.transformer.generation import Sampling
 
 NAME = "generate"
 SUMMARY = "continue a text by a trained language model"
@@ -49,15 +53,12 @@ def run(options: argparse.Namespace) -> Outcome:
     if prompt is None:
         prompt = read_stream(sys.stdin, target.given.get("data.encoding", ""))
     check_characters(prompt, "--prompt")
+    sampling = _sampling(options)
     if not prompt:
         source = "standard input" if options.prompt is None else "--prompt"
         raise ValueError(f"{source}: expected a text to continue, received nothing")
     from fusemesh.run.predictor import Continuation, generate_rank
-    from fusemesh.transformer.generation import Sampling
 
-    chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    sampling = Sampling(**given) if given else None
     stream = not options.json and options.beams == 1
     if stream:
         standard_output.write(prompt, end="")
@@ -69,3 +70,28 @@ def run(options: argparse.Namespace) -> Outcome:
         standard_output.drop()
         raise standard_output.cannot_write(OSError(lost, os.strerror(lost)))
     return Outcome(result, "" if stream else result["prompt"] + result["text"])
+
+
+def _sampling(options: argparse.Namespace) -> Sampling | None:
+    """Return the sampling that the options ask for; raise ValueError by their names."""
+    from fusemesh.transformer.generation import Sampling
+
+    chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if options.beams < 1:
+        raise ValueError(f"--beams: expected at least 1, received {options.beams}")
+    if options.beams > 1 and given:
+        name, value = next(iter(given.items()))
+        raise ValueError(
+            f"{_option(name)}: expected without --beams {options.beams}, which searches and does not sample, received "
+            f"{value:g}; leave one of them out"
+        )
+    try:
+        return Sampling(**given) if given else None
+    except ValueError as error:
+        name, _, message = str(error).partition(":")
+        raise ValueError(f"{_option(name)}:{message}") from error
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -17,7 +17,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("target", metavar="TARGET", help="run directory or checkpoint folder")
     add_checks(parser)
-    parser.add_argument("--out", "--output", "-o", metavar="FILE", help="default: model.safetensors in the target")
+    parser.add_argument(
+        "--out", "--output", "-o", metavar="FILE", help="default: model.safetensors in the run directory"
+    )
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -25,6 +27,12 @@ def run(options: argparse.Namespace) -> Outcome:
     from fusemesh.hybrid.checkpoint import merge
     from fusemesh.run.setup import checkpoint_of
 
-    output = options.out or Path(options.target, "model.safetensors")
+    output = options.out or _run_of(Path(options.target)) / "model.safetensors"
     result = merge(checkpoint_of(options.target, options.from_step), output, verify=not options.no_verify)
     return Outcome(result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}")
+
+
+def _run_of(target: Path) -> Path:
+    """Return the run directory of a folder of checkpoints or of one checkpoint; any other folder is one itself."""
+    whole = target.absolute()
+    return next((folder.parent for folder in (whole, whole.parent) if folder.name == "checkpoints"), target)

@@ -129,6 +129,11 @@ def overrides(options: argparse.Namespace) -> dict[str, str]:
     return found
 
 
+def counted(number: int, thing: str) -> str:
+    """Return "1 sample", "2 samples"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def _named_task(words: Sequence[str]) -> str | None:
     """Return the first task that stands on the command line, for the help."""
     return next((name for word in words if (name := word.removeprefix("--task=")) in TASKS), None)

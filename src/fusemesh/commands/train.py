@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import Any
 
 from fusemesh import config
 
-from .options import Outcome, add_config_file, add_configuration, add_task, overrides
+from .options import Outcome, add_config_file, add_configuration, add_task, counted, overrides
 from .ranks import add_checks, add_nproc, find_ranks, metrics_text, say
 
 NAME = "train"
@@ -40,8 +42,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_configuration(parser, short=config.SHORT_NAMES)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has ended the command."""
+
+
 def run(options: argparse.Namespace) -> Outcome:
     """Train, evaluate, save, and draw the loss."""
+    with _ending_at_sigterm():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> Outcome:
     from fusemesh.run.settings import Settings, load_config
 
     given = overrides(options)
@@ -63,10 +74,11 @@ def run(options: argparse.Namespace) -> Outcome:
     resume = Resume(options.from_step, not options.no_verify, options.allow_changed_data) if options.resume else None
     done = check_run(settings, ranks.count, resume=resume)
     configured = settings.config
-    if done == configured.training.steps:
+    earlier = done == configured.training.steps
+    if earlier:
         say(NAME, f"nothing is left to do: {configured.run.directory} stands at training.steps = {done}", options)
         if (finished := summary_of(configured.run.directory, done)) is not None:
-            return Outcome(finished if ranks.is_first else None, _text(finished))
+            return Outcome(finished if ranks.is_first else None, _text(finished, earlier))
     else:
         say(
             NAME,
@@ -75,18 +87,20 @@ def run(options: argparse.Namespace) -> Outcome:
             options,
         )
     folder = Path(configured.run.directory)
-    with _saying_how_to_go_on(folder):
+    with _failing_as_a_run(folder):
         summary = ranks.call(train_rank, config.as_dict(configured), resume, options.quiet)
     if summary is None:
         return Outcome(None)
     _draw_loss(summary, folder)
-    return Outcome(summary, _text(summary))
+    return Outcome(summary, _text(summary, earlier))
 
 
-def _text(summary: dict[str, Any]) -> str:
+def _text(summary: dict[str, Any], earlier: bool) -> str:
+    """Return a summary as text; ``earlier``: the run had done its steps before."""
+    speed = "" if summary["tokens_per_s"] is None else f", {summary['tokens_per_s']:.0f} tokens/s"
     return (
-        f"{summary['steps']} steps in layout {summary['layout']} on {summary['world_size']} {summary['device']} ranks, "
-        f"{summary['tokens_per_s'] or 0:.0f} tokens/s\n"
+        f"{'no step was left to do; of the earlier run: ' if earlier else ''}{counted(summary['steps'], 'step')} in "
+        f"layout {summary['layout']} on {counted(summary['world_size'], summary['device'] + ' rank')}{speed}\n"
         f"held-out loss {summary['loss']:.4f}, {metrics_text(summary['held_out'])}\n"
         f"saved in {summary['directory']}"
     )
@@ -123,21 +137,49 @@ def _with_steps(configured: config.Config, options: argparse.Namespace, given: d
 
     samples, batch = len(build_task(configured).train), configured.training.global_batch_size
     steps = math.ceil(epochs * samples / batch)
-    say(NAME, f"{epochs:g} times the {samples} samples, {batch} a step, are {steps} steps", options)
+    say(
+        NAME,
+        f"{epochs:g} times the {counted(samples, 'sample')}, {batch} a step, are {counted(steps, 'step')}",
+        options,
+    )
     return replace(configured, training=replace(configured.training, steps=steps))
 
 
 @contextmanager
-def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Let an interruption say how to go on with the run in ``folder``."""
+def _ending_at_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises :class:`Terminated`, unless a launcher has started this process."""
+    from fusemesh.hybrid.ranks.join import find_place
+
+    # A launcher's rank may wait in a collective, which no exception ends.
+    if find_place() is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated("terminated")
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except KeyboardInterrupt:
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _failing_as_a_run(folder: Path) -> Iterator[None]:
+    """Let an interruption say how to go on with the run in ``folder``, and a failed write be the run's failure."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RuntimeError(str(error)) from error
+    except KeyboardInterrupt as error:
         from fusemesh.run.progress import last_checkpoint
 
         saved = last_checkpoint(folder)
         advice = "no checkpoint has been saved" if saved is None else f"go on from {saved} with --resume"
-        raise KeyboardInterrupt(f"interrupted; {advice}") from None
+        raise type(error)(f"{str(error) or 'interrupted'}; {advice}") from None
 
 
 def _draw_loss(summary: dict[str, Any], folder: Path) -> None:

@@ -17,6 +17,7 @@ from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.outputs import make_folder
+from fusemesh.run.agreement import check_free
 from fusemesh.run.fingerprint import changes, fingerprint, with_absolute_paths
 from fusemesh.run.settings import Settings, first_change
 from fusemesh.tasks.registry import build_task
@@ -60,6 +61,7 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
     """Check as :func:`prepare` does, given the settings."""
     settings.check(world_size)
     config, how = with_absolute_paths(settings.config), how_to_resume(resume)
+    check_free(config.run.directory)
     folder = Path(config.run.directory) / "checkpoints"
     state: dict[str, Any] = {}
     if how is not None:
@@ -90,16 +92,18 @@ def how_to_resume(resume: bool | Resume | None) -> Resume | None:
     return (Resume() if resume else None) if isinstance(resume, bool) else resume
 
 
-def changed_data(state: dict[str, Any], now: dict[str, Any]) -> str:
+def changed_data(state: dict[str, Any], now: dict[str, Any], *, allowed: bool = False) -> str:
     """Return the error about data, now of this fingerprint, that have changed since a checkpoint; "" if they have not,
-    or nobody knows."""
+    or nobody knows. Where they are ``allowed`` to, it is a warning."""
     found = changes(state["data"], now) if "data" in state else []
     if not found:
         return ""
+    begin = f"the data have changed since the checkpoint of step {state['step']}: {'; '.join(found)}"
+    if allowed:
+        return f"{begin}; the run goes on with them: samples may be left out or taken twice, and others are held out"
     return (
-        f"the data have changed since the checkpoint of step {state['step']}: {'; '.join(found)}; samples would be "
-        "left out or taken twice, and others be held out. Bring the data back, start a new run in another folder, or "
-        "go on with --allow-changed-data"
+        f"{begin}; samples would be left out or taken twice, and others be held out. Bring the data back, start a new "
+        "run in another folder, or go on with --allow-changed-data"
     )
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from fusemesh.config import Config
 from fusemesh.hybrid.data import evaluation_batches
 from fusemesh.hybrid.data_parallel import sum_over_replicas
+from fusemesh.run.agreement import same_data
+from fusemesh.run.fingerprint import evaluated, fingerprint
 from fusemesh.run.setup import Share, joined, load_file
 from fusemesh.run.setup import checkpoint_of as checkpoint_of  # public here
 from fusemesh.tasks.base import IGNORED, Batch, Dataset, Task
@@ -145,7 +148,8 @@ def evaluate_rank(target: str, values: dict[str, Any], verify: bool = True) -> d
     Returns:
         The same on every rank: :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
     """
-    with joined(values) as run:
+    with joined(values, {"model": Path(target).name}) as run:
+        same_data(evaluated(run.config), fingerprint)
         loaded = run.load(target, verify=verify)
         task, step = loaded.task, loaded.state["step"]
         if run.world.is_first:

@@ -40,6 +40,14 @@ def fingerprint(config: Config) -> dict[str, Any]:
     return found
 
 
+def evaluated(config: Config) -> Config:
+    """Return the configuration with those data alone that an evaluation reads."""
+    if not config.data.held_out:
+        return config
+    # The corpus of a task without data.path costs nothing.
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
+
+
 def _entry(kind: Any, path: str) -> dict[str, Any]:
     digest, files, size = hashlib.sha256(), 0, 0
     for name, content in kind.files_of(path):
@@ -49,14 +57,36 @@ def _entry(kind: Any, path: str) -> dict[str, Any]:
     return {"files": files, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def places_of(config: Config) -> str:
+    """Return a digest of where the data's files lie: their paths, devices, numbers there, sizes, and the times of their
+    last changes; "" if there are none, or one cannot be found."""
+    found = hashlib.sha256()
+    paths = [path for path in (config.data.path, config.data.held_out) if path]
+    try:
+        for given in paths:
+            inner = [os.path.join(folder, name) for folder, _, names in os.walk(given) for name in names]
+            for path in sorted(inner) if os.path.isdir(given) else [given]:
+                stat = os.stat(path)
+                found.update(
+                    f"{path}\0{stat.st_dev}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(
+                        errors="surrogateescape"
+                    )
+                )
+    except OSError:
+        return ""
+    return found.hexdigest() if paths else ""
+
+
+def changes(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, before: str = "was", after: str = "and is"
+) -> list[str]:
     """Return what differs between two fingerprints, as text; [] if nothing does."""
     found = []
     for part in ("corpus", *_PARTS):
-        before, after = saved.get(part), now.get(part)
-        if before != after:
+        old, new = saved.get(part), now.get(part)
+        if old != new:
             key = "data.path" if part == "corpus" else f"data.{part}"
-            found.append(f"{key} was {_text(before, after)}, and is {_text(after, before)}")
+            found.append(f"{key} {before} {_text(old, new)}, {after} {_text(new, old)}")
     return found
 
 

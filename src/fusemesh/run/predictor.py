@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fusemesh import standard_output
+from fusemesh.run.agreement import lines_entry, options_entries
 from fusemesh.run.evaluator import predict_scored
 from fusemesh.run.setup import Run, Share, joined
 from fusemesh.tasks.base import Task
@@ -54,8 +56,10 @@ class _Loaded:
 
 
 @contextlib.contextmanager
-def _loaded(target: str, values: dict[str, Any], verify: bool) -> Iterator[_Loaded]:
-    with joined(values) as run:
+def _loaded(
+    target: str, values: dict[str, Any], verify: bool, asked: Mapping[str, Any] | None = None
+) -> Iterator[_Loaded]:
+    with joined(values, {"model": Path(target).name, **(asked or {})}) as run:
         found = run.load(target, verify=verify)
         found.model.eval()
         loaded = _Loaded(run, found.task, found.model, run.share(found.mesh))
@@ -75,7 +79,7 @@ def answer_rank(target: str, values: dict[str, Any], lines: list[str], verify: b
     Raises:
         ValueError: a line that the task cannot read, by its number.
     """
-    with _loaded(target, values, verify) as loaded:
+    with _loaded(target, values, verify, lines_entry(lines)) as loaded:
         return loaded.answers(lines)
 
 
@@ -117,7 +121,7 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
         ``{"prompt", "text", "tokens", "log_likelihood"}``: the prompt as the model saw it, the text added, its number
         of tokens and their log-probability; ``"unwritten"``, an errno, if the stream to stdout failed.
     """
-    with _loaded(target, values, verify) as loaded:
+    with _loaded(target, values, verify, options_entries(asked)) as loaded:
         task, world = loaded.task, loaded.run.world
         prompt = task.encode_prompt(asked.prompt, max(1, task.config.data.sequence_length - asked.tokens))
         whole = len(task.encode_prompt(asked.prompt, sys.maxsize))

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh, distributed
+from fusemesh.run.agreement import check_same, entries_of
 from fusemesh.run.settings import Settings
 from fusemesh.tasks.base import Task
 from fusemesh.tasks.registry import build_task, task_class
@@ -78,7 +79,7 @@ class Run:
             mesh,
             self.layout,
             sequence_parallel=self.config.run.sequence_parallel,
-            dtype=torch.bfloat16 if self.config.training.dtype == "bfloat16" else None,
+            dtype=_computed_in(self.config),
             pipeline=self.settings.pipeline,
         )
         return model, mesh
@@ -143,16 +144,21 @@ def task_of(state: dict[str, Any], config: Config) -> Task:
 
 
 @contextlib.contextmanager
-def joined(values: dict[str, Any]) -> Iterator[Run]:
+def joined(values: dict[str, Any], further: Mapping[str, Any] | None = None) -> Iterator[Run]:
     """Join the other ranks and yield the run; leave them at the end.
 
     Args:
         values: the configuration, as ``config.as_dict`` gives it.
+        further: what the command decides beside it, by the names that errors say.
+
+    Raises:
+        ValueError: on every rank, if one has another configuration or decides otherwise.
     """
     settings = Settings.of(configuration.load(base=values))
     if settings.config.run.threads:
         torch.set_num_threads(settings.config.run.threads)
     with distributed(settings.config.run.device) as world:
+        check_same(entries_of(settings, world.device.type, further or {}))
         yield Run(settings, world)
 
 
@@ -170,14 +176,20 @@ def plain_model(task: Task) -> Transformer:
 def load_file(
     path: str | os.PathLike[str], config: Config, *, verify: bool = True
 ) -> tuple[Task, Transformer, dict[str, Any]]:
-    """Return the task and the plain model of a merged file, on the configured device, and the state saved with it."""
+    """Return the task and the plain model of a merged file, on the configured device and in the dtype of its
+    computation, and the state saved with it."""
     kind = config.run.device
     where = torch.device("cuda" if kind == "auto" and torch.cuda.is_available() else kind.replace("auto", "cpu"))
     tensors, state = checkpoint.read_merged(path, verify=verify)
     task = task_of(state, config)
     model = plain_model(task)
     _load_whole(model, tensors)
-    return task, model.to(where), state
+    return task, model.to(where, _computed_in(config)), state
+
+
+def _computed_in(config: Config) -> torch.dtype | None:
+    """Return the dtype of the computation; None where it is the parameters' own."""
+    return torch.bfloat16 if config.training.dtype == "bfloat16" else None
 
 
 def _load_whole(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -16,10 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh import compat
 from fusemesh import config as configuration
+from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint, consistency
 from fusemesh.hybrid.outputs import OutputError, make_folder, writing
 from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
+from fusemesh.run.agreement import options_entries, own_folder, same_data
 from fusemesh.run.checks import Resume, changed_data, check_resumable, how_to_resume, order_of
 from fusemesh.run.checks import check_run as check_run
 from fusemesh.run.checks import prepare as prepare
@@ -55,11 +57,12 @@ class Trainer:
             source = checkpoint.on_first_rank(lambda: how.checkpoint_in(self.folder / "checkpoints"))
             state = checkpoint.read_state(source)
             check_resumable(config, state, how)
+        # Before a rank reads other data than the others and ends, or takes other samples.
+        self.data = same_data(config, lambda config: self._identify(config, how, state))
         self.task = build_task(config, state.get("metadata"))
         if world.is_first:
             for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
                 logger.warning("%s", line)
-        self.data = checkpoint.on_first_rank(lambda: self._identify(how, state))
         self.order = order_of(run.settings, len(self.task.train))
         model = plain_model(self.task)
         # Counted before a rank of pp gives the other stages' away.
@@ -83,10 +86,12 @@ class Trainer:
             if how.from_step is not None:
                 checkpoint.on_first_rank(self._set_later_aside)
 
-    def _identify(self, how: Resume | None, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the fingerprint of the data, after it has been compared with that of the run to go on with."""
-        found = fingerprint(self.config)
-        if how is not None and (message := changed_data(state, found)):
+    def _identify(self, config: Config, how: Resume | None, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the fingerprint of the data, which rank 0 compares with that of the run to go on with."""
+        found = fingerprint(config)
+        if not self.world.is_first or how is None:
+            return found
+        if message := changed_data(state, found, allowed=how.allow_changed_data):
             if not how.allow_changed_data:
                 raise ValueError(message)
             logger.warning("%s", message)
@@ -280,8 +285,10 @@ def train_rank(values: dict[str, Any], resume: bool | Resume | None = None, quie
         resume, quiet: see :class:`Trainer`.
     """
     values = configuration.as_dict(with_length(configuration.load(base=values)))
-    with joined(values) as run:
-        trainer = Trainer(run, resume=resume, quiet=quiet)
+    how = how_to_resume(resume)
+    decided = {"--resume": how is not None, **({} if how is None else options_entries(how))}
+    with joined(values, decided) as run, own_folder(run.config.run.directory):
+        trainer = Trainer(run, resume=how, quiet=quiet)
         summary = trainer.run()
         if run.world.is_first:
             path = trainer.folder / "summary.json"

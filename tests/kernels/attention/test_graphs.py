@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusemesh import Origin, flash_attention, flash_attention_decode, flash_attention_varlen
-from fusemesh.kernels.attention import library
+from fusemesh.kernels import op_rules
 from fusemesh.kernels.attention.gpu import backward as triton_backward
 from fusemesh.kernels.attention.gpu import decode as triton_decode
 from fusemesh.kernels.attention.gpu import forward as triton_forward
@@ -40,7 +40,7 @@ class HostOnly(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fusemesh":
             with self:
-                return library.FUNCTIONS[func._schema.name.split("::")[1]](*args, **kwargs)
+                return op_rules.FUNCTIONS[func._schema.name.split("::")[1]](*args, **kwargs)
         # What torch.tensor and torch.as_tensor end in; on a GPU it is followed by a copy that waits.
         assert func is not torch.ops.aten.lift_fresh.default, "data of the host was made a tensor"
         return func(*args, **kwargs)

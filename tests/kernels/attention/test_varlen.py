@@ -120,6 +120,16 @@ def op_arguments(dtype: torch.dtype, backend: str, dropout_p: float = 0.25) -> t
     return *tensors, *varlen_ops.FIELDS.pack(Call(spec, **options, packed=Packed(cu, cu, 4, 4, True))), backend
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_longest_lengths_beyond_any_tensor(backend: str) -> None:
+    """max_seqlen may be any larger number."""
+    x, cu = torch.randn(5, 2, 16), torch.tensor([0, 3, 5])
+    options = {"causal": True, "align": "top_left", "backend": backend}
+    want = flash_attention_varlen(x, x, x, cu, cu, 3, 3, **options)
+    found = flash_attention_varlen(x, x, x, cu, cu, 2**62, 2**56, **options)
+    torch.testing.assert_close(found, want)
+
+
 class TestOp:
     """On the reference, whose formulas are in fp64 here: what fused backends go through."""
 
@@ -327,6 +337,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"cu_seqlens_k": torch.zeros(6, dtype=torch.int32)[::2]}, r"cu_seqlens_k: expected a contiguous tensor"),
     ({"max_seqlen_q": torch.tensor(3)}, r"max_seqlen_q: expected an int of at least 0, received a tensor"),
     ({"max_seqlen_k": -1}, r"max_seqlen_k: expected an int of at least 0, received -1"),
+    ({"max_seqlen_q": 2**63}, rf"max_seqlen_q: expected an int of at least 0, received {2**63}, beyond 64 bits"),
     ({"causal": True}, r"align: expected 'top_left' or 'bottom_right' with causal, received None"),
     ({"window": (1, 0)}, r"align: expected 'top_left' or 'bottom_right' with window"),
     ({"alibi_slopes": torch.ones(2)}, r"align: expected .* with alibi_slopes"),

@@ -145,3 +145,46 @@ def generated(world: World, kind: str, name: str | None, dtype: torch.dtype, bac
     parts = [module for module in model.modules() if isinstance(module, TensorParallelModule)]
     assert all(part.sequence_parallel == (part.ranks > 1) for part in parts if part.group is not None)
     return [row.tolist() for row in found]
+
+
+def generated_in_bf16(world: World, kind: str, layout: str) -> list[list[list[int]]]:
+    """Return the tokens that a model which computes in bf16 adds to the prompts, with a cache and without."""
+    chosen = Layout.parse(layout)
+    model = parallelize(
+        build(kind, torch.float32, "reference"), build_mesh(chosen, world), chosen, dtype=torch.bfloat16
+    )
+    begin = None if kind == "decoder" else BEGIN
+    rows = [generate(model, prompts(kind), max_new_tokens=6, begin=begin, use_cache=cache) for cache in (True, False)]
+    return [[row.tolist() for row in found] for found in rows]
+
+
+@dataclass
+class Notes:
+    """What a layer writes into, beside a tensor."""
+
+    seen: torch.Tensor | None = None
+
+
+class Writing(torch.nn.Module):
+    """A layer that writes into its arguments, and adds the others, which it receives in the dtype of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, notes: Notes, by_name: dict, listed: list, *, pair: tuple) -> torch.Tensor:
+        notes.seen = by_name["seen"] = x
+        listed.append(x)
+        return self.linear(x + pair[0] + pair[1]["y"])
+
+
+def written(world: World) -> tuple[list[torch.dtype], torch.dtype]:
+    """Return the dtypes of the tensors that a layer in bf16 has left in its arguments, and of its output."""
+    layout = Layout.parse("single")
+    model = parallelize(Writing(), build_mesh(layout, world), layout, dtype=torch.bfloat16)
+    x, notes, by_name, listed = torch.ones(2, 4), Notes(), {"count": torch.tensor(3)}, []
+    pair = (x, {"y": x.double()})
+    with torch.no_grad():
+        found = model(x, notes, by_name, listed, pair=pair)
+    assert pair[1]["y"].dtype == torch.float64 and notes.seen is not None
+    return [notes.seen.dtype, by_name["seen"].dtype, listed[0].dtype], found.dtype

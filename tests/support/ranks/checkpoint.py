@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.apply import parallelize
+from fusemesh.hybrid.checkpoint import store, together
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.ranks.join import World, build_mesh
@@ -132,6 +133,30 @@ def save_on_full_disks(world: World, text: str, folder: str, full: list[int], st
     finally:
         FileSystem.create_stream = create  # type: ignore[method-assign]
     return "saved"
+
+
+def save_apart(world: World, folders: list[str]) -> list[str]:
+    """The messages with which saving fails: each rank into its own folder; the last cannot read what it wrote."""
+    model, optimizer = placed(world, f"fsdp{world.world_size}", 1, False)
+    patience, measure, found = together.PATIENCE, store.checksums_of, []
+    together.PATIENCE = 0.2
+
+    def unreadable(folder: Path) -> Any:
+        if world.rank == world.world_size - 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return measure(folder)
+
+    for folder, function in ((folders[world.rank], measure), (folders[0], unreadable)):
+        store.checksums_of = function
+        try:
+            checkpoint.save(folder, model, optimizer, {}, step=1)
+            found.append("saved")
+        except OSError as error:
+            found.append(str(error))
+        finally:
+            store.checksums_of = measure
+    together.PATIENCE = patience
+    return found
 
 
 def load_damaged(world: World, text: str, folder: str) -> tuple[str, str]:

@@ -80,7 +80,7 @@ def flash_attn_with_kvcache(
     _check_new(q, k_cache, v_cache, k, v)
     if cache_leftpad is not None:
         _check_indices("cache_leftpad", cache_leftpad, q, "the first slot of each sequence that holds a key")
-    options = score_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = score_options(q, softmax_scale, causal, window_size, softcap, alibi_slopes)
     batch = q.shape[0]
     if cache_batch_idx is not None:
         if block_table is not None:

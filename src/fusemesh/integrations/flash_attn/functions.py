@@ -87,7 +87,7 @@ def flash_attn_func(
         ValueError: shapes do not fit, or an argument has no meaning.
     """
     _check_layout(("q", q, "[B, Sq, H, D]"), ("k", k, "[B, Sk, Hkv, D]"), ("v", v, "[B, Sk, Hkv, Dv]"))
-    options = score_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = score_options(q, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return_attn_probs = check_truth("return_attn_probs", return_attn_probs)
     deterministic = check_truth("deterministic", deterministic)
     options |= dropout_options(q, dropout_p, return_attn_probs)
@@ -183,7 +183,7 @@ def flash_attn_varlen_func(
     paged = block_table is not None
     where = "[N, page, Hkv, D]" if paged else "[total_k, Hkv, D]"
     _check_layout(("q", q, "[total_q, H, D]"), ("k", k, where), ("v", v, where.replace("D]", "Dv]")))
-    options = score_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = score_options(q, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return_attn_probs = check_truth("return_attn_probs", return_attn_probs)
     deterministic = check_truth("deterministic", deterministic)
     options |= dropout_options(q, dropout_p, return_attn_probs)

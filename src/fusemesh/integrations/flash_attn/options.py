@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fusemesh.kernels.attention.call.errors import short, wrong
 from fusemesh.kernels.attention.call.option_checks import checked_scale
 from fusemesh.kernels.attention.call.scalars import as_integer, as_number, as_pair, element
 from fusemesh.kernels.attention.call.validation import check_truth
 
 
-def score_options(softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, alibi_slopes: Any) -> dict[str, Any]:
+def score_options(
+    q: torch.Tensor, softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, alibi_slopes: Any
+) -> dict[str, Any]:
     """Return keyword arguments of flash_attention, flash_attention_varlen and flash_attention_decode.
 
     Raises:
@@ -30,7 +34,7 @@ def score_options(softmax_scale: Any, causal: Any, window_size: Any, softcap: An
         remedy = "a negative side is open; (-1, -1) switches the window off"
         raise wrong("window_size", "two ints (left, right)", short(window_size), remedy)
     return {
-        "scale": checked_scale(element(softmax_scale), "softmax_scale"),
+        "scale": checked_scale(element(softmax_scale), q, "softmax_scale"),
         "causal": check_truth("causal", causal),
         "align": "bottom_right",
         "window": None if left < 0 and right < 0 else (None if left < 0 else left, None if right < 0 else right),

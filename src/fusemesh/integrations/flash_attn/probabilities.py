@@ -1,7 +1,7 @@
 """The probabilities that flash-attn's functions return for tests: by the reference's formula, memory of Sq x Sk.
 
 They come from the log-sum-exp and the seed of the call, whichever backend computed it, so that they are negative
-exactly where that call dropped.
+exactly where that call dropped. They have no derivative, backward or forward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def dropout_options(q: torch.Tensor, dropout_p: Any, return_attn_probs: bool) ->
 def dense_probabilities(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """Return S_dmask [B, H, Sq, Sk] of a call of flash_attention of q [B, H, Sq, D], k [B, Hkv, Sk, D]."""
     q, k = autocast(q, k)
-    return reference.signed_weights(q, k, lse, normalise(q, k, Options(**options)))
+    return reference.signed_weights(q, k, lse, normalise(q, k, Options(**options))).detach()
 
 
 @torch.no_grad()
@@ -60,7 +60,8 @@ def packed_probabilities(
     ahead = (cu_k[1:] - cu_k[:-1] - (cu_q[1:] - cu_q[:-1])).long()
     zero = torch.zeros_like(ahead)
     call = call.replace(origin=torch.stack((ahead, zero, zero, zero)))
-    return reference.signed_weights(batch_q, batch_k, rows, call).masked_fill(~seen_k[:, None, None], 0.0)
+    found = reference.signed_weights(batch_q, batch_k, rows, call).masked_fill(~seen_k[:, None, None], 0.0)
+    return found.detach()
 
 
 def _places(cu: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:

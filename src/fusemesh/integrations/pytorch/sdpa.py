@@ -92,7 +92,7 @@ def attend(
     if dropout_p == 1:
         dropout_p, mask = 0.0, without_keys(q)
     head_dim = v.shape[-1]
-    q, k, v, scale = widened(q, k, v, checked_scale(scale), backend)
+    q, k, v, scale = widened(q, k, v, checked_scale(scale, q), backend)
     out = flash_attention(
         q,
         k,

@@ -148,7 +148,7 @@ def attention(
         softcap=None if softcap is None else checked_softcap(element(softcap)),
         sinks=_in_dtype_of(query, s_aux),
         dropout_p=dropout_p,
-        scale=checked_scale(element(scaling), "scaling"),
+        scale=checked_scale(element(scaling), query, "scaling"),
     )
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2).contiguous(), None
