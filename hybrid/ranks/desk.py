@@ -102,6 +102,9 @@ def ask(host: str, ports: Sequence[int], run: str, who: str, timeout: float) -> 
                     # What does not answer one port is unlikely to answer the next.
                     break
                 foreign = foreign if last.startswith("nobody") else port
+            else:
+                if foreign is None:
+                    last = f"nobody listens at {_ports_text(ports)}"
             now = time.monotonic()
             foreign_since = (foreign_since or now) if foreign is not None else None
             if len(ports) == 1 and foreign_since is not None and now - foreign_since > 2 * _TAKEN:
@@ -191,7 +194,12 @@ def reach(host: str, port: int) -> socket.socket:
 
 
 def _ports_text(ports: Sequence[int]) -> str:
-    return f"port {ports[0]}" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]}"
+    if len(ports) == 1:
+        return f"port {ports[0]}"
+    # Those that were drawn may begin again at the lowest.
+    turn = next((at for at in range(1, len(ports)) if ports[at] < ports[at - 1]), 0)
+    spans = [ports[:turn], ports[turn:]] if turn else [ports]
+    return "ports " + " and ".join(f"{span[0]} to {span[-1]}" for span in spans)
 
 
 def _listen(port: int) -> socket.socket:

@@ -59,6 +59,10 @@ _STEP_IDS = ("SLURM_STEP_ID", "SLURM_STEPID")
 _TERMINAL = ("SLURM_PTY_PORT", "SLURM_PTY_WIN_COL")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 _BOUND = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_NTASKS_PER_GPU", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+_BY_HAND = (
+    "start with torchrun, or set MASTER_ADDR to the address of rank 0's machine and MASTER_PORT to a free port there, "
+    "or unset RANK and WORLD_SIZE if this process is no rank"
+)
 # Large enough for any machine; what is larger is a mistake.
 _MOST_RANKS = 2**24
 # Ports are drawn below 32768, where systems start handing them out by themselves.
@@ -96,7 +100,7 @@ def rank_from_environment(environ: Mapping[str, str] | None = None) -> Place | N
     local_rank = _number(environ, local_key, 0, (local_world_size or world_size) - 1, default=rank)
     run = _run(environ, launcher, world_size)
     if launcher == "torchrun" and "MASTER_PORT" not in environ:
-        raise ValueError("MASTER_PORT: not set although RANK and WORLD_SIZE are; set it, or start with torchrun")
+        raise ValueError(f"MASTER_PORT: not set although RANK and WORLD_SIZE are; {_BY_HAND}")
     ports = ports_of(environ, run)
     return Place(
         launcher, rank, world_size, local_rank, local_world_size, address, ports[0], address_from, run, tuple(ports)
@@ -117,8 +121,15 @@ def launcher_of(environ: Mapping[str, str]) -> str | None:
         if _is_single(environ):
             whole.remove("Slurm")
         # srun --mpi=pmi2 sets PMI's variables too, of which Slurm's say more; others are left from a step around this.
-        if mpi in ((0, 1), rank_and_size(environ, "Slurm")):
+        slurm = rank_and_size(environ, "Slurm")
+        if mpi in ((0, 1), slurm):
             whole.remove("MPI (PMI)")
+        elif mpi is not None and mpi[1] == slurm[1]:
+            # Another size is that of an mpiexec which srun started on each node.
+            raise ValueError(
+                f"PMI_RANK: expected {slurm[0]}, as SLURM_PROCID says of the same {slurm[1]} ranks, received {mpi[0]}; "
+                "unset PMI_RANK and PMI_SIZE, or those of Slurm's step"
+            )
     _check_agreement(environ, whole)
     return whole[0] if whole else None
 
@@ -223,6 +234,8 @@ def _master_addr(environ: Mapping[str, str], launcher: str, world_size: int, loc
             return first_node(environ[key]), key
     if local_world_size == world_size or world_size == 1:
         return "127.0.0.1", launcher
+    if launcher == "torchrun":
+        raise ValueError(f"MASTER_ADDR: not set although RANK and WORLD_SIZE = {world_size} are; {_BY_HAND}")
     raise ValueError(
         f"MASTER_ADDR: not set, and {launcher} started {world_size} ranks on several machines; set MASTER_ADDR to the "
         "address of rank 0's machine (mpirun -x MASTER_ADDR=...)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -33,12 +34,15 @@ class PeerError(RuntimeError):
 
 # Called with the failure before a thread ends this process: a local rank tells its parent so.
 before_end: list[Callable[[PeerError], None]] = []
+# Called with it, too: what a program prints in place of its result.
+on_end: list[Callable[[PeerError], None]] = []
 
 
 def end_process(failure: PeerError) -> None:
     """Say why on stderr and end this process: the main thread waits in a collective that nothing else can end."""
-    for tell in before_end:
-        tell(failure)
+    for tell in (*before_end, *on_end):
+        with contextlib.suppress(Exception):  # whatever it is, this process ends
+            tell(failure)
     print(f"fusemesh: {failure}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -79,4 +83,6 @@ def failure_of(text: str) -> PeerError:
 
 def own_record(rank: int, error: BaseException) -> str:
     """Return the record of a rank's own error."""
+    if isinstance(error, SystemExit):
+        return record(rank, f"rank {rank} failed first: it left by sys.exit({error.code!r})", lost=False)
     return record(rank, f"rank {rank} failed first: {type(error).__name__}: {first_line(error)[:500]}", lost=False)

@@ -33,7 +33,7 @@ from .environment import (
 from .failure import let_first_end
 from .hosts import first_node
 from .local import LocalRanks
-from .meeting import Meeting
+from .meeting import Meeting, has_joined
 from .watchdog import Watchdog
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "first_node",
     "launch_local",
     "rank_from_environment",
+    "refuse_start",
 ]
 
 
@@ -176,6 +177,20 @@ def distributed(device: str = "auto", *, timeout: float = 600.0, lost_after: flo
             meeting.leave(failed=failed, lost=lost)
 
 
+def refuse_start(reason: str) -> None:
+    """Tell the other ranks of a launcher why this process ends before it joins them, so that they do not wait for it.
+
+    Does nothing in a process that no launcher started, or that has joined already; gives up where it cannot reach them
+    within some seconds.
+    """
+    with contextlib.suppress(ValueError, RuntimeError):
+        place = find_place()
+        if place is not None and place.world_size > 1 and not has_joined():
+            Meeting(place, _REFUSING).refuse(reason)
+
+
+# Seconds for which a rank that does not start looks for the others.
+_REFUSING = 5.0
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 

@@ -15,105 +15,27 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import compat
-from ..outputs import UserError
 from .failure import record
-from .process import fork_ranks, serve
+from .process import fork_ranks, lasting_thread, serve
+from .verdict import Heard, RankError
 from .waiting import ranks_text, told
+
+__all__ = ["LocalRanks", "RankError"]
 
 # Seconds that the ranks get to import what they are to run.
 STARTING = 300.0
-# Seconds between looks at whether a rank has been stopped.
-_LOOK = 1.0
-
-
-class RankError(RuntimeError):
-    """One or more ranks failed.
-
-    ``failures`` maps rank to its traceback, or to how its process ended, the first one first; ``unfinished`` maps the
-    ranks that were ended to the their stacks; ``followed`` those that failed because another had, to their errors.
-    """
-
-    def __init__(
-        self,
-        failures: dict[int, str],
-        unfinished: dict[int, str],
-        ranks: int,
-        followed: Mapping[int, str] | None = None,
-    ) -> None:
-        self.failures = failures
-        self.unfinished = unfinished
-        self.followed = dict(followed or {})
-        parts = []
-        if failures:
-            first = next(iter(failures))
-            parts.append(f"{len(failures)} of {ranks} ranks failed, rank {first} first")
-            ended = {*self.followed, *unfinished} - failures.keys()
-            if ended:
-                parts.append(f"{ranks_text(ended)} ended because of that")
-        elif unfinished:
-            parts.append(f"ranks {sorted(unfinished)} did not finish and were ended")
-        text = "; ".join(parts)
-        for rank, reason in (failures or unfinished).items():
-            text += f"\n--- rank {rank} ---\n{reason.rstrip()}"
-        super().__init__(text)
-
-
-@dataclass
-class _Heard:
-    """What ranks have told that did not return, as (time, rank, text); followed: with the rank that they name."""
-
-    died: list[tuple[float, int, str]] = field(default_factory=list)
-    raised: list[tuple[float, int, str]] = field(default_factory=list)
-    followed: list[tuple[float, int, int | None, str]] = field(default_factory=list)
-    refusals: dict[int, UserError] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.died or self.raised or self.followed)
-
-    def add(self, kind: str, at: float, rank: int, answer: Any) -> None:
-        """Take down what a rank tells: that it died, raised, refused, or failed because another had."""
-        if kind in ("followed", "ended"):
-            self.followed.append((at, rank, *answer))
-        elif kind == "died":
-            self.died.append((at, rank, answer))
-        else:
-            if kind == "refused":
-                self.refusals[rank], answer = answer, f"{type(answer).__name__}: {answer}"
-            self.raised.append((at, rank, answer))
-
-    def refusal(self) -> UserError | None:
-        """Return the error of the rank that failed first if it says everything, and no rank raised another such one."""
-        texts = {str(error) for error in self.refusals.values()}
-        if len(texts) != 1 or self.died:
-            return None
-        # Whatever the others do follows from it.
-        return self.refusals.get(min(self.raised)[1])
-
-    def verdict(
-        self, unfinished: dict[int, str], returned: Collection[int], ranks: int
-    ) -> tuple[dict[int, str], dict[int, str], int, dict[int, str]]:
-        """Return the arguments of :class:`RankError`.
-
-        Who died or was stopped first is to blame, alone: the others' errors follow from that, and are often told
-        sooner. Else those are that raised an error of their own, and where nobody did, whom the others name.
-        """
-        followed = {rank: text for _, rank, _, text in sorted(self.followed, key=lambda told: told[0])}
-        if self.died:
-            _, first, reason = min(self.died)
-            followed |= {rank: text for _, rank, text in self.raised + sorted(self.died)[1:]}
-            return {first: reason}, unfinished, ranks, followed
-        if self.raised or not self.followed:
-            return {rank: text for _, rank, text in sorted(self.raised)}, unfinished, ranks, followed
-        named = [(at, rank, text) for at, _, rank, text in self.followed if rank is not None and rank not in returned]
-        _, first, text = min(named) if named else min((at, rank, text) for at, rank, _, text in self.followed)
-        return {first: text}, unfinished, ranks, {rank: text for rank, text in followed.items() if rank != first}
+# Seconds between looks at whether a rank has been stopped; that idle ranks get to end; and, where ranks only say that
+# another failed, for that one to say why.
+_LOOK, _CLOSING, _SILENT = 1.0, 10.0, 10.0
+# What a rank tells that failed by itself.
+_OWN = ("died", "raised", "refused")
 
 
 class LocalRanks:
@@ -122,12 +44,12 @@ class LocalRanks:
     Args:
         nproc: number of ranks.
         env: environment variables of the ranks, in force before they import anything.
-        grace: seconds that the others get to end by themselves once a rank has failed.
+        grace: seconds that the others get to report and to end by themselves once a rank has failed.
         patience: seconds for which a rank may be stopped (by SIGSTOP, Ctrl-Z or a debugger) before it counts as failed.
     """
 
     def __init__(
-        self, nproc: int, env: Mapping[str, str] | None = None, *, grace: float = 10.0, patience: float = 10.0
+        self, nproc: int, env: Mapping[str, str] | None = None, *, grace: float = 2.0, patience: float = 10.0
     ) -> None:
         if nproc < 1:
             raise ValueError(f"nproc: expected at least 1, received {nproc}")
@@ -143,7 +65,7 @@ class LocalRanks:
         self._processes: list[Any] = []
         self._connections: list[Any] = []
         self._store: Any = None
-        self._stacks: tempfile.TemporaryDirectory[str] | None = None
+        self._stacks: list[Any] = []
 
     def __enter__(self) -> LocalRanks:
         return self
@@ -179,32 +101,77 @@ class LocalRanks:
                 "define the function at the top level of a module"
             ) from error
         starting = set(range(count))
-        with told(lambda: f"{ranks_text(starting)} of {count} local ones to start" if starting else ""):
-            if not self._processes:
-                self._start(fn.__module__)
-            self._calls += 1
-            run = compat.served_run(f"call{self._calls}")
-            for rank in range(count):
-                place = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": count,
-                    "LOCAL_WORLD_SIZE": count,
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": self._store.port,
-                    **run,
-                }
-                with contextlib.suppress(OSError):  # a rank that is gone already is reported below
-                    self._connections[rank].send_bytes(pickle.dumps({key: str(value) for key, value in place.items()}))
-                    self._connections[rank].send_bytes(task)
-            return self._collect(count, timeout, starting, compat.launcher_key(run))
+        self._calls += 1
+        try:
+            with (
+                told(lambda: f"{ranks_text(starting)} of {count} local ones to start" if starting else ""),
+                self._ended_by_signals(),
+            ):
+                results, failure = self._run(fn.__module__, task, count, timeout, starting)
+        except BaseException:
+            # Interrupted: the ranks still work on this call, whose results nobody waits for.
+            self.close(kill=True)
+            raise
+        if failure is not None:
+            raise failure
+        return results
+
+    def _run(
+        self, module: str, task: bytes, count: int, timeout: float | None, starting: set[int]
+    ) -> tuple[list[Any], Exception | None]:
+        if not self._processes:
+            self._start(module)
+        run = compat.served_run(f"call{self._calls}")
+        for rank in range(count):
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "LOCAL_WORLD_SIZE": count,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": self._store.port,
+                **run,
+            }
+            variables = {key: str(value) for key, value in place.items()}
+            with contextlib.suppress(OSError):  # a rank that is gone already is reported below
+                self._connections[rank].send_bytes(pickle.dumps((self._calls, variables)))
+                self._connections[rank].send_bytes(task)
+        return self._collect(count, timeout, starting, compat.launcher_key(run))
+
+    @contextlib.contextmanager
+    def _ended_by_signals(self) -> Iterator[None]:
+        """Within the block SIGTERM and SIGHUP, where nobody handles them, end the ranks and are told on stderr."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        owner = os.getpid()
+
+        def end(number: int, _: Any) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            if os.getpid() == owner:
+                name = signal.Signals(number).name
+                with contextlib.suppress(OSError, RuntimeError):
+                    print(f"fusemesh: ended by signal {number} ({name}), and its ranks", file=sys.stderr, flush=True)
+                for process in self._processes:
+                    process.kill()
+            os.kill(os.getpid(), number)
+
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+        for number in taken:
+            signal.signal(number, end)
+        try:
+            yield
+        finally:
+            for number in taken:
+                signal.signal(number, signal.SIG_DFL)
 
     def close(self, *, kill: bool = False) -> None:
-        """End the processes: by asking them, and after ``grace`` seconds, or at once with ``kill``, by force."""
+        """End the processes: by asking them, and after 10 seconds, or at once with ``kill``, by force."""
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.send_bytes(b"")
-        deadline = time.monotonic() + (0 if kill else self.grace)
+        deadline = time.monotonic() + (0 if kill else _CLOSING)
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
@@ -214,9 +181,9 @@ class LocalRanks:
         for connection in self._connections:
             connection.close()
         self._processes, self._connections, self._store = [], [], None
-        if self._stacks is not None:
-            self._stacks.cleanup()
-            self._stacks = None
+        for stack in self._stacks:
+            stack.close()
+        self._stacks = []
 
     def _start(self, module: str) -> None:
         from torch.distributed import TCPStore
@@ -228,27 +195,35 @@ class LocalRanks:
         self._store = TCPStore(
             "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
         )
-        self._stacks = tempfile.TemporaryDirectory(prefix="fusemesh-ranks-")
-        files = [str(Path(self._stacks.name) / f"{rank}.txt") for rank in range(self.nproc)]
+        if multiprocessing.current_process().daemon:
+            raise ValueError(
+                "ranks: expected a process that may start others, received a daemonic child of multiprocessing "
+                f"({multiprocessing.current_process().name}); start it with daemon=False"
+            )
         context = multiprocessing.get_context("spawn")
+        # Files without a name, so that none is left however this process ends.
+        self._stacks = [_shared_file() for _ in range(self.nproc)] if hasattr(signal, "SIGUSR1") else []
+        stacks = self._stacks or [None] * self.nproc
         pipes = [context.Pipe() for _ in range(self.nproc)]
         self._connections = [ours for ours, _ in pipes]
         ends = [theirs for _, theirs in pipes]
-        with _environment(self.env):
+        with _environment(self.env), lasting_thread() as run:
             if sys.platform == "linux":
-                self._processes = list(fork_ranks(context, ends, files, module))
+                self._processes = run(fork_ranks, context, ends, stacks, module)
             else:
                 for rank in range(self.nproc):
-                    process = context.Process(target=serve, args=(ends[rank], files[rank]), name=f"rank {rank}")
-                    process.start()
+                    process = context.Process(target=serve, args=(ends[rank], stacks[rank]), name=f"rank {rank}")
+                    run(process.start)
                     self._processes.append(process)
         for theirs in ends:
             theirs.close()
 
-    def _collect(self, count: int, timeout: float | None, starting: set[int], key: str) -> list[Any]:
+    def _collect(
+        self, count: int, timeout: float | None, starting: set[int], key: str
+    ) -> tuple[list[Any], Exception | None]:
         """Hear from every rank; ``starting`` loses those that have begun, ``key`` is where they look for a death."""
         results: dict[int, Any] = {}
-        heard = _Heard()
+        heard = Heard()
         dead = False
         deadline = None if timeout is None else time.monotonic() + timeout + STARTING
         waiting = set(range(count))
@@ -271,11 +246,15 @@ class LocalRanks:
                 if self._connections[rank] not in ready:
                     continue
                 try:
-                    kind, at, answer = pickle.loads(self._connections[rank].recv_bytes())
+                    number, kind, at, answer = pickle.loads(self._connections[rank].recv_bytes())
                 except (EOFError, OSError):
                     dead, kind, at, answer = True, "died", time.time(), self._exit_reason(rank)
                     # Those whose collectives fail look there for the reason.
                     self._store.compare_set(key, "", record(rank, f"rank {rank} failed first: it {answer}"))
+                else:
+                    if number != self._calls:
+                        continue
+                    kind, answer = _loaded(rank, kind, answer)
                 starting.discard(rank)
                 if kind == "started":
                     if not starting and not heard and timeout is not None:
@@ -288,19 +267,16 @@ class LocalRanks:
                     continue
                 heard.add(kind, at, rank, answer)
                 # The others may wait for this rank for ever.
-                limit = time.monotonic() + self.grace
+                limit = time.monotonic() + (self.grace if kind in _OWN else max(self.grace, _SILENT))
                 deadline = limit if deadline is None else min(deadline, limit)
         if not heard and not waiting:
-            return [results[rank] for rank in range(count)]
-        refusal = heard.refusal()
-        if refusal is not None:
-            if waiting or dead:
-                self.close(kill=True)
-            raise refusal
-        unfinished = self._stacks_of(waiting)
+            return [results[rank] for rank in range(count)], None
+        error: Exception | None = heard.refusal()
+        if error is None:
+            error = RankError(*heard.verdict(self._stacks_of(waiting), results.keys(), count))
         if waiting or dead:
             self.close(kill=True)
-        raise RankError(*heard.verdict(unfinished, results.keys(), count))
+        return [], error
 
     def _stopped_too_long(self, ranks: set[int], since: dict[int, float]) -> list[int]:
         """Return the ranks that have been stopped for longer than ``patience``; ``since`` is kept up to date."""
@@ -315,28 +291,48 @@ class LocalRanks:
     def _exit_reason(self, rank: int) -> str:
         """Return how a rank's process ended: its signal or its exit code."""
         process = self._processes[rank]
-        process.join(self.grace)
+        process.join(_CLOSING)
         code = process.exitcode
         if code is not None and code < 0:
-            return f"died by signal {-code} ({signal.Signals(-code).name}; SIGKILL is often the end of memory)"
+            name = signal.Signals(-code).name if -code in iter(signal.Signals) else "of real time"
+            hint = "; often the end of memory" if name == "SIGKILL" else ""
+            return f"died by signal {-code} ({name}{hint})"
         return f"exited with code {code} before it returned"
 
     def _stacks_of(self, ranks: set[int]) -> dict[int, str]:
         """Return the stacks of the threads of each of ``ranks``, which its process writes itself on a signal."""
-        if not ranks or self._stacks is None:
-            return {}
-        if not hasattr(signal, "SIGUSR1"):
+        if not self._stacks:
             return {rank: "unfinished" for rank in sorted(ranks)}
+        if not ranks:
+            return {}
         for rank in ranks:
             if self._processes[rank].is_alive():
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
         stacks = {}
         for rank in sorted(ranks):
-            file = Path(self._stacks.name) / f"{rank}.txt"
-            text = file.read_text() if file.exists() else ""
+            file = self._stacks[rank].fileno()
+            text = os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
             stacks[rank] = "unfinished; it was at\n" + (text or "(no stack)")
         return stacks
+
+
+def _loaded(rank: int, kind: str, answer: bytes) -> tuple[str, Any]:
+    """Return what a rank tells, read; what cannot be read here is a failure of that rank."""
+    try:
+        return kind, pickle.loads(answer)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return "raised", (
+            f"what rank {rank} {kind} cannot be read by the process that called it ({reason}); return and raise "
+            "objects whose classes stand at the top level of a module"
+        )
+
+
+def _shared_file() -> Any:
+    """Return a file without a name, as a Connection: multiprocessing gives the descriptor to the process it spawns."""
+    with tempfile.TemporaryFile() as file:
+        return multiprocessing.connection.Connection(os.dup(file.fileno()))
 
 
 def _is_stopped(pid: int) -> bool:

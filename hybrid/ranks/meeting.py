@@ -16,12 +16,18 @@ from .. import compat
 from .desk import Desk, ask, check_address, check_own_address, reach
 from .environment import Place
 from .waiting import first_line, ranks_text, told
+from .watchdog import silent_ranks
 
 # How often this process has joined a run: a later meeting finds nothing of an earlier one.
 _joined: collections.Counter[str] = collections.Counter()
 # Seconds to connect to a store that listens; and for which rank 0, if it serves the store, stays for those who have not
 # left yet; after a failure no longer than they take to end.
 _CONNECT, _LINGER, _LINGER_FAILED, _LINGER_REFUSED = 10.0, 60.0, 12.0, 3.0
+
+
+def has_joined() -> bool:
+    """Return whether this process has come to a meeting of its run."""
+    return _joined[compat.run_id()] > 0
 
 
 class Meeting:
@@ -187,10 +193,14 @@ class Meeting:
             if not self.is_served:
                 self._come(name)
             if self._server is not None:
-                deadline = time.monotonic() + seconds
+                began = time.monotonic()
+                others = range(1, self.place.world_size)
+                gone = silent_ranks(self.store_of("watchdog"), others)
                 with told(lambda: self._missing(name, "to leave")):
-                    while self.store.add(f"{name}/count", 0) < need and time.monotonic() < deadline:
-                        time.sleep(0.02)
+                    while self.store.add(f"{name}/count", 0) < need and time.monotonic() - began < seconds:
+                        time.sleep(0.02 if time.monotonic() - began < 1.0 else 0.2)
+                        if all(rank in gone() or self.store.check([f"{name}/{rank}"]) for rank in others):
+                            break
         if self._desk is not None:
             self._desk.close()
 

@@ -22,7 +22,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .. import compat
@@ -93,10 +94,30 @@ class _ForkServer:
             self.connection = None
 
 
-def fork_ranks(context: Any, ends: list[Any], files: list[str], module: str) -> Iterator[ForkedRank]:
+@contextlib.contextmanager
+def lasting_thread() -> Iterator[Callable[..., Any]]:
+    """Yield a function that calls another in a thread as long-lived as this process.
+
+    Linux ends the children of a thread with it (:func:`_die_with`), not with its process.
+    """
+    global _starter
+    if threading.current_thread() is threading.main_thread():
+        yield lambda function, *arguments: function(*arguments)
+        return
+    with _starting:
+        if _starter is None or _starter[0] != os.getpid():  # a fork has none of its parent's threads
+            _starter = os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="fusemesh: starts ranks")
+    yield lambda function, *arguments: _starter[1].submit(function, *arguments).result()
+
+
+_starter: tuple[int, ThreadPoolExecutor] | None = None
+_starting = threading.Lock()
+
+
+def fork_ranks(context: Any, ends: list[Any], stacks: list[Any], module: str) -> list[ForkedRank]:
     """Start the fork server, and with it the ranks."""
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve_forks, args=(theirs, ends, files, module), name="fork server")
+    process = context.Process(target=_serve_forks, args=(theirs, ends, stacks, module), name="fork server")
     process.start()
     theirs.close()
     try:
@@ -107,11 +128,10 @@ def fork_ranks(context: Any, ends: list[Any], files: list[str], module: str) -> 
             f"ranks: the process that was to start them exited with code {process.exitcode}; see what it printed"
         ) from None
     server = _ForkServer(process, ours, pids)
-    for pid in pids:
-        yield ForkedRank(server, pid)
+    return [ForkedRank(server, pid) for pid in pids]
 
 
-def _serve_forks(control: Any, ends: list[Any], files: list[str], module: str) -> None:
+def _serve_forks(control: Any, ends: list[Any], stacks: list[Any], module: str) -> None:
     """Import ``module``, fork a rank for each of ``ends``, and report how each of them ended."""
     parent = multiprocessing.parent_process()
     _die_with(None if parent is None else parent.pid)
@@ -124,14 +144,14 @@ def _serve_forks(control: Any, ends: list[Any], files: list[str], module: str) -
     # What is imported stays for good: collections need not look at it, nor write into its pages, which ranks share.
     gc.freeze()
     own, pids = os.getpid(), []
-    for rank, (end, file) in enumerate(zip(ends, files, strict=True)):
+    for rank, (end, stack) in enumerate(zip(ends, stacks, strict=True)):
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             control.close()
             for other in ends[rank + 1 :]:
                 other.close()
-            serve(end, file, own)
+            serve(end, stack, own)
         pids.append(pid)
         # A rank's end is seen by its connection's, so nobody else holds that.
         end.close()
@@ -143,10 +163,10 @@ def _serve_forks(control: Any, ends: list[Any], files: list[str], module: str) -
     os._exit(0)
 
 
-def serve(connection: Any, stack_file: str, forked_by: int | None = None) -> None:
+def serve(connection: Any, stacks: Any, forked_by: int | None = None) -> None:
     """Run the calls that the parent sends, until it sends an empty message or is gone."""
     try:
-        _run_calls(connection, stack_file, forked_by)
+        _run_calls(connection, stacks, forked_by)
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -164,7 +184,7 @@ def _die_with(parent: int | None) -> None:
                 os._exit(1)
 
 
-def _run_calls(connection: Any, stack_file: str, forked_by: int | None) -> None:
+def _run_calls(connection: Any, stacks: Any, forked_by: int | None) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -175,38 +195,52 @@ def _run_calls(connection: Any, stack_file: str, forked_by: int | None) -> None:
     threading.Thread(target=follow, daemon=True).start()
     _die_with(parent.pid if forked_by is None else forked_by)
 
+    number = 0
+
+    def send(kind: str, at: float, answer: bytes) -> None:
+        connection.send_bytes(pickle.dumps((number, kind, at, answer)))
+
     def tell(failure: PeerError) -> None:
         with contextlib.suppress(OSError):
-            connection.send_bytes(pickle.dumps(("ended", time.time(), (failure.rank, str(failure)))))
+            send("ended", time.time(), pickle.dumps((failure.rank, str(failure))))
 
     before_end.append(tell)
-    with open(stack_file, "w") as stacks:
-        if hasattr(signal, "SIGUSR1"):
-            faulthandler.register(signal.SIGUSR1, file=stacks)
-        while True:
-            try:
-                place = connection.recv_bytes()
-            except (EOFError, KeyboardInterrupt):
-                return
-            if not place:
-                return
-            os.environ.update(pickle.loads(place))
-            try:
-                fn, args = pickle.loads(connection.recv_bytes())
-                connection.send_bytes(pickle.dumps(("started", time.time(), None)))
-                answer = pickle.dumps(("returned", time.time(), fn(*args)))
-            except BaseException as error:
-                at = getattr(error, "failed_at", time.time())
-                if isinstance(error, UserError):
-                    answer = pickle.dumps(("refused", at, error))
-                elif isinstance(error, PeerError):
-                    answer = pickle.dumps(("followed", at, (error.rank, str(error))))
-                elif is_aborted_collective(error):
-                    answer = pickle.dumps(("followed", at, (None, traceback.format_exc())))
-                else:
-                    answer = pickle.dumps(("raised", at, traceback.format_exc()))
-            connection.send_bytes(answer)
-            # Models, meshes and process groups refer to each other in cycles, and a group that lives on has threads.
-            del answer
-            fn = args = None
-            gc.collect()
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, file=stacks.fileno())
+    while True:
+        try:
+            place = connection.recv_bytes()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not place:
+            return
+        number, variables = pickle.loads(place)
+        os.environ.update(variables)
+        try:
+            fn, args = pickle.loads(connection.recv_bytes())
+            send("started", time.time(), pickle.dumps(None))
+            kind, at, answer = "returned", time.time(), pickle.dumps(fn(*args))
+        except BaseException as error:
+            kind, at, answer = _told(error)
+        send(kind, at, answer)
+        # Models, meshes and process groups refer to each other in cycles, and a group that lives on has threads.
+        del answer
+        fn = args = None
+        gc.collect()
+
+
+def _told(error: BaseException) -> tuple[str, float, bytes]:
+    """Return what the parent is told of an error: its kind, when it came, and the rest as a pickle."""
+    at = getattr(error, "failed_at", time.time())
+    if isinstance(error, UserError):
+        try:
+            answer = pickle.dumps(error)
+            pickle.loads(answer)
+        except Exception:  # an __init__ that takes other arguments than the text
+            answer = pickle.dumps(UserError(str(error)))
+        return "refused", at, answer
+    if isinstance(error, PeerError):
+        return "followed", at, pickle.dumps((error.rank, str(error)))
+    if is_aborted_collective(error):
+        return "followed", at, pickle.dumps((None, traceback.format_exc()))
+    return "raised", at, pickle.dumps(traceback.format_exc())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 
@@ -18,7 +18,7 @@ from .failure import PeerError, end_process, failure_of, is_aborted_collective, 
 
 # Seconds between heartbeats; without one after a collective has failed, for a rank to count as the one that failed
 # first; and for a rank whose peer has failed to end by itself.
-_INTERVAL, _SILENCE, _GRACE = 1.0, 5.0, 10.0
+_INTERVAL, _SILENCE, _GRACE = 1.0, 5.0, 2.0
 
 
 class Watchdog:
@@ -70,10 +70,14 @@ class Watchdog:
         is named that has recorded an error, or gives no sign of life any more, which takes 5 s to see.
         """
         self._failing.set()
-        if isinstance(error, SystemExit | GeneratorExit):
+        if isinstance(error, GeneratorExit):
             return None
         try:
             store = self.store
+            if isinstance(error, SystemExit) and error.code in (None, 0):
+                # All ranks may leave so. Those that still wait for this one find it here.
+                store.set(f"exit/{self.rank}", own_record(self.rank, error))
+                return None
             if not is_aborted_collective(error):
                 store.compare_set("first", "", own_record(self.rank, error))
                 return None
@@ -105,6 +109,9 @@ class Watchdog:
             first = self._first(store)
             if first is not None:
                 return first
+            for rank in others:
+                if store.check([f"exit/{rank}"]):
+                    return store.compare_set("first", "", store.get(f"exit/{rank}").decode()).decode()
             time.sleep(0.1)
         for rank, count in before.items():
             excused = store.check([f"failing/{rank}"]) or store.add(f"ended/{rank}", 0)
@@ -155,6 +162,8 @@ class Watchdog:
                 failed_at = failed_at or now
                 # Who was lost may end no collective; who has failed ends its peers', and they say so themselves.
                 if first.lost or now - failed_at > _GRACE:
+                    # Who serves the store need not wait for this rank to leave.
+                    store.set(f"gone/{self.rank}", "1")
                     self.on_lost(first)
                     return
             self._stopped.wait(_INTERVAL)
@@ -178,3 +187,23 @@ class Watchdog:
             if now - self._answered > patience:
                 self.on_lost(self._store_gone(f"has not answered for {self.limit:.0f} s"))
                 return
+
+
+def silent_ranks(store: dist.Store, ranks: Iterable[int]) -> Callable[[], set[int]]:
+    """Return a function that says which of ``ranks`` are gone: ended by their watchdogs, or without heartbeats for 5 s.
+
+    Args:
+        store: of the watchdogs.
+    """
+    seen: dict[int, tuple[int, float]] = {}
+
+    def gone(rank: int) -> bool:
+        if store.check([f"gone/{rank}"]):
+            return True
+        count, now = store.add(f"heartbeat/{rank}", 0), time.monotonic()
+        if rank not in seen or seen[rank][0] != count:
+            seen[rank] = count, now
+        # Without any it does not watch; after the last one it leaves by itself.
+        return count > 0 and now - seen[rank][1] > _SILENCE and not store.add(f"ended/{rank}", 0)
+
+    return lambda: {rank for rank in ranks if gone(rank)}

@@ -22,6 +22,7 @@ from fusemesh import __version__, standard_output
 from fusemesh.commands import bench, doctor, evaluate, generate, merge, plan, predict, scaling, train
 from fusemesh.commands.options import Parser
 from fusemesh.hybrid.outputs import UserError
+from fusemesh.hybrid.ranks.failure import on_end
 from fusemesh.spelling import suggestion
 
 COMMANDS = (doctor, train, evaluate, predict, generate, merge, plan, scaling, bench)
@@ -69,6 +70,12 @@ def _run(words: list[str]) -> int:
         print(_SHORT_HELP.format(commands=listed))
         return 0
     name, as_json = _name(words), "--json" in _cut(words)[0]
+
+    def end(failure: Exception) -> None:
+        standard_output.write(standard_output.as_json({"error": str(failure)}))
+
+    # A thread that finds another rank lost ends this process.
+    on_end[:] = [end] if as_json and _is_first() else []
     try:
         options = parse(words)
         result, text, status = options.command(options)
@@ -85,6 +92,7 @@ def _run(words: list[str]) -> int:
         return _fail(name, status, str(error) or "interrupted", as_json=as_json)
     except Exception as error:
         if not as_json:
+            _refuse_start(f"{type(error).__name__}: {error}")
             raise
         traceback.print_exc()
         return _fail(name, 1, f"{type(error).__name__}: {error}", as_json=True)
@@ -147,16 +155,30 @@ def _name(words: Sequence[str]) -> str:
 
 
 def _fail(name: str, status: int, message: str, *, as_json: bool = False, result: dict[str, Any] | None = None) -> int:
-    print(f"{name}: error: {message}", file=sys.stderr)
+    print(f"{name}: error: {message}", file=sys.stderr, flush=True)
     if as_json and _is_first():
-        print(standard_output.as_json({**(result or {}), "error": message}))
+        print(standard_output.as_json({**(result or {}), "error": message}), flush=True)
+    if status not in (130, _TERMINATED):
+        _refuse_start(message)
     return status
+
+
+def _refuse_start(reason: str) -> None:
+    """Let the other ranks of a launcher know of an error that came before this one joined them."""
+    if _is_launched():
+        from fusemesh.hybrid.ranks.join import refuse_start
+
+        refuse_start(reason)
+
+
+def _is_launched() -> bool:
+    """Return whether a launcher's variables are there; without them a wrong option is told without importing torch."""
+    return any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"))
 
 
 def _is_first() -> bool:
     """Return whether this process is alone or a launcher's first rank, which prints for all."""
-    # Without these no launcher has started it, and a wrong option is told without importing torch.
-    if not any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")):
+    if not _is_launched():
         return True
     from fusemesh.hybrid.ranks.environment import launcher_of, rank_and_size
 

@@ -242,8 +242,11 @@ def test_nproc_is_refused_under_a_launcher(monkeypatch, capfd):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    # The other rank, which would hear of it, never comes.
+    monkeypatch.setattr("fusemesh.hybrid.ranks.meeting._LINGER_REFUSED", 0.0)
     status, result, _ = call(capfd, "train", "--nproc", "2", "--layout", "dp2")
     assert status == 2 and "--nproc: expected to be absent under torchrun, which started 2 ranks" in result["error"]
+    assert "leave it out, and give the number of ranks to the launcher" in result["error"]
 
 
 @contextlib.contextmanager

@@ -143,6 +143,24 @@ def test_two_agents_of_torchrun(text: str, alone: list[float], tmp_path: Path) -
     assert run_of(tmp_path / "run", "".join(out for out, _ in done)) == alone
 
 
+def test_the_batch_file_goes_on_from_whole_checkpoints_alone(tmp_path: Path) -> None:
+    """Submitted again after a job that ended before its first checkpoint was whole, it was refused."""
+    tools, checkpoints = tmp_path / "bin", tmp_path / "run/checkpoints"
+    tools.mkdir()
+    (tools / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tools / "srun").chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    variables |= {"SLURM_SUBMIT_DIR": str(tmp_path), "OUT": str(tmp_path / "run")}
+    resumed = []
+    for folder in (".unfinished-step-00000002", "step-00000002"):
+        (checkpoints / folder).mkdir(parents=True)
+        if not folder.startswith("."):
+            (checkpoints / folder / "checkpoint.json").touch()
+        done = subprocess.run(["bash", str(BATCH_FILE)], capture_output=True, text=True, env=variables, check=True)
+        resumed.append("--resume" in done.stdout)
+    assert resumed == [False, True]
+
+
 @pytest.mark.slow
 def test_the_batch_file_on_two_nodes(text: str, alone: list[float], tmp_path: Path) -> None:
     """It trains and merges; submitted again with more steps, it goes on."""

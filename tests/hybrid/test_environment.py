@@ -88,7 +88,14 @@ def test_rank_from_environment(environ: dict[str, str], expected: Place | None) 
         ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ["MASTER_ADDR: not set", "Open MPI", "4 ranks"]),
         ({k: v for k, v in PMI.items() if k != "MASTER_ADDR"}, ["MASTER_ADDR: not set"]),
         ({"PMI_RANK": "1", "PMI_SIZE": "4", "MASTER_ADDR": "a"}, ["MPI_LOCALRANKID: not set", "torchrun"]),
-        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"}, ["MASTER_PORT: not set"]),
+        (
+            {k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"},
+            ["MASTER_PORT: not set", "torchrun", "MASTER_ADDR", "unset RANK and WORLD_SIZE"],
+        ),
+        (
+            {k: v for k, v in TORCHRUN.items() if k not in ("MASTER_ADDR", "MASTER_PORT")},
+            ["MASTER_ADDR: not set although RANK and WORLD_SIZE = 8 are", "MASTER_PORT", "unset RANK and WORLD_SIZE"],
+        ),
         # Beyond the limits of each
         ({**TORCHRUN, "RANK": "-1"}, ["RANK: ", "received -1"]),
         ({**TORCHRUN, "WORLD_SIZE": "0"}, ["WORLD_SIZE: expected 1 to", "received 0"]),
@@ -110,6 +117,10 @@ def test_rank_from_environment(environ: dict[str, str], expected: Place | None) 
         ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE: set to 4 while OMPI_COMM_WORLD_RANK is not"]),
         ({**SLURM, "WORLD_SIZE": "4"}, ["WORLD_SIZE: expected 16", "SLURM_STEP_NUM_TASKS", "received 4"]),
         ({**SLURM, **TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, ["RANK, WORLD_SIZE: ", "0 of 1", "Slurm", "9 of 16"]),
+        (
+            {**SLURM, "PMI_RANK": "3", "PMI_SIZE": "16", "MASTER_PORT": "1"},
+            ["PMI_RANK: expected 9, as SLURM_PROCID says of the same 16 ranks, received 3", "unset"],
+        ),
         ({**OPEN_MPI, **TORCHRUN, "RANK": "3", "WORLD_SIZE": "4"}, ["they say rank 3 of 4", "Open MPI", "rank 1 of 4"]),
     ],
 )
@@ -163,11 +174,18 @@ def test_node_lists_are_expanded(nodes: str, hosts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "nodes", ["", "n[", "n[1", "n]", "n[]", "n[a-b]", "n[3-1]", "a,,b", "a,", "n[1[2-3]]", "n[1-]"]
+    "nodes",
+    ["", "n[", "n[1", "n]", "n[]", "n[a-b]", "n[3-1]", "a,,b", "a,", "n[1[2-3]]", "n[1-]", "(null)", "n[1-2]:2"],
 )
 def test_other_texts_are_no_node_lists(nodes: str) -> None:
     with pytest.raises(ValueError, match="SLURM_STEP_NODELIST: expected a node list such as gpu"):
         list(expand_hosts(nodes))
+
+
+def test_long_ranges_of_nodes_are_not_written_out() -> None:
+    assert first_node("n[1-65536]m[1-65536]k[00001-65536]") == "n1m1k00001"
+    with pytest.raises(ValueError, match="SLURM_STEP_NODELIST: expected a node list such as gpu"):
+        first_node("n[1-99999999999]")
 
 
 def test_the_shell_of_a_step_of_many_tasks_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

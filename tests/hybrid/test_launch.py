@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -88,14 +90,48 @@ def test_failures() -> None:
 
 
 @pytest.mark.distributed
-def test_one_pool_makes_worlds_of_any_size() -> None:
-    """Each call has a group of its own, also after one that failed."""
+def test_a_call_gets_its_own_answers_alone() -> None:
+    """After an interruption, after an answer that cannot be read, and when the first caller's thread has ended."""
+    with LocalRanks(2) as ranks:
+        first = threading.Thread(target=ranks.call, args=(launch_ranks.own_rank,))
+        first.start()
+        first.join()
+        assert ranks.call(launch_ranks.late, 0.2) == ["late"] * 2
+
+        with pytest.raises(RankError, match=r"1 of 2 ranks failed, rank 1 first(.|\n)*what rank 1 returned cannot be"):
+            ranks.call(launch_ranks.unreadable_on, 1)
+        assert ranks.call(launch_ranks.own_rank) == [0, 1]
+        with pytest.raises(UserError, match=r"\Athis and that\Z"):
+            ranks.call(launch_ranks.refuse_by_two_arguments)
+
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                ranks.call(launch_ranks.late, 2.0)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert ranks.call(launch_ranks.own_rank) == [0, 1]
+
+
+def test_a_process_that_may_start_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"ranks: .* received a daemonic child of multiprocessing .*daemon=False"):
+        launch_local(1, launch_ranks.own_rank)
+
+
+@pytest.mark.distributed
+def test_one_pool_makes_worlds_of_any_size(tmp_path: Path) -> None:
+    """Each call has a group of its own, also after one that failed; a failure ends ranks that compute alone."""
     with RankPool(2) as pool:
         for size in (2, 1, 2):
             assert pool.run(launch_ranks.world_of, ranks=size) == [(rank, size) for rank in range(size)]
         with pytest.raises(RankError, match="1 of 2 ranks failed, rank 1 first"):
             pool.run(launch_ranks.fail_in_group, 1)
         assert pool.run(launch_ranks.world_of) == [(0, 2), (1, 2)]
+        with pytest.raises(RankError, match=r"1 of 2 ranks failed, rank 1 first(.|\n)*ZeroDivisionError"):
+            pool.run(launch_ranks.fail_while_another_sleeps, 1, str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.distributed
@@ -119,21 +155,27 @@ def test_nobody_goes_on_before_all_are_connected() -> None:
 
 
 @pytest.mark.distributed
-def test_no_rank_outlives_its_parent(tmp_path: object) -> None:
-    """The parent is killed, so that it can end nobody; the ranks follow by themselves."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_rank_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> None:
+    """A killed parent can end nobody; the ranks follow by themselves. No folder is left, and SIGTERM is told."""
     code = f"from tests.support.ranks import launch; launch.parent({str(tmp_path)!r})"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    parent = subprocess.Popen([sys.executable, "-c", code], env=env)
+    (tmp_path / "tmp").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path / "tmp")}
+    with open(tmp_path / "said", "w") as said:
+        parent = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=said)
     files = [os.path.join(str(tmp_path), f"{rank}.pid") for rank in range(2)]
     try:
         _until(lambda: all(os.path.exists(file) for file in files), 90, "the ranks did not start")
     finally:
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
+        parent.send_signal(number)
+        assert parent.wait() == -number
     for file in files:
         with open(file) as stream:
             pid = int(stream.read())
         _until(lambda pid=pid: not _alive(pid), 30, f"rank {pid} is still there")
+    assert not [entry.name for entry in (tmp_path / "tmp").iterdir() if entry.name.startswith("fusemesh")]
+    if number == signal.SIGTERM:
+        assert "fusemesh: ended by signal 15 (SIGTERM), and its ranks" in (tmp_path / "said").read_text()
 
 
 def _until(condition: object, seconds: float, message: str) -> None:

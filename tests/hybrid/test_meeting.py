@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from fusemesh.hybrid.ranks import meeting, watchdog
 from fusemesh.hybrid.ranks.join import rank_from_environment
 from fusemesh.hybrid.ranks.testing import RankPool
 from fusemesh.hybrid.ranks.waiting import ranks_text
@@ -72,6 +74,38 @@ def test_one_rank_that_cannot_start_ends_the_wait_of_all(rank_pool: RankPool) ->
     assert answers == [told, reason, told]
 
 
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_a_rank_that_refuses_before_it_meets_the_others(refusing: int, rank_pool: RankPool) -> None:
+    """Its data is missing, say: the others waited until their timeout."""
+    reason = "data.path: expected a folder"
+    answers = rank_pool.call(ranks_that_meet.refuse_before, step("8", 2), refusing, reason, ranks=2)
+    assert answers[refusing] == reason
+    assert answers[1 - refusing] == f"rank {refusing} does not start: {reason}"
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_that_leaves_by_exit_is_named(code: int, rank_pool: RankPool) -> None:
+    told, own = rank_pool.call(ranks_that_meet.leave_by_exit, step("9", 2), code, ranks=2)
+    assert own == f"sys.exit({code})"
+    assert told.startswith(f"rank 1 failed first: it left by sys.exit({code}). ")
+
+
+def test_rank_0_does_not_wait_for_a_rank_that_died_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had its heartbeats, and has none any more."""
+    for key, value in slurm("10", 0, 2).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(watchdog, "_SILENCE", 0.2)
+    monkeypatch.setattr(meeting, "_LINGER", 600.0)
+    place = rank_from_environment()
+    assert place is not None
+    met = meeting.Meeting(place, 10.0)
+    met.store_of("watchdog").add("heartbeat/1", 3)
+    leaving = threading.Thread(target=lambda: met.leave(failed=False, lost=False), daemon=True)
+    leaving.start()
+    leaving.join(30.0)
+    assert not leaving.is_alive()
+
+
 def test_two_ranks_on_one_gpu_are_refused(rank_pool: RankPool) -> None:
     answers = rank_pool.call(ranks_that_meet.meet, step("5", 2), 0.5, {0: "GPU-a", 1: "GPU-a"}, ranks=2)
     assert all("were given one GPU (GPU-a): process" in answer for answer in answers)
@@ -106,7 +140,9 @@ def test_a_wait_for_rank_0_and_its_store(late: int, rank_pool: RankPool, tmp_pat
     answers = rank_pool.call(ranks_that_meet.wait_for, late, "store", str(tmp_path), places, ranks=2)
     if late == 0:
         ports = f"ports {place.ports[0]} to {place.ports[-1]}"
-        assert f"s for rank 0, whom rank 1 of 2 is to meet at localhost, {ports}: nobody listens at port" in answers[1]
+        assert (
+            f"s for rank 0, whom rank 1 of 2 is to meet at localhost, {ports}: nobody listens at {ports}" in answers[1]
+        )
     else:
         assert "s for rank 1 to meet at localhost, port " in answers[0]
         assert "(rank 0 of 2); come: rank 0" in answers[0]

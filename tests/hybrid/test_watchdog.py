@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
 import time
 
 import pytest
 
+from fusemesh import cli
+from fusemesh.hybrid.ranks import failure
 from fusemesh.hybrid.ranks.local import LocalRanks, RankError
 from tests.support.ranks import fault as fault_ranks
 from tests.support.ranks import meet as ranks_that_meet
@@ -22,6 +26,21 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 def gone(pids: list[int]) -> bool:
     """Return whether none of these processes is left, except those already reaped."""
     return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_lost_rank_is_told_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command's own thread waits in a collective when the watchdog ends the process."""
+
+    def run(_: object) -> None:
+        thread = threading.Thread(target=failure.end_process, args=(failure.PeerError(1, "rank 1 failed first"),))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    monkeypatch.setattr("fusemesh.commands.doctor.run", lambda options: (run(options), None, 1))
+    assert cli.main(["doctor", "--json"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"error": "rank 1 failed first"} and "fusemesh: rank 1 failed first" in said.err
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def find_ranks(options: argparse.Namespace, layout: Layout) -> Ranks:
         if options.nproc is not None:
             raise ValueError(
                 f"--nproc: expected to be absent under {place.launcher}, which started {place.world_size} ranks "
-                f"already, received {options.nproc}"
+                f"already, received {options.nproc}; leave it out, and give the number of ranks to the launcher"
             )
         return Ranks(place.world_size, False)
     nproc = options.nproc if options.nproc is not None else layout.world_size

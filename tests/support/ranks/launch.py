@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,6 +53,42 @@ def refuse_on(ranks: tuple[int, ...], differently: bool = False) -> None:
     """Some ranks meet an error whose text says everything, each the same or each another."""
     if own_rank() in ranks:
         raise UserError(f"refused by {own_rank()}" if differently else "refused")
+
+
+class TwoArguments(UserError):
+    """An error that pickle cannot make again from its text."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def refuse_by_two_arguments() -> None:
+    """Some error that says everything."""
+    raise TwoArguments("this", "that")
+
+
+def unreadable_on(rank: int) -> Any:
+    """One rank returns an object whose class the caller cannot import, the others their number."""
+    if own_rank() != rank:
+        return own_rank()
+    module = types.ModuleType("only_in_a_rank")
+    sys.modules["only_in_a_rank"] = module
+    exec("class Thing: pass", module.__dict__)
+    return module.Thing()  # type: ignore[attr-defined]
+
+
+def late(seconds: float) -> str:
+    """Return after some seconds."""
+    time.sleep(seconds)
+    return "late"
+
+
+def fail_while_another_sleeps(world: Any, rank: int, folder: str) -> None:
+    """One rank raises; the others compute for some seconds, and say that they could finish."""
+    if world.rank == rank:
+        raise ZeroDivisionError
+    time.sleep(8.0)
+    (Path(folder) / f"{world.rank}.finished").touch()
 
 
 def die_on(rank: int) -> None:

@@ -70,6 +70,32 @@ def meet(places: list[dict[str, str]], patience: float = 0.5, devices: dict[int,
             return str(error)
 
 
+def leave_by_exit(places: list[dict[str, str]], code: int) -> str:
+    """Return the error of this rank; rank 1 calls sys.exit while the others wait for it."""
+    meeting._joined.clear()
+    with mock.patch.dict(os.environ, _variables(places), clear=True):
+        try:
+            with join.distributed("cpu") as world:
+                if world.rank == 1:
+                    sys.exit(code)
+                dist.all_reduce(torch.ones(1))
+        except SystemExit as error:
+            return f"sys.exit({error.code})"
+        except RuntimeError as error:
+            return str(error)
+    return "no error"
+
+
+def refuse_before(places: list[dict[str, str]], refusing: int, reason: str) -> str:
+    """Return the error of this rank; one finds before it joins the others that it cannot start."""
+    if int(os.environ["RANK"]) != refusing:
+        return str(meet(places))
+    meeting._joined.clear()
+    with mock.patch.dict(os.environ, _variables(places), clear=True):
+        join.refuse_start(reason)
+    return reason
+
+
 class _Noted(io.StringIO):
     """A stderr; a file tells that a text with the given piece was written to it."""
 
