@@ -48,12 +48,7 @@ class Terminated(KeyboardInterrupt):
 
 def run(options: argparse.Namespace) -> Outcome:
     """Train, evaluate, save, and draw the loss."""
-    with _ending_at_sigterm():
-        return _run(options)
-
-
-def _run(options: argparse.Namespace) -> Outcome:
-    from fusemesh.run.settings import Settings, load_config
+    from fusemesh.run.settings import load_config
 
     given = overrides(options)
     source = options.config
@@ -64,7 +59,15 @@ def _run(options: argparse.Namespace) -> Outcome:
     for option in ("from_step", "no_verify", "allow_changed_data"):
         if getattr(options, option) and not options.resume:
             raise ValueError(f"--{option.replace('_', '-')}: expected with --resume alone, received it without")
-    configured = _with_steps(_with_length(load_config(source, given), options), options, given)
+    loaded = load_config(source, given)
+    # Behind the configuration: it imports torch, without which a wrong option is told.
+    with _ending_at_sigterm():
+        return _run(_with_steps(_with_length(loaded, options), options, given), options)
+
+
+def _run(configured: config.Config, options: argparse.Namespace) -> Outcome:
+    from fusemesh.run.settings import Settings
+
     settings = Settings.of(_with_chosen_layout(configured, options))
     ranks = find_ranks(options, settings.layout)
 
