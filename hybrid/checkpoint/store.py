@@ -120,26 +120,6 @@ def save(
         lock = Lock(made / WRITER)
         return made.name
 
-    def finish() -> None:
-        check_all_there(unfinished, parts)
-        with (unfinished / MARKER).open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
-            # A folder cannot be replaced in one move. The old one first steps aside, so that no reader ever meets a
-            # mixture; if the run dies before the next lines, it is put back.
-            final.rename(root / f"{folders.REPLACED}{final.name}")
-        (unfinished / WRITER).unlink(missing_ok=True)
-        unfinished.rename(final)
-        # What cannot be removed does no harm to the new one.
-        if keep > 0:
-            for old in all_checkpoints(root)[:-keep]:
-                # Removed in part it would look whole.
-                with suppress(OSError):
-                    old.rename(root / f"{UNFINISHED}removed-{old.name}")
-        folders.remove_leftovers(root, ignore_errors=True)
-
     def give_up(error: OSError, unfinished: Path | None = None) -> OutputError:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -168,7 +148,9 @@ def save(
             raise OutputError(failed) from None
         content = folders.marker_text(state, merged(parts))
         try:
-            on_first_rank(lambda: attempt(finish, unfinished))
+            on_first_rank(
+                lambda: attempt(lambda: _put_in_place(unfinished, final, parts, content, keep=keep), unfinished)
+            )
         except OutputError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -176,6 +158,36 @@ def save(
         if lock is not None:
             lock.release()
     return final
+
+
+def _put_in_place(
+    unfinished: Path, final: Path, parts: list[dict[str, dict[str, Any]]], content: str, *, keep: int
+) -> None:
+    """Make the folder that all ranks have written the checkpoint ``final``, and keep the newest ``keep`` (0: all).
+
+    Args:
+        parts: the entries of each rank's files.
+        content: of the marker.
+    """
+    root = final.parent
+    check_all_there(unfinished, parts)
+    with (unfinished / MARKER).open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():
+        # A folder cannot be replaced in one move. The old one first steps aside, so that no reader ever meets a
+        # mixture; if the run dies before the next lines, it is put back.
+        final.rename(root / f"{folders.REPLACED}{final.name}")
+    (unfinished / WRITER).unlink(missing_ok=True)
+    unfinished.rename(final)
+    # What cannot be removed does no harm to the new one.
+    if keep > 0:
+        for old in all_checkpoints(root)[:-keep]:
+            # Removed in part it would look whole.
+            with suppress(OSError):
+                old.rename(root / f"{UNFINISHED}removed-{old.name}")
+    folders.remove_leftovers(root, ignore_errors=True)
 
 
 def _write(tensors: dict[str, Any], folder: Path) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from fusemesh import __version__
 from fusemesh import config as configuration
 from fusemesh.config import Config
@@ -43,9 +41,9 @@ def check_same(entries: Mapping[str, Any]) -> None:
     """
     texts = {key: json.dumps(value, sort_keys=True, default=repr) for key, value in entries.items()}
     whole = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    if len(set(_gathered(whole))) == 1:
+    if len(set(checkpoint.on_every_rank(lambda: whole))) == 1:
         return
-    of_ranks: list[dict[str, str]] = _gathered(texts)
+    of_ranks: list[dict[str, str]] = checkpoint.on_every_rank(lambda: texts)
     for key in dict.fromkeys(key for found in of_ranks for key in found):
         ranks_with: dict[str, list[int]] = {}
         for rank, found in enumerate(of_ranks):
@@ -65,12 +63,6 @@ def _values(ranks_with: Mapping[str, list[int]]) -> str:
         value = text if len(text) <= 60 else f"{text[:57]}..."
         parts.append(f"{value} on {'rank' if len(ranks) == 1 else 'ranks'} {shown}")
     return "; ".join(parts) + ("; ..." if len(ranks_with) > 4 else "")
-
-
-def _gathered(value: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def entries_of(settings: Settings, device: str, further: Mapping[str, Any]) -> dict[str, Any]:
