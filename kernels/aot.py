@@ -101,12 +101,12 @@ class Launch:
 class NamedTarget:
     """Answers what the JIT asks of a driver before it starts a kernel, for a GPU that is not there."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, use: str = "ahead of time") -> None:
         from triton.backends.compiler import GPUTarget
 
         self._target = GPUTarget(target.vendor, target.arch, 64 if target.vendor == "hip" else 32)
         # Kernels keep their compiled forms by device; a name of its own keeps these apart from a real device's.
-        self._device = f"ahead of time, {target.name}"
+        self._device = f"{use}, {target.name}"
 
     def get_current_target(self) -> Any:
         return self._target

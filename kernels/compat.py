@@ -219,6 +219,26 @@ def driver(named: Any) -> Iterator[None]:
         drivers._active = before
 
 
+@contextlib.contextmanager
+def without_assembler() -> Iterator[None]:
+    """Within the block Triton compiles as far as PTX; the cubin is empty, and kept apart in Triton's cache."""
+    from triton import knobs
+
+    def stop(backend: Any = None, stages: Any = None, *_: Any) -> Any:
+        # Without arguments Triton asks what tells this hook's compilations from others.
+        if stages is None:
+            return "fusemesh: PTX only", "fusemesh: PTX only"
+        stages["cubin"] = lambda source, metadata: b"none"
+        return None
+
+    before = knobs.runtime.add_stages_inspection_hook
+    knobs.runtime.add_stages_inspection_hook = stop
+    try:
+        yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook = before
+
+
 def compile_launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what ``kernel[grid](*args, **kwargs)`` would run, compiled and not launched."""
     return kernel.warmup(*args, grid=grid, **kwargs)

@@ -1,0 +1,152 @@
+"""Shared memory of a CTA, with the state that finds races."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .hazard import Hazard
+
+
+class Shared:
+    """Shared memory by 4-byte words, with for each word who wrote and read it, and when by that warp's clock.
+
+    The order of two accesses by different warps is known only through barriers: each warp has a vector clock.
+    A second write of the value that is already there is harmless and allowed.
+    """
+
+    BASE = 1024  # where Hopper starts a kernel's shared memory; swizzles repeat every 1024 bytes
+    AGENTS = 64
+
+    def __init__(self, size: int, warps: int) -> None:
+        words = (self.BASE + size + 3) // 4
+        self.raw = np.zeros(words * 4, np.uint8)
+        self.words = self.raw.view(np.uint32)
+        self.halves = self.raw.view(np.uint16)
+        self.end = self.BASE + size
+        self.warps = warps
+        self.valid = np.zeros(words, bool)
+        self.writer = np.full(words, -1, np.int16)
+        self.write_stamp = np.zeros(words, np.int32)  # the writer's clock at that time
+        self.write_half = np.zeros(words, np.uint8)
+        self.read_stamp = np.zeros((warps, words), np.int32)  # each warp's clock when it last read
+        # clock[v, w]: what warp v knows of warp w's time; an access of w is before v's if its stamp is no greater.
+        # An mbarrier counts as one more agent, whose time is its phase; it alone orders the bulk copies, its writes.
+        self.clock = np.zeros((warps, warps + self.AGENTS), np.int32)
+        self.landing = np.zeros(words, bool)  # a cp.async is under way to it
+        self.streaming = np.zeros(words, np.int16)  # so many wgmma under way read it
+        self.unfenced = np.zeros(words, bool)  # written through the generic proxy, not yet fenced for the async one
+        self.any_streaming = False
+        self.check = True
+
+    def reset(self) -> None:
+        """For the next CTA: memory is as undefined as at first (and filled with NaN)."""
+        self.words[:] = 0xFFFFFFFF
+        self.valid[:] = False
+        self.writer[:] = -1
+        self.write_stamp[:] = 0
+        self.read_stamp[:] = 0
+        self.clock[:] = np.eye(*self.clock.shape, dtype=np.int32)
+        self.landing[:] = False
+        self.streaming[:] = 0
+        self.unfenced[:] = False
+        self.any_streaming = False
+
+    def release(self, warps: np.ndarray) -> np.ndarray:
+        """What these warps have done and seen; their later accesses are not part of it."""
+        known = self.clock[warps].max(0)
+        self.clock[warps, warps] += 1
+        return known
+
+    def acquire(self, warps: np.ndarray, known: np.ndarray) -> None:
+        self.clock[warps] = np.maximum(self.clock[warps], known)
+
+    def barrier(self) -> None:
+        self.clock[:] = self.clock.max(0)
+        self.clock += np.eye(*self.clock.shape, dtype=np.int32)
+
+    def index(self, addr: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+        """Byte addresses, checked, as int64."""
+        a = addr.astype(np.int64)
+        bad = (a < self.BASE) | (a + size > self.end)
+        if bad.any():
+            n = int(np.argmax(bad))
+            raise Hazard(
+                "address",
+                f"thread {threads[n]}: {size} shared bytes at {a[n] - self.BASE}, which has {self.end - self.BASE}",
+            )
+        if (a & (size - 1)).any():
+            n = int(np.argmax((a & (size - 1)) != 0))
+            raise Hazard("alignment", f"thread {threads[n]}: {size} shared bytes at {a[n] - self.BASE}")
+        return a
+
+    def read(self, words: np.ndarray, warp: np.ndarray, generic: bool = True) -> None:
+        """Warps `warp` [n] (or broadcast) read `words` [n, k]."""
+        if not self.check:
+            return
+        if not self.valid[words].all():
+            if self.landing[words].any():
+                self._fail("async", "reads what a cp.async under way writes", words, self.landing[words], warp)
+            self._fail("uninitialised", "reads shared memory that nothing wrote", words, ~self.valid[words], warp)
+        if self.landing[words].any():
+            self._fail("async", "reads what a cp.async under way writes", words, self.landing[words], warp)
+        bad = self.write_stamp[words] > self.clock[warp, self.writer[words]]
+        if bad.any():
+            self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
+        if not generic and self.unfenced[words].any():
+            self._fail(
+                "proxy",
+                "wgmma reads what st.shared or cp.async wrote with no fence.proxy.async between",
+                words,
+                self.unfenced[words],
+                warp,
+            )
+        self.read_stamp[warp, words] = self.clock[warp, warp]
+
+    def write(self, words: np.ndarray, warp: np.ndarray, values: np.ndarray | None, half: int = 3) -> None:
+        """Before a write of `values` [n, k] (None: not known yet) to `words` [n, k]."""
+        if not self.check:
+            return
+        if self.any_streaming and self.streaming[words].any():
+            self._fail("async", "writes what a wgmma under way reads", words, self.streaming[words] > 0, warp)
+        if self.landing[words].any():
+            self._fail("async", "writes what a cp.async under way writes", words, self.landing[words], warp)
+        fresh = self.write_stamp[words] > self.clock[warp, self.writer[words]]
+        reads = (self.read_stamp[:, words] > np.moveaxis(self.clock[warp], -1, 0)[: self.warps]).any(0)
+        if fresh.any() or reads.any():
+            if half != 3:
+                fresh &= (self.write_half[words] & half) != 0
+            bad = fresh | reads
+            if values is not None and half == 3:
+                bad &= self.words[words] != values
+            if bad.any():
+                what = "reads" if (bad & reads).any() else "writes"
+                self._fail("race", f"writes what another warp {what} with no barrier between", words, bad, warp)
+
+    def landed(self, words: np.ndarray, values: np.ndarray, agent: int, stamp: int) -> None:
+        """A bulk copy of mbarrier `agent` has written; those who wait for its phase `stamp` may read."""
+        self.landing[words] = False
+        self.words[words] = values
+        self.valid[words] = True
+        self.writer[words] = self.warps + agent
+        self.write_stamp[words] = stamp
+        self.unfenced[words] = False
+
+    def wrote(self, words: np.ndarray, warp: np.ndarray, half: int = 3) -> None:
+        """After a write."""
+        self.valid[words] = True
+        if self.check:
+            self.writer[words] = warp
+            self.write_stamp[words] = self.clock[warp, warp]
+            self.write_half[words] = half
+            self.unfenced[words] = True
+
+    def _fail(self, kind: str, message: str, words: np.ndarray, bad: np.ndarray, warp: np.ndarray) -> None:
+        words, bad, warp = np.broadcast_arrays(words, bad, warp)
+        at = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        word, who = int(words[at]), int(warp[at])
+        readers = [w for w in range(self.warps) if self.read_stamp[w, word] > self.clock[who, w]]
+        raise Hazard(
+            kind,
+            f"warp {who} {message}: shared byte {word * 4 - self.BASE} ({int(bad.sum())} words; last "
+            f"writer warp {int(self.writer[word])}, unordered readers {readers})",
+        )
