@@ -147,8 +147,8 @@ class Store:
         """Keep verdicts in memory from now on, and say so once."""
         self._ready = False
         env.logger.info(
-            "verdicts on kernels are kept in memory alone, so that each process proves anew: %s; set FUSEMESH_CACHE to a "
-            "folder that can be written",
+            "verdicts on kernels are kept in memory alone, so that each process proves anew: %s; set FUSEMESH_CACHE to "
+            "a folder that can be written",
             why,
         )
 
