@@ -78,6 +78,14 @@ PRIVATE = {
         "compiling for a GPU that is absent: what the JIT asks of a driver is answered by an object of ours",
         "see how triton's own tests mock a target (triton.backends.compiler.GPUTarget)",
     ),
+    "knobs.runtime.add_stages_inspection_hook": Private(
+        "compiling as far as PTX, which takes a third of the time and no assembler, for the emulator",
+        "let the kernels be assembled, and read asm['ptx'] of what Triton compiled",
+    ),
+    "knobs.cache.manager_class": Private(
+        "keeping PTX that was not assembled where no other compilation finds it (triton 3.6's hook has no key)",
+        "set TRITON_CACHE_DIR to another folder for processes that emulate",
+    ),
     ".warmup": Private(
         "compiling exactly what a launch would, without launching",
         "call triton.compile with an ASTSource of the launch's types",
@@ -214,19 +222,19 @@ class _Seam:
         self.named: contextvars.ContextVar[tuple[Any, bool] | None] = contextvars.ContextVar(
             "fusemesh_triton_driver", default=None
         )
-        self._changing = threading.Lock()
-        self._blocks = 0
-        self._before: Any = None  # Triton's driver, its hook on the stages of a compilation, its cache's class
-        self._hook: Any = None
-        self._manager: Any = None
-        self._set_manager: Any = None
+        self.changing = threading.Lock()
+        self.blocks = 0
+        self.before: Any = None  # Triton's driver, its hook on the stages of a compilation, its cache's class
+        self.hook: Any = None
+        self.manager: Any = None
+        self.set_manager: Any = None
 
     def __getattr__(self, name: str) -> Any:
         from triton.runtime import driver as drivers
 
         named = self.named.get()
         if named is None:
-            return getattr(drivers.default if self._before is None else self._before, name)
+            return getattr(drivers.default if self.before is None else self.before, name)
         return getattr(named[0], name)
 
     @property
@@ -239,44 +247,44 @@ class _Seam:
         from triton import knobs
         from triton.runtime import driver as drivers
 
-        with self._changing:
-            self._blocks += 1
-            if self._blocks > 1:
+        with self.changing:
+            self.blocks += 1
+            if self.blocks > 1:
                 return
             # `reset_active` would look for a GPU, so what was active before is put back by hand.
-            self._before, self._hook = drivers._active, knobs.runtime.add_stages_inspection_hook
-            self._set_manager, self._manager = vars(knobs.cache).get("manager_class"), knobs.cache.manager_class
+            self.before, self.hook = drivers._active, knobs.runtime.add_stages_inspection_hook
+            self.set_manager, self.manager = vars(knobs.cache).get("manager_class"), knobs.cache.manager_class
             drivers.set_active(self)
-            knobs.runtime.add_stages_inspection_hook = self._stages
+            knobs.runtime.add_stages_inspection_hook = self.stages
             # A function, not a class: Triton writes a class's name into the environment, for children.
-            knobs.cache.manager_class = self._cache
+            knobs.cache.manager_class = self.cache
 
     def leave(self) -> None:
         from triton import knobs
         from triton.runtime import driver as drivers
 
-        with self._changing:
-            self._blocks -= 1
-            if self._blocks:
+        with self.changing:
+            self.blocks -= 1
+            if self.blocks:
                 return
-            drivers._active, knobs.runtime.add_stages_inspection_hook = self._before, self._hook
-            if self._set_manager is None:  # the environment's, or none
+            drivers._active, knobs.runtime.add_stages_inspection_hook = self.before, self.hook
+            if self.set_manager is None:  # the environment's, or none
                 del knobs.cache.manager_class
             else:
-                knobs.cache.manager_class = self._set_manager
+                knobs.cache.manager_class = self.set_manager
 
-    def _stages(self, backend: Any = None, stages: Any = None, *more: Any) -> Any:
+    def stages(self, backend: Any = None, stages: Any = None, *more: Any) -> Any:
         if stages is not None and self.stops_at_text:
             stages["cubin"] = lambda source, metadata: source.encode()
-        if self._hook is not None:
-            return self._hook(backend, stages, *more)
+        if self.hook is not None:
+            return self.hook(backend, stages, *more)
         # Without arguments Triton (from 3.7 on) asks what tells this hook's compilations from others; the cache does.
         return ("", "") if stages is None else None
 
-    def _cache(self, key: str, **options: Any) -> Any:
+    def cache(self, key: str, **options: Any) -> Any:
         from triton.runtime.cache import FileCacheManager
 
-        return (self._manager or FileCacheManager)(f"fusemesh-ptx-{key}" if self.stops_at_text else key, **options)
+        return (self.manager or FileCacheManager)(f"fusemesh-ptx-{key}" if self.stops_at_text else key, **options)
 
 
 _seam = _Seam()

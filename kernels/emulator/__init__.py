@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from .. import compat, env
-from ..runtime.launch import TARGETS, Target, any_device, assume_target, intercept
+from ..runtime.launch import TARGETS, Target, execute_on
 from .hazard import Hazard as Hazard
 from .launching import Emulator as Emulator
 
@@ -61,12 +61,7 @@ def emulate(
         raise ValueError(f"copies: expected one of {COPIES}, received {copies!r}")
     emulator = Emulator(chosen, late=copies != "early", check=check, ctas=ctas, keep=keep)
 
-    def hook(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if 0 not in grid:
-            emulator.run(kernel, grid, args, kwargs)
-
-    driver = compat.driver(emulator.device, assembles=False)
-    with assume_target(chosen), any_device(), intercept(hook), driver:
+    with execute_on(emulator), compat.driver(emulator.device, assembles=False):
         yield emulator
 
 

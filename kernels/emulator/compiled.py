@@ -56,15 +56,14 @@ class _Launcher:
         self.signature = dict(src.signature)
         self.metadata = metadata
 
-    def __call__(
-        self, x: int, y: int, z: int, stream: int, text: str, packed: Any, about: Any, before: Any, after: Any, *args: Any
-    ) -> None:
+    def __call__(self, x: int, y: int, z: int, stream: int, text: str, packed: Any, *more: Any) -> None:
         from triton.runtime import driver
 
+        about, before, after, *args = more
         if before is not None:
             before(about)
         if x * y * z > 0:
-            driver.active.run(self.compiled(text), (x, y, z), args)
+            driver.active.run(self.compiled(text), (x, y, z), tuple(args))
         if after is not None:
             after(about)
 
