@@ -9,6 +9,7 @@ import numpy as np
 from . import opcodes
 from .global_memory import Global
 from .hazard import Hazard
+from .in_flight import InFlight
 from .numbers import FILES, TYPES, constant
 from .opcodes.wgmma import check_fence
 from .ptx import Addr, Imm, Instruction, Kernel, Reg, Sym
@@ -17,7 +18,7 @@ from .shared_memory import Shared
 
 
 class Machine:
-    """A kernel ready to run. `late` says when wgmma reads its shared operands: at its wait (True) or at its issue."""
+    """A kernel ready to run. `asynchrony` and `seed` say when what is asynchronous takes effect (InFlight)."""
 
     def __init__(
         self,
@@ -25,14 +26,16 @@ class Machine:
         shared_bytes: int,
         memory: Global,
         *,
-        late: bool = True,
+        asynchrony: str = "late",
+        seed: int = 0,
         check: bool = True,
         stats: bool = False,
         most_steps: int = 10_000_000,
     ) -> None:
         self.most_steps = most_steps
         self.table = opcodes.load()
-        self.kernel, self.memory, self.late, self.check, self.count_stats = kernel, memory, late, check, stats
+        self.kernel, self.memory, self.check, self.count_stats = kernel, memory, check, stats
+        self.asynchrony, self.seed = asynchrony, seed
         self.T = T = kernel.threads
         self.W = T // 32
         self.tid = np.arange(T)
@@ -43,12 +46,10 @@ class Machine:
         self.shared.check = check
         self.stats = {"bank": 0, "bank_ideal": 0, "sectors": 0, "sectors_ideal": 0, "instructions": 0, "ctas": 0}
         self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
-        self.tensor_maps: dict[int, dict] = {}  # address -> array [rows, cols], box, element size, swizzle in bytes
         self.ctaid = [np.zeros(T, np.uint32) for _ in range(3)]
         self.nctaid = [np.zeros(T, np.uint32) for _ in range(3)]
         self.param: dict[str, bytes] = {}
         self.current: Instruction | None = None
-        self.pending: set[str] = set()  # registers that wgmma under way reads or writes
         self.descriptors: dict = {}
         lane_pairs = np.arange(32)
         self.matrix_row, self.matrix_col = lane_pairs >> 2, lane_pairs & 3
@@ -84,12 +85,7 @@ class Machine:
         for b, file in self.files.items():
             file[:] = 0xFFFFFFFF if b == 32 else 0
         self.shared.reset()
-        self.pending.clear()
-        self.copies, self.copy_groups = [], []  # cp.async since the last commit; committed groups
-        groups = max(self.T // 128, 1)
-        self.mmas, self.mma_groups = [[] for _ in range(groups)], [[] for _ in range(groups)]  # of each warpgroup
-        self.mbarriers: dict[int, dict] = {}
-        self.transfers: list = []
+        self.in_flight = InFlight(self.T, self.asynchrony, self.seed)
         self.memory.cta = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
         try:
             with np.errstate(all="ignore"):
