@@ -61,7 +61,7 @@ class Copy:
         s.wrote(self.words, self.warp)
 
 
-@opcode("cp")
+@opcode("cp ...")
 def compile_cp(cta, ins, p, o):
     if "bulk" in p:
         return compile_bulk(cta, ins, p, o)

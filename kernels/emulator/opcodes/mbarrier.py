@@ -150,7 +150,7 @@ def wakes(cta, key: int, warps: np.ndarray) -> bool:
 # --- opcodes
 
 
-@opcode("mbarrier")
+@opcode("mbarrier ...")
 def compile_mbarrier(cta, ins, p, o):
     make = {
         "init": _init,

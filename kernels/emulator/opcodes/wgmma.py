@@ -36,7 +36,7 @@ class Product:
             self.data = [self.view[at] for at, _ in self.uses]
 
 
-@opcode("wgmma")
+@opcode("wgmma ...")
 def compile_wgmma(cta, ins, p, o):
     kind = p[1]
     if kind == "fence":
