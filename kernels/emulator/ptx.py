@@ -322,7 +322,18 @@ def _blocks(instructions: list, labels: dict, more: set) -> tuple[list, dict]:
         o.name for i in instructions if i.opcode.startswith("bra") for o in i.operands if isinstance(o, Sym)
     }
     starts = {0} | {labels[t] for t in targets}
+    met: str | Imm | Reg | None = None  # in the current block
+    visible = False  # others may see what the current block did
     for n, ins in enumerate(instructions):
+        if n in starts:
+            met, visible = None, False
+        meets = meeting(ins)
+        if meets is not None and meets != met:
+            # Threads wait at the start of a block for those with whom they run it: nobody may wait for its other part.
+            if met is not None or visible or not isinstance(meets, str):
+                starts.add(n)
+            met, visible = meets, False
+        visible = visible or ins.parts[0] in ("st", "red", "atom", "mbarrier", "cp", "fence")
         if _is_end(ins):
             starts.add(n + 1)
     order = sorted(s for s in starts if s < len(instructions))
@@ -338,6 +349,30 @@ def _blocks(instructions: list, labels: dict, more: set) -> tuple[list, dict]:
 
 
 def _is_end(ins: Instruction) -> bool:
-    return ins.opcode.split(".")[0] in ("bra", "brx", "ret", "exit") or ins.opcode.startswith(
-        ("bar.sync", "barrier.sync", "bar.arrive", "barrier.arrive", "mbarrier.try_wait")
-    )
+    kind, *rest = ins.parts
+    if kind in ("bra", "brx", "ret", "exit") or (kind == "mbarrier" and rest[0] == "try_wait"):
+        return True
+    return kind in ("bar", "barrier") and "warp" not in rest
+
+
+def meeting(ins: Instruction) -> str | Imm | Reg | None:
+    """Return with whom a thread executes an instruction: the "warp", the "warpgroup", a mask of lanes, or nobody."""
+    kind = ins.parts[0]
+    if kind == "wgmma":
+        return "warpgroup"
+    if kind in ("shfl", "vote", "match", "redux", "elect") or ins.opcode.startswith(("bar.warp", "barrier.warp")):
+        members = ins.operands[-1]
+        if isinstance(members, Imm) and number(members.text) & 0xFFFFFFFF == 0xFFFFFFFF:
+            return "warp"
+        return members if isinstance(members, (Imm, Reg)) else None
+    if kind == "bar" or "aligned" in ins.parts:
+        return "warp"
+    return None
+
+
+def synchronises(ins: Instruction) -> bool:
+    """Return whether CTAs may hear of each other through an instruction."""
+    kind, *rest = ins.parts
+    if "shared" in rest or any(x.startswith("shared::") for x in rest):
+        return False
+    return kind in ("atom", "red") or (kind == "ld" and bool({"acquire", "relaxed", "volatile"} & set(rest)))
