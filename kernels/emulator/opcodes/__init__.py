@@ -23,7 +23,7 @@ Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
 
 OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
 FORMS: list[str] = []
-_FAMILIES = ("arithmetic", "bulk", "conversions", "copies", "matrix", "memory", "sync", "warp", "wgmma")
+_FAMILIES = ("arithmetic", "bulk", "conversions", "copies", "matrix", "mbarrier", "memory", "sync", "warp", "wgmma")
 # The scheduler does what these say: they end a block.
 _ENDS = (
     "bra uni?",
@@ -36,8 +36,7 @@ _ENDS = (
     "barrier cta? sync|arrive aligned?",
     "barrier cta? red popc aligned? u32",
     "barrier cta? red and|or aligned? pred",
-    "mbarrier try_wait parity shared::cta|shared b64",
-    "mbarrier try_wait parity ...",
+    r"mbarrier test_wait|try_wait parity? ((acquire|relaxed)\.(cta|cluster))? shared::cta|shared b64",
 )
 
 
