@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import re
 
-from .ptx import BITS, Addr, Block, Imm, Instruction, Kernel, Operand, Reg, Sym, Variable, Vec, number, registers
+from .ptx import (
+    BITS,
+    Addr,
+    Block,
+    Imm,
+    Instruction,
+    Kernel,
+    Operand,
+    Reg,
+    Sym,
+    Variable,
+    Vec,
+    meeting,
+    number,
+    registers,
+)
 
 _INSTRUCTION = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _OPERANDS = re.compile(r"\s*(\{[^{}]*\}|\[[^\[\]]*\]|[^,{}\[\]]+?)\s*(?:,|$)")
@@ -237,7 +252,21 @@ def _blocks(
 ) -> tuple[list[Block], dict[str, int]]:
     """Return the basic blocks, which end where _is_end says and before labels jumped to, and the labels' blocks."""
     targets = more | {o.name for i in instructions if i.parts[0] == "bra" for o in i.operands if isinstance(o, Sym)}
-    starts = {0} | {labels[t] for t in targets} | {n + 1 for n, ins in enumerate(instructions) if _is_end(ins)}
+    starts = {0} | {labels[t] for t in targets}
+    met: str | Imm | Reg | None = None  # in the current block
+    visible = False  # others may see what the current block did
+    for n, ins in enumerate(instructions):
+        if n in starts:
+            met, visible = None, False
+        meets = meeting(ins)
+        if meets is not None and meets != met:
+            # Threads wait at the start of a block for those with whom they run it: nobody may wait for its other part.
+            if met is not None or visible or not isinstance(meets, str):
+                starts.add(n)
+            met, visible = meets, False
+        visible = visible or ins.parts[0] in ("st", "red", "atom", "mbarrier", "cp", "fence")
+        if _is_end(ins):
+            starts.add(n + 1)
     order = sorted(s for s in starts if s < len(instructions))
     blocks, where = [], {}
     for k, s in enumerate(order):
@@ -251,6 +280,7 @@ def _blocks(
 
 
 def _is_end(ins: Instruction) -> bool:
-    return ins.parts[0] in ("bra", "brx", "ret", "exit") or ins.opcode.startswith(
-        ("bar.sync", "barrier.sync", "bar.arrive", "barrier.arrive", "mbarrier.try_wait")
-    )
+    kind, *rest = ins.parts
+    if kind in ("bra", "brx", "ret", "exit") or (kind == "mbarrier" and rest[0] == "try_wait"):
+        return True
+    return kind in ("bar", "barrier") and "warp" not in rest

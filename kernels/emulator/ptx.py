@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 BITS = {
     "pred": 1,
@@ -65,7 +66,7 @@ class Instruction:
     """One instruction; `source` names its line of the kernel's source and those that it was inlined at."""
 
     opcode: str
-    operands: tuple[Operand, ...]
+    operands: tuple[Any, ...]  # each an Operand
     guard: Reg | None
     line: int  # of the PTX text, from 1
     text: str
@@ -154,3 +155,26 @@ def symbol(op: Operand) -> str:
     """Return the name of an operand that must be one."""
     assert isinstance(op, Sym), op
     return op.name
+
+
+def meeting(ins: Instruction) -> str | Imm | Reg | None:
+    """Return with whom a thread executes an instruction: the "warp", the "warpgroup", a mask of lanes, or nobody."""
+    kind = ins.parts[0]
+    if kind == "wgmma":
+        return "warpgroup"
+    if kind in ("shfl", "vote", "match", "redux", "elect") or ins.opcode.startswith(("bar.warp", "barrier.warp")):
+        members = ins.operands[-1]
+        if isinstance(members, Imm) and number(members.text) & 0xFFFFFFFF == 0xFFFFFFFF:
+            return "warp"
+        return members if isinstance(members, (Imm, Reg)) else None
+    if kind == "bar" or "aligned" in ins.parts:
+        return "warp"
+    return None
+
+
+def synchronises(ins: Instruction) -> bool:
+    """Return whether CTAs may hear of each other through an instruction."""
+    kind, *rest = ins.parts
+    if "shared" in rest or any(x.startswith("shared::") for x in rest):
+        return False
+    return kind in ("atom", "red") or (kind == "ld" and bool({"acquire", "relaxed", "volatile"} & set(rest)))
