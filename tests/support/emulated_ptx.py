@@ -9,7 +9,7 @@ import numpy as np
 
 from fusemesh.kernels.emulator.global_memory import Global
 from fusemesh.kernels.emulator.machine import Machine
-from fusemesh.kernels.emulator.ptx import parse
+from fusemesh.kernels.emulator.parsing import parse
 from fusemesh.kernels.emulator.tensor_maps import TensorMap
 
 
