@@ -61,7 +61,9 @@ def opcode(*forms: str) -> Callable[[Compile], Compile]:
 
     def register(function: Compile) -> Compile:
         for form in forms:
-            OPCODES.setdefault(form.split()[0], []).append((pattern(form), function))
+            known = OPCODES.setdefault(form.split()[0], [])
+            # Forms that take any modifier come last.
+            known.insert(len(known) if form.endswith("...") else 0, (pattern(form), function))
             FORMS.append(form)
         return function
 

@@ -40,7 +40,7 @@ class Load(Transfer):
         """Put the data in place, and tell the mbarrier."""
         cta.memory.under_way.end(self)
         cta.shared.end_copy(self.words)
-        cta.shared.landed(self.words, self.values, self.bar.agent, self.bar.stamp())
+        cta.shared.landed(self.words, self.values, self.bar.agent, self.bar.land())
         self.bar.open = np.maximum(self.bar.open, self.known)
         expect(self.bar, -self.values.nbytes)
         complete(cta, self.bar)
