@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import struct
 from typing import Any
 
@@ -12,8 +11,9 @@ from .. import compat
 from ..runtime.launch import Target
 from .compiled import Compiled, Device
 from .global_memory import Global
+from .grid import run_grid
 from .machine import Machine
-from .ptx import parse
+from .parsing import parse
 
 _SIZES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -93,9 +93,7 @@ class Bound:
             assert len(raw) * 8 == int(kind[1:]), (name, kind, raw)
         params = dict(zip(names, packed, strict=True))
         machine.memory.next_launch()
-        order = itertools.product(*(range(n) for n in reversed(self.grid)))
-        for z, y, x in itertools.islice(order, ctas):
-            machine.run(params, (x, y, z), self.grid)
+        run_grid(machine, params, self.grid, ctas)
 
 
 class Emulator:
