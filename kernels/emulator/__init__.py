@@ -19,7 +19,7 @@ COPIES = ("late", "early", "random")
 def emulate(
     target: Target | str = "sm_90",
     *,
-    seed: int = 0,
+    seed: int | None = None,
     copies: Copies = "late",
     check: bool = True,
     ctas: int | None = None,
@@ -40,7 +40,7 @@ def emulate(
 
     Args:
         target: the GPU, a name of ``fusemesh.kernels.runtime.launch.TARGETS`` from NVIDIA: ``"sm_80"``, ``"sm_90"``.
-        seed: of the order in which warps and blocks run.
+        seed: of the order in which warps and blocks run. None runs warps in step, and blocks in ascending order.
         copies: when what a kernel copies asynchronously is seen to land: as late as its waits allow, as early as they
             do, or at random by ``seed``. A kernel is right only if all give the same.
         check: look for hazards. Without, it takes a tenth less time.
@@ -59,7 +59,7 @@ def emulate(
     chosen = _target(target)
     if copies not in COPIES:
         raise ValueError(f"copies: expected one of {COPIES}, received {copies!r}")
-    emulator = Emulator(chosen, late=copies != "early", check=check, ctas=ctas, keep=keep)
+    emulator = Emulator(chosen, asynchrony=copies, seed=seed, check=check, ctas=ctas, keep=keep)
 
     with execute_on(emulator), compat.driver(emulator.device, assembles=False):
         yield emulator

@@ -15,6 +15,7 @@ from .grid import run_grid
 from .machine import Machine
 from .parsing import parse
 
+Grid = tuple[int, int, int]
 _SIZES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -57,7 +58,24 @@ def extent(t: torch.Tensor) -> int:
 class Bound:
     """One launch with its parameters and the memory they point at; it can be run as often as wanted."""
 
-    def __init__(self, compiled: Compiled, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, target: Target, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Compile a launch and start nothing."""
+        started: list[tuple[Compiled, Grid, tuple[Any, ...]]] = []
+        with compat.driver(Device(target, lambda *launch: started.append(launch)), assembles=False):
+            kernel[grid](*args, **kwargs)
+        assert started, "a launch over an empty grid"
+        self._bind(*started[0])
+
+    @classmethod
+    def of(cls, compiled: Compiled, grid: Grid, args: tuple[Any, ...]) -> Bound:
+        """Return the launch of a compiled kernel with one value for each name of its signature."""
+        bound = cls.__new__(cls)
+        bound._bind(compiled, grid, args)
+        return bound
+
+    def _bind(self, compiled: Compiled, grid: Grid, args: tuple[Any, ...]) -> None:
         self.compiled, self.name, self.grid = compiled, compiled.name, grid
         self.memory = Global()
         self.values: list[tuple[str, Any]] = []
@@ -116,9 +134,9 @@ class Emulator:
         with compat.driver(self.device, assembles=False):
             return str(kernel[grid](*args, **kwargs).hash)
 
-    def start(self, compiled: Compiled, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+    def start(self, compiled: Compiled, grid: Grid, args: tuple[Any, ...]) -> None:
         """Run one compiled kernel over the grid."""
-        bound = Bound(compiled, grid, args)
+        bound = Bound.of(compiled, grid, args)
         machine = bound.machine(**self.options)
         bound.run(machine, self.ctas)
         if self.keep:
