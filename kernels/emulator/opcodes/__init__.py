@@ -31,6 +31,7 @@ _FAMILIES = (
     "floats",
     "integers",
     "matrix",
+    "mbarrier",
     "memory",
     "moves",
     "sync",
@@ -49,8 +50,7 @@ _ENDS = (
     "barrier cta? sync|arrive aligned?",
     "barrier cta? red popc aligned? u32",
     "barrier cta? red and|or aligned? pred",
-    "mbarrier try_wait parity shared::cta|shared b64",
-    "mbarrier try_wait parity ...",
+    r"mbarrier test_wait|try_wait parity? ((acquire|relaxed)\.(cta|cluster))? shared::cta|shared b64",
 )
 
 
@@ -74,7 +74,9 @@ def opcode(*forms: str) -> Callable[[Compile], Compile]:
 
     def register(function: Compile) -> Compile:
         for form in forms:
-            OPCODES.setdefault(form.split()[0], []).append((pattern(form), function))
+            known = OPCODES.setdefault(form.split()[0], [])
+            # Forms that take any modifier come last.
+            known.insert(len(known) if form.endswith("...") else 0, (pattern(form), function))
             FORMS.append(form)
         return function
 
