@@ -73,7 +73,7 @@ class Cta:
         self.ticks = 0
         self.polled = ""  # what an instruction of the current block read again and found unchanged
         self.place_in_grid = (0, 0, 0)
-        self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
+        self.ran = np.zeros(len(kernel.blocks), np.int64)  # how many warps ran each block
         self.before: list[set[int]] = kernel.predecessors()
         self.matrix_row, self.matrix_col = np.arange(WARP) >> 2, np.arange(WARP) & 3
         self.in_flight = InFlight(self.T, asynchrony, seed or 0)
