@@ -306,8 +306,3 @@ def compile_prmt(cta, ins, p, o):
 @opcode("cvta ...")
 def compile_cvta(cta, ins, p, o):
     return compile_mov(cta, ins, ["mov", "b64"], o)
-
-
-@opcode("setmaxnreg ...")
-def compile_setmaxnreg(cta, ins, p, o):
-    return lambda m: None
