@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .ptx import Instruction
     from .opcodes.bulk import Stores
     from .opcodes.copies import Copy
     from .opcodes.mbarrier import MBarrier, Transfer
     from .opcodes.wgmma import Product
+    from .ptx import Instruction
 
 ASYNCHRONY = ("late", "early", "random")
 
