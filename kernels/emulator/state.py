@@ -55,6 +55,7 @@ class Cta:
         self.files = {bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()}
         self.shared = Shared(shared_bytes, self.W)
         self.shared.check = check
+        self.shared.line = lambda: 0 if self.current is None else self.current.line
         self.ctaid = [np.zeros((), np.uint32) for _ in range(3)]
         self.nctaid = [np.zeros((), np.uint32) for _ in range(3)]
         self.param: dict[str, bytes] = {}

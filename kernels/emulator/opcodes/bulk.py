@@ -57,9 +57,7 @@ class Store:
             return
         self.read(cta)
         self.reading, s = False, cta.shared
-        s.streaming[self.words] -= 1
-        if s.check:
-            s.read_stamp[self.warp, self.words] = s.clock[self.warp, self.warp]
+        s.end_stream(self.words, np.array(self.warp))
 
     def write(self, cta) -> None:
         if self.written:
@@ -176,8 +174,7 @@ def _load(cta, ins, rank: int, o):
                 values = cta.memory.load(at, 4, 4, np.full(len(at), t)).reshape(-1)
             warp = np.full((1,) * words.ndim, cta.warp[t])
             s.write(words, warp, None)
-            if s.check:
-                s.landing[words] = True
+            s.begin_copy(words)
             issue(cta, Load(ins, bar, s.clock[cta.warp[t]].copy(), words, values))
 
     return f
@@ -201,8 +198,7 @@ def _store(cta, ins, rank: int, o):
                 addresses = np.uint64(address) + np.arange(0, size, 16, dtype=np.uint64)
                 pieces = np.arange(len(addresses))
             s.read(words, np.full((1,) * words.ndim, cta.warp[t]), generic=False)
-            s.streaming[words] += 1
-            s.any_streaming = True
+            s.begin_stream(words)
             store = Store(ins, int(t), int(cta.warp[t]), words, addresses, pieces, piece, flight.late())
             if not store.late:
                 store.write(cta)
@@ -230,7 +226,6 @@ def _wait(cta, m, keep: int, reads_only: bool) -> None:
                         store.write(cta)
             if not reads_only:
                 del stores.groups[: max(len(stores.groups) - keep, 0)]
-    cta.in_flight.update_streaming(cta)
 
 
 def finish(cta) -> None:

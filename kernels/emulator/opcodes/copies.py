@@ -55,7 +55,7 @@ class Copy:
     def land(self, cta) -> None:
         """Put the data in place, as written by the threads that have waited for it."""
         s = cta.shared
-        s.landing[self.words] = False
+        s.end_copy(self.words)
         if self.late:
             s.words[self.words] = self.values
         s.wrote(self.words, self.warp)
@@ -148,8 +148,7 @@ def _copy(cta, ins, p, o):
         s, flight = cta.shared, cta.in_flight
         s.write(words, warp, None)
         late = flight.late()
-        if cta.check:
-            s.landing[words] = True
+        s.begin_copy(words)
         if cta.check or not late:
             s.words[words] = POISON if late else values
         group = flight.committed[sel]

@@ -59,7 +59,6 @@ def compile_wgmma(cta, ins, p, o):
                     for product in flight.product_groups[g].pop(0):
                         retire(cta, product)
             flight.registers = {r for g in range(len(flight.products)) for x in flight.under_way(g) for r in x.names}
-            flight.update_streaming(cta)
 
         return wait
     shape = next(x for x in p if x.startswith("m64n"))
@@ -98,7 +97,7 @@ def compile_wgmma(cta, ins, p, o):
                 if words[-1] * 4 + 4 > s.end or words[0] * 4 < s.BASE:
                     raise Hazard("address", "a wgmma descriptor leaves shared memory")
                 s.read(words[None], warps, generic=False)
-                s.streaming[words] += 1
+                s.begin_stream(words)
             view = s.words if size == 4 else s.halves
             product = Product(
                 int(g),
@@ -116,7 +115,6 @@ def compile_wgmma(cta, ins, p, o):
             if not cta.in_flight.late():
                 product.read()
             cta.in_flight.products[g].append(product)
-        s.any_streaming = True
         cta.in_flight.registers |= names
 
     return f
@@ -156,9 +154,7 @@ def retire(cta, product: Product) -> None:
     R[product.acc, t] = (r + np.where(product.scale, old, 0.0)).astype(np.float32).view(np.uint32)
     warps = np.arange(4) + 4 * g
     for _, words in product.uses:
-        s.streaming[words] -= 1
-        if s.check:
-            s.read_stamp[warps[:, None], words[None]] = s.clock[warps, warps][:, None]
+        s.end_stream(words[None], warps[:, None])
 
 
 def descriptor(cta, desc: int, k: int, mn: int, transposed: int, is_a: bool, size: int):
