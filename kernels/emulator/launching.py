@@ -12,7 +12,7 @@ from .compiled import Compiled, compile_text
 from .global_memory import Global
 from .grid import run_grid
 from .machine import Machine
-from .ptx import parse
+from .parsing import parse
 
 _PACK = {
     "i1": "<B",
@@ -69,7 +69,7 @@ class Bound:
             for kind, v in flatten(sig, value):
                 self.values.append((kind, v))
                 if isinstance(v, torch.Tensor) and v.numel():
-                    self.memory.add(v.data_ptr(), extent(v), name)
+                    self.memory.add_tensor(v, name)
                     self.tensors[name] = v
 
     def machine(self, text: str | None = None, **options: Any) -> Machine:

@@ -41,6 +41,10 @@ class Shared:
         self.flags = np.full(count, UNWRITTEN, np.uint8)
         self.valid = np.zeros(count * 4, bool)
         self.streams = np.zeros(count, np.int16)  # so many operations under way read it
+        self.was_atomic = np.zeros(count, bool)  # whether the last write was an atomic operation
+        self.has_atomics = False
+        self.objects = np.zeros(count, bool)  # words of mbarriers
+        self.has_objects = False
         self.writer = np.zeros(count, np.int16)
         self.write_stamp = np.zeros(count, np.int32)  # the writer's clock at that time
         self.write_line = np.zeros(count, np.int32)
@@ -60,6 +64,8 @@ class Shared:
         self.flags[:] = UNWRITTEN
         self.valid[:] = False
         self.streams[:] = 0
+        self.objects[:] = self.has_objects = False
+        self.was_atomic[:] = self.has_atomics = False
         self.split, self.watches_lanes = None, False
 
     def release(self, warps: np.ndarray) -> np.ndarray:
@@ -88,6 +94,11 @@ class Shared:
         if (a & (size - 1)).any():
             n = int(np.argmax((a & (size - 1)) != 0))
             raise Hazard("alignment", f"thread {threads[n]}: {size} shared bytes at {a[n] - self.BASE}")
+        if self.has_objects:
+            bad = self.objects[a >> 2] | self.objects[(a + size - 1) >> 2]
+            if bad.any():
+                n = int(np.argmax(bad))
+                raise Hazard("mbarrier", f"thread {threads[n]} accesses shared byte {a[n] - self.BASE} of an mbarrier")
         return a
 
     # --- by words
@@ -103,16 +114,25 @@ class Shared:
         if suspect & (UNWRITTEN | LANDING | RECENT | BY_COPY | FINE):
             self._check_read(words, warp, flags, suspect)
         if not generic:
-            writer = self.writer[words]
-            late = self.write_stamp[words] > self.clock[warp, writer + self.clocks.agents]
-            bad = (writer < self.warps) & late
-            if bad.any():
-                what = "reads what st.shared or cp.async wrote with no fence.proxy.async between"
-                self._fail("proxy", what, words, bad, warp)
+            self._check_proxy(words, warp, "reads")
         self.flags[words] = flags | READ
         self.read_stamp[warp, words] = self.clock[warp, warp]
         if self.watches_lanes or self.split is not None:
             self._lanes(words, warp, threads, False)
+
+    def _check_proxy(self, words: np.ndarray, warp: np.ndarray, does: str) -> None:
+        """Check that what the generic proxy wrote is fenced, to the knowledge of ``warp``."""
+        writer = self.writer[words]
+        bad = (writer < self.warps) & (self.write_stamp[words] > self.clock[warp, writer + self.clocks.agents])
+        if bad.any():
+            what = f"{does} what st.shared or cp.async wrote with no fence.proxy.async between"
+            self._fail("proxy", what, words, bad, warp)
+
+    def write_async(self, words: np.ndarray, warp: np.ndarray) -> None:
+        """Check a write through the async proxy, before it happens."""
+        self.write(words, warp, None)
+        if self.check:
+            self._check_proxy(words, warp, "overwrites")
 
     def _check_read(self, words: np.ndarray, warp: np.ndarray, flags: np.ndarray, suspect: int) -> None:
         if suspect & LANDING:
@@ -185,6 +205,24 @@ class Shared:
             self.writer[words] = warp
             self.write_stamp[words] = self.clock[warp, warp]
             self.write_line[words] = self.line()
+            if self.has_atomics:
+                self.was_atomic[words] = False
+
+    def atomic(self, words: np.ndarray, warp: np.ndarray, threads: np.ndarray) -> None:
+        """Check an atomic operation, which may meet others: it is a read and a write."""
+        self.has_atomics = True
+        if not self.check:
+            return
+        flags = self.flags[words]
+        if (flags & (STREAMING | LANDING)).any():
+            self._check_under_way(words, warp, flags)
+        if (flags & UNWRITTEN).any():
+            self._fail("uninitialised", "reads shared memory that nothing wrote", words, (flags & UNWRITTEN) > 0, warp)
+        suspect = int(np.bitwise_or.reduce(flags, axis=None))
+        bad = self._unordered_write(words, warp, flags, suspect) & ~self.was_atomic[words]
+        reads = self._unordered_read(words, warp, flags, suspect)
+        if (bad | reads).any():
+            self._fail_write(words, warp, bad | reads, reads)
 
     # --- by bytes, of elements of 1 or 2 bytes at byte addresses ``at``
 
@@ -214,9 +252,7 @@ class Shared:
             self.byte_stamp = np.zeros(len(self.raw), np.int32)
             self.byte_read = np.zeros((self.warps, len(self.raw)), np.int32)
 
-    def _unordered_bytes(
-        self, words: np.ndarray, part: np.ndarray, warp: np.ndarray, flags: np.ndarray
-    ) -> np.ndarray:
+    def _unordered_bytes(self, words: np.ndarray, part: np.ndarray, warp: np.ndarray, flags: np.ndarray) -> np.ndarray:
         coarse = self.write_stamp[words] > self.clock[warp, self.writer[words]]
         coarse &= (flags & (RECENT | BY_COPY)) > 0
         fine = (self.byte_stamp[part] > self.clock[warp[..., None], self.byte_writer[part]]).any(-1)
@@ -345,8 +381,6 @@ class Shared:
             last = int(self.writer[word])
             by = f"warp {last}" if last < self.warps else f"a copy of mbarrier {last - self.warps}"
             text += f", last written by {by} (PTX line {int(self.write_line[word])})"
-            readers = [
-                w for w in range(self.warps) if w != who and self.read_stamp[w, word] > self.clock[who, w]
-            ]
+            readers = [w for w in range(self.warps) if w != who and self.read_stamp[w, word] > self.clock[who, w]]
             text += f", read since by warps {readers}" if readers and "read" in message else ""
         raise Hazard(kind, text)

@@ -10,6 +10,7 @@ import numpy as np
 from .global_memory import Global
 from .hazard import Hazard, UnknownInstruction
 from .in_flight import InFlight
+from .local_memory import Local
 from .numbers import FILES, TYPES, constant
 from .ptx import Addr, Imm, Instruction, Kernel, Operand, Reg, Sym
 from .shared_memory import Shared
@@ -52,7 +53,9 @@ class Cta:
         self.W = self.T // WARP
         self.tid = np.arange(self.T)
         self.warp, self.lane = self.tid // WARP, self.tid % WARP
-        self.files = {bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()}
+        self.files: dict[int, np.ndarray] = {
+            bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()
+        }
         self.shared = Shared(shared_bytes, self.W)
         self.shared.check = check
         self.shared.line = lambda: 0 if self.current is None else self.current.line
@@ -61,10 +64,14 @@ class Cta:
         self.param: dict[str, bytes] = {}
         self.current: Instruction | None = None
         self.stats = {"bank": 0, "bank_ideal": 0, "sectors": 0, "sectors_ideal": 0, "instructions": 0, "ctas": 0}
+        self.stats["float_atomics"] = 0  # sums whose bits depend on an order that a GPU leaves open
         self.count_stats = False
         self.most_steps = 10_000_000
         self.polled = ""  # what an instruction of the current block read again and found unchanged
         self.place_in_grid = (0, 0, 0)
+        self.number = 0  # of the CTA, from 1
+        self.local = Local(kernel.size("local"), self.T)
+        self.chance: np.random.Generator | None = None  # what is left open happens by it, where there is a seed
         self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
         self.before: list[set[int]] = kernel.predecessors()
         self.matrix_row, self.matrix_col = np.arange(WARP) >> 2, np.arange(WARP) & 3
@@ -80,9 +87,12 @@ class Cta:
         for bits, file in self.files.items():
             file[:] = 0xFFFFFFFF if bits == 32 else 0
         self.shared.reset()
+        self.local.reset()
         self.in_flight = InFlight(self.T, self.asynchrony, self.seed or 0)
         self.place_in_grid = cta
-        self.memory.cta = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
+        self.number = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
+        self.chance = None if self.seed is None else np.random.default_rng((self.seed, self.number))
+        self.memory.enter(self.number, self.shared.clocks, grid)
 
     @staticmethod
     def map_address(name: str) -> int:
@@ -130,11 +140,20 @@ class Cta:
             return self.lane.astype(np.uint32)
         if name == "%warpid":
             return self.warp.astype(np.uint32)
-        if "_param_" in name:
+        if any(name == param for param, _ in self.kernel.params):
             return np.array(self.map_address(name), np.uint64)
         if name == "global_smem":
             return np.array(Shared.BASE, np.uint32)
+        if name in self.kernel.variables:
+            return np.array(self._variable(name), np.uint32)
         return None
+
+    def _variable(self, name: str) -> int:
+        """Return the address of a named array of shared or local memory."""
+        variable = self.kernel.variables[name]
+        if variable.space == "global":
+            raise UnknownInstruction(f"{name}, a variable in global memory")
+        return variable.offset + (Shared.BASE if variable.space == "shared" else 0)
 
     def address(self, op: Operand, bits: int) -> Values:
         """Return a function of the addresses [T] that ``[register + offset]`` names."""
@@ -144,6 +163,8 @@ class Cta:
             base = self.row(op.base, "u64" if bits == 64 else "u32")
         elif op.base is None or op.base.name == "global_smem":
             base = np.full(self.T, Shared.BASE, np.uint32)
+        elif op.base.name in self.kernel.variables:
+            base = np.full(self.T, self._variable(op.base.name), np.uint32)
         else:
             raise UnknownInstruction(f"address of {op.base.name}")
         if not op.offset:
