@@ -106,7 +106,7 @@ class Shared:
     def read(
         self, words: np.ndarray, warp: np.ndarray, generic: bool = True, threads: np.ndarray | None = None
     ) -> None:
-        """Check and note a read of ``words`` by ``warp``, arrays that broadcast; not ``generic``: by the async proxy."""
+        """Check and note a read of ``words`` by ``warp``, which broadcast; not ``generic``: by the async proxy."""
         if not self.check:
             return
         flags = self.flags[words]
@@ -145,8 +145,8 @@ class Shared:
 
     def _unordered_write(self, words: np.ndarray, warp: np.ndarray, flags: np.ndarray, suspect: int) -> np.ndarray:
         """Return where the last write is not known to ``warp``."""
-        bad = (flags & (RECENT | BY_COPY)) > 0
-        bad &= self.write_stamp[words] > self.clock[warp, self.writer[words]]
+        late = self.write_stamp[words] > self.clock[warp, self.writer[words]]
+        bad = late & ((flags & (RECENT | BY_COPY)) > 0)
         if suspect & FINE:
             at = words[..., None] * 4 + np.arange(4)
             late = self.byte_stamp[at] > self.clock[np.asarray(warp)[..., None], self.byte_writer[at]]
