@@ -10,33 +10,39 @@ def written_parameters(kernel: Kernel) -> set[str] | None:
 
     The order of the instructions is not looked at: an address may come from all that ever flows into its register.
     """
-    sources: dict[str, set[str]] = {}
-    flows = [(ins.writes, ins.reads) for ins in kernel.instructions if ins.parts[0] not in ("ld", "atom")]
+    sources: dict[str, int] = {}  # register -> which parameters flow into it, as bits
+    names = [name for name, _ in kernel.params]
+    flows = []
     for ins in kernel.instructions:
-        if ins.parts[0] == "ld" and "param" in ins.parts and isinstance(ins.operands[1].base, Sym):
-            for name in ins.writes:
-                sources.setdefault(name, set()).add(ins.operands[1].base.name)
+        if ins.parts[0] == "ld":
+            base = ins.operands[1].base if "param" in ins.parts else None
+            if isinstance(base, Sym):
+                for name in ins.writes:
+                    sources[name] = sources.get(name, 0) | 1 << names.index(base.name)
+        elif ins.parts[0] != "atom" and ins.reads and ins.writes:
+            flows.append((ins.writes, ins.reads))
     changed = True
     while changed:
         changed = False
         for writes, reads in flows:
-            found = set().union(*(sources.get(name, ()) for name in reads))
+            found = 0
+            for name in reads:
+                found |= sources.get(name, 0)
             for name in writes if found else ():
-                known = sources.setdefault(name, set())
-                if not found <= known:
-                    known |= found
+                if found & ~sources.get(name, 0):
+                    sources[name] = sources.get(name, 0) | found
                     changed = True
-    written: set[str] = set()
+    written = 0
     for ins in kernel.instructions:
         if not _stores(ins):
             continue
         target = next((x for x in ins.operands if isinstance(x, Addr)), None)
-        base = target.base if target is not None else None
-        of = sources.get(base.name) if isinstance(base, Reg) else None
+        reg = target.base if target is not None else None
+        of = sources.get(reg.name, 0) if isinstance(reg, Reg) else 0
         if not of:
             return None
         written |= of
-    return written
+    return {name for n, name in enumerate(names) if written >> n & 1}
 
 
 def _stores(ins: Instruction) -> bool:

@@ -38,6 +38,8 @@ class Shared:
         self.clock = self.clocks.known
         self.line: Callable[[], int] = lambda: 0  # of the instruction that runs
         self.check = True
+        self.last_write = np.zeros(warps, np.int32)  # each warp's clock when it last wrote
+        self.all_fenced = False  # all knew at the last barrier that all was fenced, and nothing was written since
         self.flags = np.full(count, UNWRITTEN, np.uint8)
         self.valid = np.zeros(count * 4, bool)
         self.streams = np.zeros(count, np.int16)  # so many operations under way read it
@@ -80,6 +82,8 @@ class Shared:
         """Let all warps know everything."""
         self.clocks.barrier()
         self.flags &= 0xFF ^ (RECENT | READ)
+        fenced = self.clock[0, self.clocks.agents : self.clocks.agents + self.warps]
+        self.all_fenced = bool((fenced >= self.last_write).all())
 
     def index(self, addr: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         """Return byte addresses as int64, after the check that ``size`` bytes there exist and are aligned."""
@@ -113,7 +117,7 @@ class Shared:
         suspect = int(np.bitwise_or.reduce(flags, axis=None))
         if suspect & (UNWRITTEN | LANDING | RECENT | BY_COPY | FINE):
             self._check_read(words, warp, flags, suspect)
-        if not generic:
+        if not generic and not self.all_fenced:
             self._check_proxy(words, warp, "reads")
         self.flags[words] = flags | READ
         self.read_stamp[warp, words] = self.clock[warp, warp]
@@ -131,7 +135,7 @@ class Shared:
     def write_async(self, words: np.ndarray, warp: np.ndarray) -> None:
         """Check a write through the async proxy, before it happens."""
         self.write(words, warp, None)
-        if self.check:
+        if self.check and not self.all_fenced:
             self._check_proxy(words, warp, "overwrites")
 
     def _check_read(self, words: np.ndarray, warp: np.ndarray, flags: np.ndarray, suspect: int) -> None:
@@ -205,6 +209,7 @@ class Shared:
             self.writer[words] = warp
             self.write_stamp[words] = self.clock[warp, warp]
             self.write_line[words] = self.line()
+            self._note_writers(warp)
             if self.has_atomics:
                 self.was_atomic[words] = False
 
@@ -233,14 +238,16 @@ class Shared:
         self._see_bytes()
         words, part = at >> 2, at[..., None] + np.arange(size)
         flags = self.flags[words]
-        if (flags & LANDING).any():
+        suspect = int(np.bitwise_or.reduce(flags, axis=None))
+        if suspect & LANDING:
             self._fail("async", "reads what a copy under way writes", words, (flags & LANDING) > 0, warp)
-        bad = ~self.valid[part].all(-1)
-        if bad.any():
+        if suspect & UNWRITTEN and not self.valid[part].all():
+            bad = ~self.valid[part].all(-1)
             self._fail("uninitialised", "reads shared memory that nothing wrote", words, bad, warp)
-        bad = self._unordered_bytes(words, part, warp, flags)
-        if bad.any():
-            self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
+        if suspect & (RECENT | BY_COPY | FINE):
+            bad = self._unordered_bytes(words, part, warp, flags)
+            if bad.any():
+                self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
         self.flags[words] = flags | FINE_READ
         self.byte_read[warp[..., None], part] = self.clock[warp, warp][..., None]
         if self.watches_lanes or self.split is not None:
@@ -267,38 +274,52 @@ class Shared:
         self._see_bytes()
         words, part = at >> 2, at[..., None] + np.arange(size)
         flags = self.flags[words]
-        if (flags & (STREAMING | LANDING)).any():
+        suspect = int(np.bitwise_or.reduce(flags, axis=None))
+        if suspect & (STREAMING | LANDING):
             self._check_under_way(words, warp, flags)
         known = np.moveaxis(self.clock[warp], -1, 0)[: self.warps]
-        reads = (self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0)
-        late = (self.byte_read[:, part] > known[..., None]).any((0, -1)) & ((flags & FINE_READ) > 0)
-        reads |= late
-        old = (self.halves if size == 2 else self.raw)[at // size]
-        bad = (self._unordered_bytes(words, part, warp, flags) | reads) & (old != values)
-        if bad.any():
-            self._fail_write(words, warp, bad, reads)
-        if self.watches_lanes or self.split is not None:
-            self._lanes(words, warp, threads, True, old == values)
+        reads = np.zeros(words.shape, bool)
+        if suspect & READ:
+            reads |= (self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0)
+        if suspect & FINE_READ:
+            late = (self.byte_read[:, part] > known[..., None]).any((0, -1))
+            reads |= late & ((flags & FINE_READ) > 0)
+        bad = reads
+        if suspect & (RECENT | BY_COPY | FINE):
+            bad = bad | self._unordered_bytes(words, part, warp, flags)
+        if bad.any() or self.watches_lanes or self.split is not None:
+            same = (self.halves if size == 2 else self.raw)[at // size] == values
+            if (bad & ~same).any():
+                self._fail_write(words, warp, bad & ~same, reads)
+            if self.watches_lanes or self.split is not None:
+                self._lanes(words, warp, threads, True, same)
 
     def wrote_bytes(self, at: np.ndarray, size: int, warp: np.ndarray) -> None:
         """Note a write of elements smaller than a word that has happened."""
         if not self.check:
             return
         words, part = at >> 2, at[..., None] + np.arange(size)
-        coarse = words[(self.flags[words] & FINE) == 0]
-        whole = coarse[..., None] * 4 + np.arange(4)
-        self.byte_writer[whole] = self.writer[coarse][..., None]
-        # Where nothing was written since all knew of it, the time before time.
-        seen = (self.flags[coarse] & (RECENT | BY_COPY)) == 0
-        self.byte_stamp[whole] = np.where(seen, 0, self.write_stamp[coarse])[..., None]
+        flags, now = self.flags[words], self.clock[warp, warp]
+        if not (flags & FINE).all():
+            coarse = words[(flags & FINE) == 0]
+            whole = coarse[..., None] * 4 + np.arange(4)
+            self.byte_writer[whole] = self.writer[coarse][..., None]
+            # Where nothing was written since all knew of it, the time before time.
+            seen = (self.flags[coarse] & (RECENT | BY_COPY)) == 0
+            self.byte_stamp[whole] = np.where(seen, 0, self.write_stamp[coarse])[..., None]
         self.valid[part] = True
         self.byte_writer[part] = warp[..., None]
-        self.byte_stamp[part] = self.clock[warp, warp][..., None]
-        unwritten = np.where(self.valid.view(np.uint32)[words] == 0x01010101, 0, UNWRITTEN)
-        self.flags[words] = (self.flags[words] & FINE_READ) | RECENT | FINE | unwritten
+        self.byte_stamp[part] = now[..., None]
+        unwritten = (self.valid.view(np.uint32)[words] != 0x01010101).view(np.uint8)
+        self.flags[words] = (flags & FINE_READ) | (RECENT | FINE) | unwritten
         self.writer[words] = warp
-        self.write_stamp[words] = self.clock[warp, warp]
+        self.write_stamp[words] = now
         self.write_line[words] = self.line()
+        self._note_writers(warp)
+
+    def _note_writers(self, warp: np.ndarray) -> None:
+        self.all_fenced = False
+        self.last_write[warp] = self.clock[warp, warp]
 
     # --- what is asynchronous
 
@@ -327,9 +348,11 @@ class Shared:
 
     def end_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
         """Note that it has read them, to the knowledge of ``warps``, which broadcast with words."""
-        self.streams[words] -= 1
-        still = np.where(self.streams[words] > 0, STREAMING, 0).astype(np.uint8)
-        self.flags[words] = (self.flags[words] & (0xFF ^ STREAMING)) | still
+        left = self.streams[words] - 1
+        self.streams[words] = left
+        self.flags[words] &= 0xFF ^ STREAMING
+        if left.any():
+            self.flags[words[left > 0]] |= STREAMING
         if self.check:
             self.flags[words] |= READ
             self.read_stamp[warps, words] = self.clock[warps, warps]
