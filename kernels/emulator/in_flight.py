@@ -63,4 +63,6 @@ class InFlight:
         for bar in self.mbarriers.values():
             if bar.bytes:
                 return f"the kernel ends while the {bar} expects {bar.bytes} bytes more"
+            if bar.landed > bar.seen:
+                return f"the kernel ends with a copy to the {bar} that nobody waited for"
         return None

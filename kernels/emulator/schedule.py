@@ -229,6 +229,10 @@ def execute(cta: Machine, threads: Threads) -> Iterator[bool]:
             if chosen is not None:
                 at, mask = chosen
                 break
+            if threads.ended():
+                cta.stats["instructions"] += steps
+                _check_end(cta)
+                return
             if land_next(cta, [wait.bar for wait in threads.waits if wait.bar is not None]):
                 continue
             if threads.give_up():
@@ -236,10 +240,6 @@ def execute(cta: Machine, threads: Threads) -> Iterator[bool]:
             if threads.spins():
                 yield True
                 continue
-            if threads.ended():
-                cta.stats["instructions"] += steps
-                _check_end(cta)
-                return
             kind = "convergence" if (threads.state == RUNS).any() else "deadlock"
             raise Hazard(kind, f"threads wait for ever, {threads.describe()}")
 

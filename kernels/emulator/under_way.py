@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -14,10 +16,22 @@ class Access(Protocol):
     """A copy under way."""
 
     ins: Instruction
-    addresses: np.ndarray  # of its pieces in global memory
-    piece: int  # bytes of each
-    writes: bool  # into global memory
-    reduces: bool  # by atomic operations, which may meet
+
+    @property
+    def addresses(self) -> np.ndarray:
+        """Return the addresses of its pieces in global memory."""
+
+    @property
+    def piece(self) -> int:
+        """Return the bytes of each."""
+
+    @property
+    def writes(self) -> bool:
+        """Return whether it writes into global memory."""
+
+    @property
+    def reduces(self) -> bool:
+        """Return whether it does so by atomic operations, which may meet."""
 
 
 class UnderWay:
@@ -46,6 +60,14 @@ class UnderWay:
 
     def _look(self) -> None:
         self.any, self.any_writes = bool(self._all), any(x.writes for x in self._all.values())
+
+    @contextlib.contextmanager
+    def reduction(self, addresses: np.ndarray, size: int) -> Iterator[None]:
+        """Within the block accesses go unchecked; they are those of a reduction at addresses, checked as a whole."""
+        self.check(addresses, size, True, True)
+        saved, self.any, self.any_writes = (self.any, self.any_writes), False, False
+        yield
+        self.any, self.any_writes = saved
 
     def check(self, addresses: np.ndarray, size: int, writes: bool, reduces: bool = False) -> None:
         """Check that no copy under way writes ``size`` bytes at addresses, nor, if these are written, reads them."""

@@ -25,14 +25,16 @@ Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
 OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
 FORMS: list[str] = []
 _FAMILIES = (
-    "arithmetic",
     "atomics",
     "bulk",
     "conversions",
     "copies",
+    "floats",
+    "integers",
     "matrix",
     "mbarrier",
     "memory",
+    "moves",
     "sync",
     "warp",
     "wgmma",
@@ -73,7 +75,9 @@ def opcode(*forms: str) -> Callable[[Compile], Compile]:
 
     def register(function: Compile) -> Compile:
         for form in forms:
-            OPCODES.setdefault(form.split()[0], []).append((pattern(form), function))
+            known = OPCODES.setdefault(form.split()[0], [])
+            # Forms that take any modifier come last.
+            known.insert(len(known) if form.endswith("...") else 0, (pattern(form), function))
             FORMS.append(form)
         return function
 

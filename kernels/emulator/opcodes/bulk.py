@@ -40,7 +40,7 @@ class Load(Transfer):
         """Put the data in place, and tell the mbarrier."""
         cta.memory.under_way.end(self)
         cta.shared.end_copy(self.words)
-        cta.shared.landed(self.words, self.values, self.bar.agent, self.bar.stamp())
+        cta.shared.landed(self.words, self.values, self.bar.agent, self.bar.land())
         self.bar.open = np.maximum(self.bar.open, self.known)
         expect(self.bar, -self.values.nbytes)
         complete(cta, self.bar)
@@ -116,7 +116,10 @@ class Store:
             return
         operation, element = self.operation, self.element
         width, count = values.itemsize, values.shape[1]
-        cta.memory.update(self.addresses, width, count, threads, lambda old: combine(operation, element, old, values))
+        with cta.memory.under_way.reduction(self.addresses, self.piece):
+            cta.memory.update(
+                self.addresses, width, count, threads, lambda old: combine(operation, element, old, values)
+            )
 
     def done(self, cta: Cta) -> None:
         """Let its thread know that it is done."""
@@ -167,9 +170,9 @@ def _threads(cta: Cta, mask: Mask) -> Iterator[int]:
 
 def _box(cta: Cta, rank: int, tensor: Operand, thread: int) -> tuple[TensorMap, list[int]]:
     """Return the tensor map and the origin that ``[map, {coordinates}]`` names."""
-    if not isinstance(tensor, Vec) or not isinstance(tensor.items[1], Vec):
+    base, coordinates = tensor.items if isinstance(tensor, Vec) else (tensor, None)
+    if not isinstance(coordinates, Vec):
         raise UnknownInstruction(f"operand {tensor}: expected a tensor map and coordinates")
-    base, coordinates = tensor.items
     address = cta.address(base, 64)() if isinstance(base, Addr) else cta.src(base, "u64")
     box = tensor_map_at(cta, int(np.broadcast_to(address, cta.T)[thread]))
     origin = [_value(cta, x, thread) for x in coordinates.items]
@@ -182,7 +185,7 @@ def _tensor_place(cta: Cta, rank: int, tensor: Operand, start: int, thread: int)
     box, origin = _box(cta, rank, tensor, thread)
     if start % 128:
         raise Hazard("alignment", f"a box of a tensor at shared byte {start - Shared.BASE}, no multiple of 128")
-    _check_within(cta, start, box.bytes)
+    _check_within(cta, start, box.nbytes)
     piece, row, column, addresses = box.pieces(origin)
     numbers = row * (box.box[0] * box.size // piece) + column
     return Place(box.words(start), piece, numbers, addresses, box.fill(), box.element)

@@ -210,7 +210,7 @@ class Arrival(Transfer):
             take = np.isin(copy.threads, self.threads) & (copy.order <= self.newest)
             done, rest = _separate(cta, copy, take)
             if done is not None:
-                done.land_at(cta, self.bar.agent, self.bar.stamp())
+                done.land_at(cta, self.bar.agent, self.bar.land())
             if rest is not None:
                 left.append(rest)
         flight.copies = left

@@ -40,6 +40,7 @@ class MBarrier:
         self.left = count  # of them, in the current phase
         self.bytes = 0  # expected and not yet there; negative where a copy is ahead of what expects it
         self.phase = 0
+        self.landed, self.seen = 0, 0  # phases in which copies completed, and which somebody waited for
         self.open, self.known = clocks.nothing(), clocks.nothing()  # what those who arrive know, in this phase; before
         # When it was made, when made known to the async proxy by fence.mbarrier_init, and when each warp last used it.
         self.made = (warp, int(clocks.known[warp, warp]))
@@ -49,9 +50,10 @@ class MBarrier:
     def __str__(self) -> str:
         return f"mbarrier at shared byte {self.address - Shared.BASE}"
 
-    def stamp(self) -> int:
-        """Return the time of a copy that completes now; phases of earlier mbarriers at this address count."""
-        return self.earlier + self.phase + 1
+    def land(self) -> int:
+        """Note that a copy completes now; return the time at which it does."""
+        self.landed = self.phase + 1
+        return self.earlier + self.phase + 1  # phases of earlier mbarriers at this address count
 
     def use(self, cta: Cta, warps: np.ndarray, proxy: str = "generic") -> None:
         """Check that warps know of the initialisation, and note that they use the mbarrier."""
@@ -180,9 +182,10 @@ def wakes(cta: Cta, key: int, warps: np.ndarray) -> bool:
     bar = waited_for(cta, key)
     if bar.phase & 1 == key & 1:
         return False
+    bar.use(cta, warps)
+    bar.seen = bar.phase
     if key & 2:
         cta.shared.acquire(warps, bar.known)
-        bar.use(cta, warps)
     return True
 
 

@@ -139,7 +139,7 @@ def _form(ins: Instruction, p: list[str], o: tuple[Any, ...]) -> tuple[Form, tup
 def compile_wgmma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     form, (a_major, b_major) = _form(ins, p, o)
     size = WIDTHS[p[-1]] // 8
-    view: np.ndarray = {1: cta.shared.raw, 2: cta.shared.halves, 4: cta.shared.words}[size]
+    view = cta.shared.raw.view(f"u{size}")
     a_index = registers(o[1]) if isinstance(o[1], Vec) else None
     a_descriptor = None if a_index is not None else cta.row(o[1], "u64")
     b_descriptor = cta.row(o[2], "u64")
