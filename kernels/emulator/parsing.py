@@ -281,6 +281,6 @@ def _blocks(
 
 def _is_end(ins: Instruction) -> bool:
     kind, *rest = ins.parts
-    if kind in ("bra", "brx", "ret", "exit") or (kind == "mbarrier" and rest[0] == "try_wait"):
+    if kind in ("bra", "brx", "ret", "exit") or (kind == "mbarrier" and rest[0] in ("try_wait", "test_wait")):
         return True
     return kind in ("bar", "barrier") and "warp" not in rest

@@ -24,7 +24,20 @@ Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
 
 OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
 FORMS: list[str] = []
-_FAMILIES = ("arithmetic", "bulk", "conversions", "copies", "matrix", "memory", "sync", "warp", "wgmma")
+_FAMILIES = (
+    "bulk",
+    "conversions",
+    "copies",
+    "floats",
+    "integers",
+    "matrix",
+    "mbarrier",
+    "memory",
+    "moves",
+    "sync",
+    "warp",
+    "wgmma",
+)
 # The scheduler does what these say: they end a block.
 _ENDS = (
     "bra uni?",
@@ -37,8 +50,7 @@ _ENDS = (
     "barrier cta? sync|arrive aligned?",
     "barrier cta? red popc aligned? u32",
     "barrier cta? red and|or aligned? pred",
-    "mbarrier try_wait parity shared::cta|shared b64",
-    "mbarrier try_wait parity ...",
+    r"mbarrier test_wait|try_wait parity? ((acquire|relaxed)\.(cta|cluster))? shared::cta|shared b64",
 )
 
 
@@ -62,7 +74,9 @@ def opcode(*forms: str) -> Callable[[Compile], Compile]:
 
     def register(function: Compile) -> Compile:
         for form in forms:
-            OPCODES.setdefault(form.split()[0], []).append((pattern(form), function))
+            known = OPCODES.setdefault(form.split()[0], [])
+            # Forms that take any modifier come last.
+            known.insert(len(known) if form.endswith("...") else 0, (pattern(form), function))
             FORMS.append(form)
         return function
 
