@@ -23,35 +23,35 @@ from .ptx import Kernel
 from .tensor_maps import ELEMENTS, SWIZZLES, TensorMap
 
 Grid = tuple[int, int, int]
-Parameter = tuple[str, Any, str]  # its type, its value, the name of its argument
+Parameter = tuple[str, Any]  # its type and its value; of a tensor map the tensor and the map
 _SIZES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def flatten(signature: Any, value: Any, name: str, maps: Iterator[dict[str, Any] | None]) -> list[Parameter]:
+def flatten(signature: Any, value: Any, maps: Iterator[dict[str, Any] | None]) -> list[Parameter]:
     """Return the parameters that one argument becomes: tuples laid flat, constexprs left out.
 
     Args:
         maps: what Triton says of each tensor descriptor, in order; None for one that is no tensor map.
     """
     if isinstance(signature, tuple):
-        return [x for s, v in zip(signature, value, strict=True) for x in flatten(s, v, name, maps)]
+        return [x for s, v in zip(signature, value, strict=True) for x in flatten(s, v, maps)]
     if signature.startswith("tensordesc"):
-        return _descriptor(value, name, next(maps))
-    return [] if signature == "constexpr" else [(signature, value, name)]
+        return _descriptor(value, next(maps))
+    return [] if signature == "constexpr" else [(signature, value)]
 
 
-def _descriptor(value: Any, name: str, about: dict[str, Any] | None) -> list[Parameter]:
+def _descriptor(value: Any, about: dict[str, Any] | None) -> list[Parameter]:
     """Return the parameters of a host's tensor descriptor: a tensor map, or what replaces it; then its sizes again."""
-    sizes = [*(("i32", x, name) for x in value.shape), *(("i64", x, name) for x in value.strides)]
+    sizes = [*(("i32", x) for x in value.shape), *(("i64", x) for x in value.strides)]
     if about is not None:
-        return [("map", _tensor_map(value, about), name), *sizes]
+        return [("map", (value.base, _tensor_map(value, about))), *sizes]
     flags = [value.padding == "nan"]
     # triton 3.6 knows of one flag.
     if hasattr(value, "round_f32_to_tf32"):
         flags.append(bool(value.round_f32_to_tf32))
-    first = [("*", value.base, name), *(("i64", x, name) for x in (*value.shape, *value.strides))]
-    return [*first, *(("i1", x, name) for x in flags), *sizes]
+    first = [("*", value.base), *(("i64", x) for x in (*value.shape, *value.strides))]
+    return [*first, *(("i1", x) for x in flags), *sizes]
 
 
 def _tensor_map(value: Any, about: dict[str, Any]) -> TensorMap:
@@ -76,7 +76,7 @@ def _tensor_map(value: Any, about: dict[str, Any]) -> TensorMap:
 def as_bytes(kind: str, value: Any) -> bytes:
     """Return a parameter of Triton's type ``kind`` as it lies in parameter memory."""
     if kind == "map":
-        return bytes(value.pack())
+        return bytes(value[1].pack())
     if kind.startswith("*"):
         return struct.pack("<Q", 0 if value is None else value.data_ptr() if hasattr(value, "data_ptr") else value)
     if kind in _SIZES:
@@ -89,13 +89,6 @@ def as_bytes(kind: str, value: Any) -> bytes:
 def _bytes_of(kind: str) -> int:
     """Return the size of a parameter of PTX's type ``u64`` or ``b8[128]``."""
     return int(kind[3:-1]) if kind.endswith("]") else int(kind[1:]) // 8
-
-
-def extent(t: torch.Tensor) -> int:
-    """Return the bytes from a tensor's first element to its last."""
-    if t.numel() == 0:
-        return 0
-    return (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.itemsize
 
 
 class Bound:
@@ -121,20 +114,19 @@ class Bound:
     def _bind(self, compiled: Compiled, grid: Grid, args: tuple[Any, ...]) -> None:
         self.compiled, self.name, self.grid = compiled, compiled.name, grid
         self.memory = Global()
-        self.values: list[tuple[str, Any]] = []
+        self.values: list[Parameter] = []
         self.tensors: dict[str, torch.Tensor] = {}
         maps = iter(compiled.maps or itertools.repeat(None))
         for (name, sig), value in zip(compiled.signature.items(), args, strict=True):
-            for kind, v, _ in flatten(sig, value, name, maps):
+            for kind, v in flatten(sig, value, maps):
                 self.values.append((kind, v))
-                if isinstance(v, torch.Tensor):
-                    self._add(name, v)
-            if isinstance(sig, str) and sig.startswith("tensordesc"):
-                self._add(name, value.base)
+                tensor = v[0] if kind == "map" else v
+                if isinstance(tensor, torch.Tensor):
+                    self._add(name, tensor)
         # Two pointers follow the signature's: global scratch and the profiler's.
         self.scratch = torch.full((self._scratch_bytes(),), 0xFF, dtype=torch.uint8)
         if self.scratch.numel():
-            self._add("global scratch", self.scratch)
+            self.memory.add_tensor(self.scratch, "global scratch", defined=False)
         self.values += [("*", self.scratch if self.scratch.numel() else None), ("*", None)]
 
     def _scratch_bytes(self) -> int:
@@ -148,7 +140,7 @@ class Bound:
                 "move the tensors to the CPU, or leave the block"
             )
         if tensor.numel():
-            self.memory.add(tensor.data_ptr(), extent(tensor), name)
+            self.memory.add_tensor(tensor, name)
             self.tensors[name] = tensor
 
     def machine(self, text: str | None = None, **options: Any) -> Machine:
