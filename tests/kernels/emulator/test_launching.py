@@ -1,4 +1,4 @@
-"""Layer: emulator. Everything that a launch may pass reaches a kernel as it would on a GPU, and errors name arguments."""
+"""Layer: emulator. All that a launch may pass reaches a kernel as it would on a GPU; errors name arguments."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def descriptor_kernel(x, p_after, out, column, COLUMNS: tl.constexpr):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_tensor_descriptors_of_the_host(target: str, dtype: torch.dtype) -> None:
-    """Where they are tensor maps the hazards are not looked for: Triton leaves a fence out (the test after this one)."""
+    """Where they are tensor maps no hazards are looked for: Triton leaves a fence out (the test after this)."""
     x, out = torch.randn(20, 64).to(dtype), torch.full((20, 32), 9.0, dtype=dtype)
     descriptors = [TensorDescriptor.from_tensor(t, [8, 32]) for t in (x, out)]
     after = torch.tensor(3.0, dtype=dtype)
