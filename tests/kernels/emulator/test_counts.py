@@ -17,7 +17,8 @@ OPCODES = {
     "wgmma.wait_group.sync.aligned cp.async.commit_group cp.async.wait_group cp.async.bulk.commit_group membar.gl",
     "copy": "cp.async.cg.shared.global cp.async.bulk.tensor.2d.global.shared::cta.bulk_group",
     "shared": "ld.shared.v4.b32 st.shared.b16 ldmatrix.sync.aligned.m8n8.x4.shared.b16 atom.shared.add.f32",
-    "global": "ld.global.L1::evict_last.v4.b32 st.global.b32 red.global.add.f32 atom.global.gpu.acq_rel.add.u32 ld.local.b32",
+    "global": "ld.global.L1::evict_last.v4.b32 st.global.b32 red.global.add.f32 "
+    "atom.global.gpu.acq_rel.add.u32 ld.local.b32",
     "warp": "shfl.sync.bfly.b32 redux.sync.max.s32 elect.sync vote.sync.any.pred",
     "special": "ex2.approx.ftz.f32 div.full.f32 rcp.approx.ftz.f32 sqrt.rn.f64",
     "float": "add.f32 fma.rn.f32 mul.rn.bf16x2 sub.f64 neg.f32 fma.rn.f32x2",
