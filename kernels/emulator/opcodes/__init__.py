@@ -35,6 +35,7 @@ _FAMILIES = (
     "mbarrier",
     "memory",
     "moves",
+    "register_pool",
     "sync",
     "warp",
     "wgmma",
