@@ -99,7 +99,7 @@ def run(
     space = Global()
     for n, x in enumerate([*arguments, *memory]):
         if isinstance(x, np.ndarray):
-            space.add(x.ctypes.data, x.nbytes, f"array {n}")
+            space.add(x.ctypes.data, x.nbytes, f"array {n}", x.itemsize)
         elif isinstance(x, torch.Tensor):
             space.add_tensor(x, f"tensor {n}", defined=n not in undefined)
     kinds = "".join("m" if isinstance(x, TensorMap) else "p" for x in arguments)

@@ -120,7 +120,9 @@ def test_a_fault_is_found_in_any_order(name, change, kind, says, seed):
 
 
 def test_an_error_names_everything():
-    error = hazard(changed(GLOBAL, ("%r3, [%d1];\nbar.sync 0;\n", "%r3, [%d1];\n")), np.zeros(64, np.uint32), threads=64)
+    error = hazard(
+        changed(GLOBAL, ("%r3, [%d1];\nbar.sync 0;\n", "%r3, [%d1];\n")), np.zeros(64, np.uint32), threads=64
+    )
     text = str(error)
     # The store of the last line, after the warp's own read of the other's word.
     assert "st.global.b32 [%d0], %r3" in text and "PTX line" in text and "CTA (0, 0, 0)" in text
@@ -128,7 +130,9 @@ def test_an_error_names_everything():
 
 
 def test_equal_values_may_be_written_twice_and_different_ones_not():
-    same = "mov.b32 %r0, global_smem;\nmov.b32 %r1, 7;\nst.shared.b32 [%r0], %r1;\nbar.sync 0;\nld.shared.b32 %r1, [%r0];"
+    same = (
+        "mov.b32 %r0, global_smem;\nmov.b32 %r1, 7;\nst.shared.b32 [%r0], %r1;\nbar.sync 0;\nld.shared.b32 %r1, [%r0];"
+    )
     run(same, threads=64, shared=16)
     assert hazard(same.replace("mov.b32 %r1, 7", "shr.u32 %r1, %tid, 5"), threads=64, shared=16).kind == "race"
 
@@ -165,7 +169,9 @@ def test_a_view_owns_its_elements_and_no_gaps():
 
 def test_what_is_undefined_must_be_written_first():
     out = torch.empty(64)
-    written = "mul.wide.u32 %d0, %tid, 4;\nadd.s64 %d0, %d0, %a0;\nst.global.b32 [%d0], %tid;\nld.global.b32 %r0, [%d0];"
+    written = (
+        "mul.wide.u32 %d0, %tid, 4;\nadd.s64 %d0, %d0, %a0;\nst.global.b32 [%d0], %tid;\nld.global.b32 %r0, [%d0];"
+    )
     run(written, out, threads=64, undefined=(0,))
     error = hazard(written.replace("%r0, [%d0]", "%r0, [%a0]"), out[:1], threads=1 * 32, undefined=(0,))
     assert error.kind in ("address", "race")
@@ -196,7 +202,13 @@ def test_a_fence_vouches_for_what_its_warp_knows(seed):
     run(BULK, out, threads=64, shared=256, seed=seed)
     assert (out == np.arange(64)).all()
     # by the reader after the barrier: it knows of all writes
-    run(changed(BULK, (FENCE, ""), ("@%p0 bra END;\n", "@%p0 bra END;\n" + FENCE)), out, threads=64, shared=256, seed=seed)
+    run(
+        changed(BULK, (FENCE, ""), ("@%p0 bra END;\n", "@%p0 bra END;\n" + FENCE)),
+        out,
+        threads=64,
+        shared=256,
+        seed=seed,
+    )
     assert hazard(changed(BULK, (FENCE, "")), out, threads=64, shared=256, seed=seed).kind == "proxy"
     # by one warp alone, before the barrier: it vouches for its own writes, not for the other warp's
     alone = changed(BULK, (FENCE, "setp.ge.u32 %p1, %tid, 32;\n@!%p1 " + FENCE))

@@ -142,10 +142,12 @@ END:
     out = np.zeros(8, np.uint32)
     run(program, out, shared=32, seed=seed)
     assert (out == np.arange(8) ^ 5).all()
-    error = hazard(changed(program, ("sync 255", "sync 511")), out, shared=32, seed=seed)
+    run(changed(program, ("sync 255", "sync 511")), out, shared=32, seed=seed)  # lane 8 has ended
+    waits = changed(program, ("sync 255", "sync 511"), ("END:\n", "END:\nbarrier.sync 1, 32;\n"))
+    error = hazard(waits, out, shared=32, seed=seed)
     assert error.kind == "convergence" and "mask" in str(error)
     error = hazard(changed(program, ("sync 255", "sync 127")), out, shared=32, seed=seed)
-    assert error.kind == "convergence" and "not in its own mask" in str(error)
+    assert "lacks the lane itself" in str(error) or error.kind == "uninitialised"  # the others may be first
     assert hazard(changed(program, ("bar.warp.sync 255;\n", "")), out, shared=32, seed=seed).kind in (
         "race",
         "uninitialised",
