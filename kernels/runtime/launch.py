@@ -188,7 +188,7 @@ def executor_of(device: torch.device) -> Executor | None:
 
 def has_compiled_kernels(device: torch.device) -> bool:
     """Return whether Triton's compiled code runs on tensors of ``device``: a GPU's, or an executor's."""
-    return device.type == "cuda" or (device.type == "cpu" and _executor.get() is not None)
+    return device.type == "cuda" or (device.type == "cpu" and _executor_name.get() is not None)
 
 
 @contextlib.contextmanager
