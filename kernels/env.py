@@ -8,8 +8,8 @@ FUSEMESH_CPU_ISA       instruction set that the CPU engine uses: avx512-bf16, av
 FUSEMESH_PROOF         off: compiled kernels are trusted; on (unset): each is compared with the reference before its
                        first result is used, and verdicts are kept; always: kept verdicts are not read.
 FUSEMESH_CHECK         1: also check the contents of device tensors (costs a synchronisation).
-FUSEMESH_CACHE         folder for what is kept between processes: verdicts on compiled kernels. Unset:
-                       XDG_CACHE_HOME/fusemesh, else ~/.cache/fusemesh.
+FUSEMESH_CACHE         folder for what is kept between processes: verdicts on compiled kernels, measured preferences.
+                       Unset: XDG_CACHE_HOME/fusemesh, else ~/.cache/fusemesh.
 FUSEMESH_LOG           log level of the ``fusemesh`` logger: debug, info, warning, error. Default warning.
 =====================  ==========================================================================================
 
