@@ -72,9 +72,7 @@ def log_sum_exp(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
     parts = []
     for first in range(0, Sq, rows):
         own = slice(first, first + rows)
-        mask, bias = (
-            x if x is None or x.shape[2] == 1 else x[:, :, own] for x in (call.mask, call.bias)
-        )
+        mask, bias = (x if x is None or x.shape[2] == 1 else x[:, :, own] for x in (call.mask, call.bias))
         spec = call.spec
         here = call.replace(mask=mask, bias=bias, spec=dataclasses.replace(spec, origin_q=spec.origin_q + first))
         parts.append(reference.forward(q[:, :, own], k, v, here)[1])

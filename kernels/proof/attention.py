@@ -56,8 +56,8 @@ class Real:
 
     @property
     def has_user_mods(self) -> bool:
-        """Return whether a score mod may read tables of the caller, which have an end."""
-        return any(not isinstance(score_mods.get(name).forward, str) for name in self.call.spec.mods)
+        """:func:`has_user_mods` of the call."""
+        return has_user_mods(self.call)
 
     def compute(self) -> Any:
         """Return what the op returns, computed by Triton's kernels."""
@@ -216,7 +216,8 @@ def _small_call(real: Real, lengths: Lengths, maker: small.Maker) -> Call:
         if mask.shape[3] > 1:
             # A tile that hides all of its keys, from the first block of queries or from all.
             mask[:, :, : lengths.block_m, lengths.block_n : 2 * lengths.block_n] = False
-    spec, aux = _small_mods(real, lengths, maker)
+    spec, aux = small_mods(call, sizes[:2], maker)
+    spec = _small_spec(real, spec, lengths)
     origin = call.origin
     if origin is not None and not real.has_user_mods:
         spec = dataclasses.replace(spec, origin_q=0, origin_k=0, origin_head=0, origin_batch=0)
@@ -246,34 +247,41 @@ def _small_call(real: Real, lengths: Lengths, maker: small.Maker) -> Call:
     )
 
 
-def _small_mods(real: Real, lengths: Lengths, maker: small.Maker) -> tuple[AttentionSpec, tuple[torch.Tensor, ...]]:
-    """Return the numbers of the call for the small sizes, and the tensors of its score mods.
+def has_user_mods(call: Call) -> bool:
+    """Return whether a score mod may read tables of the caller, which have an end."""
+    return any(not isinstance(score_mods.get(name).forward, str) for name in call.spec.mods)
 
-    A user's mods get their own tensors, and positions that the call itself has.
-    """
-    spec = real.call.spec
+
+def small_mods(
+    call: Call, sizes: tuple[int, int], maker: small.Maker
+) -> tuple[AttentionSpec, tuple[torch.Tensor, ...]]:
+    """Return the numbers of the call for small sizes (B and H), and the tensors of its score mods; a user's as are."""
     aux: list[torch.Tensor] = []
     params: list[float] = []
-    for mod, tensors, numbers in score_mods.split(spec.mods, real.call.aux, spec.params):
+    for mod, tensors, numbers in score_mods.split(call.spec.mods, call.aux, call.spec.params):
         if mod is score_mods.ALIBI:
-            slopes = maker.normal(tensors[0], (len(lengths.q), lengths.H), 0.1)
-            aux.append(slopes)
-            params.append(float(lengths.H))
+            aux.append(maker.normal(tensors[0], sizes, 0.1))
+            params.append(float(sizes[1]))
         else:
             aux += [maker.copied(x) for x in tensors]
             params += numbers
-    if not real.has_user_mods:
-        at_end = lengths.most[1] - lengths.most[0] if lengths.aligned_at_end and real.packed is None else 0
-        spec = dataclasses.replace(
-            spec,
-            window_left=None if spec.window_left is None else min(spec.window_left, lengths.block_n // 2 + 3),
-            window_right=None if spec.window_right is None else min(spec.window_right, 7),
-            origin_q=at_end,
-            origin_k=0,
-            origin_head=1,
-            origin_batch=2,
-        )
-    return dataclasses.replace(spec, params=tuple(params)), tuple(aux)
+    return dataclasses.replace(call.spec, params=tuple(params)), tuple(aux)
+
+
+def _small_spec(real: Real, spec: AttentionSpec, lengths: Lengths) -> AttentionSpec:
+    """Return windows that end within the small lengths, and positions; a user's mods keep those of the call."""
+    if real.has_user_mods:
+        return spec
+    at_end = lengths.most[1] - lengths.most[0] if lengths.aligned_at_end and real.packed is None else 0
+    return dataclasses.replace(
+        spec,
+        window_left=None if spec.window_left is None else min(spec.window_left, lengths.block_n // 2 + 3),
+        window_right=None if spec.window_right is None else min(spec.window_right, 7),
+        origin_q=at_end,
+        origin_k=0,
+        origin_head=1,
+        origin_batch=2,
+    )
 
 
 def _expected(

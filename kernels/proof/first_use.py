@@ -1,4 +1,4 @@
-"""A compiled kernel is proven before its first result is handed out: what is known of a device's kernels, and the proof.
+"""A compiled kernel is proven before its first result is handed out.
 
 Calls are told apart by a cheap key (classes of sizes, strides and alignments). For a key seen for the first time every
 launch is compiled and not run. Compiled kernels that no verdict exists on run in trials: small calls of the same
@@ -182,7 +182,9 @@ def settle(device: Device, call: Call, real: dict[str, Any] | None = None) -> Re
             with launch.Observed(prepares_only=True) as prepared:
                 call.compute()
         except Exception as error:
-            return _cannot(device, call, f"{type(error).__name__} while they were compiled: {_first_line(error)}", error)
+            return _cannot(
+                device, call, f"{type(error).__name__} while they were compiled: {_first_line(error)}", error
+            )
         real = prepared.kernels
     compiled = time.perf_counter() - start
     kept = store.default()
