@@ -75,7 +75,7 @@ def _forward(
     save_slope_up: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    flags = {
+    flags: dict[str, Any] = {
         "save_slope": save_slope,
         "save_slope_up": save_slope_up,
         "slope_dtype": slope_dtype(x.dtype, activation, w_up is not None),
@@ -125,7 +125,7 @@ def _backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     tensors = (dy, x, w, w_up, slope, slope_up)
-    flags = {"x_grad": x_grad, "w_grad": w_grad, "bias_grad": bias_grad, "w_up_grad": w_up_grad}
+    flags: dict[str, Any] = {"x_grad": x_grad, "w_grad": w_grad, "bias_grad": bias_grad, "w_up_grad": w_up_grad}
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
     if backend in ("triton", AUTO):
         from ..proof import calls

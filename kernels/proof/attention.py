@@ -308,12 +308,13 @@ def _expected(
     for one in varlen.sequences(q, k, call):
         if one.rows.stop == one.rows.start or one.keys.stop == one.keys.start:
             continue
-        tensors: list[Any] = [
+        own: list[Any] = [
             None if x is None else x[rows].transpose(0, 1).unsqueeze(0)
             for x, rows in ((q, one.rows), (k, one.keys), (v, one.keys), (do, one.rows))
         ]
+        q_b, k_b, v_b, do_b = own
         own_dlse = None if dlse is None else dlse[:, one.rows].unsqueeze(0)
-        want = expectations.expected(*tensors[:3], one.call, do=tensors[3], dlse=own_dlse, bias_grad=bias_grad)
+        want = expectations.expected(q_b, k_b, v_b, one.call, do=do_b, dlse=own_dlse, bias_grad=bias_grad)
         for of_name in packed.values():
             of_name.add(want, one)
     return {name: x.wanted() for name, x in packed.items()}

@@ -147,6 +147,9 @@ def linear_backward(tensors: tuple[Any, ...], flags: dict[str, bool], by_name: b
     Args:
         tensors: dy, x, w, w_up, slope, slope_up.
     """
-    dy = tensors[0]
+    dy, x, w, w_up, slope, slope_up = tensors
     arguments = (*tensors, *flags.values(), str(tuple(dy.shape)))
-    return first_use.run(_Linear("linear_backward", arguments, dy.device, linear.Backward(*tensors, flags)), by_name)
+    return first_use.run(
+        _Linear("linear_backward", arguments, dy.device, linear.Backward(dy, x, w, w_up, slope, slope_up, flags)),
+        by_name,
+    )

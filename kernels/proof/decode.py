@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -44,13 +45,13 @@ def _trial(
 
     def run() -> Results:
         # The call is made anew for each run, because it appends to its caches.
-        caches = {name: _cloned(getattr(call, name)) for name in ("k_cache", "v_cache")}
+        caches: dict[str, Any] = {name: _cloned(getattr(call, name)) for name in ("k_cache", "v_cache")}
         with decode_tiles.holding(plan):
             out, lse = decode(dataclasses.replace(call, **caches))
         return {"out": out, "lse": lse, **caches}
 
     def check(found: Results) -> list[Wrong]:
-        caches = {name: _cloned(getattr(call, name)) for name in ("k_cache", "v_cache")}
+        caches: dict[str, Any] = {name: _cloned(getattr(call, name)) for name in ("k_cache", "v_cache")}
         after = dataclasses.replace(call, **caches)
         with torch.no_grad():
             reference.append(after)

@@ -51,12 +51,35 @@ class Refused:
     error: Exception | None = None  # that ended the attempt
 
 
+class NotProven(RuntimeError):
+    """Triton was asked for by name, and its kernels are not proven on the device.
+
+    Args:
+        is_wrong: whether their results were wrong; else they could not be proven.
+    """
+
+    def __init__(self, message: str, is_wrong: bool) -> None:
+        super().__init__(message)
+        self.is_wrong = is_wrong
+
+
 class Call(Protocol):
     """One call of an op that Triton's kernels are to compute."""
 
-    operation: str  # ``attention_forward``: for messages and keys
-    arguments: tuple[Any, ...]  # those of the op, which tell calls apart
-    device: torch.device
+    @property
+    def operation(self) -> str:
+        """``attention_forward``: for messages and keys."""
+        ...
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of the op, which tell calls apart."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        ...
 
     def compute(self) -> Any:
         """Return the op's results by Triton's kernels."""
@@ -110,8 +133,8 @@ def run(call: Call, by_name: bool) -> Any:
         by_name: whether the caller asked for Triton, and is told by an error in place of None.
 
     Raises:
-        RuntimeError: the kernels are not proven, and the call asked for them by name; or a CUDA graph is being captured
-            and they have not been tried yet.
+        NotProven: the call asked for the kernels by name.
+        RuntimeError: a CUDA graph is being captured, and the kernels have not been tried yet.
     """
     executor = launch.executor_of(call.device)
     if executor is None or _mode == OFF:
@@ -139,9 +162,10 @@ def run(call: Call, by_name: bool) -> Any:
         return None
     if refused.error is not None:
         raise refused.error
-    raise RuntimeError(
+    raise NotProven(
         f"backend='triton': the kernels of this call are not proven on {executor.name}: {refused.why}; use "
-        "backend='auto', which takes another, or FUSEMESH_PROOF=off to trust them"
+        "backend='auto', which takes another, or FUSEMESH_PROOF=off to trust them",
+        refused.is_wrong,
     )
 
 
@@ -248,35 +272,31 @@ def _prove(device: Device, call: Call, missing: dict[str, Any], compiled: float)
 
 
 def _trials(device: Device, call: Call, missing: dict[str, Any]) -> list[str]:
-    """Run the trials that cover the missing kernels; return those that none covers."""
-    left = dict(missing)
-    passed: set[str] = set()
+    """Run the trials that cover the missing kernels, until one is wrong; return those that none covers."""
+    passed: dict[str, Any] = {}
     for exactly in (False, True):
         for trial in call.trials(exactly):
             with launch.Observed(prepares_only=True) as prepared:
                 trial.run()
-            # Kernels of the trial that nobody asked for would be compiled for nothing.
+            # Kernels that nobody asked for would be compiled for nothing.
             if not set(missing) & set(prepared.kernels):
                 break
             with launch.Observed() as ran:
                 results = trial.run()
+            here = {h: kernel for h, kernel in missing.items() if h in ran.kernels}
             wrong = trial.check(results)
-            here = {h: kernel for h, kernel in missing.items() if h in ran.kernels and h not in device.refused}
-            if not wrong:
-                passed.update(here)
-                continue
-            # Wrong results of kernels that were right before condemn whatever is to be proven now.
-            _condemn(device, call, trial, wrong, here or missing)
-        left = {h: kernel for h, kernel in missing.items() if h not in passed and h + call.limit not in device.refused}
-        if not left:
+            if wrong:
+                # Wrong results of kernels that were right before condemn whatever is to be proven now.
+                _condemn(device, call, trial, wrong, here or missing)
+                return []
+            passed.update(here)
+        if len(passed) == len(missing):
             break
-    for h in passed:
-        if h + call.limit not in device.refused:
-            device.proven.add(h + call.limit)
-            found = store.Verdict(True, "", report.details(device.executor, call, missing[h]))
-            store.default().write(report.key(device.executor, h + call.limit), found)
-    any_refused = any(h + call.limit in device.refused for h in missing)
-    return [] if any_refused else list(left)
+    for h, kernel in passed.items():
+        device.proven.add(h + call.limit)
+        found = store.Verdict(True, "", report.details(device.executor, call, kernel))
+        store.default().write(report.key(device.executor, h + call.limit), found)
+    return [h for h in missing if h not in passed]
 
 
 def _condemn(device: Device, call: Call, trial: Trial, wrong: list[Any], here: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ class Backward:
     w_up: torch.Tensor | None
     slope: torch.Tensor | None
     slope_up: torch.Tensor | None
-    flags: dict[str, bool]  # x_grad, w_grad, bias_grad, w_up_grad
+    flags: dict[str, Any]  # x_grad, w_grad, bias_grad, w_up_grad
 
     def compute(self) -> Any:
         """Return what the op returns, computed by Triton's kernels."""
@@ -113,9 +113,10 @@ class Backward:
                 return dict(zip(names, linear.backward(*tensors, **self.flags), strict=True))
 
         def check(found: Results) -> list[Any]:
-            wide = [None if t is None else t.double() for t in tensors]
+            wide: list[Any] = [None if t is None else t.double() for t in tensors]
             exact, eager = formulas.backward(*wide, **self.flags), formulas.backward(*tensors, **self.flags)
-            absolute = formulas.backward(*(None if t is None else t.abs() for t in wide), **self.flags)
+            sizes: list[Any] = [None if t is None else t.abs() for t in wide]
+            absolute = formulas.backward(*sizes, **self.flags)
             values = zip(names, self.flags.values(), exact, eager, absolute, strict=True)
             return compare(found, {name: Wanted(a, b, c) for name, is_asked, a, b, c in values if is_asked})
 
