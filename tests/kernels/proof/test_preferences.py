@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fusemesh
 from fusemesh.kernels import backends, env
 from fusemesh.kernels.backend_record import Request
 from fusemesh.kernels.measure import Clock, Roofline, comparison
@@ -165,6 +166,43 @@ def test_what_is_preferred_and_cannot_do_the_call_is_passed_over() -> None:
         assert taken(ATTENTION) == "torch"
         assert backends.automatic(request)[0].name != "torch", "PyTorch's kernel returns no log-sum-exp"
         assert backends.automatic(request, without=("torch",))[0].name != "torch"
+
+
+def test_under_torch_compile() -> None:
+    """Sizes that are known choose; symbols that may be of several classes choose nothing, and are not guarded on."""
+    static, dynamic = (self_attention("fp32", 1, 2, 2, length, 64, True) for length in (96, 80))
+    x, y = static.inputs()["q"], dynamic.inputs()["q"]
+    torch._dynamo.mark_dynamic(y, 2)  # raises where a guard narrows it
+    w = torch.ones(1024, 1024)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return fusemesh.flash_attention(x, x, x, causal=True)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return fusemesh.fused_linear(x, w)
+
+    code: list[str] = []
+
+    def compiled(function: Any) -> Any:
+        return torch.compile(function, backend=keeping(code), fullgraph=True)
+
+    write({class_of(static): "reference", class_of(LAYER): "reference"})
+    with device(), torch.no_grad():
+        torch.testing.assert_close(compiled(attend)(x), attend(x))
+        assert "attention_forward" not in code.pop(), "the reference's formulas are traced into the graph"
+        compiled(attend)(y)
+        assert "attention_forward" in code.pop(), "an op, which the table does not choose for these sizes"
+        torch.testing.assert_close(compiled(layer)(torch.ones(16, 1024)), w.sum(1).expand(16, -1))
+
+
+def keeping(found: list[str]) -> Any:
+    """Return a backend of torch.compile that keeps the code of graphs."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append(graph.code)
+        return graph
+
+    return backend
 
 
 def test_a_backend_asked_for_by_name_is_taken_whatever_the_table_says() -> None:
