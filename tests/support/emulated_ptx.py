@@ -90,6 +90,7 @@ def run(
     memory: tuple[np.ndarray, ...] = (),
     grid: tuple[int, int, int] = (1, 1, 1),
     undefined: tuple[int, ...] = (),
+    strict: bool = True,
     **options: Any,
 ) -> Machine:
     """Run a kernel; arrays are changed in place.
@@ -104,6 +105,7 @@ def run(
             space.add_tensor(x, f"tensor {n}", defined=n not in undefined)
     kinds = "".join("m" if isinstance(x, TensorMap) else "p" for x in arguments)
     machine = Machine(parse(text(body, kinds, len(arguments), threads, head)), shared, space, **options)
+    machine.strict = strict
     values = [
         x.pack()
         if isinstance(x, TensorMap)

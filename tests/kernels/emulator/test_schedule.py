@@ -232,7 +232,8 @@ def test_threads_that_meet_at_barrier_0_by_different_instructions(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_lanes_of_a_warp_must_reach_an_aligned_barrier_together(seed):
-    program = "setp.ge.u32 %p0, %tid, 16;\n@%p0 bra OTHER;\nbarrier.sync 1, 64;\nbra END;\nOTHER:\nbarrier.sync 1, 64;\nEND:\n"
+    program = "setp.ge.u32 %p0, %tid, 16;\n@%p0 bra OTHER;\nbarrier.sync 1, 64;\nbra END;\n"
+    program += "OTHER:\nbarrier.sync 1, 64;\nEND:\n"
     run(program, threads=64, seed=seed)
     error = hazard(program.replace("barrier.sync", "barrier.sync.aligned"), threads=64, seed=seed)
     assert error.kind == "convergence" and "the others of their warp" in str(error)
