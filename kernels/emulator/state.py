@@ -107,8 +107,8 @@ class Cta:
 
     @staticmethod
     def map_address(name: str) -> int:
-        """Return the address that stands for a parameter which is a tensor map."""
-        return 0x7E0000000000 + 128 * int(name.rsplit("_", 1)[1])
+        """Return the address that stands for a parameter which is a tensor map; some versions of Triton keep 32 bits."""
+        return 0x7E000000 + 128 * int(name.rsplit("_", 1)[1])
 
     def row(self, reg: Reg, type_: str | None = None) -> np.ndarray:
         """Return a register as an array [T], of PTX's type ``type_`` or of unsigned numbers; not its negation."""
