@@ -37,8 +37,8 @@ class Load(Transfer):
     reduces: bool = False
 
     def land(self, cta: Cta) -> None:
-        """Put the data in place, and tell the mbarrier."""
-        cta.memory.under_way.end(self)
+        """Put the data in place, and tell the mbarrier; until somebody waits for it, nobody knows."""
+        self.bar.unseen.append((self.bar.phase, self))
         cta.shared.end_copy(self.words)
         cta.shared.landed(self.words, self.values, self.bar.agent, self.bar.land())
         self.bar.open = np.maximum(self.bar.open, self.known)
