@@ -25,6 +25,7 @@ def emulate(
     counts: bool = False,
     ctas: int | None = None,
     keep: bool = False,
+    prove: bool = False,
 ) -> Iterator[Emulator]:
     """Within the block, ``backend="triton"`` runs on CPU tensors, by the code that Triton compiles for a GPU.
 
@@ -48,6 +49,7 @@ def emulate(
         counts: count sectors of global memory and passes over the banks of shared memory, too (a third slower).
         ctas: run only so many blocks of each grid.
         keep: keep every launch in ``run.bound``, to be run again.
+        prove: compare each kernel with the reference at its first use, as on a GPU (FUSEMESH_PROOF).
 
     Yields:
         What runs the launches: ``run.counts`` says what each did, ``print(run.table())`` shows it.
@@ -61,7 +63,9 @@ def emulate(
     chosen = _target(target)
     if copies not in COPIES:
         raise ValueError(f"copies: expected one of {COPIES}, received {copies!r}")
-    emulator = Emulator(chosen, asynchrony=copies, seed=seed, check=check, stats=counts, ctas=ctas, keep=keep)
+    emulator = Emulator(
+        chosen, ctas=ctas, keep=keep, proves=prove, asynchrony=copies, seed=seed, check=check, stats=counts
+    )
 
     with execute_on(emulator), compat.driver(emulator.device, assembles=False):
         yield emulator

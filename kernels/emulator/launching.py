@@ -172,8 +172,10 @@ class Emulator:
         bound: the launches themselves, with ``keep``.
     """
 
-    def __init__(self, target: Target, *, ctas: int | None = None, keep: bool = False, **options: Any) -> None:
-        self.target, self.ctas, self.keep, self.options = target, ctas, keep, options
+    def __init__(
+        self, target: Target, *, ctas: int | None = None, keep: bool = False, proves: bool = True, **options: Any
+    ) -> None:
+        self.target, self.ctas, self.keep, self.proves, self.options = target, ctas, keep, proves, options
         self.name = f"emulated {target.name}"
         self.counts: list[LaunchCounts] = []
         self.log: list[dict[str, Any]] = []

@@ -107,7 +107,7 @@ class Cta:
 
     @staticmethod
     def map_address(name: str) -> int:
-        """Return the address that stands for a parameter which is a tensor map; some versions of Triton keep 32 bits."""
+        """Return the address, of 32 bits as some versions of Triton keep it, of a parameter that is a tensor map."""
         return 0x7E000000 + 128 * int(name.rsplit("_", 1)[1])
 
     def row(self, reg: Reg, type_: str | None = None) -> np.ndarray:
