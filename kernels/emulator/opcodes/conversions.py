@@ -194,7 +194,7 @@ def compile_unpack(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...])
 
     def value() -> np.ndarray:
         x = decode(raw.view(np.uint8), kind)
-        return encode(np.where(x < 0, 0.0, x) if relu else x, "f16")
+        return encode(np.where(x <= 0, 0.0, x) if relu else x, "f16")
 
     return put_halves(cta, o[0], "u16", value)
 
