@@ -97,7 +97,7 @@ def automatic(request: Request, without: Collection[str] = ()) -> tuple[Backend,
     last, why_not = None, ""
     preferred = preferences.prefers(request)
     ordered = list(records().values())
-    if preferred in records():
+    if preferred is not None:
         ordered.sort(key=lambda record: record.name != preferred)
     only_formulas = bool(request.transforms) and any(request.operation in x.differentiable for x in records().values())
     for record in ordered:

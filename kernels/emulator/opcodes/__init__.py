@@ -25,6 +25,7 @@ Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
 OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
 FORMS: dict[str, Compile] = {}
 _FAMILIES = (
+    "atomics",
     "bulk",
     "conversions",
     "copies",
@@ -34,6 +35,7 @@ _FAMILIES = (
     "mbarrier",
     "memory",
     "moves",
+    "register_pool",
     "sync",
     "warp",
     "wgmma",

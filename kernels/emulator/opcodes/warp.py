@@ -169,12 +169,6 @@ def compile_bar(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) ->
     return step
 
 
-@opcode("setmaxnreg inc|dec sync aligned u32")
-def compile_setmaxnreg(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
-    """Registers are not scarce here."""
-    return cta.whole_warps
-
-
 @opcode("activemask b32")
 def compile_activemask(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     keep = put_row(cta, o[0], "u32")
