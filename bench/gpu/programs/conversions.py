@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,11 +57,12 @@ def _between_whole_and_float() -> Iterator[Program]:
         259,
     )
     long = (0x0020000000000001, 0x7FFFFFFFFFFFFDFF, 0x8000008000000001, 0x0100000080000000, 0x0100000080000001)
-    for of in _WHOLE[2:]:
+    for of in _WHOLE:
         width = int(of[1:])
         more = [x & ((1 << width) - 1) for x in (*halfway, *(long if width == 64 else ()))]
-        (inputs,) = every((*edges(width), *more), dtype=_register(width))
-        numbers = [(int(x < 0), exact.Fraction(abs(x))) for x in (signed(int(b), of) for b in inputs)]
+        (inputs,) = every((*edges(max(width, 16)), *more), dtype=_register(width))
+        values = [signed(int(b) & ((1 << width) - 1), of) for b in inputs]
+        numbers = [(int(x < 0), exact.Fraction(abs(x))) for x in values]
         for to in ("f32", "f16", "bf16", "f64"):
             for mode in ("rn", "rz", "rm", "rp"):
                 if to == "f64" and (width == 64 and mode != "rn"):
@@ -80,6 +82,11 @@ def _between_whole_and_float() -> Iterator[Program]:
                 want = [_to_whole(x, to, mode, of) for x in numbers]
                 least = 90 if of == "bf16" else 80
                 yield _one(f"cvt.{irnd}.{to}.{of}", inputs, want, int(to[1:]), least=least)
+        if of == "f32":
+            want = [_to_whole(exact.flushed(x), "s32", "rp", of) for x in numbers]
+            yield _one("cvt.rpi.ftz.s32.f32", inputs, want, 32)
+            want = [exact.write(_integral(exact.flushed(x), "rp"), of) for x in numbers]
+            yield _one("cvt.rpi.ftz.f32.f32", inputs, want, 32, nan=of)
         if of in ("f32", "f64", "f16"):
             for irnd, mode in _ROUNDING.items():
                 want = [exact.write(_integral(x, mode), of) for x in numbers]
@@ -178,9 +185,11 @@ def _between_floats() -> Iterator[Program]:
     yield _float("cvt.ftz.f32.f32", columns["f32"], "f32", "f32", "rn", "ftz")
     yield _float("cvt.sat.f32.f32", columns["f32"], "f32", "f32", "rn", "sat")
     yield _float("cvt.sat.f32.f16", columns["f16"], "f32", "f16", "rn", "sat")
-    for to, of in (("f32", "f16"), ("f32", "bf16"), ("f64", "f32"), ("f64", "f16")):
+    for to, of in (("f32", "f16"), ("f32", "bf16"), ("f64", "f32"), ("f64", "f16"), ("f64", "bf16")):
         yield _float(f"cvt.{to}.{of}", columns[of], to, of, "rn")
     yield _float("cvt.rn.bf16.f16", columns["f16"], "bf16", "f16", "rn", least=90)
+    yield _float("cvt.rn.sat.f32.f64", columns["f64"], "f32", "f64", "rn", "sat")
+    yield _float("cvt.rn.ftz.f32.f64", columns["f64"], "f32", "f64", "rn", "ftz")
 
 
 def _convert(number: exact.Number, to: str, mode: str, modifiers: str) -> int:
@@ -213,8 +222,9 @@ def _pairs() -> Iterator[Program]:
     for to in ("f16", "bf16", "e4m3", "e5m2"):
         bits = exact.FORMATS[to].bits
         for mode in ("rn", "rz") if bits == 16 else ("rn",):
-            for relu in ("", ".relu"):
-                finite = "" if bits == 16 else ".satfinite"
+            for relu, finite in itertools.product(("", ".relu"), ("", ".satfinite")):
+                if bits == 8 and not finite:
+                    continue
                 order = f"{finite}{relu}" if bits == 8 else f"{relu}{finite}"
                 opcode = f"cvt.{mode}{order}.{to}x2.f32"
                 want = exact.each(
@@ -225,7 +235,7 @@ def _pairs() -> Iterator[Program]:
                     dtype=f"u{bits // 4}",
                     formats=("f32", "f32"),
                 )
-                least = 80 if bits == 16 else 89
+                least = 90 if bits == 16 and finite else 80 if bits == 16 else 89
                 yield Program(opcode, f"{opcode} %d0, %a0, %a1;", (a, b), (want,), least=least)
     halves = every(special("f16"), special("f16"), dtype="u4")
     packed = halves[0] | (halves[1] << np.uint32(16))

@@ -142,16 +142,24 @@ def _fp32() -> Iterator[Program]:
         yield arithmetic(f"{name}.rn.f64", _FUNCTIONS[name]("rn"), wide, "f64")
     yield arithmetic("div.rn.f64", exact.div, wide, "f64")
     yield arithmetic("sqrt.rn.f64", exact.sqrt, wide[:1], "f64")
-    yield _pairs_of_fp32(two)
+    yield arithmetic("neg.f64", exact.neg, wide[:1], "f64")
+    yield arithmetic("abs.f64", magnitude, wide[:1], "f64")
+    yield arithmetic("rcp.rn.f64", lambda x: exact.div(unit, x), wide[:1], "f64")
+    for name in ("min", "max"):
+        larger: Function = lambda x, y, n=name: exact.extreme(x, y, largest=n == "max")  # noqa: E731
+        yield arithmetic(f"{name}.f64", larger, wide, "f64")
+    for name in ("add", "sub", "mul", "fma"):
+        yield _pairs_of_fp32(name, three if name == "fma" else two)
 
 
-def _pairs_of_fp32(two: tuple[np.ndarray, ...]) -> Program:
+def _pairs_of_fp32(op: str, inputs: tuple[np.ndarray, ...]) -> Program:
     def pair(x: np.ndarray) -> np.ndarray:
         return x.astype(np.uint64) | (np.roll(x, -1).astype(np.uint64) << np.uint64(32))
 
-    one = arithmetic("mul.f32", exact.mul, two, "f32")
-    name, inputs = "mul.rn.f32x2", tuple(pair(x) for x in two)
-    return Program(name, f"{name} %d0, %a0, %a1;", inputs, (pair(one.expected[0]),), nan="f32x2", least=100)
+    one = arithmetic(f"{op}.rn.f32", _FUNCTIONS[op]("rn"), inputs, "f32")
+    name = f"{op}.rn.f32x2"
+    body, pairs = one.body.replace(one.name, name), tuple(pair(x) for x in inputs)
+    return Program(name, body, pairs, (pair(one.expected[0]),), nan="f32x2", least=100)
 
 
 def _small() -> Iterator[Program]:
@@ -269,6 +277,11 @@ def _approximate() -> Iterator[Program]:
         ("ex2.approx.ftz.f32", np.exp2, near, 2.0**-22, 0),
         ("ex2.approx.f32", np.exp2, near, 2.0**-22, 0),
         ("lg2.approx.f32", np.log2, positive, 2.0**-22, 2.0**-22),
+        ("lg2.approx.ftz.f32", np.log2, positive, 2.0**-22, 2.0**-22),
+        ("rsqrt.approx.ftz.f32", lambda x: 1 / np.sqrt(x), positive, 2.0**-22, 0),
+        ("sqrt.approx.ftz.f32", np.sqrt, positive, 2.0**-22, 0),
+        ("sin.approx.ftz.f32", np.sin, angles, 0, 2.0**-20),
+        ("cos.approx.ftz.f32", np.cos, angles, 0, 2.0**-20),
         ("rcp.approx.f32", lambda x: 1 / x, wide, 2.0**-22, 0),
         ("rcp.approx.ftz.f32", lambda x: 1 / x, wide, 2.0**-22, 0),
         ("rsqrt.approx.f32", lambda x: 1 / np.sqrt(x), positive, 2.0**-22, 0),
@@ -291,6 +304,28 @@ def _approximate() -> Iterator[Program]:
         want = np.resize(y.astype(np.float32).view(np.uint32), len(inputs[0]))
         yield Program(name, f"{name} %d0, %a0;", inputs, (want,), False, "f32", relative=relative, absolute=absolute)
     yield from _divisions()
+    yield from _small_approximate()
+
+
+def _small_approximate() -> Iterator[Program]:
+    """Yield the functions of 16 bits; the errors allowed are those of the specification, or two roundings."""
+    for opcode, function, kind, relative in (
+        ("ex2.approx.f16", np.exp2, "f16", 2.0**-9.9),
+        ("ex2.approx.ftz.bf16", np.exp2, "bf16", 2.0**-7),
+        ("tanh.approx.f16", np.tanh, "f16", 2.0**-10),
+        ("tanh.approx.bf16", np.tanh, "bf16", 2.0**-7),
+    ):
+        numbers = np.random.default_rng(4).uniform(-8, 8, 128)
+        rows = [(int(x < 0), exact.Fraction(float(abs(x)))) for x in numbers]
+        bits = np.array([exact.write(x, kind) for x in rows], np.uint16)
+        with np.errstate(all="ignore"):
+            exactly = function(np.array([exact.value(exact.read(int(x), kind)) for x in bits]))
+        pairs = [(int(y < 0), exact.Fraction(float(abs(y)))) for y in exactly]
+        want = np.array([exact.write(y, kind) for y in pairs], np.uint16)
+        least = 90 if kind == "bf16" else 80
+        one = Program(opcode, f"{opcode} %d0, %a0;", (bits,), (want,), False, kind, relative=relative, least=least)
+        yield one
+        yield packed(one, opcode + "x2")
 
 
 def _divisions() -> Iterator[Program]:

@@ -103,6 +103,7 @@ def _arithmetic() -> Iterator[Program]:
     yield _wide("u32", "u64")
     yield _wide("s32", "s64")
     yield _wide("s16", "s32")
+    yield _wide("u16", "u32")
     two = every(edges(32), edges(32), dtype="u4")
     three = every(edges(32)[:8], edges(32)[-8:], edges(32)[4:9], dtype="u4")
     yield program("add.sat.s32", lambda a, b: _clamp(a + b, "s32"), *two, type_="s32")
@@ -166,7 +167,8 @@ def _bits() -> Iterator[Program]:
         values, by = every(edges(bits), _SMALL, dtype=dtype)
         shifts = (values, by.astype("u4"))
         yield program(f"shl.b{bits}", lambda a, n, w=bits: a << n if n < w else 0, *shifts, type_=type_)
-        yield program(f"shr.u{bits}", lambda a, n: a >> n, *shifts, type_=type_)
+        for sort in "ub":
+            yield program(f"shr.{sort}{bits}", lambda a, n: a >> n, *shifts, type_=type_)
         yield program(f"shr.s{bits}", lambda a, n: a >> n, *shifts, type_=f"s{bits}")
     for bits in (32, 64):
         type_, dtype = f"u{bits}", f"u{bits // 8}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
 
-from bench.gpu.programs import THREADS, Program
+from bench.gpu.programs import THREADS, Program, exact
+from bench.gpu.programs.floats import special
 from bench.gpu.programs.integers import edges, signed
 
 _N = 4 * THREADS
@@ -64,6 +66,26 @@ def _reductions() -> Iterator[Program]:
             yield from _under_masks(opcode, f"{opcode} %d0, %a0, MASK;", over)
 
 
+def _float_reductions() -> Iterator[Program]:
+    """Yield redux of fp32, which ignores NaN unless it is asked to spread it."""
+    values = np.resize(np.array(special("f32"), np.uint32), _N)
+    values[::7] = np.arange(len(values[::7]), dtype=np.uint32) + 0x40000000
+    for name in ("min", "max"):
+        for magnitude in ("", ".abs"):
+            for nan in ("", ".NaN"):
+
+                def over(warp: list[int], members: list[int], lane: int, n=name, m=magnitude, spread=nan) -> int:
+                    numbers = [exact.read(warp[k] & (0x7FFFFFFF if m else _ALL), "f32") for k in members]
+                    largest = n == "max"
+                    return exact.write(
+                        reduce(lambda x, y: exact.extreme(x, y, largest=largest, nan=bool(spread)), numbers), "f32"
+                    )
+
+                opcode = f"redux.sync.{name}{magnitude}{nan}.f32"
+                for one in _under_masks(opcode, f"{opcode} %d0, %a0, MASK;", over, values):
+                    yield replace(one, nan="f32", least=100, target="a")
+
+
 def _votes() -> Iterator[Program]:
     # Warps where all, some and none of the lanes hold.
     values = np.repeat([1, 0, 1, 0], _N // 4).astype(np.uint32)
@@ -111,6 +133,8 @@ def _matches() -> Iterator[Program]:
     )
     wide = "mov.b64 %l0, {%a0, %a0};\nmatch.any.sync.b64 %d0, %l0, MASK;"
     yield from _under_masks("match.any.sync.b64", wide, alike, values)
+    wide = "mov.b64 %l0, {%a0, %a0};\nmatch.all.sync.b64 %d0|%p0, %l0, MASK;"
+    yield from _under_masks("match.all.sync.b64", wide, everyone, values)
 
 
 def _shuffles() -> Iterator[Program]:
@@ -162,6 +186,7 @@ def _groups() -> Iterator[Program]:
 def programs() -> Iterator[Program]:
     """Yield the programs of this table."""
     yield from _reductions()
+    yield from _float_reductions()
     yield from _votes()
     yield from _matches()
     yield from _shuffles()

@@ -75,48 +75,81 @@ def _comparisons() -> Iterator[Program]:
         formats=("f32", "f32"),
     )
     yield Program("setp.gt.ftz.f32", "setp.gt.ftz.f32 %p0, %a0, %a1;\nselp.u32 %d0, 1, 0, %p0;", (x, y), (tiny,))
-    for to, one in (("u32", 0xFFFFFFFF), ("s32", 0xFFFFFFFF), ("f32", 0x3F800000)):
-        wide = np.where(less, np.uint32(one), np.uint32(0))
-        yield Program(f"set.lt.{to}.s32", f"set.lt.{to}.s32 %d0, %a0, %a1;", (a, b), (wide,))
-    yield from _packed_comparison()
+    yield from _combined()
+    for kind in ("f16", "bf16"):
+        for name in names:
+            yield _packed_comparison(name, kind)
 
 
-def _packed_comparison() -> Iterator[Program]:
-    x, y = every(special("f16"), special("f16"), dtype="u2")
+def _combined() -> Iterator[Program]:
+    """Yield comparisons combined with a predicate, of the types that are no signed numbers."""
+    for type_, kind in (("u32", ""), ("b32", ""), ("f32", "f32"), ("f64", "f64"), ("f16", "f16")):
+        bits = int(type_[1:])
+        values = special(kind) if kind else edges(bits)
+        a, b = every(values, values, dtype=f"u{bits // 8}")
+        c = np.resize(np.array([0, 1, 1], np.uint32), len(a))
+        if kind:
+            rows = [[exact.value(exact.read(int(v), kind)) for v in row] for row in zip(a, b, strict=True)]
+            same = np.array([_compare("eq", *row) for row in rows])
+        else:
+            same = a == b
+        for name, combine in _COMBINE.items():
+            body = f"setp.ne.u32 %p2, %a2, 0;\nsetp.eq.{name}.{type_} %p0, %a0, %a1, %p2;\nselp.u32 %d0, 1, 0, %p0;"
+            yield Program(f"setp.eq.{name}.{type_}", body, (a, b, c), (combine(same, c != 0).astype(np.uint32),))
+            with_predicates = (
+                "setp.ne.u32 %p2, %a2, 0;\nsetp.eq.u32 %p1, %a0, %a1;\n"
+                f"{name}.pred %p0, %p1, %p2;\nselp.u32 %d0, 1, 0, %p0;"
+            )
+            if type_ == "u32":
+                yield Program(f"{name}.pred", with_predicates, (a, b, c), (combine(same, c != 0).astype(np.uint32),))
+
+
+def _packed_comparison(name: str, kind: str) -> Program:
+    x, y = every(special(kind), special(kind), dtype="u2")
     a, b = (v.astype(np.uint32) | (np.roll(v, 5).astype(np.uint32) << np.uint32(16)) for v in (x, y))
-    lower = np.array(
-        [_compare("ltu", *(exact.value(exact.read(int(v), "f16")) for v in row)) for row in zip(x, y, strict=True)]
-    )
+    rows = ((exact.value(exact.read(int(v), kind)) for v in row) for row in zip(x, y, strict=True))
+    lower = np.array([_compare(name, *row) for row in rows])
     want = (lower.astype(np.uint32), np.roll(lower, 5).astype(np.uint32))
-    body = "setp.ltu.f16x2 %p0|%p1, %a0, %a1;\nselp.u32 %d0, 1, 0, %p0;\nselp.u32 %d1, 1, 0, %p1;"
-    yield Program("setp.ltu.f16x2", body, (a, b), want)
+    body = f"setp.{name}.{kind}x2 %p0|%p1, %a0, %a1;\nselp.u32 %d0, 1, 0, %p0;\nselp.u32 %d1, 1, 0, %p1;"
+    return Program(f"setp.{name}.{kind}x2", body, (a, b), want, least=90 if kind == "bf16" else 80)
 
 
 def _choices() -> Iterator[Program]:
     a, b = every(edges(32), edges(32), dtype="u4")
     want = np.where(a.view(np.int32) < b.view(np.int32), a, b)
     head = "setp.lt.s32 %p0, %a0, %a1;\n"
-    yield Program("selp.b32", f"{head}selp.b32 %d0, %a0, %a1, %p0;", (a, b), (want,))
+    yield from _typed_choices()
+    yield Program("selp.b32 of a comparison", f"{head}selp.b32 %d0, %a0, %a1, %p0;", (a, b), (want,))
     yield Program("selp.f32 onto its first", f"{head}mov.b32 %d0, %a0;\nselp.f32 %d0, %d0, %a1, %p0;", (a, b), (want,))
     yield Program("selp.u32 onto its second", f"{head}mov.b32 %d0, %a1;\nselp.u32 %d0, %a0, %d0, %p0;", (a, b), (want,))
     guarded = f"{head}mov.b32 %d0, %a1;\nnot.pred %p1, %p0;\n@!%p1 mov.b32 %d0, %a0;"
     yield Program("a guard that is negated", guarded, (a, b), (want,))
-    c = np.resize(np.array(edges(32), np.uint32), len(a))
-    chosen = np.where(c.view(np.int32) >= 0, a, b)
-    yield Program("slct.b32.s32", "slct.b32.s32 %d0, %a0, %a1, %a2;", (a, b, c), (chosen,))
     c = np.resize(np.array(special("f32"), np.uint32), len(a))
-    numbers = [exact.value(exact.read(int(x), "f32")) for x in c]
-    chosen = np.where(np.array([x >= 0 for x in numbers]), a, b)
-    yield Program("slct.u32.f32", "slct.u32.f32 %d0, %a0, %a1, %a2;", (a, b, c), (chosen,))
     flushed = [exact.value(exact.flushed(exact.read(int(x), "f32"))) for x in c]
     chosen = np.where(np.array([x >= 0 for x in flushed]), a, b)
     yield Program("slct.ftz.f32.f32", "slct.ftz.f32.f32 %d0, %a0, %a1, %a2;", (a, b, c), (chosen,))
 
 
+def _typed_choices() -> Iterator[Program]:
+    """Yield mov, selp and slct of every type."""
+    for type_ in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64"):
+        bits = int(type_[1:])
+        a, b = every(edges(bits), edges(bits), dtype=f"u{bits // 8}")
+        c = np.resize(np.array(edges(32), np.uint32), len(a))
+        yield Program(f"mov.{type_}", f"mov.{type_} %d0, %a0;", (a,), (a,))
+        body = f"setp.ne.u32 %p0, %a2, 0;\nselp.{type_} %d0, %a0, %a1, %p0;"
+        yield Program(f"selp.{type_}", body, (a, b, c), (np.where(c != 0, a, b),))
+        for of in ("s32", "f32"):
+            numbers = np.resize(np.array(special("f32"), np.uint32), len(a)) if of == "f32" else c
+            holds = [
+                exact.value(exact.read(int(x), "f32")) >= 0 if of == "f32" else signed(int(x), of) >= 0 for x in numbers
+            ]
+            name = f"slct.{type_}.{of}"
+            yield Program(name, f"{name} %d0, %a0, %a1, %a2;", (a, b, numbers), (np.where(holds, a, b),))
+
+
 def _moves() -> Iterator[Program]:
-    for bits in (16, 32, 64):
-        (a,) = every(edges(bits), dtype=f"u{bits // 8}")
-        yield Program(f"mov.b{bits}", f"mov.b{bits} %d0, %a0;", (a,), (a,))
+    """Yield moves of parts, of constants, and through scopes."""
     (a,) = every(edges(32), dtype="u4")
     ones = np.full_like(a, 0x3F800000)
     yield Program("mov.f32 of a constant", "mov.f32 %d0, 0f3F800000;", (a,), (ones,))

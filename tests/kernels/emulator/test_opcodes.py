@@ -41,8 +41,6 @@ def test_opcode(name):
 FAMILIES = ("conversions", "floats", "integers", "moves", "warp")
 # Instructions with nothing to compare.
 WITHOUT_PROGRAMS = {
-    "setmaxnreg inc|dec sync aligned u32": "it moves registers that are not scarce here",
-    "barrier warp sync": "another spelling of bar.warp.sync",
     "cvta global|param|const u64|u32": "generic addresses are those of global memory",
     "cvta to global|param|const u64|u32": "generic addresses are those of global memory",
 }
