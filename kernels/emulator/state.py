@@ -41,7 +41,11 @@ class Cta:
         current: the instruction that runs (or, before anything runs, that is compiled).
         in_flight: what is asynchronous and under way; ``asynchrony`` and ``seed`` say when it takes effect.
         check: whether accesses to shared memory are checked.
+        strict: demand a fence between an mbarrier's initialisation and copies that complete at it. PTX does; Triton
+            issues none, and on every GPU so far its kernels run.
     """
+
+    strict = False
 
     def __init__(
         self,
