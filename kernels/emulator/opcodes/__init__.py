@@ -37,6 +37,7 @@ _FAMILIES = (
     "moves",
     "register_pool",
     "sync",
+    "tensormap",
     "warp",
     "wgmma",
 )
