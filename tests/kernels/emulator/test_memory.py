@@ -222,7 +222,7 @@ def operands(kind: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         else:
             bits = values.astype(f"<f{size}").view(f"<u{size}")
         return bits[0].copy(), bits[1].copy(), bits[2].copy()
-    edges = [0, 1, (1 << 8 * size) - 1, 1 << (8 * size - 1), (1 << (8 * size - 1)) - 1, 5]
+    edges = np.array([0, 1, (1 << 8 * size) - 1, 1 << (8 * size - 1), (1 << (8 * size - 1)) - 1, 5], f"u{size}")
     old = random.integers(0, 1 << 8 * size - 1, count, dtype=f"u{size}") * 2 + 1
     b, c = old[::-1].copy(), random.permutation(old)
     old[:36], b[:36] = np.repeat(edges, 6), np.tile(edges, 6)
