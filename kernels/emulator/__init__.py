@@ -26,6 +26,7 @@ def emulate(
     ctas: int | None = None,
     keep: bool = False,
     prove: bool = False,
+    resident: int = 2,
 ) -> Iterator[Emulator]:
     """Within the block, ``backend="triton"`` runs on CPU tensors, by the code that Triton compiles for a GPU.
 
@@ -50,6 +51,8 @@ def emulate(
         ctas: run only so many blocks of each grid.
         keep: keep every launch in ``run.bound``, to be run again.
         prove: compare each kernel with the reference at its first use, as on a GPU (FUSEMESH_PROOF).
+        resident: so many blocks run side by side where a kernel synchronises blocks. That all of them wait for one
+            that has no place yet is a deadlock; a GPU has places for more, but promises no order.
 
     Yields:
         What runs the launches: ``run.counts`` says what each did, ``print(run.table())`` shows it.
@@ -64,7 +67,15 @@ def emulate(
     if copies not in COPIES:
         raise ValueError(f"copies: expected one of {COPIES}, received {copies!r}")
     emulator = Emulator(
-        chosen, ctas=ctas, keep=keep, proves=prove, asynchrony=copies, seed=seed, check=check, stats=counts
+        chosen,
+        ctas=ctas,
+        keep=keep,
+        proves=prove,
+        asynchrony=copies,
+        seed=seed,
+        check=check,
+        stats=counts,
+        resident=resident,
     )
 
     with execute_on(emulator), compat.driver(emulator.device, assembles=False):
