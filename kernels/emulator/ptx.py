@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _BITS = {
     "pred": 1,
@@ -291,6 +291,23 @@ def _instruction(p: _Parser, statement: str, line: int, source: str) -> Instruct
         reads += writes
     ins.reads, ins.writes = frozenset(reads), frozenset(writes)
     return ins
+
+
+def changed(old: Instruction, statement: str) -> Instruction:
+    """Return an instruction of another text at the place of ``old``, whose registers alone it may name."""
+
+    def registers(x: object) -> list[Reg]:
+        if isinstance(x, Vec):
+            return [r for item in x.items for r in registers(item)]
+        return [x] if isinstance(x, Reg) else registers(x.base) if isinstance(x, Addr) else []
+
+    p = _Parser()
+    for x in (*old.operands, old.guard):
+        for r in registers(x):
+            p.regs[r.name.split("'")[0]] = Reg(r.name, r.bits, r.index)
+    ins = _instruction(p, statement, old.line, old.source)
+    # A label of an inner scope has a name of its own, which the text does not say.
+    return replace(ins, operands=old.operands) if ins.opcode.startswith("bra") else ins
 
 
 def _blocks(instructions: list, labels: dict, more: set) -> tuple[list, dict]:

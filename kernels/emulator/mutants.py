@@ -1,0 +1,214 @@
+"""Launches recorded with what they read and wrote, and run again with a changed text, to see what is noticed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..runtime.launch import TARGETS, any_device, assume_target, intercept
+from .hazard import Hazard
+from .launching import Bound
+from .machine import Machine
+from .mutations import Mutation, is_computation, mutated, mutated_step, step
+
+_GAP = 1 << 16  # bytes that belong to nobody, before and behind each tensor
+
+
+class Case:
+    """One launch on memory of its own: each of its tensors lies far from every other."""
+
+    def __init__(
+        self, target: str, label: str, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.label = label
+        self._arenas: dict[int, torch.Tensor] = {}  # address of a storage -> its bytes and the gaps
+        self._theirs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.bound = Bound(TARGETS[target], kernel, grid, self._moved(args), kwargs)
+        self._first = {key: arena.clone() for key, arena in self._arenas.items()}
+        self._right: dict[int, torch.Tensor] = {}
+        self.steps = 0
+
+    def _moved(self, x: Any) -> Any:
+        if isinstance(x, tuple):
+            items = [self._moved(item) for item in x]
+            return type(x)(*items) if hasattr(x, "_fields") else tuple(items)
+        if not isinstance(x, torch.Tensor) or x.numel() == 0:
+            return x
+        store = x.untyped_storage()
+        key = store.data_ptr()
+        if key not in self._arenas:
+            raw = torch.full((store.nbytes() + 2 * _GAP + 512,), 0xFF, dtype=torch.uint8)
+            start = -raw.data_ptr() % 256 + key % 256
+            arena = self._arenas[key] = raw[start : start + store.nbytes() + 2 * _GAP]
+            arena[_GAP : _GAP + store.nbytes()] = torch.empty(0, dtype=torch.uint8).set_(store)
+        inside = self._arenas[key][_GAP : _GAP + store.nbytes()].view(x.dtype)
+        mine = inside.as_strided(x.shape, x.stride(), inside.storage_offset() + x.storage_offset())
+        self._theirs.append((x, mine))
+        return mine
+
+    def run(self, machine: Machine) -> None:
+        """Run the launch from its first contents."""
+        for key, arena in self._arenas.items():
+            arena.copy_(self._first[key])
+        machine.memory = self.bound.memory
+        self.bound.run(machine)
+
+    def learn(self, machine: Machine) -> None:
+        """Run the launch with the text as it was compiled, and keep what it leaves; the caller's tensors get it, too."""
+        before = machine.stats["instructions"]
+        self.run(machine)
+        self.steps = machine.stats["instructions"] - before
+        self._right = {key: arena.clone() for key, arena in self._arenas.items()}
+        with torch.no_grad():
+            for theirs, mine in self._theirs:
+                theirs.copy_(mine)
+
+    def is_right(self) -> bool:
+        """Return whether every byte is what :meth:`learn` has seen."""
+        return all(torch.equal(self._right[key], arena) for key, arena in self._arenas.items())
+
+
+@dataclass
+class Outcome:
+    """Mutations planted together, and by what they were noticed, in which case, after how many runs."""
+
+    mutations: tuple[Mutation, ...]
+    caught_by: str | None  # a kind of hazard, "wrong result", "refused" by the emulator, None: not noticed
+    message: str = ""
+    case: str = ""
+    tried: int = 0
+    computes_the_same: bool = False  # no thread ever gets another value: not noticed, and nothing to notice
+
+
+@dataclass
+class Subject:
+    """One compiled text and the launches of it that were recorded; ``cases`` is in the order in which they are tried."""
+
+    name: str
+    target: str
+    text: str
+    machine: Machine
+    cases: list[Case] = field(default_factory=list)
+
+    def outcome(self, *chosen: Mutation, only: Iterable[int] | None = None) -> Outcome:
+        """Return by what mutations planted together are noticed, trying case after case until one notices.
+
+        Args:
+            chosen: the mutations.
+            only: the numbers of the cases worth trying, where :meth:`reached` has found them.
+        """
+        machine, label, n = self.machine, "before it runs", 0
+        cases = self.cases if only is None else [self.cases[i] for i in sorted(only)]
+        try:
+            with mutated(machine, *chosen):
+                for n, (late, case) in enumerate([(x, c) for x in (True, False) for c in cases], 1):
+                    label, machine.late, machine.most_steps = case.label, late, 3 * case.steps + 10_000
+                    case.run(machine)
+                    if not case.is_right():
+                        return Outcome(chosen, "wrong result", "", label, n)
+        except Hazard as error:
+            return Outcome(chosen, error.kind, str(error), label, n)
+        except (NotImplementedError, AssertionError) as error:
+            return Outcome(chosen, "refused", repr(error), label, n)
+        return Outcome(chosen, None, tried=n)
+
+    def reached(self, every: Iterable[Mutation]) -> dict[Mutation, set[int]]:
+        """Return the cases in which a changed computation gives a thread another value; nothing of what computes none.
+
+        All are computed beside the right one, in one run of each case.
+        """
+        found: dict[Mutation, set[int]] = {m: set() for m in every if is_computation(m)}
+        case_number, places = 0, defaultdict(list)
+        for m in found:
+            places[m.block, m.at].append(m)
+        machine = self.machine
+
+        def compare(group: list[Mutation]) -> Any:
+            right, ins, touched = step(machine, group[0].old)
+            changed_ = [(m, mutated_step(machine, m)[0]) for m in group]
+            rows = [machine.row(r) for r in ins.operands[:2] if getattr(r, "name", None) in ins.writes]
+
+            def run(mask: Any) -> None:
+                waiting = [(m, new) for m, new in changed_ if case_number not in found[m]]
+                before = [row.copy() for row in rows] if waiting else []
+                right(mask)
+                if not waiting:
+                    return
+                was = [row.copy() for row in rows]
+                for m, new in waiting:
+                    for row, value in zip(rows, before, strict=True):
+                        row[...] = value
+                    new(mask)
+                    if any((row != value).any() for row, value in zip(rows, was, strict=True)):
+                        found[m].add(case_number)
+                for row, value in zip(rows, was, strict=True):
+                    row[...] = value
+
+            return run, ins, touched
+
+        kept = list(machine.blocks)
+        try:
+            for (block, at), group in places.items():
+                closures, end = machine.blocks[block]
+                machine.blocks[block] = ([*closures[:at], compare(group), *closures[at + 1 :]], end)
+            machine.late, machine.most_steps = True, 1 << 40
+            for case_number, case in enumerate(self.cases):
+                case.run(machine)
+                assert case.is_right()
+        finally:
+            machine.blocks[:] = kept
+        return found
+
+    def outcomes(self, every: Sequence[Mutation]) -> Iterator[Outcome]:
+        """Yield what becomes of each mutation by itself."""
+        reached = self.reached(every)
+        for m in every:
+            if m not in reached:
+                yield self.outcome(m)
+            elif reached[m]:
+                yield self.outcome(m, only=reached[m])
+            else:
+                yield Outcome((m,), None, computes_the_same=True)
+
+
+def record(
+    target: str, calls: Iterable[tuple[str, Callable[[], Any]]], wanted: Callable[[str], bool], **options: Any
+) -> list[Subject]:
+    """Run calls of the Triton backend on CPU tensors, emulated; return a subject for each compiled text they launch.
+
+    Args:
+        target: "sm_80", "sm_90".
+        calls: a label for each.
+        wanted: which kernels, by name; the others run and are not recorded.
+        options: of the machine.
+    """
+    subjects: dict[str, Subject] = {}
+    label = ""
+
+    def hook(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if 0 in grid:
+            return
+        case = Case(target, label, kernel, grid, args, kwargs)
+        compiled = case.bound.compiled
+        subject = subjects.get(compiled.hash)
+        if subject is None:
+            machine = case.bound.machine(**options)
+            subject = subjects[compiled.hash] = Subject(compiled.name, target, compiled.text, machine)
+        case.learn(subject.machine)
+        if wanted(compiled.name):
+            subject.cases.append(case)
+
+    # Outputs that a kernel leaves unwritten must not hold the right bits by chance: then torch.empty gives NaN.
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with assume_target(TARGETS[target]), any_device(), intercept(hook):
+            for label, call in calls:
+                call()
+    finally:
+        torch.use_deterministic_algorithms(was)
+    return [s for s in subjects.values() if s.cases]
