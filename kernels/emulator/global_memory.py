@@ -17,6 +17,7 @@ class Global:
         self._stale = True
         self.cta = 0
         self.check_owner = True
+        self.changes = 0  # of the bytes, so that waiting CTAs can tell whether there is hope
 
     def add(self, first: int, size: int, name: str) -> None:
         for r in self._ranges:
@@ -96,6 +97,7 @@ class Global:
             at = ((a - np.uint64(low)) // np.uint64(width)).astype(np.int64)[:, None] + np.arange(count)
             if self.check_owner:
                 self._own(view, at, width, threads, True)
+            self.changes += 1
             view[width][at] = values[pick]
             if (view[width][at] != values[pick]).any():
                 raise Hazard("race", "two threads store different values to one global address")

@@ -66,12 +66,17 @@ class Imm:
 
 @dataclass(frozen=True)
 class Vec:
-    items: tuple
+    items: tuple[Operand, ...]
+
+    def registers(self) -> list[Reg]:
+        """Return the elements, which must be registers."""
+        assert all(isinstance(x, Reg) for x in self.items), self.items
+        return [x for x in self.items if isinstance(x, Reg)]
 
 
 @dataclass(frozen=True)
 class Addr:
-    base: object  # Reg, Sym or None
+    base: Reg | Sym | None
     offset: int
 
 
@@ -80,6 +85,9 @@ class Sym:
     """A special register, a label, a parameter or a variable."""
 
     name: str
+
+
+Operand = Reg | Imm | Vec | Addr | Sym
 
 
 @dataclass
@@ -116,6 +124,21 @@ class Kernel:
     labels: dict  # label -> block
     threads: int
     tables: dict = field(default_factory=dict)  # of brx.idx: label -> blocks
+
+    def predecessors(self) -> list[set[int]]:
+        """Return for each block, and for the end, which blocks may run just before it."""
+        before: list[set[int]] = [set() for _ in range(len(self.blocks) + 1)]
+        for at, block in enumerate(self.blocks):
+            end = block.end
+            kind = "" if end is None else end.parts[0]
+            if kind == "bra":
+                before[self.labels[end.operands[0].name]].add(at)
+            if kind == "brx":
+                for to in self.tables[end.operands[1].name]:
+                    before[to].add(at)
+            if kind not in ("bra", "brx", "ret", "exit") or end.guard is not None:
+                before[at + 1].add(at)
+        return before
 
 
 def _split(text: str) -> list[str]:
@@ -316,7 +339,18 @@ def _blocks(instructions: list, labels: dict, more: set) -> tuple[list, dict]:
         o.name for i in instructions if i.opcode.startswith("bra") for o in i.operands if isinstance(o, Sym)
     }
     starts = {0} | {labels[t] for t in targets}
+    met: str | Imm | Reg | None = None  # in the current block
+    visible = False  # others may see what the current block did
     for n, ins in enumerate(instructions):
+        if n in starts:
+            met, visible = None, False
+        meets = meeting(ins)
+        if meets is not None and meets != met:
+            # Threads wait at the start of a block for those with whom they run it: nobody may wait for its other part.
+            if met is not None or visible or not isinstance(meets, str):
+                starts.add(n)
+            met, visible = meets, False
+        visible = visible or ins.parts[0] in ("st", "red", "atom", "mbarrier", "cp", "fence")
         if _is_end(ins):
             starts.add(n + 1)
     order = sorted(s for s in starts if s < len(instructions))
@@ -332,6 +366,30 @@ def _blocks(instructions: list, labels: dict, more: set) -> tuple[list, dict]:
 
 
 def _is_end(ins: Instruction) -> bool:
-    return ins.opcode.split(".")[0] in ("bra", "brx", "ret", "exit") or ins.opcode.startswith(
-        ("bar.sync", "barrier.sync", "bar.arrive", "barrier.arrive", "mbarrier.try_wait")
-    )
+    kind, *rest = ins.parts
+    if kind in ("bra", "brx", "ret", "exit") or (kind == "mbarrier" and rest[0] == "try_wait"):
+        return True
+    return kind in ("bar", "barrier") and "warp" not in rest
+
+
+def meeting(ins: Instruction) -> str | Imm | Reg | None:
+    """Return with whom a thread executes an instruction: the "warp", the "warpgroup", a mask of lanes, or nobody."""
+    kind = ins.parts[0]
+    if kind == "wgmma":
+        return "warpgroup"
+    if kind in ("shfl", "vote", "match", "redux", "elect") or ins.opcode.startswith(("bar.warp", "barrier.warp")):
+        members = ins.operands[-1]
+        if isinstance(members, Imm) and number(members.text) & 0xFFFFFFFF == 0xFFFFFFFF:
+            return "warp"
+        return members if isinstance(members, (Imm, Reg)) else None
+    if kind == "bar" or "aligned" in ins.parts:
+        return "warp"
+    return None
+
+
+def synchronises(ins: Instruction) -> bool:
+    """Return whether CTAs may hear of each other through an instruction."""
+    kind, *rest = ins.parts
+    if "shared" in rest or any(x.startswith("shared::") for x in rest):
+        return False
+    return kind in ("atom", "red") or (kind == "ld" and bool({"acquire", "relaxed", "volatile"} & set(rest)))

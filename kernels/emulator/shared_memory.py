@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .clocks import Clocks
 from .hazard import Hazard
 
 
@@ -15,7 +16,7 @@ class Shared:
     """
 
     BASE = 1024  # where Hopper starts a kernel's shared memory; swizzles repeat every 1024 bytes
-    AGENTS = 64
+    AGENTS = Clocks.AGENTS
 
     def __init__(self, size: int, warps: int) -> None:
         words = (self.BASE + size + 3) // 4
@@ -29,12 +30,10 @@ class Shared:
         self.write_stamp = np.zeros(words, np.int32)  # the writer's clock at that time
         self.write_half = np.zeros(words, np.uint8)
         self.read_stamp = np.zeros((warps, words), np.int32)  # each warp's clock when it last read
-        # clock[v, w]: what warp v knows of warp w's time; an access of w is before v's if its stamp is no greater.
-        # An mbarrier counts as one more agent, whose time is its phase; it alone orders the bulk copies, its writes.
-        self.clock = np.zeros((warps, warps + self.AGENTS), np.int32)
+        self.clocks = Clocks(warps)
+        self.clock = self.clocks.known
         self.landing = np.zeros(words, bool)  # a cp.async is under way to it
         self.streaming = np.zeros(words, np.int16)  # so many wgmma under way read it
-        self.unfenced = np.zeros(words, bool)  # written through the generic proxy, not yet fenced for the async one
         self.any_streaming = False
         self.check = True
 
@@ -45,24 +44,22 @@ class Shared:
         self.writer[:] = -1
         self.write_stamp[:] = 0
         self.read_stamp[:] = 0
-        self.clock[:] = np.eye(*self.clock.shape, dtype=np.int32)
+        self.clocks.reset()
         self.landing[:] = False
         self.streaming[:] = 0
-        self.unfenced[:] = False
         self.any_streaming = False
 
     def release(self, warps: np.ndarray) -> np.ndarray:
-        """What these warps have done and seen; their later accesses are not part of it."""
-        known = self.clock[warps].max(0)
-        self.clock[warps, warps] += 1
-        return known
+        """Return what these warps have done and seen; their later accesses are not part of it."""
+        return self.clocks.release(warps)
 
     def acquire(self, warps: np.ndarray, known: np.ndarray) -> None:
-        self.clock[warps] = np.maximum(self.clock[warps], known)
+        """Let warps know what others released."""
+        self.clocks.acquire(warps, known)
 
     def barrier(self) -> None:
-        self.clock[:] = self.clock.max(0)
-        self.clock += np.eye(*self.clock.shape, dtype=np.int32)
+        """Let all warps know everything."""
+        self.clocks.barrier()
 
     def index(self, addr: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         """Byte addresses, checked, as int64."""
@@ -92,14 +89,13 @@ class Shared:
         bad = self.write_stamp[words] > self.clock[warp, self.writer[words]]
         if bad.any():
             self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
-        if not generic and self.unfenced[words].any():
-            self._fail(
-                "proxy",
-                "wgmma reads what st.shared or cp.async wrote with no fence.proxy.async between",
-                words,
-                self.unfenced[words],
-                warp,
-            )
+        if not generic:
+            writer = self.writer[words]
+            late = self.write_stamp[words] > self.clock[warp, writer + self.clocks.agents]
+            bad = (writer >= 0) & (writer < self.warps) & late
+            if bad.any():
+                what = "reads what st.shared or cp.async wrote with no fence.proxy.async between"
+                self._fail("proxy", what, words, bad, warp)
         self.read_stamp[warp, words] = self.clock[warp, warp]
 
     def write(self, words: np.ndarray, warp: np.ndarray, values: np.ndarray | None, half: int = 3) -> None:
@@ -129,7 +125,6 @@ class Shared:
         self.valid[words] = True
         self.writer[words] = self.warps + agent
         self.write_stamp[words] = stamp
-        self.unfenced[words] = False
 
     def wrote(self, words: np.ndarray, warp: np.ndarray, half: int = 3) -> None:
         """After a write."""
@@ -138,7 +133,6 @@ class Shared:
             self.writer[words] = warp
             self.write_stamp[words] = self.clock[warp, warp]
             self.write_half[words] = half
-            self.unfenced[words] = True
 
     def _fail(self, kind: str, message: str, words: np.ndarray, bad: np.ndarray, warp: np.ndarray) -> None:
         words, bad, warp = np.broadcast_arrays(words, bad, warp)
