@@ -22,10 +22,11 @@ EDGES = [8 * group + odd for group in range(16) for odd in (5, 2)]  # every 8 co
 
 
 def lengths() -> list[tuple[int, int]]:
-    """(Sq, Sk): one of several tiles on both sides first, then rounds of both loops, then edges."""
-    rounds = [(70, 64 * n + 24) for n in range(7)] + [(64 * n + 24, 70) for n in range(7)] + [(128, 256), (192, 64)]
-    edges = [(33 + EDGES[(5 * i) % 32], 1 + edge) for i, edge in enumerate(EDGES)]
-    return [(97, 200), *rounds, *edges, (200, 328)]
+    """Return (Sq, Sk): rounds of both loops, then every edge of keys with queries behind it, then edges of queries."""
+    rounds = [(97, 200), (128, 250), (70, 24), *((70, 128 * n + 24) for n in range(1, 6)), (70, 88)]
+    rounds += [*((64 * n + 24, 70) for n in range(1, 6)), (128, 256), (192, 64)]
+    keys = [(2 + edge + (5 * i) % 32, 1 + edge) for i, edge in enumerate(EDGES)]
+    return [*rounds, *keys, *((edge, edge + 40) for edge in EDGES[:16]), (200, 328)]
 
 
 def attention(causal: bool, bias: bool = False) -> Calls:
@@ -35,7 +36,9 @@ def attention(causal: bool, bias: bool = False) -> Calls:
         g = torch.Generator().manual_seed(1000 * queries + keys)
         q, k, v, do = (torch.randn(1, 1, s, 64, generator=g).bfloat16() for s in (queries, keys, keys, queries))
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        options: dict[str, Any] = {"causal": causal, "align": "bottom_right" if causal else None}
+        options: dict[str, Any] = {"causal": causal}
+        if causal:  # every key is seen by some query
+            options["align"] = "bottom_right" if keys >= queries else "top_left"
         if bias:
             options["bias"] = torch.randn(1, 1, queries, keys, generator=g).bfloat16().requires_grad_()
             leaves.append(options["bias"])
@@ -62,7 +65,7 @@ def linear() -> Calls:
     # Rows may be any; features are multiples of 16, so that copies are asynchronous.
     sizes = [(97, 176, 112)]
     sizes += [(40, 64 * n + 48, 48) for n in range(6)] + [(40, 48, 64 * n + 48) for n in range(6)]
-    sizes += [(64 * n + 24, 48, 48) for n in range(6)] + [(128, 128, 128), (64, 192, 256)]
+    sizes += [(64 * n + 24, 48, 48) for n in range(5)]
     sizes += [(1 + edge, 16 * (1 + i % 9), 16 * (1 + (5 * i) % 9)) for i, edge in enumerate(EDGES)]
     return [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
 
@@ -98,9 +101,7 @@ def packed() -> Calls:
         q, do = (torch.randn(int(starts[0][-1]), 1, 64, generator=g).bfloat16() for _ in range(2))
         k, v = (torch.randn(int(starts[1][-1]), 1, 64, generator=g).bfloat16() for _ in range(2))
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = flash_attention_varlen(
-            *leaves, *starts, *most, causal=True, align="bottom_right", backend="triton"
-        )
+        out = flash_attention_varlen(*leaves, *starts, *most, causal=True, align="bottom_right", backend="triton")
         torch.autograd.grad(out, leaves, do)
 
     every = lengths()

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from ..runtime.launch import TARGETS, any_device, assume_target, intercept
-from .hazard import Hazard
+from .hazard import Hazard, UnknownInstruction
 from .launching import Bound
 from .machine import Machine
-from .mutations import Mutation, is_computation, mutated, mutated_step, step
+from .mutations import ORDER, Mutation, is_computation, is_idle, mutated, mutated_step
+from .state import Step
 
+ROUNDS = 16  # so many of the first cases go through the rounds of loops
 _GAP = 1 << 16  # bytes that belong to nobody, before and behind each tensor
 
 
@@ -58,7 +60,7 @@ class Case:
         self.bound.run(machine)
 
     def learn(self, machine: Machine) -> None:
-        """Run the launch with the text as it was compiled, and keep what it leaves; the caller's tensors get it, too."""
+        """Run the launch with the text as it was compiled; what it leaves is kept, and put into the caller's."""
         before = machine.stats["instructions"]
         self.run(machine)
         self.steps = machine.stats["instructions"] - before
@@ -72,6 +74,20 @@ class Case:
         return all(torch.equal(self._right[key], arena) for key, arena in self._arenas.items())
 
 
+def ways(cases: Sequence[Case], chosen: Sequence[Mutation]) -> Iterator[tuple[tuple[str, int | None], Case]]:
+    """Yield the runs by which mutations are tried: copies that land late or early, warps in step or by seed.
+
+    What the order of operations decides shows, or does not, with the number of a loop's rounds, which the first cases
+    go through; edges of masks are the matter of the others.
+    """
+    order = bool(chosen) and all(m.kind in ORDER for m in chosen)
+    for case in cases[:ROUNDS] if order else cases:
+        yield ("late", None), case
+    for way in (("early", None), ("late", 1), ("random", 2)):
+        for case in cases[:2]:
+            yield way, case
+
+
 @dataclass
 class Outcome:
     """Mutations planted together, and by what they were noticed, in which case, after how many runs."""
@@ -81,12 +97,12 @@ class Outcome:
     message: str = ""
     case: str = ""
     tried: int = 0
-    computes_the_same: bool = False  # no thread ever gets another value: not noticed, and nothing to notice
+    is_idle: bool = False  # what is changed does nothing in any case (see Subject.reached)
 
 
 @dataclass
 class Subject:
-    """One compiled text and the launches of it that were recorded; ``cases`` is in the order in which they are tried."""
+    """One compiled text and the recorded launches of it, in the order in which they are tried."""
 
     name: str
     target: str
@@ -105,74 +121,88 @@ class Subject:
         cases = self.cases if only is None else [self.cases[i] for i in sorted(only)]
         try:
             with mutated(machine, *chosen):
-                for n, (late, case) in enumerate([(x, c) for x in (True, False) for c in cases], 1):
-                    label, machine.late, machine.most_steps = case.label, late, 3 * case.steps + 10_000
+                for n, (way, case) in enumerate(ways(cases, chosen), 1):
+                    label, machine.most_steps = f"{case.label} {way}", 3 * case.steps + 10_000
+                    machine.asynchrony, machine.seed = way
                     case.run(machine)
                     if not case.is_right():
                         return Outcome(chosen, "wrong result", "", label, n)
         except Hazard as error:
             return Outcome(chosen, error.kind, str(error), label, n)
-        except (NotImplementedError, AssertionError) as error:
+        except UnknownInstruction as error:
             return Outcome(chosen, "refused", repr(error), label, n)
         return Outcome(chosen, None, tried=n)
 
     def reached(self, every: Iterable[Mutation]) -> dict[Mutation, set[int]]:
-        """Return the cases in which a changed computation gives a thread another value; nothing of what computes none.
+        """Return the cases in which a change does something, for those of which that is seen where they stand.
 
-        All are computed beside the right one, in one run of each case.
+        A changed computation does if it gives a thread another value, a guard if it hides one, a copy if it copies.
+        All are looked at in one run of each case.
         """
-        found: dict[Mutation, set[int]] = {m: set() for m in every if is_computation(m)}
-        case_number, places = 0, defaultdict(list)
-        for m in found:
-            places[m.block, m.at].append(m)
-        machine = self.machine
-
-        def compare(group: list[Mutation]) -> Any:
-            right, ins, touched = step(machine, group[0].old)
-            changed_ = [(m, mutated_step(machine, m)[0]) for m in group]
-            rows = [machine.row(r) for r in ins.operands[:2] if getattr(r, "name", None) in ins.writes]
-
-            def run(mask: Any) -> None:
-                waiting = [(m, new) for m, new in changed_ if case_number not in found[m]]
-                before = [row.copy() for row in rows] if waiting else []
-                right(mask)
-                if not waiting:
-                    return
-                was = [row.copy() for row in rows]
-                for m, new in waiting:
-                    for row, value in zip(rows, before, strict=True):
-                        row[...] = value
-                    new(mask)
-                    if any((row != value).any() for row, value in zip(rows, was, strict=True)):
-                        found[m].add(case_number)
-                for row, value in zip(rows, was, strict=True):
-                    row[...] = value
-
-            return run, ins, touched
-
-        kept = list(machine.blocks)
+        found: dict[Mutation, set[int]] = {}
+        places: dict[tuple[int, int], list[Mutation]] = defaultdict(list)
+        for m in every:
+            if m.at is not None and (is_computation(m) or is_idle(self.machine, m)):
+                found[m] = set()
+                places[m.block, m.at].append(m)
+        seen: set[Mutation] = set()  # in the current case
+        kept = list(self.machine.blocks)
         try:
             for (block, at), group in places.items():
-                closures, end = machine.blocks[block]
-                machine.blocks[block] = ([*closures[:at], compare(group), *closures[at + 1 :]], end)
-            machine.late, machine.most_steps = True, 1 << 40
-            for case_number, case in enumerate(self.cases):
+                code = self.machine.blocks[block]
+                body = list(code.body)
+                body[at] = (self._watched(body[at][0], group, seen), *body[at][1:])
+                self.machine.blocks[block] = code._replace(body=body)
+            machine = self.machine
+            machine.asynchrony, machine.seed, machine.most_steps = "late", None, 1 << 40
+            for number, case in enumerate(self.cases):
+                seen.clear()
                 case.run(machine)
                 assert case.is_right()
+                for m in seen:
+                    found[m].add(number)
         finally:
-            machine.blocks[:] = kept
+            self.machine.blocks[:] = kept
         return found
+
+    def _watched(self, right: Step, group: list[Mutation], seen: set[Mutation]) -> Step:
+        """Return a step that also adds to ``seen`` those of a place's mutations that do something."""
+        machine, ins = self.machine, group[0].old
+        idle = [(m, is_idle(machine, m)) for m in group]
+        others = [(m, mutated_step(machine, m)[0]) for m in group if is_computation(m)]
+        rows = [machine.row(r) for r in ins.operands[:2] if getattr(r, "name", None) in ins.writes]
+
+        def run(mask: Any) -> None:
+            seen.update(m for m, test in idle if test is not None and m not in seen and not test(mask))
+            waiting = [(m, new) for m, new in others if m not in seen]
+            before = [row.copy() for row in rows] if waiting else []
+            right(mask)
+            if not waiting:
+                return
+            was = [row.copy() for row in rows]
+            for m, new in waiting:
+                for row, value in zip(rows, before, strict=True):
+                    row[...] = value
+                new(mask)
+                if any((row != value).any() for row, value in zip(rows, was, strict=True)):
+                    seen.add(m)
+            for row, value in zip(rows, was, strict=True):
+                row[...] = value
+
+        return run
 
     def outcomes(self, every: Sequence[Mutation]) -> Iterator[Outcome]:
         """Yield what becomes of each mutation by itself."""
         reached = self.reached(every)
         for m in every:
-            if m not in reached:
-                yield self.outcome(m)
-            elif reached[m]:
-                yield self.outcome(m, only=reached[m])
+            if reached.get(m) or m not in reached:
+                yield self.outcome(m, only=reached.get(m))
+            elif m.kind == "copy deleted":
+                outcome = self.outcome(m)
+                outcome.is_idle = outcome.caught_by is None
+                yield outcome
             else:
-                yield Outcome((m,), None, computes_the_same=True)
+                yield Outcome((m,), None, is_idle=True)
 
 
 def record(
@@ -207,7 +237,8 @@ def record(
     torch.use_deterministic_algorithms(True)
     try:
         with assume_target(TARGETS[target]), any_device(), intercept(hook):
-            for label, call in calls:
+            for name, call in calls:
+                label = name
                 call()
     finally:
         torch.use_deterministic_algorithms(was)

@@ -6,14 +6,14 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .machine import Machine
 from .opcodes.wgmma import check_fence
-from .ptx import Instruction, changed
+from .ptx import Instruction, Reg, changed, number
+from .state import Mask, Step
 
 DELETED = ""
-_MEMORY = r"(?:ld|st|ldmatrix|stmatrix|cp\.async\.c[ag])\b"
+_SHARED = r"(?:ld\.shared|st\.shared|ldmatrix|stmatrix|cp\.async\.c[ag])"
 _SWAP = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
 
@@ -87,7 +87,7 @@ KINDS: dict[str, Callable[[str], list[str]]] = {
         else []
     ),
     "shared offset + 16": _change(
-        r"^((?:@!?%?\w+ )?(?:ld\.shared|st\.shared|ldmatrix|stmatrix|cp\.async\.c[ag])[^\[]*\[\s*%\w+)(?:\s*\+\s*(-?\d+))?",
+        rf"^((?:@!?%?\w+ )?{_SHARED}[^\[]*\[\s*%\w+)(?:\s*\+\s*(-?\d+))?",
         lambda m: f"{m[1]}+{int(m[2] or 0) + 16}",
     ),
     "expected bytes / 2": _change(r"^(.*\.expect_tx\S*\s.*, )(\d+)$", lambda m: f"{m[1]}{int(m[2]) // 2}"),
@@ -97,6 +97,9 @@ KINDS: dict[str, Callable[[str], list[str]]] = {
     "mbarrier count + 1": _change(r"^((?:@!?%?\w+ )?mbarrier\.init\S*\s.*, )(\d+)$", _number(1)),
     "arrival deleted": _delete(r"(@!?%?\w+ )?mbarrier\.arrive"),
 }
+
+# Of these the order of a kernel's operations is changed, and nothing that it computes.
+ORDER = ("barrier deleted", "fence deleted", "commit deleted", "wait deleted", "wait count + 1", "arrival deleted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,16 +146,16 @@ def mutated(machine: Machine, *chosen: Mutation) -> Iterator[None]:
                         check_fence(machine, n, at)
         yield
     finally:
-        for n, closures, block in reversed(kept):
-            machine.blocks[n], blocks[n] = closures, block
+        for n, code, block in reversed(kept):
+            machine.blocks[n], blocks[n] = code, block
 
 
-def step(machine: Machine, ins: Instruction) -> tuple[Any, Instruction, frozenset[str]]:
+def step(machine: Machine, ins: Instruction) -> tuple[Step, Instruction, frozenset[str]]:
     """Return an instruction as the machine's blocks hold it."""
-    return machine._guarded(ins), ins, ins.reads | ins.writes
+    return machine._compile(ins), ins, ins.reads | ins.writes
 
 
-def mutated_step(machine: Machine, m: Mutation) -> tuple[Any, Instruction, frozenset[str]]:
+def mutated_step(machine: Machine, m: Mutation) -> tuple[Step, Instruction, frozenset[str]]:
     """Return the changed instruction as the machine's blocks hold it."""
     return step(machine, changed(m.old, m.new))
 
@@ -162,25 +165,38 @@ def is_computation(m: Mutation) -> bool:
     return m.new != DELETED and m.old.opcode.split(".")[0] in ("setp", "selp", "and", "or", "xor", "add")
 
 
+def is_idle(machine: Machine, m: Mutation) -> Callable[[Mask], bool] | None:
+    """Return a test whether a guard hides no thread, or a copy copies nothing, where a change is of one; else None."""
+    old, dropped = m.old, m.kind == "guard dropped"
+    if not dropped and m.kind != "copy deleted":
+        return None
+    if dropped and old.guard is not None:
+        predicate, wanted = machine.row(old.guard), not old.guard.negated
+        return lambda mask: bool((predicate[... if mask is None else mask] == wanted).all())
+    size = old.operands[-1]
+    if not (old.parts[0] == "cp" and isinstance(size, Reg)):
+        return None
+    row, whole = machine.row(size), number(old.operands[-2].text) if dropped else 0
+    return lambda mask: bool((row[... if mask is None else mask] == whole).all())
+
+
 def _put(machine: Machine, m: Mutation) -> None:
-    block = machine.kernel.blocks[m.block]
-    closures, end = machine.blocks[m.block]
-    closures, body = list(closures), list(block.body)
+    block, code = machine.kernel.blocks[m.block], machine.blocks[m.block]
+    body, closures, leave, end = list(block.body), list(code.body), code.leave, code.end
     ins = changed(m.old, m.new) if m.new else None
     if m.at is None:
-        # A wait at the end of its block becomes a statement of the block, which then runs on into the next one.
         ends = ins is not None and ins.opcode == m.old.opcode
         end = ins if ends else None
+        leave = machine._compile_end(m.block, replace(block, end=end)) if ends else None
         if ins is not None and not ends:
+            # What stands in the place of a wait is a statement of the block, which then runs on into the next one.
             body.append(ins)
             closures.append(step(machine, ins))
+    elif ins is None:
+        # An empty place, so that the places of other mutations stay right.
+        body[m.at] = replace(m.old, opcode="nothing", operands=(), guard=None, reads=frozenset(), writes=frozenset())
+        closures[m.at] = (lambda mask: None, body[m.at], frozenset())
     else:
-        # What is deleted leaves an empty place, so that the places of other mutations stay right.
-        body[m.at] = replace(m.old, opcode="nothing", operands=(), guard=None) if ins is None else ins
-        if ins is None:
-            body[m.at].reads = body[m.at].writes = frozenset()
-            closures[m.at] = (lambda mask: None, body[m.at], frozenset())
-        else:
-            closures[m.at] = step(machine, ins)
+        body[m.at], closures[m.at] = ins, step(machine, ins)
     machine.kernel.blocks[m.block] = replace(block, body=body, end=end)
-    machine.blocks[m.block] = (closures, end)
+    machine.blocks[m.block] = code._replace(body=closures, leave=leave, end=end)

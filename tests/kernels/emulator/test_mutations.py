@@ -1,0 +1,140 @@
+"""Faults planted in compiled kernels are noticed: a pinned choice of every kind that portable kernels have."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import defaultdict
+
+import pytest
+
+from bench.mutations import reasons
+from bench.mutations.__main__ import subjects, survivor, table
+from bench.mutations.calls import FAMILIES, Calls, attention
+from fusemesh.kernels.emulator.mutants import Subject, record
+from fusemesh.kernels.emulator.mutations import KINDS, Mutation, mutated, mutations
+
+pytestmark = [pytest.mark.aot]
+
+# A statement of each kind, and what stands in its place.
+CHANGES = [
+    ("barrier deleted", "bar.sync 0", [""]),
+    ("barrier deleted", "bar.arrive 1, 64", []),
+    ("wait deleted", "cp.async.wait_group 2", [""]),
+    ("wait deleted", "mbarrier.try_wait.parity.shared.b64 complete, [%r1], %r2", ["mov.pred complete, -1"]),
+    ("wait count + 1", "wgmma.wait_group.sync.aligned 0", ["wgmma.wait_group.sync.aligned 1"]),
+    ("fence deleted", "fence.proxy.async.shared::cta", [""]),
+    ("commit deleted", "cp.async.commit_group", [""]),
+    ("copy deleted", "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r3", [""]),
+    ("swizzle constant", "xor.b32 %r1, %r2, 32", ["xor.b32 %r1, %r2, 48"]),
+    ("swizzle constant", "and.b32 %r1, %r2, 112", ["and.b32 %r1, %r2, 96"]),
+    ("swizzle constant", "and.b32 %r1, %r2, 31", []),
+    ("shuffle lane", "shfl.sync.bfly.b32 %r1, %r2, 16, 31, -1", ["shfl.sync.bfly.b32 %r1, %r2, 19, 31, -1"]),
+    ("predicate flipped", "@%p1 bra $L__BB0_1", ["@!%p1 bra $L__BB0_1"]),
+    ("predicate flipped", "@!%p1 st.global.b32 [%rd1], %r1", ["@%p1 st.global.b32 [%rd1], %r1"]),
+    ("guard dropped", "@%p1 st.global.b32 [%rd1], %r1", ["st.global.b32 [%rd1], %r1"]),
+    ("guard dropped", "cp.async.ca.shared.global [%r1], [%rd1], 0x8, %r2", ["cp.async.ca.shared.global [%r1], [%rd1], 0x8"]),
+    ("guard dropped", "@%p1 bra $L__BB0_1", []),
+    ("bound", "setp.lt.s32 %p1, %r1, %r2", ["setp.le.s32 %p1, %r1, %r2"]),
+    ("bound", "setp.ge.u64 %p1, %rd1, %rd2", ["setp.gt.u64 %p1, %rd1, %rd2"]),
+    ("bound", "setp.lt.f32 %p1, %r1, %r2", []),
+    ("select swapped", "selp.f32 %r1, %r2, 0f00000000, %p1", ["selp.f32 %r1, 0f00000000, %r2, %p1"]),
+    (
+        "descriptor bit",
+        "or.b64 %rd1, %rd2, 4611686293305294848",
+        ["or.b64 %rd1, %rd2, 9223372311732682752", "or.b64 %rd1, %rd2, 4611686018427387904"],
+    ),
+    ("matrix transposed", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1}, [%r2]", ["ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%r1}, [%r2]"]),
+    ("matrix transposed", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%r1}, [%r2]", ["ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1}, [%r2]"]),
+    ("shared offset + 16", "ld.shared.b32 %r1, [%r2]", ["ld.shared.b32 %r1, [%r2+16]"]),
+    ("shared offset + 16", "st.shared.b32 [%r2+8], %r1", ["st.shared.b32 [%r2+24], %r1"]),
+    ("expected bytes / 2", "@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 8192", ["@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 4096"]),
+    (
+        "coordinates swapped",
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2, %r3}], [%r4]",
+        ["cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r3, %r2}], [%r4]"],
+    ),
+    ("mbarrier count + 1", "@%p1 mbarrier.init.shared::cta.b64 [%r1], 1", ["@%p1 mbarrier.init.shared::cta.b64 [%r1], 2"]),
+    ("arrival deleted", "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1], 4", [""]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "statement", "changed"), CHANGES, ids=[f"{k}: {s[:30]}" for k, s, _ in CHANGES])
+def test_each_kind_changes_its_statements_and_no_others(kind: str, statement: str, changed: list[str]) -> None:
+    assert KINDS[kind](statement) == changed
+
+
+def test_every_kind_has_a_statement() -> None:
+    assert {kind for kind, _, _ in CHANGES} == set(KINDS)
+
+
+@functools.cache
+def pinned(target: str) -> list[Subject]:
+    calls: Calls = [c for c in attention(True) if c[0] in ("97x200", "70x664", "216x70", "344x70", "103x94", "50x86")]
+    return record(target, calls, lambda name: name != "attention_delta_kernel")
+
+
+def chosen(subject: Subject, each: int) -> dict[str, list[Mutation]]:
+    """Return some mutations of each kind, the same ones at every run, and all of the others."""
+    places: dict[str, list[Mutation]] = defaultdict(list)
+    for m in mutations(subject.machine):
+        places[m.kind].append(m)
+    pick = random.Random(7)
+    return {kind: pick.sample(all_, min(each, len(all_))) for kind, all_ in places.items()}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_fault_of_each_kind_is_noticed(target: str) -> None:
+    noticed, all_kinds = set(), set()
+    for subject in pinned(target):
+        assert len(subject.cases) == 6, subject.name
+        places = chosen(subject, 3)
+        all_kinds |= set(places)
+        for outcome in subject.outcomes([m for each in places.values() for m in each]):
+            (m,) = outcome.mutations
+            if outcome.caught_by is None:
+                found = survivor(subject, "causal", outcome, [])
+                assert found["reason"], f"{subject.name} {target}: nothing notices {m}"
+            else:
+                noticed.add(m.kind)
+    assert noticed == all_kinds
+    assert len(noticed) >= 12
+
+
+def test_without_checks_a_missing_barrier_goes_unnoticed() -> None:
+    """The checks notice it: neither the result nor another part of the machine does."""
+    (subject,) = (s for s in pinned("sm_80") if s.name == "attention_forward_kernel")
+    places = [m for m in mutations(subject.machine) if m.kind == "barrier deleted"]
+    (first, *_) = (m for m in places if subject.outcome(m).caught_by == "race")
+    shared = subject.machine.shared
+    shared.check = False
+    try:
+        assert subject.outcome(first).caught_by is None
+    finally:
+        shared.check = True
+
+
+def test_a_change_is_undone() -> None:
+    (subject,) = (s for s in pinned("sm_90") if s.name == "attention_forward_kernel")
+    machine = subject.machine
+    blocks, codes = list(machine.kernel.blocks), list(machine.blocks)
+    for m in mutations(machine)[::97]:
+        with mutated(machine, m):
+            assert machine.kernel.blocks != blocks
+            assert machine.blocks != codes
+        assert machine.kernel.blocks == blocks
+        assert machine.blocks == codes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_what_nothing_notices_has_a_reason(family: str, target: str) -> None:
+    for subject in subjects(family, target):
+        _, survivors = table(subject, family, ".", 1 << 30)
+        assert not [s for s in survivors if not s["reason"]]
+
+
+def test_a_reason_is_for_the_survivors_that_it_names() -> None:
+    survived = {"kind": "fence deleted", "kernel": "attention_forward_kernel", "source": "", "text": "bar.sync 0"}
+    assert reasons.reason({**survived, "same_values": False, "evidence": ""}) == ""
