@@ -138,7 +138,7 @@ def survivor(subject: Subject, family: str, outcome: Outcome, together: str = ""
 
 def source_line(source: str) -> str:
     """Return the line of a kernel's source that ``file:line`` names."""
-    name, _, number = source.partition(":")
+    name, _, number = source.split(",")[0].partition(":")
     for path in sorted(Path(kernels.__file__).parent.rglob(name)):
         lines = path.read_text(encoding="utf-8").split("\n")
         if number.isdigit() and int(number) <= len(lines):

@@ -33,8 +33,8 @@ class Descriptor:
         """Return the fields of a 64-bit descriptor."""
         if bits & _RESERVED:
             raise Hazard("descriptor", f"the wgmma descriptor {bits:#018x} has bits set that are reserved")
-        fields = [((bits >> at) & 0x3FFF) << 4 for at in (0, 16, 32)]
-        return cls(*fields, (bits >> 49) & 7, bits >> 62)
+        start, leading, stride = (((bits >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
+        return cls(start, leading, stride, (bits >> 49) & 7, bits >> 62)
 
     def addresses(self, mn: int, k: int, size: int, mn_major: bool) -> np.ndarray:
         """Return the byte addresses [mn, k] of elements of ``size`` bytes: of A by M and K, of B by N and K."""

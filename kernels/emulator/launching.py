@@ -12,7 +12,7 @@ from .compiled import Compiled, compile_text
 from .global_memory import Global
 from .grid import run_grid
 from .machine import Machine
-from .ptx import parse
+from .parsing import parse
 
 _PACK = {
     "i1": "<B",

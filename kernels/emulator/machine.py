@@ -72,7 +72,7 @@ class Machine(Cta):
     def _compile(self, ins: Instruction) -> Step:
         self.current = ins
         try:
-            step = opcodes.find(ins)(self, ins, ins.parts, ins.operands)
+            step = opcodes.find(ins.opcode)(self, ins, ins.parts, ins.operands)
         except Hazard:
             raise
         except Exception as error:

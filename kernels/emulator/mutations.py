@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from .machine import Machine
 from .opcodes.wgmma import check_fence
-from .ptx import Instruction, Reg, changed, number
+from .parsing import changed
+from .ptx import Instruction, Reg, number
 from .state import Mask, Step
 
 DELETED = ""
@@ -194,7 +195,9 @@ def _put(machine: Machine, m: Mutation) -> None:
             closures.append(step(machine, ins))
     elif ins is None:
         # An empty place, so that the places of other mutations stay right.
-        body[m.at] = replace(m.old, opcode="nothing", operands=(), guard=None, reads=frozenset(), writes=frozenset())
+        body[m.at] = replace(
+            m.old, opcode="nothing", operands=(), guard=None, destinations=0, reads=frozenset(), writes=frozenset()
+        )
         closures[m.at] = (lambda mask: None, body[m.at], frozenset())
     else:
         body[m.at], closures[m.at] = ins, step(machine, ins)

@@ -11,7 +11,7 @@ import numpy as np
 
 from .hazard import Hazard
 from .opcodes.bulk import finish
-from .opcodes.mbarrier import MBarrier, land_next, wait_keys, waited_for, wakes
+from .opcodes.mbarrier import MBarrier, land_next, land_some, wait_keys, waited_for, wakes
 from .opcodes.wgmma import pending_fault
 from .ptx import Block, Imm, Instruction, Reg, meeting
 from .state import WARP, Mask, Step
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 RUNS, WAITS, SPINS, ENDED = range(4)
+IN_VAIN = 1000  # questions to which the answer stays no before asking counts as waiting for ever
 # What a block's end does: it returns the block at which all threads of the mask go on, or None once they differ.
 Leave = Callable[[Mask], "int | None"]
 
@@ -36,12 +37,16 @@ class Code(NamedTuple):
 
 @dataclass
 class Wait:
-    """Threads that sleep until ``ready()``; ``wake(their mask)`` is then called once."""
+    """Threads that sleep until ``ready()``; ``wake(their mask)`` is then called once.
+
+    With ``give_up`` they also run on, and it is called with their mask, when nothing else can happen.
+    """
 
     what: str
     ready: Callable[[], bool]
     wake: Callable[[np.ndarray], None]
     bar: MBarrier | None = None
+    give_up: Callable[[np.ndarray], None] | None = None
     threads: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
 
@@ -60,6 +65,7 @@ class Threads:
         self.waits: list[Wait] = []
         self.polls: dict[int, str] = {}  # block -> on what threads spin there
         self.everyone = np.ones(cta.T, bool)
+        self.in_vain = 0  # how often in a row threads only asked whether their wait is over
         self.random = None if seed is None else random.Random(seed)
 
     def sleep(self, mask: Mask, wait: Wait) -> None:
@@ -77,9 +83,23 @@ class Threads:
             if wait.ready():
                 self.state[wait.threads] = RUNS
                 wait.wake(wait.threads)
+                self.in_vain = 0
             else:
                 left.append(wait)
         self.waits = left
+
+    def give_up(self) -> bool:
+        """Let those run on who only asked whether their wait is over; return whether there are any."""
+        asked = [wait for wait in self.waits if wait.give_up is not None]
+        self.in_vain += 1
+        if self.in_vain > IN_VAIN:
+            return False
+        for wait in asked:
+            assert wait.give_up is not None
+            self.state[wait.threads] = RUNS
+            wait.give_up(wait.threads)
+            self.waits.remove(wait)
+        return bool(asked)
 
     def pick(self) -> tuple[int, Mask] | None:
         """Return a block and the threads that run it next; None if nobody can."""
@@ -201,21 +221,25 @@ def execute(cta: Machine, threads: Threads) -> Iterator[bool]:
                 for each in np.unique(pc[live]):
                     threads.polls[int(each)] = cta.polled
             yield False
+        if flight.transfers:
+            land_some(cta)
         while True:
             threads.wake()
             chosen = threads.pick()
             if chosen is not None:
                 at, mask = chosen
                 break
-            if land_next(cta, [wait.bar for wait in threads.waits if wait.bar is not None]):
-                continue
-            if threads.spins():
-                yield True
-                continue
             if threads.ended():
                 cta.stats["instructions"] += steps
                 _check_end(cta)
                 return
+            if land_next(cta, [wait.bar for wait in threads.waits if wait.bar is not None]):
+                continue
+            if threads.give_up():
+                continue
+            if threads.spins():
+                yield True
+                continue
             kind = "convergence" if (threads.state == RUNS).any() else "deadlock"
             raise Hazard(kind, f"threads wait for ever, {threads.describe()}")
 
@@ -306,8 +330,8 @@ def _return(cta: Machine, at: int, end: Instruction) -> Leave:
 
 
 def _try_wait(cta: Machine, at: int, end: Instruction) -> Leave:
-    """Return the end by which a thread sleeps until the phase of an mbarrier completes."""
-    done = cta.row(end.operands[0])
+    """Return the end by which a thread sleeps until the phase of an mbarrier completes, or (test_wait) asks for it."""
+    done, asks = cta.row(end.operands[0]), end.parts[1] == "test_wait"
 
     def leave(mask: Mask) -> int | None:
         threads = cta.threads
@@ -320,13 +344,18 @@ def _try_wait(cta: Machine, at: int, end: Instruction) -> Leave:
         for key in np.unique(keys[live]):
             bar, group = waited_for(cta, int(key)), live & (keys == key)
             if not wakes(cta, int(key), np.unique(cta.warp[group])):
-                threads.sleep(group, _mbarrier_wait(cta, int(key), group, bar))
+                threads.sleep(group, _mbarrier_wait(cta, int(key), group, bar, done if asks else None))
         return None
 
     return leave
 
 
-def _mbarrier_wait(cta: Machine, key: int, group: np.ndarray, bar: MBarrier) -> Wait:
+def _mbarrier_wait(cta: Machine, key: int, group: np.ndarray, bar: MBarrier, answer: np.ndarray | None) -> Wait:
     warps = np.unique(cta.warp[group])
+
+    def give_up(threads: np.ndarray) -> None:
+        assert answer is not None
+        answer[threads] = False
+
     what = f"{bar}, parity {key & 1}"
-    return Wait(what, lambda: wakes(cta, key, warps), lambda _: None, bar)
+    return Wait(what, lambda: wakes(cta, key, warps), lambda _: None, bar, give_up if answer is not None else None)

@@ -35,6 +35,8 @@ class Shared:
         self.landing = np.zeros(words, bool)  # a cp.async is under way to it
         self.streaming = np.zeros(words, np.int16)  # so many wgmma under way read it
         self.any_streaming = False
+        self.objects = np.zeros(words, bool)  # words of mbarriers
+        self.has_objects = False
         self.check = True
 
     def reset(self) -> None:
@@ -48,6 +50,7 @@ class Shared:
         self.landing[:] = False
         self.streaming[:] = 0
         self.any_streaming = False
+        self.objects[:] = self.has_objects = False
 
     def release(self, warps: np.ndarray) -> np.ndarray:
         """Return what these warps have done and seen; their later accesses are not part of it."""
@@ -74,7 +77,32 @@ class Shared:
         if (a & (size - 1)).any():
             n = int(np.argmax((a & (size - 1)) != 0))
             raise Hazard("alignment", f"thread {threads[n]}: {size} shared bytes at {a[n] - self.BASE}")
+        if self.has_objects:
+            bad = self.objects[a >> 2] | self.objects[(a + size - 1) >> 2]
+            if bad.any():
+                n = int(np.argmax(bad))
+                raise Hazard("mbarrier", f"thread {threads[n]} accesses shared byte {a[n] - self.BASE} of an mbarrier")
         return a
+
+    def begin_copy(self, words: np.ndarray) -> None:
+        """Note that a copy to words is under way."""
+        if self.check:
+            self.landing[words] = True
+
+    def end_copy(self, words: np.ndarray) -> None:
+        """Note that it has taken effect."""
+        self.landing[words] = False
+
+    def begin_stream(self, words: np.ndarray) -> None:
+        """Note that something asynchronous reads words (each once) from now on."""
+        self.streaming[words] += 1
+        self.any_streaming = True
+
+    def end_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
+        """Note that it has read them, to the knowledge of ``warps``, which broadcast with words."""
+        self.streaming[words] -= 1
+        if self.check:
+            self.read_stamp[warps, words] = self.clock[warps, warps]
 
     def read(self, words: np.ndarray, warp: np.ndarray, generic: bool = True) -> None:
         """Warps `warp` [n] (or broadcast) read `words` [n, k]."""
@@ -90,13 +118,23 @@ class Shared:
         if bad.any():
             self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
         if not generic:
-            writer = self.writer[words]
-            late = self.write_stamp[words] > self.clock[warp, writer + self.clocks.agents]
-            bad = (writer >= 0) & (writer < self.warps) & late
-            if bad.any():
-                what = "reads what st.shared or cp.async wrote with no fence.proxy.async between"
-                self._fail("proxy", what, words, bad, warp)
+            self._check_proxy(words, warp, "reads")
         self.read_stamp[warp, words] = self.clock[warp, warp]
+
+    def _check_proxy(self, words: np.ndarray, warp: np.ndarray, does: str) -> None:
+        """Check that what the generic proxy wrote is fenced, to the knowledge of ``warp``."""
+        writer = self.writer[words]
+        late = self.write_stamp[words] > self.clock[warp, writer + self.clocks.agents]
+        bad = (writer >= 0) & (writer < self.warps) & late
+        if bad.any():
+            what = f"{does} what st.shared or cp.async wrote with no fence.proxy.async between"
+            self._fail("proxy", what, words, bad, warp)
+
+    def write_async(self, words: np.ndarray, warp: np.ndarray) -> None:
+        """Check a write through the async proxy, before it happens."""
+        self.write(words, warp, None)
+        if self.check:
+            self._check_proxy(words, warp, "overwrites")
 
     def write(self, words: np.ndarray, warp: np.ndarray, values: np.ndarray | None, half: int = 3) -> None:
         """Before a write of `values` [n, k] (None: not known yet) to `words` [n, k]."""

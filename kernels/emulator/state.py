@@ -52,7 +52,9 @@ class Cta:
         self.W = self.T // WARP
         self.tid = np.arange(self.T)
         self.warp, self.lane = self.tid // WARP, self.tid % WARP
-        self.files = {bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()}
+        self.files: dict[int, np.ndarray] = {
+            bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()
+        }
         self.shared = Shared(shared_bytes, self.W)
         self.shared.check = check
         self.ctaid = [np.zeros((), np.uint32) for _ in range(3)]
@@ -129,7 +131,7 @@ class Cta:
             return self.lane.astype(np.uint32)
         if name == "%warpid":
             return self.warp.astype(np.uint32)
-        if "_param_" in name:
+        if any(name == param for param, _ in self.kernel.params):
             return np.array(self.map_address(name), np.uint64)
         if name == "global_smem":
             return np.array(Shared.BASE, np.uint32)

@@ -6,10 +6,12 @@ import struct
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fusemesh.kernels.emulator.global_memory import Global
+from fusemesh.kernels.emulator.hazard import Hazard
 from fusemesh.kernels.emulator.machine import Machine
-from fusemesh.kernels.emulator.ptx import parse
+from fusemesh.kernels.emulator.parsing import parse
 from fusemesh.kernels.emulator.tensor_maps import TensorMap
 
 
@@ -104,3 +106,22 @@ def aligned(shape: tuple[int, ...], dtype: Any, alignment: int = 128) -> np.ndar
     raw = np.zeros(size + alignment, np.uint8)
     start = -raw.ctypes.data % alignment
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+ASYNCHRONY = [{}, {"asynchrony": "early"}, {"asynchrony": "random", "seed": 1}, {"asynchrony": "random", "seed": 2}]
+each_way = pytest.mark.parametrize("options", ASYNCHRONY, ids=["late", "early", "random 1", "random 2"])
+
+
+def changed(program: str, *changes: tuple[str, str]) -> str:
+    """A program with pieces of text replaced, each of which it holds once."""
+    for old, new in changes:
+        assert program.count(old) == 1, (old, program.count(old))
+        program = program.replace(old, new)
+    return program
+
+
+def fault(program: str, *arguments, **options) -> str:
+    """The kind of hazard that a program has."""
+    with pytest.raises(Hazard) as error:
+        run(program, *arguments, **options)
+    return error.value.kind

@@ -15,8 +15,8 @@ import numpy as np
 
 from ..hazard import UnknownInstruction
 from ..numbers import pairs, tf32
-from ..ptx import Vec
-from ..state import Cta, Step
+from ..ptx import Instruction, Operand, Vec
+from ..state import Cta, Mask, Step, as_register
 from . import opcode
 
 WIDTHS = {"tf32": 32, "bf16": 16, "f16": 16, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8}  # bits of an element
@@ -101,7 +101,7 @@ def pack_sum(values: np.ndarray, kind: str, saturate: bool = False) -> np.ndarra
     "mma sync aligned m16n8k32 row col f32|f16 e4m3|e5m2 e4m3|e5m2 f32|f16",
     "mma sync aligned m16n8k(16|32) row col satfinite? s32 s8|u8 s8|u8 s32",
 )
-def compile_mma(cta: Cta, ins: Any, p: list[str], o: tuple[Any, ...]) -> Step:
+def compile_mma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     d_kind, a_kind, b_kind, c_kind = p[-4:]
     k = int(p[3].split("k")[1])
     d, a, b, c = (registers(x) for x in o)
@@ -111,7 +111,7 @@ def compile_mma(cta: Cta, ins: Any, p: list[str], o: tuple[Any, ...]) -> Step:
         raise UnknownInstruction(f"{ins.text}: operands")
     R, W, saturate = cta.files[32], cta.W, "satfinite" in p
 
-    def step(mask: Any) -> None:
+    def step(mask: Mask) -> None:
         cta.whole_warps(mask)
         x = np.matmul(fragment_a(R[a], a_kind), fragment_b(R[b], b_kind))
         # [warp, row half, g, t, column of two] to registers [row half, column] of threads [warp, g, t]
@@ -125,14 +125,14 @@ def compile_mma(cta: Cta, ins: Any, p: list[str], o: tuple[Any, ...]) -> Step:
     return step
 
 
-def registers(vec: Any) -> np.ndarray:
-    """Return the rows of the 32-bit registers of a vector operand."""
-    items = vec.items if isinstance(vec, Vec) else (vec,)
-    if any(r.bits != 32 for r in items):
+def registers(operand: Operand) -> np.ndarray:
+    """Return the rows of the 32-bit registers of a vector operand, or of one."""
+    each = [as_register(x) for x in (operand.items if isinstance(operand, Vec) else (operand,))]
+    if any(x.bits != 32 for x in each):
         raise UnknownInstruction("a matrix operand in registers that are not of 32 bits")
-    return np.array([r.index for r in items])
+    return np.array([x.index for x in each])
 
 
-def register_names(x: Any) -> list[str]:
+def register_names(operand: Operand) -> list[str]:
     """Return the names of the registers of a vector operand, none for a descriptor's."""
-    return [r.name for r in x.items] if isinstance(x, Vec) else []
+    return [as_register(x).name for x in operand.items] if isinstance(operand, Vec) else []

@@ -15,7 +15,7 @@ import numpy as np
 from ..descriptors import Descriptor
 from ..hazard import Hazard, UnknownInstruction
 from ..ptx import Instruction, Reg, Vec, number
-from ..state import Cta, Step
+from ..state import Cta, Mask, Step
 from . import opcode
 from .matrix import WIDTHS, decode, fragment_a, pack_sum, register_names, registers, unpack_sum
 
@@ -75,7 +75,7 @@ def compile_wgmma_fence(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, 
 
 @opcode("wgmma commit_group sync aligned")
 def compile_commit(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
-    def step(mask: Any) -> None:
+    def step(mask: Mask) -> None:
         flight = cta.in_flight
         for g in warpgroups(cta, mask):
             flight.product_groups[g].append(flight.products[g])
@@ -88,14 +88,13 @@ def compile_commit(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...])
 def compile_wait(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     keep = number(o[0].text)
 
-    def step(mask: Any) -> None:
+    def step(mask: Mask) -> None:
         flight = cta.in_flight
         for g in warpgroups(cta, mask):
             while len(flight.product_groups[g]) > keep:
                 for product in flight.product_groups[g].pop(0):
                     retire(cta, product)
         flight.registers = {r for g in range(len(flight.products)) for x in flight.under_way(g) for r in x.names}
-        flight.update_streaming(cta)
 
     return step
 
@@ -140,7 +139,7 @@ def _form(ins: Instruction, p: list[str], o: tuple[Any, ...]) -> tuple[Form, tup
 def compile_wgmma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     form, (a_major, b_major) = _form(ins, p, o)
     size = WIDTHS[p[-1]] // 8
-    view = {1: cta.shared.raw, 2: cta.shared.halves, 4: cta.shared.words}[size]
+    view = cta.shared.raw.view(f"u{size}")
     a_index = registers(o[1]) if isinstance(o[1], Vec) else None
     a_descriptor = None if a_index is not None else cta.row(o[1], "u64")
     b_descriptor = cta.row(o[2], "u64")
@@ -161,7 +160,7 @@ def compile_wgmma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
             cta.descriptors[key] = (np.ascontiguousarray(at if is_a else at.T) // size, np.unique(at >> 2))
         return cta.descriptors[key]
 
-    def step(mask: Any) -> None:
+    def step(mask: Mask) -> None:
         s, flight = cta.shared, cta.in_flight
         for g in warpgroups(cta, mask):
             t = slice(g * WARPGROUP, (g + 1) * WARPGROUP)
@@ -176,19 +175,18 @@ def compile_wgmma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
                 uses.append(operand(a_descriptor[t], 64, a_major, True))
             for _, words in uses:
                 s.read(words[None], (np.arange(4) + 4 * g)[:, None], generic=False)
-                s.streaming[words] += 1
+                s.begin_stream(words)
             a_words = R[a_index][:, t] if a_index is not None else None
             product = Product(form, int(g), uses, [view] * len(uses), accumulate[t] ^ negated, a_words)
             if not flight.late():
                 product.read()
             flight.products[g].append(product)
-        s.any_streaming = True
         flight.registers |= names
 
     return step
 
 
-def warpgroups(cta: Cta, mask: Any) -> Iterable[int]:
+def warpgroups(cta: Cta, mask: Mask) -> Iterable[int]:
     """Return the warpgroups that take part, each whole."""
     if mask is None:
         return range(cta.T // WARPGROUP)
@@ -219,9 +217,7 @@ def retire(cta: Cta, product: Product) -> None:
     R[form.sums, t] = pack_sum(x + np.where(product.accumulate, old, 0.0), d_kind, form.saturate)
     warps = np.arange(4) + 4 * g
     for _, words in product.uses:
-        s.streaming[words] -= 1
-        if s.check:
-            s.read_stamp[warps[:, None], words[None]] = s.clock[warps, warps][:, None]
+        s.end_stream(words[None], warps[:, None])
 
 
 def check_fence(cta: Cta, at: int, n: int) -> None:
@@ -251,7 +247,7 @@ def check_fence(cta: Cta, at: int, n: int) -> None:
                 todo.append((before, None))
 
 
-def pending_fault(cta: Cta, ins: Instruction, mask: Any) -> None:
+def pending_fault(cta: Cta, ins: Instruction, mask: Mask) -> None:
     """Check that an instruction leaves the registers of a wgmma under way alone: it may read the first operand's."""
     if ins.opcode.startswith("wgmma."):
         return
