@@ -10,6 +10,7 @@ a reason makes the exit status 1. The table is written to bench/results/<machine
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -26,6 +27,7 @@ from fusemesh.kernels.measure import results
 from . import proofs, reasons
 from .calls import FAMILIES
 
+FEW = range(4)  # the calls by which changes are tried that are proven to change nothing
 OUTPUT = Path(__file__).parents[1] / "results"
 
 
@@ -40,7 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--most", type=int, default=1 << 30, help="places in each kernel, by a seed, of kinds not of order"
     )
     parser.add_argument("--output", type=Path, help="default: bench/results/<machine>/mutations.json; - for none")
+    parser.add_argument("--report", type=Path, help="run nothing: print the table of this file, with today's reasons")
     options = parser.parse_args(arguments)
+    if options.report:
+        return report(options.report)
     rows: list[dict[str, Any]] = []
     survivors: list[dict[str, Any]] = []
     start = time.process_time()
@@ -51,10 +56,31 @@ def main(arguments: list[str] | None = None) -> int:
                 rows += added
                 survivors += left
                 write(options.output, rows, survivors, time.process_time() - start)
+    return conclude(rows, survivors, time.process_time() - start)
+
+
+def report(path: Path) -> int:
+    """Print the table of a results file, whose survivors' reasons are looked up again; return main's exit status."""
+    payload = json.loads(path.read_text(encoding="utf-8"))
+    for s in payload["survivors"]:
+        s["reason"] = s["proof"] or reasons.reason(s)
+        print(line(s))
+    results.write_results(path, payload)
+    return conclude(payload["rows"], payload["survivors"], payload["cpu_seconds"])
+
+
+def conclude(rows: list[dict[str, Any]], survivors: list[dict[str, Any]], seconds: float) -> int:
+    """Print the table of all kinds; return main's exit status."""
     print(summary(rows))
     unexplained = [s for s in survivors if not s["reason"]]
-    print(f"{len(survivors)} survive, {len(unexplained)} without a reason; {time.process_time() - start:.0f} s of CPU")
+    print(f"{len(survivors)} survive, {len(unexplained)} without a reason; {seconds:.0f} s of CPU")
     return 1 if unexplained else 0
+
+
+def line(s: dict[str, Any]) -> str:
+    """Return what is known of a survivor as a line of text."""
+    where = f"{s['kernel']} {s['target']} line {s['line']} ({s['source'].split(',')[0]})"
+    return f"    {s['kind']}: {where}: {s['text'][:80]} | {s['evidence']} | {s['reason'] or 'NO REASON'}"
 
 
 def subjects(family: str, target: str, pattern: str = ".") -> list[Subject]:
@@ -82,15 +108,20 @@ def table(subject: Subject, family: str, pattern: str, most: int) -> tuple[list[
     chosen = {}
     for kind, all_ in places.items():
         chosen[kind] = all_ if kind in ORDER or len(all_) <= most else pick.sample(all_, most)
+    every = [m for all_ in chosen.values() for m in all_]
+    proven = {m: proofs.proof(subject.machine, m) for m in every if m.kind in ORDER}
     left: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in subject.outcomes([m for all_ in chosen.values() for m in all_]):
+    for outcome in subject.outcomes(every, {m: FEW for m, why in proven.items() if why}):
         (m,) = outcome.mutations
         caught[m.kind][outcome.caught_by or "survives"] += 1
         if outcome.caught_by is None:
             left[m.kind].append(outcome)
     for kind, outcomes in left.items():
-        together = at_once(subject, outcomes) if kind in ORDER and len(outcomes) > 1 else ""
-        survivors += [survivor(subject, family, outcome, together) for outcome in outcomes]
+        unproven = [outcome for outcome in outcomes if not proven.get(outcome.mutations[0])]
+        together = at_once(subject, unproven) if kind in ORDER and len(unproven) > 1 else ""
+        for outcome in outcomes:
+            why = proven.get(outcome.mutations[0], "")
+            survivors.append(survivor(subject, family, outcome, "" if why else together, why))
     seconds = time.process_time() - start
     rows = []
     for kind in KINDS:
@@ -102,7 +133,7 @@ def table(subject: Subject, family: str, pattern: str, most: int) -> tuple[list[
     counts = f"{n} changes, {len(survivors)} survive, {len(subject.cases)} calls, {seconds:.1f} s"
     print(f"{subject.target} {family} {subject.name}: {counts}, {seconds / max(n, 1):.3f} s each", flush=True)
     for s in survivors:
-        print(f"    {s['kind']}: line {s['line']} ({s['source']}) {s['text'][:80]}: {s['evidence']}; {s['reason']}")
+        print(line(s), flush=True)
     return rows, survivors
 
 
@@ -112,7 +143,7 @@ def at_once(subject: Subject, outcomes: list[Outcome]) -> str:
     return f"; all {len(outcomes)} such ones at once: " + (by or "not noticed either")
 
 
-def survivor(subject: Subject, family: str, outcome: Outcome, together: str = "") -> dict[str, Any]:
+def survivor(subject: Subject, family: str, outcome: Outcome, together: str = "", proof: str = "") -> dict[str, Any]:
     """Return what is known of a change that nothing noticed."""
     (m,) = outcome.mutations
     evidence = f"{outcome.tried} runs{together}"
@@ -131,7 +162,7 @@ def survivor(subject: Subject, family: str, outcome: Outcome, together: str = ""
         "new": m.new,
         "idle": outcome.is_idle,
         "evidence": evidence,
-        "proof": proofs.proof(subject.machine, m),
+        "proof": proof,
     }
     return {**found, "reason": found["proof"] or reasons.reason(found)}
 

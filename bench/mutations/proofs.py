@@ -20,16 +20,16 @@ def proof(machine: Machine, m: Mutation) -> str:
     if text.startswith("fence.proxy.async") and comes_first(machine, m, r"fence\.proxy\.async", _ASYNC):
         return "on every path the next such fence comes before the next access by the asynchronous proxy"
     if m.kind == "commit deleted" and comes_first(machine, m, rf"{group}\.commit_group", rf"{group}\.wait_group"):
-        return "its group joins the next one, which every path closes before it waits, and each wait takes both"
+        return (
+            "its copies join the next group, closed before the next wait; a wait for one without the other would show"
+        )
     return ""
 
 
 def comes_first(machine: Machine, m: Mutation, wanted: str, unwanted: str) -> bool:
-    """Return whether on every path from a mutation's place ``wanted`` comes before ``unwanted`` and before the end."""
-    for first in firsts(machine, m, f"{wanted}|{unwanted}"):
-        if first is None or not re.match(wanted, first.text):
-            return False
-    return True
+    """Return whether on every path from a mutation's place ``wanted`` comes first, or none of the two."""
+    firsts_ = firsts(machine, m, f"{wanted}|{unwanted}")
+    return all(first is None or re.match(wanted, first.text) for first in firsts_)
 
 
 def firsts(machine: Machine, m: Mutation, pattern: str) -> Iterator[Instruction | None]:

@@ -1,18 +1,34 @@
-"""Why a change of a kernel's text that nothing notices changes nothing: by kind, kernel and line of the source."""
+"""Why a change of a kernel's text that nothing notices changes nothing: by kind, kernel, source and evidence."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# (kind, kernel, code of the source, text, reason): regular expressions; the first that matches counts.
-REASONS: list[tuple[str, str, str, str, str]] = []
+_COPY_AHEAD = "a copy ahead for a round that the loop does not have: it copies nothing, and nobody reads its place"
+_REPLICA = "two warps hold each value, and the predicate chooses which of them writes it: the other writes the same"
+_ORDERED = (
+    "orders nothing that another barrier does not: with it gone, and with all such ones gone at once where it says so, "
+    "happens-before, which knows no order of warps but by barriers, still orders every two accesses to a word"
+)
+# (kind, kernel, code of the source's line, evidence, reason): regular expressions; the first that matches counts.
+REASONS: list[tuple[str, str, str, str, str]] = [
+    ("barrier deleted", "", "", "", _ORDERED),
+    ("predicate flipped|guard dropped", "attention_delta", r"tl\.store\(values\.", "", _REPLICA),
+    (
+        "bound|select swapped|copy deleted|guard dropped",
+        "attention",
+        r"tl\.load\(p_tile|m_tile =",
+        "in all",
+        _COPY_AHEAD,
+    ),
+]
 
 
 def reason(survivor: dict[str, Any]) -> str:
     """Return why a survivor is none of the emulator's failures, or ""."""
-    for kind, kernel, code, text, why in REASONS:
-        fields = ((kind, "kind"), (kernel, "kernel"), (code, "code"), (text, "text"))
+    for kind, kernel, code, evidence, why in REASONS:
+        fields = ((kind, "kind"), (kernel, "kernel"), (code, "code"), (evidence, "evidence"))
         if all(re.search(pattern, survivor[name]) for pattern, name in fields):
             return why
     return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,12 +191,14 @@ class Subject:
 
         return run
 
-    def outcomes(self, every: Sequence[Mutation]) -> Iterator[Outcome]:
-        """Yield what becomes of each mutation by itself."""
+    def outcomes(
+        self, every: Sequence[Mutation], only: Mapping[Mutation, Iterable[int]] | None = None
+    ) -> Iterator[Outcome]:
+        """Yield what becomes of each mutation by itself; ``only``: the cases that are enough for some of them."""
         reached = self.reached(every)
         for m in every:
             if reached.get(m) or m not in reached:
-                yield self.outcome(m, only=reached.get(m))
+                yield self.outcome(m, only=(only or {}).get(m, reached.get(m)))
             elif m.kind == "copy deleted":
                 outcome = self.outcome(m)
                 outcome.is_idle = outcome.caught_by is None
