@@ -4,7 +4,7 @@
 
 Each place of a kernel that its calls execute is changed by itself, and run on small inputs of many lengths until a
 check of the emulator raises or a bit of the result differs. What nothing notices is listed with a reason; one without
-a reason makes the exit status 1. The table is written to bench/results/<machine>/mutations.json.
+a reason, or a hazard where nothing is changed, makes the exit status 1. The table is written to bench/results/<machine>/mutations.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fusemesh.kernels.measure import results
 from . import proofs, reasons
 from .calls import FAMILIES
 
-FEW = range(4)  # the calls by which changes are tried that are proven to change nothing
+FEW = range(4)  # the calls by which fences are tried that the control flow proves to order nothing
 OUTPUT = Path(__file__).parents[1] / "results"
 
 
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return report(options.report)
     rows: list[dict[str, Any]] = []
     survivors: list[dict[str, Any]] = []
+    faults: list[str] = []
     start = time.process_time()
     for target in options.target:
         for family in options.family:
@@ -55,8 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
                 added, left = table(subject, family, options.kind, options.most)
                 rows += added
                 survivors += left
-                write(options.output, rows, survivors, time.process_time() - start)
-    return conclude(rows, survivors, time.process_time() - start)
+                faults += [f"{subject.name} {target} {fault}" for fault in subject.faults]
+                write(options.output, rows, survivors, faults, time.process_time() - start)
+    return conclude(rows, survivors, faults, time.process_time() - start)
 
 
 def report(path: Path) -> int:
@@ -66,15 +68,17 @@ def report(path: Path) -> int:
         s["reason"] = s["proof"] or reasons.reason(s)
         print(line(s))
     results.write_results(path, payload)
-    return conclude(payload["rows"], payload["survivors"], payload["cpu_seconds"])
+    return conclude(payload["rows"], payload["survivors"], payload["faults"], payload["cpu_seconds"])
 
 
-def conclude(rows: list[dict[str, Any]], survivors: list[dict[str, Any]], seconds: float) -> int:
+def conclude(rows: list[dict[str, Any]], survivors: list[dict[str, Any]], faults: list[str], seconds: float) -> int:
     """Print the table of all kinds; return main's exit status."""
     print(summary(rows))
+    for fault in faults:
+        print(f"without a change already: {fault}")
     unexplained = [s for s in survivors if not s["reason"]]
     print(f"{len(survivors)} survive, {len(unexplained)} without a reason; {seconds:.0f} s of CPU")
-    return 1 if unexplained else 0
+    return 1 if unexplained or faults else 0
 
 
 def line(s: dict[str, Any]) -> str:
@@ -90,9 +94,13 @@ def subjects(family: str, target: str, pattern: str = ".") -> list[Subject]:
     if not chosen:
         return []
     most: dict[str, Subject] = {}
+    faults: dict[str, list[str]] = defaultdict(list)
     for subject in record(target, calls(), lambda name: name.startswith(tuple(chosen))):
         if subject.name not in most or len(subject.cases) > len(most[subject.name].cases):
             most[subject.name] = subject
+        faults[subject.name] += subject.faults
+    for name, subject in most.items():
+        subject.faults = faults[name]
     return list(most.values())
 
 
@@ -111,7 +119,7 @@ def table(subject: Subject, family: str, pattern: str, most: int) -> tuple[list[
     every = [m for all_ in chosen.values() for m in all_]
     proven = {m: proofs.proof(subject.machine, m) for m in every if m.kind in ORDER}
     left: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in subject.outcomes(every, {m: FEW for m, why in proven.items() if why}):
+    for outcome in subject.outcomes(every, {m: FEW for m, why in proven.items() if why and m.kind == "fence deleted"}):
         (m,) = outcome.mutations
         caught[m.kind][outcome.caught_by or "survives"] += 1
         if outcome.caught_by is None:
@@ -195,14 +203,20 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(output: Path | None, rows: list[dict[str, Any]], survivors: list[dict[str, Any]], seconds: float) -> None:
+def write(
+    output: Path | None,
+    rows: list[dict[str, Any]],
+    survivors: list[dict[str, Any]],
+    faults: list[str],
+    seconds: float,
+) -> None:
     """Write the results so far."""
     if output == Path("-"):
         return
     machine = results.machine()
     path = output or OUTPUT / results.machine_name(machine) / "mutations.json"
     payload = {"stage": "mutations", "machine": machine, "cpu_seconds": round(seconds), "rows": rows}
-    results.write_results(path, {**payload, "survivors": survivors})
+    results.write_results(path, {**payload, "survivors": survivors, "faults": faults})
 
 
 if __name__ == "__main__":

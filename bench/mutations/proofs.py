@@ -13,7 +13,10 @@ _ASYNC = r"wgmma\.mma_async|(@\S+ )?cp\.async\.bulk"
 
 
 def proof(machine: Machine, m: Mutation) -> str:
-    """Return why deleting a statement changes nothing, where every path behind it shows so; else ""."""
+    """Return why deleting a statement changes nothing, as far as the paths behind it show that; else "".
+
+    A fence is proven to order nothing. A group that joins the next one can still be waited for too late: that shows.
+    """
     text, group = m.old.text, m.old.text.split(".commit_group")[0]
     if m.kind == "fence deleted" and text.startswith("wgmma.fence"):
         return "on every path another wgmma.fence lies behind the last access of each product's registers (check_fence)"

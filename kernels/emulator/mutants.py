@@ -109,6 +109,9 @@ class Subject:
     text: str
     machine: Machine
     cases: list[Case] = field(default_factory=list)
+    faults: list[str] = field(
+        default_factory=list
+    )  # hazards of the text as it was compiled; those launches are no cases
 
     def outcome(self, *chosen: Mutation, only: Iterable[int] | None = None) -> Outcome:
         """Return by what mutations planted together are noticed, trying case after case until one notices.
@@ -230,7 +233,12 @@ def record(
         if subject is None:
             machine = case.bound.machine(**options)
             subject = subjects[compiled.hash] = Subject(compiled.name, target, compiled.text, machine)
-        case.learn(subject.machine)
+        subject.machine.asynchrony, subject.machine.seed = "late", None
+        try:
+            case.learn(subject.machine)
+        except Hazard as error:
+            subject.faults.append(f"{label}: {error}")
+            return
         if wanted(compiled.name):
             subject.cases.append(case)
 
@@ -244,4 +252,4 @@ def record(
                 call()
     finally:
         torch.use_deterministic_algorithms(was)
-    return [s for s in subjects.values() if s.cases]
+    return [s for s in subjects.values() if wanted(s.name)]

@@ -95,6 +95,7 @@ KINDS: dict[str, Callable[[str], list[str]]] = {
     "coordinates swapped": lambda s: (
         _change(r"\{(%\w+, %\w+[^}]*)\}\s*\]", _swap_coordinates)(s) if "bulk.tensor" in s else []
     ),
+    "parity flipped": _change(r"^(.*mbarrier\.try_wait\S*\s.*, )([01])$", lambda m: f"{m[1]}{1 - int(m[2])}"),
     "mbarrier count + 1": _change(r"^((?:@!?%?\w+ )?mbarrier\.init\S*\s.*, )(\d+)$", _number(1)),
     "arrival deleted": _delete(r"(@!?%?\w+ )?mbarrier\.arrive"),
 }
