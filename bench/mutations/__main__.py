@@ -4,7 +4,8 @@
 
 Each place of a kernel that its calls execute is changed by itself, and run on small inputs of many lengths until a
 check of the emulator raises or a bit of the result differs. What nothing notices is listed with a reason; one without
-a reason, or a hazard where nothing is changed, makes the exit status 1. The table is written to bench/results/<machine>/mutations.json.
+a reason, or a hazard where nothing is changed, makes the exit status 1. The table is written to
+bench/results/<machine>/mutations.json.
 """
 
 from __future__ import annotations

@@ -11,10 +11,20 @@ _ORDERED = (
     "orders nothing that another barrier does not: with it gone, and with all such ones gone at once where it says so, "
     "happens-before, which knows no order of warps but by barriers, still orders every two accesses to a word"
 )
+_ROUND = (
+    "one round more than there are tiles: the copies of a tile that is not there have size 0 and fill its place with "
+    "zeros, which add nothing"
+)
+_SWITCHED_OFF = (
+    "lengths are multiples of 16 in this text, so it differs only where nothing is left of the row, and there the copy "
+    "is switched off by the bound of its round"
+)
+_MULTIPLE = "lengths are multiples of 16 in this text: what the guard could hide always exists"
 # (kind, kernel, code of the source's line, evidence, reason): regular expressions; the first that matches counts.
 REASONS: list[tuple[str, str, str, str, str]] = [
     ("barrier deleted", "", "", "", _ORDERED),
     ("predicate flipped|guard dropped", "attention_delta", r"tl\.store\(values\.", "", _REPLICA),
+    ("predicate flipped|guard dropped", "attention_dkdv", r"tl\.load\(values\.", "", _REPLICA),
     (
         "bound|select swapped|copy deleted|guard dropped",
         "attention",
@@ -22,6 +32,11 @@ REASONS: list[tuple[str, str, str, str, str]] = [
         "in all",
         _COPY_AHEAD,
     ),
+    ("bound", "attention_dkdv", r"for i_loop in tl\.range", "", _ROUND),
+    ("bound", "linear", r"^for [nkm] in range", "runs", _ROUND),
+    ("bound", "linear", r"^for [nkm] in range", "in all", "no size is 0, for which alone it differs"),
+    ("bound", "linear", r"^m_[nkm] = o_[nkm] < ", "", _SWITCHED_OFF),
+    ("guard dropped", "linear", r"tl\.load\(p_bias", "in all", _MULTIPLE),
 ]
 
 
