@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .hazard import Hazard
-from .ptx import synchronises
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -30,7 +29,7 @@ def run_grid(
     chance = None if machine.seed is None else random.Random(machine.seed)
     if chance is not None and not in_order:
         chance.shuffle(places)
-    if not any(synchronises(ins) for ins in machine.kernel.instructions):
+    if not any(code.synchronises for code in machine.blocks):
         for place in places:
             machine.run(params, place, grid)
         return

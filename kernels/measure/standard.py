@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..proof.first_use import NotProven
 from ..runtime import launch
 from .cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
 
@@ -84,7 +85,7 @@ def prove(device: torch.device, chosen: Iterable[Case]) -> Iterator[dict[str, An
                 ms = 1e3 * (time.perf_counter() - start)
                 share = max(measured.share for measured in case.check(outputs, case.expected(inputs)))
         except Exception as error:
-            is_wrong = isinstance(error, AssertionError)
+            is_wrong = isinstance(error, AssertionError) or (isinstance(error, NotProven) and error.is_wrong)
             verdict, why = ("wrong", str(error)) if is_wrong else ("did not run", f"{type(error).__name__}: {error}")
             ms = 1e3 * (time.perf_counter() - start)
         row = {"device": str(device), "operation": case.op, "case": case.name, "verdict": verdict}

@@ -18,7 +18,7 @@ from fusemesh.commands import bench
 from fusemesh.kernels import env
 from fusemesh.kernels.measure import comparison, standard
 from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
-from fusemesh.kernels.proof import preferences, store
+from fusemesh.kernels.proof import first_use, preferences, store
 from fusemesh.kernels.proof.store import Store, Verdict
 from fusemesh.kernels.runtime import interpreter, launch
 
@@ -53,7 +53,9 @@ class StandIn:
 def small_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(standard, "cases", lambda: SMALL)
     monkeypatch.setattr(store, "_default", Store(tmp_path / "proofs"))
+    first_use.forget()
     yield
+    first_use.forget()
 
 
 def proven(capfd: pytest.CaptureFixture[str], executor: StandIn) -> tuple[int, dict[str, Any]]:

@@ -86,6 +86,7 @@ def run(
     shared: int = 0,
     head: str = "",
     memory: tuple[np.ndarray, ...] = (),
+    strict: bool = True,
     **options: Any,
 ) -> Machine:
     """Run one CTA of a kernel; arrays are changed in place. ``memory``: arrays that tensor maps point at."""
@@ -95,6 +96,7 @@ def run(
             space.add(x.ctypes.data, x.nbytes, f"array {n}")
     kinds = "".join("m" if isinstance(x, TensorMap) else "p" for x in arguments)
     machine = Machine(parse(text(body, kinds, len(arguments), threads, head)), shared, space, **options)
+    machine.strict = strict
     values = [x.pack() if isinstance(x, TensorMap) else struct.pack("<Q", x.ctypes.data) for x in arguments]
     machine.run(dict(zip((name for name, _ in machine.kernel.params), values, strict=True)), (0, 0, 0), (1, 1, 1))
     return machine

@@ -25,6 +25,7 @@ Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
 OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
 FORMS: list[str] = []
 _FAMILIES = (
+    "atomics",
     "bulk",
     "conversions",
     "copies",

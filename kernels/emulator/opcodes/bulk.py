@@ -114,11 +114,12 @@ class Store:
         if self.operation is None:
             cta.memory.store(self.addresses, values, threads)
             return
-        checks, cta.memory.check_owner = cta.memory.check_owner, False
+        operation, element = self.operation, self.element
+        width, count = values.itemsize, values.shape[1]
         with cta.memory.under_way.reduction(self.addresses, self.piece):
-            old = cta.memory.load(self.addresses, values.itemsize, values.shape[1], threads)
-            cta.memory.store(self.addresses, combine(self.operation, self.element, old, values), threads)
-        cta.memory.check_owner = checks
+            cta.memory.update(
+                self.addresses, width, count, threads, lambda old: combine(operation, element, old, values)
+            )
 
     def done(self, cta: Cta) -> None:
         """Let its thread know that it is done."""

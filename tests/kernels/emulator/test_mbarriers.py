@@ -38,6 +38,10 @@ THIRD_WAIT = FIRST_WAIT.replace("FIRST", "THIRD")
 BULK_FAULTS = {
     "no wait": ({"async", "race", "uninitialised"}, (SECOND_WAIT, "")),
     "the wait for another mbarrier": ({"async", "race"}, (SECOND_WAIT, SECOND_WAIT.replace(" + 8", ""))),
+    "a read before the wait, after that for another mbarrier": (
+        {"async", "race"},
+        ("SECOND:\n", "mad.lo.s32 %r1, %tid, 4, %r0;\nld.shared.b32 %r10, [%r1 + 640];\nSECOND:\n"),
+    ),
     "a wait for the phase before": ({"async", "race", "deadlock"}, (SECOND_WAIT, SECOND_WAIT.replace("0;", "1;"))),
     "no proxy fence": ({"proxy"}, ("fence.proxy.async.shared::cta;", "")),
     "no barrier after init": ({"race", "mbarrier"}, ("bar.sync 0;", "")),
@@ -92,6 +96,11 @@ def test_bulk_copies_that_are_waited_for(options):
     source, out = loaded()
     fence = changed(BULK, ("fence.proxy.async.shared::cta;", "fence.mbarrier_init.release.cluster;"))
     run(fence, source, out, threads=64, shared=4096, **options)
+    assert (out == source[128:192]).all()
+    # Triton issues no fence here.
+    source, out = loaded()
+    bare = changed(BULK, ("fence.proxy.async.shared::cta;", ""))
+    run(bare, source, out, threads=64, shared=4096, strict=False, **options)
     assert (out == source[128:192]).all()
 
 
@@ -203,6 +212,8 @@ DONE:
     program = program.replace("st.shared.b32", "@%p3 st.shared.b32")
     assert words_of(program, 1, **options) == [32]
     relaxed = program.replace("parity.shared", "parity.relaxed.cta.shared")
+    assert fault(PHASES + relaxed, np.zeros(1, np.uint32), threads=64, shared=256, **options) == "race"
+    relaxed = program.replace("arrive.shared", "arrive.relaxed.cta.shared")
     assert fault(PHASES + relaxed, np.zeros(1, np.uint32), threads=64, shared=256, **options) == "race"
     forgotten = program.replace("[%r0], 3;\nbra", "[%r0], 2;\nbra")
     assert fault(PHASES + forgotten, np.zeros(1, np.uint32), threads=64, shared=256, **options) == "deadlock"

@@ -106,6 +106,15 @@ def test_a_warpgroup_waits_for_its_own_products(options):
     assert fault(race, *arguments(), threads=256, shared=8192, **options) in ("race", "async", "proxy")
 
 
+@each_way
+def test_a_warp_knows_of_its_own_wait_alone(options):
+    after = "setp.lt.u32 %p4, %tid, 32;\nbar.sync 0;\n@%p4 st.shared.b32 [%r5], %r5;"
+    program = changed(WGMMA, (WAIT_MMA, f"bar.sync 0;\n{WAIT_MMA}\n{after}"))
+    run(program, *multiplied(), threads=128, shared=8192, **options)
+    race = changed(program, (after, after.replace("bar.sync 0;", "")))
+    assert fault(race, *multiplied(), threads=128, shared=8192, **options) in ("race", "async")
+
+
 REGISTERS = """setp.ge.u32 %p4, %tid, 128;
 @%p4 bra SMALL;
 setmaxnreg.inc.sync.aligned.u32 232;
