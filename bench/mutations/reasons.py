@@ -32,10 +32,11 @@ REASONS: list[tuple[str, str, str, str, str]] = [
         "in all",
         _COPY_AHEAD,
     ),
-    ("bound", "attention_dkdv", r"for i_loop in tl\.range", "", _ROUND),
+    ("bound", "attention_(dkdv|dq)", r"for i_loop in tl\.range", "", _ROUND),
     ("bound", "linear", r"^for [nkm] in range", "runs", _ROUND),
-    ("bound", "linear", r"^for [nkm] in range", "in all", "no size is 0, for which alone it differs"),
+    ("bound", "linear", r"^for [nkm] in range|^m_k = o_k <", "in all", "no size is 0, for which alone it differs"),
     ("bound", "linear", r"^m_[nkm] = o_[nkm] < ", "", _SWITCHED_OFF),
+    ("bound", "linear", r"^m_[nk] = \(o_[nk] < ", "in all", _MULTIPLE),
     ("guard dropped", "linear", r"tl\.load\(p_bias", "in all", _MULTIPLE),
 ]
 

@@ -105,7 +105,7 @@ def test_a_fault_of_each_kind_is_noticed(target: str) -> None:
         for m in choice(subject, 3 if subject.name == "attention_forward_kernel" else 1):
             outcome = subject.outcome(m)
             if outcome.caught_by is None:
-                found = survivor(subject, "causal", outcome)
+                found = survivor(subject, "causal", outcome, proof=proofs.proof(subject.machine, m))
                 assert found["reason"], f"{subject.name} {target}: nothing notices {m}"
             else:
                 noticed.add(m.kind)
