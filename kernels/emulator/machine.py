@@ -101,7 +101,7 @@ class Machine(Cta):
             stats=self.count_stats,
             most_steps=self.most_steps,
         )
-        twin.stats, twin.ran = self.stats, self.ran
+        twin.stats, twin.ran, twin.strict = self.stats, self.ran, self.strict
         return twin
 
     def begin(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> Iterator[bool]:
