@@ -20,6 +20,7 @@ _SWITCHED_OFF = (
     "is switched off by the bound of its round"
 )
 _MULTIPLE = "lengths are multiples of 16 in this text: what the guard could hide always exists"
+_SUM = "after the butterfly each of these lanes holds the sum: whichever of them writes it, or all, writes the same"
 # (kind, kernel, code of the source's line, evidence, reason): regular expressions; the first that matches counts.
 REASONS: list[tuple[str, str, str, str, str]] = [
     ("barrier deleted", "", "", "", _ORDERED),
@@ -33,6 +34,8 @@ REASONS: list[tuple[str, str, str, str, str]] = [
         _COPY_AHEAD,
     ),
     ("bound", "attention_(dkdv|dq)", r"for i_loop in tl\.range", "", _ROUND),
+    ("guard dropped", "", r"tl\.sum\(", "in all", "there are as many partial sums as threads that read them"),
+    ("predicate flipped|guard dropped", "", r"tl\.sum\(", "", _SUM),
     ("bound", "linear", r"^for [nkm] in range", "runs", _ROUND),
     ("bound", "linear", r"^for [nkm] in range|^m_k = o_k <", "in all", "no size is 0, for which alone it differs"),
     ("bound", "linear", r"^m_[nkm] = o_[nkm] < ", "", _SWITCHED_OFF),
