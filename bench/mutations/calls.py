@@ -77,14 +77,17 @@ def linear() -> Calls:
 def decode() -> Calls:
     """Decode of a paged cache, of which the lengths differ, with an append."""
 
-    def call(queries: int, *lens: int) -> None:
-        g = torch.Generator().manual_seed(queries + sum(lens))
+    def call(queries: int, *lens: int, foreign: bool = False) -> None:
+        g = torch.Generator().manual_seed(abs(queries + sum(lens)))
         page, batch = 16, len(lens)
         pages = 48
         q = torch.randn(batch, 4, queries, 64, generator=g).bfloat16()
         k, v = (torch.randn(batch * pages, 1, page, 64, generator=g).bfloat16() for _ in range(2))
         new = [torch.randn(batch, 1, 2, 64, generator=g).bfloat16() for _ in range(2)]
         table = torch.randperm(batch * pages, generator=g).view(batch, pages).int()
+        if foreign:  # the new keys belong to pages that the cache does not have
+            for b, page_of in enumerate((-1, batch * pages)):
+                table[b, lens[b] // page] = page_of
         lens_ = torch.tensor(lens, dtype=torch.int32)
         flash_attention_decode(
             q, k, v, cache_lens=lens_, block_table=table, k_new=new[0], v_new=new[1],
@@ -92,7 +95,9 @@ def decode() -> Calls:
         )  # fmt: skip
 
     sizes = [(2, 300, 130), *((2, 64 * n + 7, 3) for n in range(6)), *((2, edge, 127 - edge) for edge in EDGES)]
-    return [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
+    sizes += [(2, -1, 16 * 48 - 1), (2, 16 * 48, 16 * 48 - 2)]
+    found: Calls = [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
+    return [*found, ("foreign pages", functools.partial(call, 2, 100, 250, foreign=True))]
 
 
 def packed() -> Calls:
