@@ -14,6 +14,7 @@ import torch
 
 from fusemesh.kernels.attention.decode.api import flash_attention_decode
 from fusemesh.kernels.attention.dense.api import flash_attention
+from fusemesh.kernels.attention.gpu import decode_tiles
 from fusemesh.kernels.attention.varlen.api import flash_attention_varlen
 from fusemesh.kernels.matmul.api import fused_linear
 
@@ -75,29 +76,32 @@ def linear() -> Calls:
 
 
 def decode() -> Calls:
-    """Decode of a paged cache, of which the lengths differ, with an append."""
+    """Decode of 4 queries a head, 16 rows, over a paged cache in three splits, with an append; slots unused are NaN."""
+    page, pages = 4, 400
 
-    def call(queries: int, *lens: int, foreign: bool = False) -> None:
-        g = torch.Generator().manual_seed(abs(queries + sum(lens)))
-        page, batch = 16, len(lens)
-        pages = 48
-        q = torch.randn(batch, 4, queries, 64, generator=g).bfloat16()
+    def call(*lens: int, foreign: bool = False) -> None:
+        g = torch.Generator().manual_seed(abs(sum(lens)))
+        batch = len(lens)
+        q = torch.randn(batch, 4, 4, 64, generator=g).bfloat16()
         k, v = (torch.randn(batch * pages, 1, page, 64, generator=g).bfloat16() for _ in range(2))
         new = [torch.randn(batch, 1, 2, 64, generator=g).bfloat16() for _ in range(2)]
         table = torch.randperm(batch * pages, generator=g).view(batch, pages).int()
+        used = torch.zeros(batch * pages, page, dtype=torch.bool)
+        for b, length in enumerate(lens):
+            used[table[b].long()] = (torch.arange(pages * page) < length).view(pages, page)
+        for cache in (k, v):
+            cache[~used[:, None]] = torch.nan
         if foreign:  # the new keys belong to pages that the cache does not have
             for b, page_of in enumerate((-1, batch * pages)):
                 table[b, lens[b] // page] = page_of
-        lens_ = torch.tensor(lens, dtype=torch.int32)
-        flash_attention_decode(
-            q, k, v, cache_lens=lens_, block_table=table, k_new=new[0], v_new=new[1],
-            causal=True, align="bottom_right", backend="triton",
-        )  # fmt: skip
+        options = {"k_new": new[0], "v_new": new[1], "block_table": table, "backend": "triton"}
+        with decode_tiles.force(splits=3):
+            flash_attention_decode(q, k, v, cache_lens=torch.tensor(lens, dtype=torch.int32), **options)
 
-    sizes = [(2, 300, 130), *((2, 64 * n + 7, 3) for n in range(6)), *((2, edge, 127 - edge) for edge in EDGES)]
-    sizes += [(2, -1, 16 * 48 - 1), (2, 16 * 48, 16 * 48 - 2)]
+    rounds = [(500, 300), (1500, 3), (1290, 600), (1027, 900), (771, 135), (515, 250), (259, 128)]
+    sizes = [*rounds, *((256 + edge, 3) for edge in EDGES), (-1, page * pages - 1), (page * pages, page * pages - 2)]
     found: Calls = [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
-    return [*found, ("foreign pages", functools.partial(call, 2, 100, 250, foreign=True))]
+    return [*found, ("foreign pages", functools.partial(call, 100, 250, foreign=True))]
 
 
 def packed() -> Calls:

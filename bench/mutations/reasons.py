@@ -21,6 +21,9 @@ _SWITCHED_OFF = (
 )
 _MULTIPLE = "lengths are multiples of 16 in this text: what the guard could hide always exists"
 _SUM = "after the butterfly each of these lanes holds the sum: whichever of them writes it, or all, writes the same"
+_SPLITS = "there is one split at least, and a round behind the last would load -inf and 0, which add nothing"
+_ENTRY = "it reads the table's entry of a key that is not there, whose row is not read whatever the entry is"
+_COLUMN = "what stands in a column behind the last key goes into no element of the gradient that is stored"
 # (kind, kernel, code of the source's line, evidence, reason): regular expressions; the first that matches counts.
 REASONS: list[tuple[str, str, str, str, str]] = [
     ("barrier deleted", "", "", "", _ORDERED),
@@ -34,8 +37,19 @@ REASONS: list[tuple[str, str, str, str, str]] = [
         _COPY_AHEAD,
     ),
     ("bound", "attention_(dkdv|dq)", r"for i_loop in tl\.range", "", _ROUND),
-    ("guard dropped", "", r"tl\.sum\(", "in all", "there are as many partial sums as threads that read them"),
-    ("predicate flipped|guard dropped", "", r"tl\.sum\(", "", _SUM),
+    ("guard dropped", "", r"tl\.(sum|max)\(", "in all", "there are as many partial sums as threads that read them"),
+    ("predicate flipped|guard dropped", "", r"tl\.(sum|max)\(", "", _SUM),
+    ("swizzle|predicate flipped|guard dropped", "decode_split", r"tl\.store\(results\.p_stats", "", _REPLICA),
+    ("bound", "decode_split", r"m_n = \(o_n >= first\)", "", _ENTRY),
+    ("bound", "attention_dbias", r"m_tile = \(o_m < place\.Sq\)", "", _COLUMN),
+    ("bound", "decode_combine", r"for i_s in range\(0, splits", "in all", _SPLITS),
+    (
+        "bound",
+        "",
+        r"tl\.log2\(b_l\)",
+        "in all",
+        "a sum of exponentials is no more than the number of keys, never infinite",
+    ),
     ("bound", "linear", r"^for [nkm] in range", "runs", _ROUND),
     ("bound", "linear", r"^for [nkm] in range|^m_k = o_k <", "in all", "no size is 0, for which alone it differs"),
     ("bound", "linear", r"^m_[nkm] = o_[nkm] < ", "", _SWITCHED_OFF),
