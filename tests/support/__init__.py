@@ -1,1 +1,1 @@
-"""What tests share: inputs, cases, models, fresh processes. ``ranks`` holds what ranks run, ``emulator`` what tests of it share."""
+"""What tests share: inputs, cases, models, fresh processes. ``ranks`` holds what ranks run, ``emulator`` its tests' own."""
