@@ -31,6 +31,7 @@ class Device:
     """An executor that runs nothing."""
 
     target = launch.TARGETS["sm_90"]
+    proves = True
 
     def __init__(self, name: str = "NVIDIA X") -> None:
         self.name = name
