@@ -116,18 +116,14 @@ class Shared:
 
     # --- by words
 
-    def read(
-        self, words: np.ndarray, warp: np.ndarray, generic: bool = True, threads: np.ndarray | None = None
-    ) -> None:
-        """Check and note a read of ``words`` by ``warp``, which broadcast; not ``generic``: by the async proxy."""
+    def read(self, words: np.ndarray, warp: np.ndarray, threads: np.ndarray | None = None) -> None:
+        """Check and note a read of ``words`` by ``warp``, arrays that broadcast."""
         if not self.check:
             return
         flags = self.flags[words]
         suspect = int(np.bitwise_or.reduce(flags, axis=None))
         if suspect & (UNWRITTEN | LANDING | RECENT | BY_COPY | FINE):
             self._check_read(words, warp, flags, suspect)
-        if not generic and not self.all_fenced:
-            self._check_proxy(words, warp, "reads")
         self.flags[words] = flags | READ
         self.read_stamp[warp, words] = self.clock[warp, warp]
         if self.watches_lanes or self.split is not None:
@@ -190,9 +186,11 @@ class Shared:
         if suspect & (STREAMING | LANDING):
             self._check_under_way(words, warp, flags)
         if suspect & (RECENT | READ | BY_COPY | FINE | FINE_READ):
-            late = self._unordered_write(words, warp, flags, suspect)
-            reads = self._unordered_read(words, warp, flags, suspect)
-            bad = late | reads
+            bad = reads = np.zeros((), bool)
+            if suspect & (READ | FINE_READ):
+                bad = reads = self._unordered_read(words, warp, flags, suspect)
+            if suspect & (RECENT | BY_COPY | FINE):
+                bad = bad | self._unordered_write(words, warp, flags, suspect)
             if values is not None:
                 bad &= self.words[words] != values
             if bad.any():
@@ -291,14 +289,11 @@ class Shared:
         suspect = int(np.bitwise_or.reduce(flags, axis=None))
         if suspect & (STREAMING | LANDING):
             self._check_under_way(words, warp, flags)
-        known = np.moveaxis(self.clock[warp], -1, 0)[: self.warps]
-        reads = np.zeros(words.shape, bool)
-        if suspect & READ:
-            reads |= (self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0)
-        if suspect & FINE_READ:
-            late = (self.byte_read[:, part] > known[..., None]).any((0, -1))
-            reads |= late & ((flags & FINE_READ) > 0)
-        bad = reads
+        reads = bad = np.zeros(words.shape, bool)
+        if suspect & (READ | FINE_READ):
+            known = np.moveaxis(self.clock[warp], -1, 0)[: self.warps]
+            late = (self.byte_read[:, part] > known[..., None]).any((0, -1)) & ((flags & FINE_READ) > 0)
+            bad = reads = late | ((self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0))
         if suspect & (RECENT | BY_COPY | FINE):
             bad = bad | self._unordered_bytes(words, part, warp, flags)
         if bad.any() or self.watches_lanes or self.split is not None:
@@ -334,7 +329,10 @@ class Shared:
 
     def _note_writers(self, warp: np.ndarray) -> None:
         self.all_fenced = False
-        self.last_write[warp] = self.clock[warp, warp]
+        if warp.size == self.warps * 32:
+            self.last_write[:] = self.clock.diagonal()
+        else:
+            self.last_write[warp] = self.clock[warp, warp]
 
     # --- what is asynchronous
 
@@ -356,10 +354,19 @@ class Shared:
         self.write_stamp[words] = stamp
         self.write_line[words] = self.line()
 
-    def begin_stream(self, words: np.ndarray) -> None:
-        """Note that something asynchronous reads words (each once) from now on."""
+    def begin_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
+        """Check that ``warps`` may let something asynchronous read words, each once, which it does from now on."""
+        flags = self.flags[words]
+        if self.check:
+            suspect = int(np.bitwise_or.reduce(flags, axis=None))
+            if suspect & (UNWRITTEN | LANDING | RECENT | BY_COPY | FINE):
+                self._check_read(words, warps, flags, suspect)
+            if not self.all_fenced:
+                self._check_proxy(words, warps, "reads")
+            if self.watches_lanes or self.split is not None:
+                self._lanes(words, warps, None, False)
         self.streams[words] += 1
-        self.flags[words] |= STREAMING
+        self.flags[words] = flags | STREAMING
 
     def end_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
         """Note that it has read them, to the knowledge of ``warps``, which broadcast with words."""
