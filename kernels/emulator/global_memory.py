@@ -141,10 +141,9 @@ class Global:
         """Return the number of the CTA whose turn it is, from 1."""
         return self.order.number
 
-    def add(self, first: int, size: int, name: str) -> None:
-        """Add bytes."""
-        unit = 2 if first % 2 == 0 and size % 2 == 0 else 1
-        self._add(Part(name, first, (size // unit,), (unit,), unit), True)
+    def add(self, first: int, size: int, name: str, element: int = 1) -> None:
+        """Add bytes, as elements of so many of them."""
+        self._add(Part(name, first, (size // element,), (element,), element), True)
 
     def add_tensor(self, tensor: torch.Tensor, name: str, *, defined: bool = True) -> None:
         """Add the elements of a tensor, and no bytes between them; without ``defined`` they are to be written first."""

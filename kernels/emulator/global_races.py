@@ -9,7 +9,7 @@ from .hazard import Hazard
 
 
 class Shadow:
-    """The last write and the last read of each unit of a range of memory, in one launch.
+    """The last write and the last reads by two warps of each unit of a range of memory, in one launch.
 
     A warp goes by a number over all CTAs, above 0, and below 0 where its access was strong: an atomic operation, or a
     load or store that is volatile, relaxed, acquire or release. Strong accesses may meet each other. Any other order
@@ -22,12 +22,15 @@ class Shadow:
         self.write_line = np.zeros(units, np.int32)
         self.reader = np.zeros(units, np.int32)
         self.read_stamp = np.zeros(units, np.int32)
+        self.reader_before = np.zeros(units, np.int32)  # the last one that is another
+        self.stamp_before = np.zeros(units, np.int32)
         self.written = self.was_read = False
 
     def clear(self) -> None:
         """Forget all, before a launch."""
         self.writer[:] = 0
         self.reader[:] = 0
+        self.reader_before[:] = 0
         self.written = self.was_read = False
 
 
@@ -47,7 +50,13 @@ class Order:
             if bad is not None:
                 return self._first(bad, units, threads, shadow, writer, "wrote")
         me = self.number * self.clocks.warps + warp
-        shadow.reader[units] = -me if strong else me
+        me = np.broadcast_to(-me if strong else me, units.shape)
+        prior = shadow.reader[units]
+        another = (prior != me) & (prior != 0)
+        if another.any():
+            at = units[another]
+            shadow.reader_before[at], shadow.stamp_before[at] = prior[another], shadow.read_stamp[at]
+        shadow.reader[units] = me
         shadow.read_stamp[units] = self.clocks.known[warp, warp]
         shadow.was_read = True
         return None
@@ -60,6 +69,7 @@ class Order:
         for what, has, who, when in (
             ("wrote", shadow.written, shadow.writer, shadow.write_stamp),
             ("read", shadow.was_read, shadow.reader, shadow.read_stamp),
+            ("read", shadow.was_read, shadow.reader_before, shadow.stamp_before),
         ):
             if not has:
                 continue

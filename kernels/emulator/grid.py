@@ -42,10 +42,10 @@ def _side_by_side(
     idle = [machine] + [machine.twin() for _ in range(min(machine.resident, len(places)) - 1)]
     running: list[tuple[Machine, Iterator[bool]]] = []
     fruitless: dict[Place, int] = {}  # how often in a row each CTA had its turn and could only wait
-    changes, turn = machine.memory.changes, 0
+    changes, turn = machine.memory.changes, -1
     while places or running:
         while places and idle:
-            each = idle.pop()
+            each = idle.pop(0)
             running.append((each, each.begin(params, places.pop(0), grid)))
             fruitless = {}
         turn = (turn + 1) % len(running) if chance is None else chance.randrange(len(running))
@@ -54,6 +54,7 @@ def _side_by_side(
         if spins is None:
             idle.append(each)
             del running[turn]
+            turn -= 1
             fruitless = {}
         elif machine.memory.changes != changes:
             changes, fruitless = machine.memory.changes, {}

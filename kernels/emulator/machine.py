@@ -101,7 +101,7 @@ class Machine(Cta):
             stats=self.count_stats,
             most_steps=self.most_steps,
         )
-        twin.stats, twin.ran = self.stats, self.ran
+        twin.stats, twin.ran, twin.strict = self.stats, self.ran, self.strict
         return twin
 
     def begin(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> Iterator[bool]:
@@ -131,7 +131,7 @@ class Machine(Cta):
             pass
 
     def executed(self) -> dict[str, int]:
-        """Return how often each opcode ran, over all CTAs."""
+        """Return how often each opcode ran, once for each warp, over all CTAs."""
         count: Counter[str] = Counter()
         for n, code in zip(self.ran, self.blocks, strict=True):
             for ins in [i for _, i, _ in code.body] + ([code.end] if code.end else []):

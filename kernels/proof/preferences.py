@@ -79,8 +79,10 @@ def forget_what_was_read() -> None:
 def class_of(request: Request) -> str | None:
     """Return the class of a call, as the table names it; None for a call of no class that is measured."""
     if request.operation == "linear":
-        return _class_of_linear(request)
-    if request.operation not in ("attention", "attention_decode") or max(request.head_dims) > HEAD_DIMS[-1]:
+        return None if request.layer is None else _class_of_linear(request)
+    if request.operation not in ("attention", "attention_decode") or not request.scores:
+        return None
+    if max(request.head_dims) > HEAD_DIMS[-1]:
         return None
     dtype, (batch, heads, queries, keys) = _name(request.dtype), request.scores
     head_dim = next(d for d in HEAD_DIMS if max(request.head_dims) <= d)
@@ -151,9 +153,20 @@ def read(device: str) -> dict[str, Any] | None:
     A class has ``choice``, a backend's name, and ``ms``, the milliseconds of each backend.
     """
     path = path_of(device)
+    table = None if path is None else _load(path)
+    return table if table is not None and table["device"] == device else None
+
+
+def all_tables() -> list[dict[str, Any]]:
+    """Return the tables of all devices for the versions that run now."""
+    found = map(_load, _files())
+    return [table for table in found if table is not None and table == read(table["device"])]
+
+
+def _load(path: Path) -> dict[str, Any] | None:
     types = {"device": str, "versions": dict, "when": str, "classes": dict}
-    table = None if path is None else files.read(path, FORMAT, types)
-    if table is None or table["device"] != device or table["versions"] != _versions():
+    table = files.read(path, FORMAT, types)
+    if table is None or table["versions"] != _versions():
         return None
     entries = table["classes"].values()
     return table if all(isinstance(x, dict) and isinstance(x.get("choice"), str) for x in entries) else None

@@ -5,7 +5,6 @@ Missing: clusters (multicast, other CTAs' shared memory), im2col, gather and sca
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from ..tensor_maps import TensorMap
 from . import opcode
 from .mbarrier import Transfer, complete, expect, issue, mbarrier_at
 from .reductions import combine
+from .tensormap import tensor_map_at
 
 _HINT = "(L2::cache_hint)?"
 _TILE = "tile?"
@@ -37,8 +37,8 @@ class Load(Transfer):
     reduces: bool = False
 
     def land(self, cta: Cta) -> None:
-        """Put the data in place, and tell the mbarrier."""
-        cta.memory.under_way.end(self)
+        """Put the data in place, and tell the mbarrier; until somebody waits for it, nobody knows."""
+        self.bar.unseen.append((self.bar.phase, self))
         cta.shared.end_copy(self.words)
         cta.shared.landed(self.words, self.values, self.bar.agent, self.bar.land())
         self.bar.open = np.maximum(self.bar.open, self.known)
@@ -136,22 +136,6 @@ class Stores:
     groups: list[list[Store]]
 
 
-@functools.cache
-def _unpacked(raw: bytes) -> TensorMap:
-    return TensorMap.unpack(raw)
-
-
-def tensor_map_at(cta: Cta, address: int) -> TensorMap:
-    """Return the tensor map at a generic address: a parameter's."""
-    for name, _ in cta.kernel.params:
-        if cta.map_address(name) == address:
-            try:
-                return _unpacked(cta.param[name])
-            except ValueError as error:
-                raise Hazard("address", f"{name}: {error}") from None
-    raise Hazard("address", f"no parameter lies at {address:#x}, where a tensor map should be")
-
-
 def _value(cta: Cta, operand: Operand, thread: int, kind: str = "s32") -> int:
     return int(np.broadcast_to(cta.src(operand, kind), cta.T)[thread])
 
@@ -174,7 +158,7 @@ def _box(cta: Cta, rank: int, tensor: Operand, thread: int) -> tuple[TensorMap, 
     if not isinstance(coordinates, Vec):
         raise UnknownInstruction(f"operand {tensor}: expected a tensor map and coordinates")
     address = cta.address(base, 64)() if isinstance(base, Addr) else cta.src(base, "u64")
-    box = tensor_map_at(cta, int(np.broadcast_to(address, cta.T)[thread]))
+    box = tensor_map_at(cta, int(np.broadcast_to(address, cta.T)[thread]), thread)
     origin = [_value(cta, x, thread) for x in coordinates.items]
     if len(origin) != rank or len(box.shape) != rank:
         raise Hazard("address", f"a copy of rank {rank} by a tensor map of rank {len(box.shape)}")

@@ -75,6 +75,19 @@ BULK_FAULTS = {
     "a load of an mbarrier": ({"mbarrier"}, ("mad.lo.s32", "ld.shared.b64 %d20, [%r0];\nmad.lo.s32")),
     "an unfenced store before": ({"proxy"}, ("bar.sync 0;", "@%p0 st.shared.b32 [%r0 + 640], %tid;\nbar.sync 0;")),
     "a count of zero": ({"mbarrier"}, ("[%r0 + 8], 1;", "[%r0 + 8], 0;")),
+    "a store to the source": ({"async"}, (FIRST_WAIT, "@%p0 st.global.b32 [%a0 + 1020], %tid;\n" + FIRST_WAIT)),
+    "more bytes than it counts": (
+        {"mbarrier"},
+        (SECOND_EXPECT, SECOND_EXPECT + "\n@%p0 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r0 + 8], 1048575;"),
+    ),
+    "an end with bytes expected": (
+        {"async"},
+        (SECOND_WAIT, SECOND_WAIT + "@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r0 + 8], 16;\n"),
+    ),
+    "an end with bytes that nobody expected": (
+        {"async"},
+        (SECOND_WAIT, SECOND_WAIT + "@%p0 mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%r0 + 8], 16;\n"),
+    ),
     "a store into the target": (
         {"async", "race"},
         (FIRST_WAIT, "@%p0 st.shared.b32 [%r0 + 640], %tid;\n" + FIRST_WAIT),
@@ -129,11 +142,6 @@ bar.sync 0;
     assert fault(early, *loaded(), threads=64, shared=4096, **options) in ("async", "race")
     race = program.replace("bar.sync 0;\n@%p0 mbarrier.inval", "@%p0 mbarrier.inval")
     assert fault(race, *loaded(), threads=64, shared=4096, **options) in ("race", "mbarrier", "deadlock")
-
-
-def test_a_store_to_what_a_copy_under_way_reads():
-    change = (FIRST_WAIT, "@%p0 st.global.b32 [%a0 + 1020], %tid;\n" + FIRST_WAIT)
-    assert fault(changed(BULK, change), *loaded(), threads=64, shared=4096) == "async"
 
 
 # --- arrivals, and other ways to wait: 64 threads, an mbarrier of 3 arrivals at shared byte 0

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fusemesh.kernels.emulator.hazard import UnknownInstruction
 from fusemesh.kernels.emulator.shared_memory import Shared
 from tests.support.emulated_ptx import changed, each_way, fault, fill_shared, load, registers, run, store
 
@@ -143,3 +144,18 @@ def test_registers_that_some_warps_take_are_given_by_others(kind, change, option
         run(program, **given)
     else:
         assert fault(program, **given) == kind
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r0], 64;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %d0, %d1, %r1, %p0;",
+        "tcgen05.wait::ld.sync.aligned;",
+        "mapa.shared::cluster.u32 %r0, %r1, 0;",
+        "barrier.cluster.arrive.aligned;",
+    ],
+)
+def test_what_is_missing_of_newer_devices_is_refused_by_name(instruction):
+    with pytest.raises(UnknownInstruction, match=instruction.split(" ")[0].replace(".", r"\.").rstrip(";")):
+        run(instruction, threads=128, shared=1024)
