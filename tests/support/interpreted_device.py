@@ -59,6 +59,8 @@ _interpreting = threading.Lock()  # Triton's interpreter is of one thread
 class RecordingDevice:
     """An executor that runs nothing, and tells launches apart as the compiler would."""
 
+    proves = True
+
     def __init__(self, target: str = "sm_90") -> None:
         self.target = TARGETS[target]
         self.name = f"recorded {target}"
@@ -77,6 +79,8 @@ class InterpretedDevice:
         name: the device's.
         spoil: by the name of a kernel, what is done to the arguments of a launch, by name, after it ran.
     """
+
+    proves = True
 
     def __init__(self, name: str = "interpreted sm_90", spoil: dict[str, Spoil] | None = None) -> None:
         self.target: Target = Target("interpreter", "interpreter", TARGETS["sm_90"].shared_memory)

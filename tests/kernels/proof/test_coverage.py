@@ -71,7 +71,7 @@ def test_every_case_of_the_tables(target: str, step: int) -> None:
             why = uncovered(lambda case=case: case.compute(case.inputs("cpu"), "triton"), device)
             found += [f"{case.op} {case.name}: {why}"] if why else []
     assert found == []
-    assert len(first_use.device_of(device).proven) > 400 / step
+    assert len(first_use.device_of(device).proven) > 300 / step
 
 
 def strided(shape: tuple[int, ...], order: tuple[int, ...], odd: int, offset: int, dtype: torch.dtype) -> torch.Tensor:
