@@ -1,4 +1,4 @@
-"""Layer: emulator. `python -m fusemesh.kernels.aot --emulate` says what is right, and ends with 1 if anything is not."""
+"""Layer: emulator. `python -m fusemesh.kernels.aot --emulate` says what is right, and fails where anything is not."""
 
 from __future__ import annotations
 
