@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(paths: list[Path], output: Path | None) -> int:
-    """Join results files, of which later ones count for a kernel, with reasons looked up anew; return main's status."""
+    """Join results files, of which the later counts for a kernel's kind, with reasons looked up anew; return status."""
     rows: list[dict[str, Any]] = []
     survivors: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -83,9 +83,9 @@ def report(paths: list[Path], output: Path | None) -> int:
     return conclude(rows, survivors, faults, seconds)
 
 
-def of(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Return the family, kernel and target of a row or survivor."""
-    return row["family"], row["kernel"], row["target"]
+def of(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the family, kernel, target and kind of a row or survivor."""
+    return row["family"], row["kernel"], row["target"], row["kind"]
 
 
 def conclude(rows: list[dict[str, Any]], survivors: list[dict[str, Any]], faults: list[str], seconds: float) -> int:

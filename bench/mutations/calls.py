@@ -37,7 +37,9 @@ def attention(causal: bool, bias: bool = False) -> Calls:
 
     def call(queries: int, keys: int) -> None:
         g = torch.Generator().manual_seed(1000 * queries + keys)
-        q, k, v, do = (torch.randn(1, 1, s, 64, generator=g).bfloat16() for s in (queries, keys, keys, queries))
+        heads = 4 if bias else 1  # over which the gradient of a bias is summed
+        sizes = ((heads, queries), (1, keys), (1, keys), (heads, queries))
+        q, k, v, do = (torch.randn(1, *s, 64, generator=g).bfloat16() for s in sizes)
         if (queries, keys) in BEHIND:  # far below 0, which is the score of keys that are not there
             q, k = 6 * q.abs(), -6 * k.abs()
         leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -70,6 +72,7 @@ def linear() -> Calls:
     # Rows may be any; features are multiples of 16, so that copies are asynchronous.
     sizes = [(97, 176, 112)]
     sizes += [(40, 64 * n + 48, 48) for n in range(6)] + [(40, 48, 64 * n + 48) for n in range(6)]
+    sizes += [(40, 48, 16 * n) for n in (5, 6, 8, 9, 10)] + [(32 * n, 48, 48) for n in range(1, 6)]
     sizes += [(64 * n + 24, 48, 48) for n in range(5)]
     sizes += [(1 + edge, 16 * (1 + i % 9), 16 * (1 + (5 * i) % 9)) for i, edge in enumerate(EDGES)]
     return [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
