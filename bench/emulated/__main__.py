@@ -1,0 +1,90 @@
+"""Every kernel as it is compiled for a GPU, run on this CPU by the emulator and held to the error budget.
+
+    python -m bench.emulated                                  # both targets, about an hour of one core
+    python -m bench.emulated --target sm_90 --only "linear bf16"       # a part; writes no file
+    python -m bench.emulated --short                          # the part that `make test` runs; writes no file
+
+Prints a line for each case, and a table of the largest shares of the budget, which it writes with the machine to
+bench/results/<machine>/emulated.json. A case that fails makes it exit non-zero, after everything is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.emulated import tables
+from bench.emulated.verification import tried
+from fusemesh.kernels.measure import results
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each target, operation and dtype: cases, the largest share of the budget, CTAs, seconds."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["target"], row["op"], row["dtype"]), []).append(row)
+    found = []
+    for (target, op, dtype), group in groups.items():
+        right = [row for row in group if row["check"] == "ok"]
+        shares = [(value, name, row["case"]) for row in right for name, value in row["share_of_budget"].items()]
+        share, tensor, case = max(shares, default=(0.0, "", ""))
+        found.append(
+            {
+                "target": target,
+                "op": op,
+                "dtype": dtype,
+                "cases": len(group),
+                "failed": len(group) - len(right),
+                "largest_share_of_budget": share,
+                "of": f"{tensor} of {case}",
+                "ctas": sum(row["ctas"] for row in right),
+                "seconds": round(sum(row["seconds"] for row in group), 1),
+            }
+        )
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the summary as aligned columns."""
+    lines = [tuple(rows[0])] if rows else []
+    lines += [tuple(str(value) for value in row.values()) for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))] if lines else []
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases that the command line asks for; return the exit status."""
+    parser = argparse.ArgumentParser(prog="bench.emulated", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", choices=tables.EMULATED, action="append", help="default: all of them")
+    parser.add_argument("--only", default="", help="cases whose operation and name hold this text")
+    parser.add_argument("--short", action="store_true", help="the part that `make test` runs")
+    asked = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    start = time.monotonic()
+    for target in asked.target or tables.EMULATED:
+        for entry in tables.short(target) if asked.short else tables.entries(target):
+            if asked.only not in str(entry):
+                continue
+            row = tried(entry, target)
+            rows.append(row)
+            shares = row.get("share_of_budget", {})
+            largest = max(shares, key=lambda name: shares[name], default="")
+            found = f"{shares[largest]:.2f} of the budget ({largest})" if largest else row["check"]
+            print(f"{target} {entry}: {found}, {row['seconds']} s", flush=True)
+    found = summary(rows)
+    print(table(found))
+    failures = [row for row in rows if row["check"] != "ok"]
+    if not (asked.target or asked.only or asked.short):
+        machine = results.machine()
+        payload = {"machine": machine, "seconds": round(time.monotonic() - start), "rows": found, "failures": failures}
+        print(results.write_results(FOLDER / results.machine_name(machine) / "emulated.json", payload))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
