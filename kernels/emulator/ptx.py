@@ -66,12 +66,17 @@ class Imm:
 
 @dataclass(frozen=True)
 class Vec:
-    items: tuple
+    items: tuple[Operand, ...]
+
+    def registers(self) -> list[Reg]:
+        """Return the elements, which must be registers."""
+        assert all(isinstance(x, Reg) for x in self.items), self.items
+        return [x for x in self.items if isinstance(x, Reg)]
 
 
 @dataclass(frozen=True)
 class Addr:
-    base: object  # Reg, Sym or None
+    base: Reg | Sym | None
     offset: int
 
 
@@ -80,6 +85,9 @@ class Sym:
     """A special register, a label, a parameter or a variable."""
 
     name: str
+
+
+Operand = Reg | Imm | Vec | Addr | Sym
 
 
 @dataclass
@@ -116,6 +124,21 @@ class Kernel:
     labels: dict  # label -> block
     threads: int
     tables: dict = field(default_factory=dict)  # of brx.idx: label -> blocks
+
+    def predecessors(self) -> list[set[int]]:
+        """Return for each block, and for the end, which blocks may run just before it."""
+        before: list[set[int]] = [set() for _ in range(len(self.blocks) + 1)]
+        for at, block in enumerate(self.blocks):
+            end = block.end
+            kind = "" if end is None else end.parts[0]
+            if kind == "bra":
+                before[self.labels[end.operands[0].name]].add(at)
+            if kind == "brx":
+                for to in self.tables[end.operands[1].name]:
+                    before[to].add(at)
+            if kind not in ("bra", "brx", "ret", "exit") or end.guard is not None:
+                before[at + 1].add(at)
+        return before
 
 
 def _split(text: str) -> list[str]:

@@ -9,6 +9,7 @@ so that whatever goes wrong with a claim ends in working without one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -109,7 +110,7 @@ def _lock(path: Path) -> Release | None:
         except FileNotFoundError:
             return None
         try:
-            os.pwrite(file, _holder(), 0)  # on a full disk this fails, and nobody waits where no verdict can be kept
+            _write(file, _holder())
         except OSError:
             path.unlink(missing_ok=True)
             raise
@@ -134,6 +135,12 @@ def _flock(file: int) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def _write(file: int, text: bytes) -> None:
+    """Write all of a claim; raise OSError where there is no room, so that nobody waits where no verdict can be kept."""
+    if os.pwrite(file, text, 0) < len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _close(file: int) -> None:
     _held.discard(file)
     with contextlib.suppress(OSError):
@@ -154,7 +161,7 @@ def _create(path: Path) -> Release | None:
         return None
     holder, process = _holder(), os.getpid()
     try:
-        os.write(file, holder)
+        _write(file, holder)
     except OSError:
         path.unlink(missing_ok=True)
         raise

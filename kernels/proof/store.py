@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import stat
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -60,7 +59,6 @@ class Store:
         self.folder = folder
         self._found: dict[str, Verdict] = {}
         self._ready: bool | None = None  # whether the folder can be written, as far as this process has tried
-        self._said = False
 
     def read(self, key: str) -> Verdict | None:
         """Return the verdict on a key, or None."""
@@ -148,13 +146,11 @@ class Store:
     def _memory_only(self, why: object) -> None:
         """Keep verdicts in memory from now on, and say so once."""
         self._ready = False
-        if not self._said:
-            self._said = True
-            env.logger.info(
-                "verdicts on kernels are kept in memory alone, so that each process proves anew: %s; set "
-                "FUSEMESH_CACHE to a folder that can be written",
-                why,
-            )
+        env.logger.info(
+            "verdicts on kernels are kept in memory alone, so that each process proves anew: %s; set FUSEMESH_CACHE to "
+            "a folder that can be written",
+            why,
+        )
 
 
 _default: Store | None = None
@@ -184,8 +180,6 @@ def _load(path: Path) -> tuple[str, Verdict] | None:
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its writer
         try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                return None
             with open(file, "rb", closefd=False) as stream:
                 found = json.loads(stream.read(LARGEST))
         finally:

@@ -77,11 +77,13 @@ def _mod_limits(request: Request) -> Refusal | None:
 def _decode_limits(request: Request) -> Refusal | None:
     """The refusal of head dims for which no tile fits the GPU's shared memory."""
     # While a graph is traced sizes may be symbols; the op will ask again.
-    if torch.compiler.is_compiling() or (request.device.type == "cpu" and launch.assumed_target() is None):
+    if torch.compiler.is_compiling():
         return None
     from . import decode_tiles
 
     target = launch.target_of(request.device)
+    if target == launch.INTERPRETER:
+        return None
     if decode_tiles.fits(target, request.dtype, *request.head_dims, request.is_latent, request.rows):
         return None
     return Refusal(
@@ -105,7 +107,7 @@ def _importable() -> bool:
 def _unavailable(device: torch.device) -> str | None:
     if not _importable():
         return "triton is not installed (pip install triton; Linux only)"
-    if device.type == "cpu" and not env.INTERPRET and not launch.takes_any_device():
+    if device.type == "cpu" and not (env.INTERPRET or launch.takes_any_device() or launch.has_compiled_kernels(device)):
         return (
             "Triton compiles for GPUs and these tensors are on the CPU; to run the kernels in Triton's interpreter "
             "set TRITON_INTERPRET=1 before Python starts"

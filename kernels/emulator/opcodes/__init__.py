@@ -1,36 +1,89 @@
 """The opcodes of PTX, a file for each family; each registers the functions that turn an instruction into a closure.
 
-A function of this table takes the state of a CTA, the instruction, its opcode's parts and its operands, and returns a
-function of one argument: the threads that execute it, as a mask [threads], or None where all of them do.
+Such a function takes the state of a CTA, the instruction, its opcode's parts (`p`) and its operands (`o`), and returns
+a step: a function of the threads that execute it, a mask [T], or None where all of them do.
+
+It registers for forms, and an instruction of another form is refused before anything runs: a form is an opcode and its
+modifiers in order, separated by blanks, as in ``add rn? ftz? f16|f32``. A modifier is a regular expression; one that
+ends in "?" may be absent. "..." takes any further modifiers, for a function that looks at each of them itself.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
-Step = Callable[[Any], None]
-Compile = Callable[..., Step]
+from ..hazard import UnknownInstruction
+from ..ptx import Instruction
+from ..state import Cta, Step
 
-OPCODES: dict[str, Compile] = {}
+Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
+
+OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
+FORMS: list[str] = []
 _FAMILIES = ("arithmetic", "bulk", "conversions", "copies", "matrix", "memory", "sync", "warp", "wgmma")
+# The scheduler does what these say: they end a block.
+_ENDS = (
+    "bra uni?",
+    "brx idx uni?",
+    "ret uni?",
+    "exit",
+    "bar sync|arrive",
+    "bar cta sync|arrive",
+    "barrier sync|arrive aligned?",
+    "barrier cta sync|arrive aligned?",
+    "mbarrier try_wait parity shared::cta|shared b64",
+    "mbarrier try_wait parity ...",
+)
 
 
-def opcode(*names: str) -> Callable[[Compile], Compile]:
-    """Register a function for opcodes whose first part is one of ``names``."""
+def pattern(form: str) -> re.Pattern[str]:
+    """Return a regular expression for the opcodes of a form."""
+    name, *modifiers = form.split()
+    text = re.escape(name)
+    for each in modifiers:
+        if each == "...":
+            text += r"(?:\.[\w:]+)*"
+        else:
+            text += rf"(?:\.(?:{each.removesuffix('?')}))" + ("?" if each.endswith("?") else "")
+    return re.compile(text)
+
+
+_END_PATTERNS = [pattern(form) for form in _ENDS]
+
+
+def opcode(*forms: str) -> Callable[[Compile], Compile]:
+    """Register a function for instructions of these forms."""
 
     def register(function: Compile) -> Compile:
-        for name in names:
-            assert name not in OPCODES, name
-            OPCODES[name] = function
+        for form in forms:
+            OPCODES.setdefault(form.split()[0], []).append((pattern(form), function))
+            FORMS.append(form)
         return function
 
     return register
 
 
-def load() -> dict[str, Compile]:
-    """Return the table, with every family imported."""
+def load() -> None:
+    """Import every family."""
     for family in _FAMILIES:
         importlib.import_module(f"{__name__}.{family}")
-    return OPCODES
+
+
+def find(ins: Instruction) -> Compile:
+    """Return the function that compiles an instruction; raise UnknownInstruction where no form of the table fits."""
+    for expression, function in OPCODES.get(ins.parts[0], ()):
+        if expression.fullmatch(ins.opcode):
+            return function
+    known = [form for form in FORMS if form.split()[0] == ins.parts[0]]
+    raise UnknownInstruction(
+        f"opcode {ins.opcode}: " + (f"expected one of the forms {', '.join(known)}" if known else "no such opcode")
+    )
+
+
+def check_end(ins: Instruction) -> None:
+    """Refuse an instruction at the end of a block that the scheduler does not know."""
+    if not any(expression.fullmatch(ins.opcode) for expression in _END_PATTERNS):
+        raise UnknownInstruction(f"opcode {ins.opcode}: expected one of the forms {', '.join(_ENDS)}")

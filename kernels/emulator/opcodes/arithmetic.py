@@ -9,7 +9,7 @@ from ..ptx import Imm, Sym, Vec, number
 from . import opcode
 
 
-@opcode("add", "sub")
+@opcode("add ...", "sub ...")
 def compile_arith(cta, ins, p, o):
     t = p[-1]
     uf = BINARY[p[0]]
@@ -19,23 +19,23 @@ def compile_arith(cta, ins, p, o):
     return cta.ufunc(uf, o[0], t, a, b)
 
 
-@opcode("and", "or", "xor")
+@opcode("and ...", "or ...", "xor ...")
 def compile_logic(cta, ins, p, o):
     t = p[-1]
     return cta.ufunc(BINARY[p[0]], o[0], t, cta.src(o[1], t), cta.src(o[2], t))
 
 
-@opcode("not")
+@opcode("not ...")
 def compile_not(cta, ins, p, o):
     return cta.ufunc(np.logical_not if p[-1] == "pred" else np.invert, o[0], p[-1], cta.src(o[1], p[-1]))
 
 
-@opcode("neg")
+@opcode("neg ...")
 def compile_neg(cta, ins, p, o):
     return cta.ufunc(np.negative, o[0], p[-1], cta.src(o[1], p[-1]))
 
 
-@opcode("abs")
+@opcode("abs ...")
 def compile_abs(cta, ins, p, o):
     a = cta.src(o[1], p[-1])
     if "ftz" in p:
@@ -43,7 +43,7 @@ def compile_abs(cta, ins, p, o):
     return cta.ufunc(np.abs, o[0], p[-1], a)
 
 
-@opcode("mul")
+@opcode("mul ...")
 def compile_mul(cta, ins, p, o):
     t = p[-1]
     a, b = cta.src(o[1], t), cta.src(o[2], t)
@@ -61,7 +61,7 @@ def compile_mul(cta, ins, p, o):
     return cta.ufunc(np.multiply, o[0], t, a, b)
 
 
-@opcode("mad")
+@opcode("mad ...")
 def compile_mad(cta, ins, p, o):
     t = p[-1]
     a, b = cta.src(o[1], t), cta.src(o[2], t)
@@ -73,7 +73,7 @@ def compile_mad(cta, ins, p, o):
     return cta.put(o[0], t, lambda: a * b + c)
 
 
-@opcode("fma")
+@opcode("fma ...")
 def compile_fma(cta, ins, p, o):
     if p[-1] != "f32":
         raise NotImplementedError(ins.opcode)
@@ -83,7 +83,7 @@ def compile_fma(cta, ins, p, o):
     return cta.put(o[0], "f32", lambda: fma(a, b, c))
 
 
-@opcode("div")
+@opcode("div ...")
 def compile_div(cta, ins, p, o):
     t = p[-1]
     a, b = cta.src(o[1], t), cta.src(o[2], t)
@@ -101,14 +101,14 @@ def compile_div(cta, ins, p, o):
     return cta.put(o[0], t, f)
 
 
-@opcode("rem")
+@opcode("rem ...")
 def compile_rem(cta, ins, p, o):
     t = p[-1]
     a, b = cta.src(o[1], t), cta.src(o[2], t)
     return cta.put(o[0], t, lambda: np.fmod(a, np.where(b == 0, TYPES[t](1), b)))
 
 
-@opcode("max", "min")
+@opcode("max ...", "min ...")
 def compile_max(cta, ins, p, o):
     t = p[-1]
     uf = {"max": np.fmax, "min": np.fmin} if t[0] == "f" else {"max": np.maximum, "min": np.minimum}
@@ -121,7 +121,7 @@ def compile_max(cta, ins, p, o):
     return cta.ufunc(uf, o[0], t, a, b)
 
 
-@opcode("shl", "shr")
+@opcode("shl ...", "shr ...")
 def compile_shl(cta, ins, p, o):
     t = p[-1]
     bits, dt = int(t[1:]), TYPES[t]
@@ -134,7 +134,7 @@ def compile_shl(cta, ins, p, o):
     return cta.put(o[0], t, lambda: np.where(n < bits, uf(a, np.minimum(n, bits - 1).astype(dt)), dt(0)))
 
 
-@opcode("bfe")
+@opcode("bfe ...")
 def compile_bfe(cta, ins, p, o):
     t = p[-1]
     bits, dt = int(t[1:]), TYPES[t]
@@ -148,7 +148,7 @@ def compile_bfe(cta, ins, p, o):
     return cta.put(o[0], t, lambda: np.right_shift(np.left_shift(a, up), down))
 
 
-@opcode("mov")
+@opcode("mov ...")
 def compile_mov(cta, ins, p, o):
     t = p[-1]
     if isinstance(o[0], Vec):
@@ -176,14 +176,14 @@ def compile_mov(cta, ins, p, o):
     return lambda m: np.copyto(out, a) if m is None else np.copyto(out, a, where=m)
 
 
-@opcode("selp")
+@opcode("selp ...")
 def compile_selp(cta, ins, p, o):
     t = p[-1]
     a, b, c = cta.src(o[1], t), cta.src(o[2], t), cta.row(o[3])
     return cta.put(o[0], t, lambda: np.where(c, a, b))
 
 
-@opcode("setp")
+@opcode("setp ...")
 def compile_setp(cta, ins, p, o):
     t = p[-1]
     cmp, combine = p[1], next((x for x in p if x in ("and", "or", "xor")), None)
@@ -214,13 +214,13 @@ def compile_setp(cta, ins, p, o):
     return cta.put(out, None, f)
 
 
-@opcode("popc")
+@opcode("popc ...")
 def compile_popc(cta, ins, p, o):
     a = cta.src(o[1], "u" + p[-1][1:])
     return cta.put(o[0], "u32", lambda: np.bitwise_count(a).astype(np.uint32))
 
 
-@opcode("brev")
+@opcode("brev ...")
 def compile_brev(cta, ins, p, o):
     a = cta.src(o[1], "u32")
 
@@ -232,7 +232,7 @@ def compile_brev(cta, ins, p, o):
     return cta.put(o[0], "u32", value)
 
 
-@opcode("clz")
+@opcode("clz ...")
 def compile_clz(cta, ins, p, o):
     a = cta.src(o[1], "u32")
     return cta.put(
@@ -242,7 +242,7 @@ def compile_clz(cta, ins, p, o):
     )
 
 
-@opcode("ex2")
+@opcode("ex2 ...")
 def compile_ex2(cta, ins, p, o):
     a = cta.src(o[1], "f32")
     if "ftz" in p:
@@ -260,32 +260,32 @@ def unary(cta, fn):
     return op
 
 
-@opcode("lg2")
+@opcode("lg2 ...")
 def compile_lg2(cta, ins, p, o):
     return unary(cta, np.log2)(ins, p, o)
 
 
-@opcode("rcp")
+@opcode("rcp ...")
 def compile_rcp(cta, ins, p, o):
     return unary(cta, lambda x: np.float32(1) / x)(ins, p, o)
 
 
-@opcode("sqrt")
+@opcode("sqrt ...")
 def compile_sqrt(cta, ins, p, o):
     return unary(cta, np.sqrt)(ins, p, o)
 
 
-@opcode("rsqrt")
+@opcode("rsqrt ...")
 def compile_rsqrt(cta, ins, p, o):
     return unary(cta, lambda x: np.float32(1) / np.sqrt(x))(ins, p, o)
 
 
-@opcode("tanh")
+@opcode("tanh ...")
 def compile_tanh(cta, ins, p, o):
     return unary(cta, np.tanh)(ins, p, o)
 
 
-@opcode("prmt")
+@opcode("prmt ...")
 def compile_prmt(cta, ins, p, o):
     a, b, c = (cta.src(x, "u32") for x in o[1:4])
     T = cta.T
@@ -303,11 +303,11 @@ def compile_prmt(cta, ins, p, o):
     return cta.put(o[0], "u32", f)
 
 
-@opcode("cvta")
+@opcode("cvta ...")
 def compile_cvta(cta, ins, p, o):
     return compile_mov(cta, ins, ["mov", "b64"], o)
 
 
-@opcode("setmaxnreg")
+@opcode("setmaxnreg ...")
 def compile_setmaxnreg(cta, ins, p, o):
     return lambda m: None

@@ -84,7 +84,7 @@ def complete(cta, bar: dict) -> None:
         bar["known"][cta.W + bar["agent"]] = bar["phase"]
 
 
-@opcode("mbarrier")
+@opcode("mbarrier ...")
 def compile_mbarrier(cta, ins, p, o):
     if p[1] == "init":
         addr, count = cta.address(o[0], 32), cta.src(o[1], "u32")

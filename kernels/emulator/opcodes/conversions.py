@@ -6,10 +6,11 @@ import numpy as np
 
 from ..numbers import TYPES, bf16_to_f32, f32_to_bf16
 from ..ptx import Reg
+from ..state import Cta
 from . import opcode
 
 
-@opcode("cvt")
+@opcode("cvt ...")
 def compile_cvt(cta, ins, p, o):
     to, of = p[-2], p[-1]
     if to == "tf32":  # to nearest, ties away from zero
@@ -54,8 +55,6 @@ def compile_cvt(cta, ins, p, o):
     return cta.put(o[0], None, lambda: a.astype(dt).astype(wide))
 
 
-def narrow(cta, r: Reg, t: str) -> np.ndarray:
-    """A register as a type no wider than it."""
-    bits = np.dtype(TYPES[t]).itemsize * 8
-    row = cta.files[r.bits][r.index]
-    return row.view(TYPES[t]) if bits == r.bits else row.view(TYPES[t])[:: r.bits // bits]
+def narrow(cta: Cta, reg: Reg, type_: str) -> np.ndarray:
+    """Return the low bits of a register as a type no wider than it."""
+    return cta.low(reg, type_)

@@ -11,7 +11,7 @@ from .bulk import bulk
 from .memory import banks, sectors
 
 
-@opcode("cp")
+@opcode("cp ...")
 def compile_cp(cta, ins, p, o):
     if "bulk" in p:
         return bulk(cta, ins, p, o)

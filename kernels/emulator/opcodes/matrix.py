@@ -13,10 +13,10 @@ from .warp import whole_warps
 
 
 def indices(vec: Vec) -> np.ndarray:
-    return np.array([r.index for r in vec.items])
+    return np.array([r.index for r in vec.registers()])
 
 
-@opcode("mma")
+@opcode("mma ...")
 def compile_mma(cta, ins, p, o):
     shape = next(x for x in p if x[0] == "m" and "k" in x and x != "mma")
     d_type, a_type = p[-4], p[-3]
@@ -57,4 +57,4 @@ def compile_mma(cta, ins, p, o):
 
 
 def register_names(x: Any) -> list[str]:
-    return [r.name for r in x.items] if isinstance(x, Vec) else []
+    return [r.name for r in x.registers()] if isinstance(x, Vec) else []

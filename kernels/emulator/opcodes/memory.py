@@ -12,7 +12,7 @@ from .conversions import narrow
 from .warp import whole_warps
 
 
-@opcode("ld")
+@opcode("ld ...")
 def compile_ld(cta, ins, p, o):
     t = p[-1]
     size = np.dtype(TYPES[t]).itemsize
@@ -70,7 +70,7 @@ def load_shared(cta, a, sel, width, count):
     return view[index]
 
 
-@opcode("st")
+@opcode("st ...")
 def compile_st(cta, ins, p, o):
     t = p[-1]
     size = np.dtype(TYPES[t]).itemsize
@@ -144,7 +144,7 @@ def sectors(cta, addr, sel, size) -> None:
         cta.stats["sectors_ideal"] += -(-len(np.unique(a)) * size // 32)
 
 
-@opcode("ldmatrix")
+@opcode("ldmatrix ...")
 def compile_ldmatrix(cta, ins, p, o):
     n = len(o[0].items) if isinstance(o[0], Vec) else 1
     items = o[0].items if isinstance(o[0], Vec) else (o[0],)
@@ -183,7 +183,7 @@ def compile_ldmatrix(cta, ins, p, o):
     return f
 
 
-@opcode("stmatrix")
+@opcode("stmatrix ...")
 def compile_stmatrix(cta, ins, p, o):
     items = o[1].items if isinstance(o[1], Vec) else (o[1],)
     n, trans = len(items), "trans" in p

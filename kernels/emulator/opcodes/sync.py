@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import opcode
 
 
-@opcode("fence", "membar")
+@opcode("fence ...", "membar ...")
 def compile_fence(cta, ins, p, o):
     if p[1] == "proxy":
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..hazard import Hazard
 from ..numbers import BINARY
 from ..ptx import Imm, Reg, Sym, number
 from . import opcode
 
 
-@opcode("vote")
+@opcode("vote ...")
 def compile_vote(cta, ins, p, o):
     c = cta.row(o[1])
 
@@ -30,7 +29,7 @@ def compile_vote(cta, ins, p, o):
     return f
 
 
-@opcode("redux")
+@opcode("redux ...")
 def compile_redux(cta, ins, p, o):
     uf = {"max": np.maximum, "min": np.minimum, "add": np.add, **BINARY}[p[2]]
     a, members = cta.src(o[1], p[-1]), cta.src(o[2], "u32")
@@ -49,14 +48,14 @@ def compile_redux(cta, ins, p, o):
     return f
 
 
-@opcode("bar")
+@opcode("bar warp sync")
 def compile_bar(cta, ins, p, o):
     if p[1] != "warp":
         raise NotImplementedError(ins.opcode)
     return lambda m: whole_warps(cta, m)  # lanes run in step here
 
 
-@opcode("shfl")
+@opcode("shfl ...")
 def compile_shfl(cta, ins, p, o):
     mode = p[2]
     dst, pred = (o[0], None) if isinstance(o[1], Reg) and len(o) == 5 else (o[0], o[1])
@@ -100,7 +99,7 @@ def compile_shfl(cta, ins, p, o):
     return f
 
 
-@opcode("elect")
+@opcode("elect ...")
 def compile_elect(cta, ins, p, o):
     pout = cta.row(o[1])
 
@@ -112,5 +111,4 @@ def compile_elect(cta, ins, p, o):
 
 
 def whole_warps(cta, m) -> None:
-    if m is not None and (m.reshape(-1, 32).all(1) != m.reshape(-1, 32).any(1)).any():
-        raise Hazard("convergence", "an instruction of whole warps runs with lanes missing")
+    cta.whole_warps(m)

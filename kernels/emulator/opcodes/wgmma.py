@@ -11,7 +11,7 @@ from . import opcode
 from .matrix import indices, register_names
 
 
-@opcode("wgmma")
+@opcode("wgmma ...")
 def compile_wgmma(cta, ins, p, o):
     kind = p[1]
     if kind == "fence":

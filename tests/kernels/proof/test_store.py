@@ -213,9 +213,15 @@ def test_without_flock_one_of_four_processes_proves(tmp_path: Path, monkeypatch:
     assert Store(tmp_path / "cache").read(KEY) == RIGHT
 
 
-def test_a_child_forked_in_a_proof_neither_keeps_nor_ends_the_claim(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "no flock"])
+def test_a_child_forked_in_a_proof_neither_keeps_nor_ends_the_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: bool
+) -> None:
+    if not flock:
+        without_flock(monkeypatch)
     shelf = Store(tmp_path)
     lock = shelf._path(KEY).with_suffix(".lock")
+    held_by = lock if flock else lock.with_suffix(".claim")
     forked = multiprocessing.get_context("fork")
     stop = forked.Event()
     with shelf.proving(KEY):
@@ -224,12 +230,27 @@ def test_a_child_forked_in_a_proof_neither_keeps_nor_ends_the_claim(tmp_path: Pa
         pid = os.fork()
         status = os.waitpid(pid, 0)[1] if pid else 0
     if pid == 0:  # the block's end here is not the parent's
-        os._exit(0 if lock.exists() else 1)
+        os._exit(0 if held_by.exists() else 1)
     assert status == 0
     with claim.claimed(str(lock), True, lambda: False, wait=30) as held:
         assert held
     stop.set()
     child.join()
+
+
+def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, removed = tmp_path / "x.lock", claim._flock, []
+
+    def late(file: int) -> None:
+        if not removed:
+            removed.append(path.unlink())
+        real(file)
+
+    monkeypatch.setattr(claim, "_flock", late)
+    with claim.claimed(str(path), True, lambda: False) as held:
+        assert held
+        with open(path, "rb") as other, pytest.raises(BlockingIOError):
+            real(other.fileno())
 
 
 def test_an_interrupted_proof_leaves_nothing(tmp_path: Path) -> None:
@@ -284,6 +305,7 @@ UNWRITABLE = """
 import logging, os, resource, sys
 from pathlib import Path
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
+from fusemesh.kernels.proof import claim
 from fusemesh.kernels.proof.store import Store, Verdict
 exec(sys.argv[2])
 shelf = Store(Path(sys.argv[1]))
@@ -293,16 +315,18 @@ for key in ("one", "two"):
         assert found is None
         shelf.write(key, Verdict(False, key))
     assert shelf.read(key) == Verdict(False, key)
+with claim.claimed(sys.argv[1] + "/x.lock", True, lambda: False, wait=5) as held:
+    assert not held
 print("files", sorted(x.suffix for x in Path(sys.argv[1]).iterdir()))
 """
 
 
-@pytest.mark.parametrize("fault", ["chmod", "limit"])
+@pytest.mark.parametrize("fault", ["chmod", "0", "8"])
 def test_a_folder_that_takes_no_files(tmp_path: Path, fault: str) -> None:
     """As another user where this one is root, whom no permission stops; and a disk on which no byte has room."""
     folder = tmp_path / "cache"
     Store(folder).write("there", RIGHT)
-    prepared = "resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))"
+    prepared = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({fault}, {fault}))"
     if fault == "chmod":
         prepared = "os.getuid() == 0 and os.setuid(65534)"
         for parent in [tmp_path, *tmp_path.parents]:

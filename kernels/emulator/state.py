@@ -1,0 +1,200 @@
+"""The state of one CTA while its kernel runs, and the operands of its instructions as arrays over threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .global_memory import Global
+from .hazard import Hazard, UnknownInstruction
+from .numbers import FILES, TYPES, constant
+from .ptx import Addr, Imm, Instruction, Kernel, Operand, Reg, Sym
+from .shared_memory import Shared
+
+Mask = Any  # the threads that execute: a boolean array [T], or None for all of them
+Step = Callable[[Mask], None]
+Values = Callable[[], Any]
+WARP = 32
+
+
+class Cta:
+    """Registers, memory and asynchronous work of one CTA.
+
+    The arrays of registers are views that stay the same from CTA to CTA, so an instruction's closure takes them once.
+
+    Attributes:
+        T, W: how many threads and warps it has.
+        tid, warp, lane: [T], each thread's number in the CTA, its warp's, and its number there.
+        files: width in bits -> registers [register, T] as unsigned numbers; width 1 are predicates.
+        ctaid, nctaid: the CTA's place in the grid and the grid's size, x y z.
+        param: name -> bytes of a kernel's parameter.
+        current: the instruction that runs (or, before anything runs, that is compiled).
+        late: a wgmma reads its shared operands at its wait, as late as can be; else at its issue.
+        check: whether accesses to shared memory are checked.
+    """
+
+    def __init__(self, kernel: Kernel, shared_bytes: int, memory: Global, *, late: bool = True, check: bool = True):
+        self.kernel, self.memory, self.late, self.check = kernel, memory, late, check
+        self.T = kernel.threads
+        self.W = self.T // WARP
+        self.tid = np.arange(self.T)
+        self.warp, self.lane = self.tid // WARP, self.tid % WARP
+        self.files = {bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()}
+        self.shared = Shared(shared_bytes, self.W)
+        self.shared.check = check
+        self.ctaid = [np.zeros((), np.uint32) for _ in range(3)]
+        self.nctaid = [np.zeros((), np.uint32) for _ in range(3)]
+        self.param: dict[str, bytes] = {}
+        self.current: Instruction | None = None
+        self.stats = {"bank": 0, "bank_ideal": 0, "sectors": 0, "sectors_ideal": 0, "instructions": 0, "ctas": 0}
+        self.count_stats = False
+        self.most_steps = 10_000_000
+        self.blocks: list[tuple[list[tuple[Step, Instruction, frozenset[str]]], Instruction | None]] = []
+        self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
+        self.before: list[set[int]] = kernel.predecessors()
+        self.matrix_row, self.matrix_col = np.arange(WARP) >> 2, np.arange(WARP) & 3
+        # Asynchronous work, of which each family keeps its own.
+        self.tensor_maps: dict[int, dict[str, Any]] = {}
+        self.pending: set[str] = set()  # registers that wgmma under way reads or writes
+        self.descriptors: dict[Any, Any] = {}
+        self.copies: list[Any] = []  # cp.async since the last commit
+        self.copy_groups: list[Any] = []  # committed ones
+        self.mmas: list[list[Any]] = []  # of each warpgroup
+        self.mma_groups: list[list[Any]] = []
+        self.mbarriers: dict[int, dict[str, Any]] = {}
+        self.transfers: list[Any] = []
+
+    def start(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+        """Make this the state at the first instruction of CTA ``cta`` of ``grid``."""
+        for axis in range(3):
+            self.ctaid[axis][...] = cta[axis]
+            self.nctaid[axis][...] = grid[axis]
+        self.param = params
+        for bits, file in self.files.items():
+            file[:] = 0xFFFFFFFF if bits == 32 else 0
+        self.shared.reset()
+        self.pending.clear()
+        self.copies, self.copy_groups = [], []
+        groups = max(self.T // 128, 1)
+        self.mmas, self.mma_groups = [[] for _ in range(groups)], [[] for _ in range(groups)]
+        self.mbarriers, self.transfers = {}, []
+        self.memory.cta = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
+
+    @staticmethod
+    def map_address(name: str) -> int:
+        """Return the address that stands for a parameter which is a tensor map."""
+        return 0x7E0000000000 + 128 * int(name.rsplit("_", 1)[1])
+
+    def row(self, reg: Reg, type_: str | None = None) -> np.ndarray:
+        """Return a register as an array [T], of PTX's type ``type_`` or of unsigned numbers; not its negation."""
+        row = self.files[reg.bits][reg.index]
+        return row if type_ is None or reg.bits == 1 else row.view(TYPES[type_])
+
+    def low(self, reg: Reg, type_: str) -> np.ndarray:
+        """Return the low bits of a register as an array [T] of a type that is no wider."""
+        bits = np.dtype(TYPES[type_]).itemsize * 8
+        if reg.bits < bits:
+            raise UnknownInstruction(f"register {reg.name} of {reg.bits} bits as {type_}")
+        return self.files[reg.bits][reg.index].view(TYPES[type_])[:: reg.bits // bits]
+
+    def src(self, op: Operand, type_: str) -> np.ndarray:
+        """Return a source operand as ``type_``: [T] of a register, of no dimensions where all threads share it."""
+        if isinstance(op, Reg):
+            bits = np.dtype(TYPES[type_]).itemsize * 8 if type_ != "pred" else 1
+            if op.bits != bits:
+                raise UnknownInstruction(f"register {op.name} of {op.bits} bits as {type_}")
+            return self.row(op, type_)
+        if isinstance(op, Imm):
+            return np.array(constant(op.text, type_), TYPES[type_])
+        if isinstance(op, Sym):
+            value = self._symbol(op.name)
+            if value is not None:
+                return value.astype(TYPES[type_]) if value.dtype != np.uint32 else value.view(TYPES[type_])
+        raise UnknownInstruction(f"operand {op}")
+
+    def _symbol(self, name: str) -> np.ndarray | None:
+        """Return a special register or an address; of numbers that change from CTA to CTA a view of them."""
+        if name.startswith("%tid."):
+            return (self.tid if name[5] == "x" else np.zeros(self.T)).astype(np.uint32)
+        if name.startswith("%ctaid."):
+            return self.ctaid["xyz".index(name[-1])]
+        if name.startswith("%nctaid."):
+            return self.nctaid["xyz".index(name[-1])]
+        if name.startswith("%ntid."):
+            return np.array(self.T if name[6] == "x" else 1, np.uint32)
+        if name == "%laneid":
+            return self.lane.astype(np.uint32)
+        if name == "%warpid":
+            return self.warp.astype(np.uint32)
+        if "_param_" in name:
+            return np.array(self.map_address(name), np.uint64)
+        if name == "global_smem":
+            return np.array(Shared.BASE, np.uint32)
+        return None
+
+    def address(self, op: Operand, bits: int) -> Values:
+        """Return a function of the addresses [T] that ``[register + offset]`` names."""
+        if not isinstance(op, Addr):
+            raise UnknownInstruction(f"operand {op}: expected an address")
+        if isinstance(op.base, Reg):
+            base = self.row(op.base, "u64" if bits == 64 else "u32")
+        elif op.base is None or op.base.name == "global_smem":
+            base = np.full(self.T, Shared.BASE, np.uint32)
+        else:
+            raise UnknownInstruction(f"address of {op.base.name}")
+        if not op.offset:
+            return lambda: base
+        offset = np.array(op.offset).astype(base.dtype)
+        return lambda: base + offset
+
+    def put(self, dst: Operand, type_: str | None, value: Values) -> Step:
+        """Return a step that computes ``value()`` for all threads and keeps that of those which execute."""
+        out = self.row(as_register(dst), type_)
+
+        def step(mask: Mask) -> None:
+            if mask is None:
+                out[...] = value()
+            else:
+                np.copyto(out, value(), where=mask)
+
+        return step
+
+    def ufunc(self, function: np.ufunc, dst: Operand, type_: str, *sources: np.ndarray) -> Step:
+        """Return a step that applies a ufunc to one or two sources, straight into a register."""
+        out = self.row(as_register(dst), type_)
+        if len(sources) == 1:
+            (a,) = sources
+            return lambda mask: function(a, out=out) if mask is None else function(a, out=out, where=mask)
+        a, b = sources
+        return lambda mask: function(a, b, out=out) if mask is None else function(a, b, out=out, where=mask)
+
+    def guarded(self, guard: Reg | None, step: Step) -> Step:
+        """Return ``step`` for the threads whose guard holds."""
+        if guard is None:
+            return step
+        predicate, negated = self.row(guard), guard.negated
+
+        def under_guard(mask: Mask) -> None:
+            taken = ~predicate if negated else predicate
+            if mask is not None:
+                taken = taken & mask
+            if taken.all():
+                step(None)
+            elif taken.any():
+                step(taken.copy())
+
+        return under_guard
+
+    def whole_warps(self, mask: Mask) -> None:
+        """Check that of each warp all lanes execute, or none."""
+        if mask is not None and (mask.reshape(-1, WARP).all(1) != mask.reshape(-1, WARP).any(1)).any():
+            raise Hazard("convergence", "an instruction of whole warps runs with lanes missing")
+
+
+def as_register(op: Operand) -> Reg:
+    """Return an operand that must be a register."""
+    if not isinstance(op, Reg):
+        raise UnknownInstruction(f"operand {op}: expected a register")
+    return op
