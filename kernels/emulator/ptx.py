@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -222,6 +223,7 @@ def _regs(x) -> list[str]:
     return []
 
 
+@functools.lru_cache(maxsize=32)
 def parse(text: str) -> Kernel:
     """The first ``.entry`` of a PTX module."""
     lines = [line.split("//")[0] for line in text.split("\n")]
