@@ -32,6 +32,12 @@ def tile_of_attention(target: str, op: str, dtype: str, d: int) -> tuple[int, in
     return tile.block_m, tile.block_n
 
 
+def beyond_a_tile(target: str, dtype: str, d: int) -> int:
+    """Return a length beyond every tile of the kernels of these head dimensions."""
+    chosen = [tiles.get(op, TARGETS[target], ALL_DTYPES[dtype], d, d, has) for op in tiles.OPS for has in (False, True)]
+    return max(max(tile.block_m, tile.block_n) for tile in chosen) + 13
+
+
 def of_decode(target: str, dtype: str, d: int, dv: int, latent: bool, rows: int) -> tuple[int, ...]:
     """Return the lengths of caches, one without a key among them."""
     tile = decode_tiles.choose(TARGETS[target], ALL_DTYPES[dtype], d, dv, latent, rows, 1, 1).tile

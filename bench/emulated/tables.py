@@ -66,13 +66,15 @@ def small(case: Case) -> Case:
     return dataclasses.replace(case, lens=lens_, capacity=capacity, H=min(case.H, 32 * case.Hkv))
 
 
-def shipped_attention() -> Iterator[AttentionCase]:
+def shipped_attention(target: str) -> Iterator[AttentionCase]:
     """Yield, for each dtype and class of head dimensions, calls with and without blocks of scores: every tile."""
     for dtype in DTYPES:
         for d in (64, 128, 256):
-            yield attention(dtype, S=141, D=d)
-            yield attention(dtype, S=141, D=d, causal=True, dlse=True)
-            yield attention(dtype, S=141, D=d, mask="hmn", bias="hmn", empty_row=True)
+            s = lengths.beyond_a_tile(target, dtype, d)
+            heads = {"D": d, "H": 2 if d == 64 else 1}
+            yield attention(dtype, s, **heads)
+            yield attention(dtype, s, **heads, causal=True, dlse=True)
+            yield attention(dtype, s, **heads, mask="hmn", bias="hmn", empty_row=True)
 
 
 def featured_attention() -> Iterator[AttentionCase]:
@@ -105,9 +107,8 @@ def swept_attention(target: str) -> Iterator[AttentionCase]:
         for sq in lengths.of_attention(target, dtype, d, crowded, ("dkdv",)):
             yield attention(dtype, Sq=sq, Sk=19, D=d, **one_head, **extra)
     for dtype, d in (("bf16", 64), ("bf16", 128), ("fp32", 64)):
-        longest = max(lengths.of_attention(target, dtype, d, False, ("forward", "dq")))
-        for s in (longest - 2, longest):
-            yield attention(dtype, Sq=s, Sk=s, D=d, causal=True, **one_head)
+        s = max(lengths.of_attention(target, dtype, d, False, ("forward", "dq")))
+        yield attention(dtype, s, D=d, causal=True, **one_head)
 
 
 def edged_attention(target: str) -> Iterator[AttentionCase]:
@@ -115,7 +116,7 @@ def edged_attention(target: str) -> Iterator[AttentionCase]:
     for dtype in ("bf16", "fp32"):
         m, n = lengths.tile_of_attention(target, "forward", dtype, 64)
         many = {"dtype": dtype, "H": 1, "Hkv": 1}
-        s = 2 * max(m, n) + 1
+        s = m + n + 1
         for left in sorted({0, 1, 15, 16, n - 1, n, n + 1, 2 * n - 1, 2 * n}):
             yield attention(**many, Sq=s, Sk=s, window=(left, 0))
         for right in sorted({1, n - 1, n, n + 1}):
@@ -236,7 +237,7 @@ def entries(target: str) -> list[Entry]:
     """Return the whole matrix for a target, each case once."""
     found: list[Entry] = [Entry(case, surrounded=True) for case in surrounded()]
     cases: Iterable[Iterable[Case]] = (
-        shipped_attention(),
+        shipped_attention(target),
         featured_attention(),
         swept_attention(target),
         edged_attention(target),
@@ -245,8 +246,8 @@ def entries(target: str) -> list[Entry]:
         packs(target),
         fp8s(target),
     )
-    found += [Entry(case) for table in cases for case in table]
-    return list(dict.fromkeys([*found, *linears(target)]))
+    in_turn = tables.in_turn(*([Entry(case) for case in table] for table in cases), linears(target))
+    return list(dict.fromkeys([*found, *in_turn]))
 
 
 def short(target: str) -> list[Entry]:

@@ -223,7 +223,7 @@ def _regs(x) -> list[str]:
     return []
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def parse(text: str) -> Kernel:
     """The first ``.entry`` of a PTX module."""
     lines = [line.split("//")[0] for line in text.split("\n")]
