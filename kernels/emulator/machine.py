@@ -16,7 +16,7 @@ from .state import Cta, Step
 
 
 class Machine(Cta):
-    """A kernel whose CTAs run one after the other. `late` says when wgmma reads its operands, see Cta."""
+    """A kernel whose CTAs run one after the other. `asynchrony` and `seed`: see InFlight."""
 
     def __init__(
         self,
@@ -24,12 +24,13 @@ class Machine(Cta):
         shared_bytes: int,
         memory: Global,
         *,
-        late: bool = True,
+        asynchrony: str = "late",
+        seed: int = 0,
         check: bool = True,
         stats: bool = False,
         most_steps: int = 10_000_000,
     ) -> None:
-        super().__init__(kernel, shared_bytes, memory, late=late, check=check)
+        super().__init__(kernel, shared_bytes, memory, asynchrony=asynchrony, seed=seed, check=check)
         self.count_stats, self.most_steps = stats, most_steps
         opcodes.load()
         for at, block in enumerate(kernel.blocks):

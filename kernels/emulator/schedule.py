@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .hazard import Hazard
-from .opcodes.bulk import mbarrier_at, transfer_lands
+from .opcodes.bulk import finish
+from .opcodes.mbarrier import land_next, wait_keys, waited_for, wakes
 from .opcodes.wgmma import pending_fault
 from .ptx import number
 from .shared_memory import Shared
@@ -17,7 +18,7 @@ def execute(cta) -> None:
     state = np.zeros(T, np.int8)  # 0 runs, 1 waits at a barrier, 2 has ended
     P = cta.files[1]
     barrier_id = np.zeros(T, np.int32)
-    sleeps = np.zeros(T, np.int64)  # 2 * address of an mbarrier + parity
+    sleeps = np.zeros(T, np.int64)  # what a thread in state 3 waits for (wait_keys)
     bars: dict[int, list] = {}  # number -> threads that arrived, what they know
     steps, at, mask = 0, 0, None
     last = len(blocks)
@@ -26,7 +27,7 @@ def execute(cta) -> None:
         cta.ran[at] += 1
         for fn, ins, touch in body:
             cta.current = ins
-            if cta.pending and touch and not cta.pending.isdisjoint(touch):
+            if cta.in_flight.registers and touch and not cta.in_flight.registers.isdisjoint(touch):
                 pending_fault(cta, ins, mask)
             fn(mask)
         steps += len(body) + 1
@@ -92,9 +93,7 @@ def execute(cta) -> None:
             pc[live] = table[index[live]]
         elif kind == "mbarrier":  # try_wait: a thread sleeps until its phase completes
             live = np.ones(T, bool) if mask is None else mask
-            addr = cta.address(end.operands[1], 32)()
-            parity = np.broadcast_to(cta.src(end.operands[2], "u32"), T)
-            sleeps[live] = addr[live].astype(np.int64) * 2 + (parity[live] & 1)
+            sleeps[live] = wait_keys(cta, end)[live]
             P[end.operands[0].index][live] = True
             pc[live], state[live] = at + 1, 3
         elif kind in ("ret", "exit"):
@@ -112,25 +111,20 @@ def execute(cta) -> None:
             pc[mask] = at + 1
         # --- the next block: of the threads that can run, those that lag furthest behind
         while True:
-            for key in np.unique(sleeps[state == 3]):
-                bar = mbarrier_at(cta, int(key) >> 1)
-                if bar["phase"] & 1 != key & 1:
-                    wake = (state == 3) & (sleeps == key)
+            waiting = np.unique(sleeps[state == 3])
+            for key in waiting:
+                wake = (state == 3) & (sleeps == key)
+                if wakes(cta, int(key), np.unique(cta.warp[wake])):
                     state[wake] = 0
-                    cta.shared.acquire(np.unique(cta.warp[wake]), bar["known"])
-            if (state == 0).any() or not cta.transfers:
+            if (state == 0).any() or not land_next(cta, [waited_for(cta, int(key)) for key in waiting]):
                 break
-            # As late as can be, and the last one first of those that somebody waits for.
-            wanted = [mbarrier_at(cta, int(key) >> 1) for key in np.unique(sleeps[state == 3])]
-            last_ = max((n for n, x in enumerate(cta.transfers) if any(x[2] is w for w in wanted)), default=0)
-            transfer_lands(cta, cta.transfers.pop(last_))
         if not (state == 0).any():
             if (state == 2).all():
                 break
             stuck = {
                 int(cta.warp[t]): f"barrier {barrier_id[t]}"
                 if state[t] == 1
-                else f"mbarrier {(sleeps[t] >> 1) - Shared.BASE} parity {sleeps[t] & 1}"
+                else f"{waited_for(cta, int(sleeps[t]))} parity {sleeps[t] & 1}"
                 for t in np.flatnonzero((state == 1) | (state == 3))
             }
             raise Hazard("deadlock", f"warps wait for ever ({int((state == 2).sum())} threads have ended): {stuck}")
@@ -140,5 +134,7 @@ def execute(cta) -> None:
         if mask.all():
             mask = None
     cta.stats["instructions"] += steps
-    if any(cta.mmas) or any(cta.mma_groups):
-        raise Hazard("async", "the kernel ends with a wgmma that it never waited for")
+    finish(cta)
+    left = cta.in_flight.leftovers()
+    if left:
+        raise Hazard("async", left)

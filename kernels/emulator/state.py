@@ -9,6 +9,7 @@ import numpy as np
 
 from .global_memory import Global
 from .hazard import Hazard, UnknownInstruction
+from .in_flight import InFlight
 from .numbers import FILES, TYPES, constant
 from .ptx import Addr, Imm, Instruction, Kernel, Operand, Reg, Sym
 from .shared_memory import Shared
@@ -31,12 +32,22 @@ class Cta:
         ctaid, nctaid: the CTA's place in the grid and the grid's size, x y z.
         param: name -> bytes of a kernel's parameter.
         current: the instruction that runs (or, before anything runs, that is compiled).
-        late: a wgmma reads its shared operands at its wait, as late as can be; else at its issue.
+        in_flight: what is asynchronous and under way; ``asynchrony`` and ``seed`` say when it takes effect.
         check: whether accesses to shared memory are checked.
     """
 
-    def __init__(self, kernel: Kernel, shared_bytes: int, memory: Global, *, late: bool = True, check: bool = True):
-        self.kernel, self.memory, self.late, self.check = kernel, memory, late, check
+    def __init__(
+        self,
+        kernel: Kernel,
+        shared_bytes: int,
+        memory: Global,
+        *,
+        asynchrony: str = "late",
+        seed: int = 0,
+        check: bool = True,
+    ) -> None:
+        self.kernel, self.memory, self.check = kernel, memory, check
+        self.asynchrony, self.seed = asynchrony, seed
         self.T = kernel.threads
         self.W = self.T // WARP
         self.tid = np.arange(self.T)
@@ -55,16 +66,8 @@ class Cta:
         self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
         self.before: list[set[int]] = kernel.predecessors()
         self.matrix_row, self.matrix_col = np.arange(WARP) >> 2, np.arange(WARP) & 3
-        # Asynchronous work, of which each family keeps its own.
-        self.tensor_maps: dict[int, dict[str, Any]] = {}
-        self.pending: set[str] = set()  # registers that wgmma under way reads or writes
-        self.descriptors: dict[Any, Any] = {}
-        self.copies: list[Any] = []  # cp.async since the last commit
-        self.copy_groups: list[Any] = []  # committed ones
-        self.mmas: list[list[Any]] = []  # of each warpgroup
-        self.mma_groups: list[list[Any]] = []
-        self.mbarriers: dict[int, dict[str, Any]] = {}
-        self.transfers: list[Any] = []
+        self.in_flight = InFlight(self.T, asynchrony, seed)
+        self.descriptors: dict[Any, Any] = {}  # of wgmma, once understood
 
     def start(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
         """Make this the state at the first instruction of CTA ``cta`` of ``grid``."""
@@ -75,11 +78,7 @@ class Cta:
         for bits, file in self.files.items():
             file[:] = 0xFFFFFFFF if bits == 32 else 0
         self.shared.reset()
-        self.pending.clear()
-        self.copies, self.copy_groups = [], []
-        groups = max(self.T // 128, 1)
-        self.mmas, self.mma_groups = [[] for _ in range(groups)], [[] for _ in range(groups)]
-        self.mbarriers, self.transfers = {}, []
+        self.in_flight = InFlight(self.T, self.asynchrony, self.seed)
         self.memory.cta = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
 
     @staticmethod

@@ -8,9 +8,7 @@ kept in memory. A process asks the disk once for a key that it finds there; from
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
+import dataclasses
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -18,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import env
-from . import claim
+from . import claim, files
 
 FORMAT = 1
-LARGEST = 1 << 20  # bytes of a verdict's file; a larger one is not ours
 SUFFIXES = (".json", ".tmp", ".lock", ".claim")
 KEPT_DAYS = 180.0  # a verdict that is older is proven anew, so that those of old versions do not stay for ever
 
@@ -33,19 +30,6 @@ class Verdict:
     passed: bool
     reason: str = ""
     details: dict[str, Any] = field(default_factory=dict)
-
-
-def cache_folder() -> Path | None:
-    """Return FUSEMESH_CACHE, else XDG_CACHE_HOME/fusemesh, else ~/.cache/fusemesh; None without a home folder.
-
-    It need not exist. A relative XDG_CACHE_HOME is ignored, as its specification says.
-    """
-    if env.CACHE:
-        return Path(os.path.abspath(os.path.expanduser(env.CACHE)))
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base, "fusemesh") if os.path.isabs(base) else None
 
 
 class Store:
@@ -74,7 +58,7 @@ class Store:
         self._found[key] = verdict
         if self._folder_is_ready():
             try:
-                _replace(self._path(key), _text(key, verdict))
+                files.write(self._path(key), FORMAT, {"key": key, **dataclasses.asdict(verdict)})
             except OSError as error:
                 self._memory_only(error)
 
@@ -109,7 +93,7 @@ class Store:
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:40]}.json"
+        return self.folder / f"{files.hashed(key)}.json"
 
     def _files(self, *suffixes: str) -> list[Path]:
         """Return the files of this store in the folder, of some kinds or of all."""
@@ -160,53 +144,12 @@ def default() -> Store:
     """Return the store of this process: the folder ``proofs`` of the cache folder."""
     global _default
     if _default is None:
-        folder = cache_folder()
+        folder = files.cache_folder()
         _default = Store(None if folder is None else folder / "proofs")
     return _default
 
 
-def _text(key: str, verdict: Verdict) -> str:
-    held = {"key": key, "passed": verdict.passed, "reason": verdict.reason, "details": verdict.details}
-    body = json.dumps(held, default=str)
-    return json.dumps({"format": FORMAT, "digest": _digest(body), **json.loads(body)}, indent=1) + "\n"
-
-
-def _digest(body: str) -> str:
-    return hashlib.sha256(body.encode()).hexdigest()
-
-
 def _load(path: Path) -> tuple[str, Verdict] | None:
-    """Return the key and the verdict that a file holds, or None unless it is wholly as it was written."""
-    try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its writer
-        try:
-            with open(file, "rb", closefd=False) as stream:
-                found = json.loads(stream.read(LARGEST))
-        finally:
-            os.close(file)
-        if found.pop("format") != FORMAT or found.pop("digest") != _digest(json.dumps(found)):
-            return None
-        verdict = Verdict(found["passed"], found["reason"], found["details"])
-        fits = (
-            isinstance(verdict.passed, bool) and isinstance(verdict.reason, str) and isinstance(verdict.details, dict)
-        )
-        return (found["key"], verdict) if fits and isinstance(found["key"], str) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file and put it in place whole, so that no reader sees a part of it.
-
-    Raises:
-        OSError: it cannot be written; nothing of it is left.
-    """
-    unfinished = path.with_name(f"{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
-        with open(unfinished, "x", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(unfinished, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise
+    """Return the key and the verdict that a file holds."""
+    found = files.read(path, FORMAT, {"key": str, "passed": bool, "reason": str, "details": dict})
+    return None if found is None else (found["key"], Verdict(found["passed"], found["reason"], found["details"]))

@@ -57,6 +57,12 @@ class Budget:
     def passed(self) -> bool:
         return self.actual_max <= self.allowed_max and self.actual_mean <= self.allowed_mean
 
+    @property
+    def share(self) -> float:
+        """The error as a share of the allowed one, the larger of both; above 1 outside the budget."""
+        pairs = ((self.actual_max, self.allowed_max), (self.actual_mean, self.allowed_mean))
+        return max(actual / allowed if allowed else math.inf if actual else 0.0 for actual, allowed in pairs)
+
     def __str__(self) -> str:
         return (
             f"{self.name} ({str(self.dtype).removeprefix('torch.')}): "

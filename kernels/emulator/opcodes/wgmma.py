@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..hazard import Hazard
@@ -9,6 +11,29 @@ from ..numbers import bf16_to_f32, pairs, tf32
 from ..ptx import Instruction, Reg, Vec, number
 from . import opcode
 from .matrix import indices, register_names
+
+
+@dataclass
+class Product:
+    """A wgmma under way."""
+
+    group: int
+    n: int
+    kind: str
+    sign: int
+    acc: np.ndarray  # registers of the accumulator
+    names: frozenset[str]  # of all its registers
+    acc_names: frozenset[str]
+    uses: list[tuple[np.ndarray, np.ndarray]]  # of each operand in shared memory: its elements, its words
+    view: np.ndarray  # of shared memory, by elements
+    scale: np.ndarray  # per thread: add to the accumulator, or replace it
+    a_bits: np.ndarray | None  # the first operand, where it comes from registers
+    data: list[np.ndarray] | None = None  # operands in shared memory, once they are read
+
+    def read(self) -> None:
+        """Read the operands in shared memory, once."""
+        if self.data is None:
+            self.data = [self.view[at] for at, _ in self.uses]
 
 
 @opcode("wgmma ...")
@@ -20,26 +45,21 @@ def compile_wgmma(cta, ins, p, o):
 
         def commit(m):
             for g in warpgroups(cta, m):
-                cta.mma_groups[g].append(cta.mmas[g])
-                cta.mmas[g] = []
+                cta.in_flight.product_groups[g].append(cta.in_flight.products[g])
+                cta.in_flight.products[g] = []
 
         return commit
     if kind == "wait_group":
         keep = number(o[0].text)
 
         def wait(m):
+            flight = cta.in_flight
             for g in warpgroups(cta, m):
-                while len(cta.mma_groups[g]) > keep:
-                    for mma in cta.mma_groups[g].pop(0):
-                        retire(cta, mma)
-            cta.pending = {
-                r
-                for groups, open_ in zip(cta.mma_groups, cta.mmas, strict=True)
-                for q in [*groups, open_]
-                for each in q
-                for r in each["names"]
-            }
-            cta.shared.any_streaming = bool(cta.pending)
+                while len(flight.product_groups[g]) > keep:
+                    for product in flight.product_groups[g].pop(0):
+                        retire(cta, product)
+            flight.registers = {r for g in range(len(flight.products)) for x in flight.under_way(g) for r in x.names}
+            flight.update_streaming(cta)
 
         return wait
     shape = next(x for x in p if x.startswith("m64n"))
@@ -79,25 +99,25 @@ def compile_wgmma(cta, ins, p, o):
                     raise Hazard("address", "a wgmma descriptor leaves shared memory")
                 s.read(words[None], warps, generic=False)
                 s.streaming[words] += 1
-            mma = {
-                "acc": acc,
-                "n": n,
-                "sign": sign,
-                "names": names,
-                "acc_names": acc_names,
-                "kind": kind,
-                "group": g,
-                "a_bits": R[a_index][:, t] if a_regs else None,
-                "uses": uses,
-                "scale": scale_d[t].copy(),
-                "data": None,
-                "view": s.words if size == 4 else s.halves,
-            }
-            if not cta.late:
-                mma["data"] = [mma["view"][h].copy() for h, _ in uses]
-            cta.mmas[g].append(mma)
+            view = s.words if size == 4 else s.halves
+            product = Product(
+                int(g),
+                n,
+                kind,
+                sign,
+                acc,
+                names,
+                acc_names,
+                uses,
+                view,
+                scale_d[t].copy(),
+                R[a_index][:, t] if a_regs else None,
+            )
+            if not cta.in_flight.late():
+                product.read()
+            cta.in_flight.products[g].append(product)
         s.any_streaming = True
-        cta.pending |= names
+        cta.in_flight.registers |= names
 
     return f
 
@@ -112,27 +132,30 @@ def warpgroups(cta, m):
     return np.flatnonzero(part.all(1))
 
 
-def retire(cta, mma: dict) -> None:
-    s, n, R, g = cta.shared, mma["n"], cta.files[32], mma["group"]
+def retire(cta, product: Product) -> None:
+    """Compute a product and put it into its registers; its operands may be written from now on."""
+    s, n, R, g, kind = cta.shared, product.n, cta.files[32], product.group, product.kind
     t = slice(g * 128, g * 128 + 128)
-    data = mma["data"] or [mma["view"][h] for h, _ in mma["uses"]]
-    conv = {"bf16": bf16_to_f32, "f16": lambda x: x.view(np.float16), "tf32": tf32}[mma["kind"]]
+    product.read()
+    data = product.data
+    assert data is not None
+    conv = {"bf16": bf16_to_f32, "f16": lambda x: x.view(np.float16), "tf32": tf32}[kind]
     b = conv(data[0]).astype(np.float64)  # [K, N]
-    if mma["a_bits"] is None:
+    if product.a_bits is None:
         a = conv(data[1]).astype(np.float64)  # [M, K]
-    elif mma["kind"] == "tf32":
-        a = tf32(mma["a_bits"]).astype(np.float64).reshape(2, 2, 4, 8, 4)  # k half, row half, warp, g, t
+    elif kind == "tf32":
+        a = tf32(product.a_bits).astype(np.float64).reshape(2, 2, 4, 8, 4)  # k half, row half, warp, g, t
         a = a.transpose(2, 1, 3, 0, 4).reshape(64, 8)
     else:
-        a = pairs(mma["kind"], mma["a_bits"]).reshape(2, 2, 4, 8, 4, 2)  # k half, row half, warp, g, t, h
+        a = pairs(kind, product.a_bits).reshape(2, 2, 4, 8, 4, 2)  # k half, row half, warp, g, t, h
         a = a.transpose(2, 1, 3, 0, 4, 5).reshape(64, 16)
-    r = np.matmul(a, b) * mma["sign"]
+    r = np.matmul(a, b) * product.sign
     # [warp, row half, g, j, t, e] to registers [j, row half, e] of threads [warp, g, t]
     r = r.reshape(4, 2, 8, n // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, -1)
-    old = R[mma["acc"]][:, t].view(np.float32).astype(np.float64)
-    R[mma["acc"], t] = (r + np.where(mma["scale"], old, 0.0)).astype(np.float32).view(np.uint32)
+    old = R[product.acc][:, t].view(np.float32).astype(np.float64)
+    R[product.acc, t] = (r + np.where(product.scale, old, 0.0)).astype(np.float32).view(np.uint32)
     warps = np.arange(4) + 4 * g
-    for _, words in mma["uses"]:
+    for _, words in product.uses:
         s.streaming[words] -= 1
         if s.check:
             s.read_stamp[warps[:, None], words[None]] = s.clock[warps, warps][:, None]
@@ -195,13 +218,14 @@ def check_fence(cta, at: int, n: int) -> None:
 
 
 def pending_fault(cta, ins: Instruction, mask) -> None:
+    """Check that an instruction leaves the registers of a wgmma under way alone: it may read the first operand's."""
     if ins.opcode.startswith("wgmma."):
         return
     for g in range(cta.T // 128):
         if mask is None or mask[g * 128 : g * 128 + 128].any():
-            under_way = [q for group in cta.mma_groups[g] + [cta.mmas[g]] for q in group]
-            acc = {r for q in under_way for r in q["acc_names"]}
-            used = {r for q in under_way for r in q["names"]}
+            under_way = cta.in_flight.under_way(g)
+            acc = {r for x in under_way for r in x.acc_names}
+            used = {r for x in under_way for r in x.names}
             hit = sorted((ins.reads | ins.writes) & acc) or sorted(ins.writes & used)
             if hit:
                 raise Hazard("async", f"touches {hit[0]}, which a wgmma under way uses")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fusemesh.kernels import env
-from fusemesh.kernels.proof import claim, store
+from fusemesh.kernels.proof import claim, files, store
 from fusemesh.kernels.proof.store import Store, Verdict
 
 KEY = "attention forward / tile 128 x 64, bf16 on 'NVIDIA A100 / 80 GB'"
@@ -95,7 +95,7 @@ def damages() -> dict[str, object]:
         "a list": lambda text: "[1, 2]",
         "nested": lambda text: "[" * 100_000,
         "binary": lambda text: b"\xff\xfe\x00" * 99,
-        "large": lambda text: "{" + " " * (1 << 21) + text[1:],
+        "large": lambda text: "{" + " " * (1 << 23) + text[1:],
     }
 
 
@@ -352,18 +352,18 @@ def test_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(env, "CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert store.cache_folder() == tmp_path / "xdg" / "fusemesh"
+    assert files.cache_folder() == tmp_path / "xdg" / "fusemesh"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert store.cache_folder() == tmp_path / ".cache" / "fusemesh"
+    assert files.cache_folder() == tmp_path / ".cache" / "fusemesh"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert store.cache_folder() == tmp_path / ".cache" / "fusemesh"
+    assert files.cache_folder() == tmp_path / ".cache" / "fusemesh"
     monkeypatch.setattr(env, "CACHE", "~/mine")
-    assert store.cache_folder() == tmp_path / "mine"
+    assert files.cache_folder() == tmp_path / "mine"
     monkeypatch.setattr(env, "CACHE", "here")
-    assert store.cache_folder() == Path.cwd() / "here"
+    assert files.cache_folder() == Path.cwd() / "here"
     monkeypatch.setattr(env, "CACHE", "")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and no entry among the users
-    assert store.cache_folder() is None
+    assert files.cache_folder() is None
 
 
 def test_forgetting(tmp_path: Path) -> None:
