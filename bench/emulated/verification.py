@@ -15,10 +15,10 @@ from bench.emulated.tables import Entry
 from fusemesh.kernels import backends
 from fusemesh.kernels.emulator import emulate
 from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
-from fusemesh.kernels.testing import budget, poison
+from fusemesh.kernels.testing import poison
 
 # How the emulator lands copies: as late and as early as the rules allow.
-COPIES: tuple[dict[str, Any], ...] = ({"late": True}, {"late": False})
+COPIES: tuple[dict[str, Any], ...] = ({"asynchrony": "late"}, {"asynchrony": "early"})
 # Elements of NaN around each dimension of a surrounded tensor; 16 of them keep rows aligned as they were.
 _MARGIN = 16
 
@@ -32,12 +32,6 @@ class Result:
     ctas: int
     instructions: int
     seconds: float
-
-
-def share(measured: budget.Budget) -> float:
-    """Return the larger of the parts of the allowed errors that were used, of the largest error and of the mean one."""
-    pairs = ((measured.actual_max, measured.allowed_max), (measured.actual_mean, measured.allowed_mean))
-    return max(actual / allowed if allowed else float(actual > 0) for actual, allowed in pairs)
 
 
 def verify(entry: Entry, target: str, ways: Sequence[dict[str, Any]] = COPIES, *, seed: int = 0) -> Result:
@@ -64,7 +58,7 @@ def verify(entry: Entry, target: str, ways: Sequence[dict[str, Any]] = COPIES, *
             calls = backends.call_counts().get((op, "triton"), 0) - before.get((op, "triton"), 0)
             assert calls == 1, f"{op}: expected 1 call of the triton backend, counted {calls}"
         for measured in case.check(outputs, want):
-            shares[measured.name] = max(shares.get(measured.name, 0.0), share(measured))
+            shares[measured.name] = max(shares.get(measured.name, 0.0), measured.share)
         for name, (guard, _) in guarded.items():
             guard.assert_intact(name)
         first = first or outputs
