@@ -80,7 +80,9 @@ def shipped_attention(target: str) -> Iterator[AttentionCase]:
 def featured_attention() -> Iterator[AttentionCase]:
     """Yield each feature alone in bf16, some in every dtype, and features that meet."""
     for case in attention_cases.FEATURES.values():
-        yield dataclasses.replace(case, dtype="bf16")
+        is_placed = case.Sq == case.Sk or case.align or case.device_origin or any(case.origin)
+        align = "top_left" if (case.causal or case.window) and not is_placed else case.align
+        yield dataclasses.replace(case, dtype="bf16", align=align)
     for dtype in ("fp32", "fp16"):
         for feature in tables.FEATURES:
             yield attention(dtype, causal=True, **feature)
@@ -261,4 +263,4 @@ def short(target: str) -> list[Entry]:
         Entry(linear(activation="silu", gated=True)),
         Entry(linear("fp32", m=33, n=32, k=48, activation="gelu")),
     ]
-    return found
+    return found + [Entry(case) for case in fp8s(target) if case.D == 16]
