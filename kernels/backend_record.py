@@ -73,6 +73,8 @@ class Request:
     is_latent: bool = False  # decode: the values are columns of the keys
     rows: int = 1  # decode: query rows that share a key head
     scores: tuple[int, ...] = ()  # [B, H, Sq, Sk], of attention
+    kv_heads: int = 1  # of attention
+    layer: Any = None  # linear: x, w, bias, w_up and the activation
     # The keys of TRANSFORMS under which the call runs.
     transforms: tuple[str, ...] = field(default_factory=compat.transforms)
 

@@ -23,6 +23,7 @@ from .attention.reference.backend import REFERENCE
 from .attention.sdpa.backend import TORCH
 from .backend_record import TRANSFORMS, Backend, Request, records, register
 from .backend_record import why_unavailable as why_unavailable
+from .proof import preferences
 from .scoped import Scoped
 
 # The one place where backends are registered, in the order in which auto asks them.
@@ -94,8 +95,12 @@ def automatic(request: Request, without: Collection[str] = ()) -> tuple[Backend,
         ValueError: every backend refuses, with the last one's reason.
     """
     last, why_not = None, ""
+    preferred = preferences.prefers(request)
+    ordered = list(records().values())
+    if preferred in records():
+        ordered.sort(key=lambda record: record.name != preferred)
     only_formulas = bool(request.transforms) and any(request.operation in x.differentiable for x in records().values())
-    for record in records().values():
+    for record in ordered:
         if record.name in without:
             continue
         if only_formulas and request.operation not in record.differentiable:
@@ -106,7 +111,8 @@ def automatic(request: Request, without: Collection[str] = ()) -> tuple[Backend,
             continue
         refusal = record.refuse(request)
         if refusal is None:
-            return record, why_not or willing
+            measured = "the fastest here, by fusemesh bench --compare" if record.name == preferred else ""
+            return record, why_not or measured or willing
         last, why_not = (record, refusal), refusal.why
     if last is None:
         raise ValueError(f"backend: expected one that takes {request.operation}, received none; name one")

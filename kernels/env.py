@@ -6,8 +6,8 @@ FUSEMESH_BACKEND       backend for calls that leave ``backend="auto"``: referenc
 FUSEMESH_CPU_ISA       instruction set that the CPU engine uses: avx512-bf16, avx512, avx2, neon, scalar. Unset: the
                        best that the processor has.
 FUSEMESH_CHECK         1: also check the contents of device tensors (costs a synchronisation).
-FUSEMESH_CACHE         folder for what is kept between processes: verdicts on compiled kernels. Unset:
-                       XDG_CACHE_HOME/fusemesh, else ~/.cache/fusemesh.
+FUSEMESH_CACHE         folder for what is kept between processes: verdicts on compiled kernels, measured preferences.
+                       Unset: XDG_CACHE_HOME/fusemesh, else ~/.cache/fusemesh.
 FUSEMESH_LOG           log level of the ``fusemesh`` logger: debug, info, warning, error. Default warning.
 =====================  ==========================================================================================
 

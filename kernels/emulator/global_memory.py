@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 
 from .hazard import Hazard
+from .under_way import UnderWay
 
 
 class Global:
@@ -17,6 +18,8 @@ class Global:
         self._stale = True
         self.cta = 0
         self.check_owner = True
+        self.under_way = UnderWay()
+        self.changes = 0  # of the bytes, so that waiting CTAs can tell whether there is hope
 
     def add(self, first: int, size: int, name: str) -> None:
         for r in self._ranges:
@@ -82,6 +85,8 @@ class Global:
         """[n, count] elements of `width` bytes (1, 2 or 4; 8 is two of 4)."""
         out = np.empty((len(addr), count), {1: np.uint8, 2: np.uint16, 4: np.uint32}[width])
         where = self._locate(addr, width * count, threads)
+        if self.under_way.any_writes:
+            self.under_way.check(addr, width * count, False)
         for pick, (low, view), a in self._parts(addr, where):
             at = ((a - np.uint64(low)) // np.uint64(width)).astype(np.int64)[:, None] + np.arange(count)
             out[pick] = view[width][at]
@@ -92,10 +97,13 @@ class Global:
     def store(self, addr: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
         width, count = values.itemsize, values.shape[1]
         where = self._locate(addr, width * count, threads)
+        if self.under_way.any:
+            self.under_way.check(addr, width * count, True)
         for pick, (low, view), a in self._parts(addr, where):
             at = ((a - np.uint64(low)) // np.uint64(width)).astype(np.int64)[:, None] + np.arange(count)
             if self.check_owner:
                 self._own(view, at, width, threads, True)
+            self.changes += 1
             view[width][at] = values[pick]
             if (view[width][at] != values[pick]).any():
                 raise Hazard("race", "two threads store different values to one global address")
@@ -111,6 +119,7 @@ class Global:
             owner[halves] = self.cta
 
     def next_launch(self) -> None:
+        self.under_way.clear()
         if not self._stale:
             for _, view in self._views:
                 view["owner"][:] = 0

@@ -52,11 +52,6 @@ class InFlight:
         """Return the products of a warpgroup that it did not wait for, oldest first."""
         return [x for each in [*self.product_groups[group], self.products[group]] for x in each]
 
-    def update_streaming(self, cta: Any) -> None:
-        """Tell shared memory whether anything under way reads it."""
-        stores = (x for each in self.stores.values() for group in [*each.groups, each.open] for x in group)
-        cta.shared.any_streaming = bool(self.registers) or any(x.reading for x in stores)
-
     def leftovers(self) -> str | None:
         """Return how a CTA that ends now leaves something under way, or None."""
         if any(self.products) or any(self.product_groups):
@@ -68,4 +63,6 @@ class InFlight:
         for bar in self.mbarriers.values():
             if bar.bytes:
                 return f"the kernel ends while the {bar} expects {bar.bytes} bytes more"
+            if bar.landed > bar.seen:
+                return f"the kernel ends with a copy to the {bar} that nobody waited for"
         return None

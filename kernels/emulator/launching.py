@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import struct
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from ..runtime.launch import Target
 from .compiled import Compiled, compile_text
 from .global_memory import Global
+from .grid import run_grid
 from .machine import Machine
-from .ptx import parse
+from .parsing import parse
 
 _PACK = {
     "i1": "<B",
@@ -86,9 +86,7 @@ class Bound:
             assert len(raw) * 8 == int(kind[1:]), (name, kind, raw)
         params = dict(zip(names, packed, strict=True))
         machine.memory.next_launch()
-        order = itertools.product(*(range(n) for n in reversed(self.grid)))
-        for z, y, x in itertools.islice(order, ctas):
-            machine.run(params, (x, y, z), self.grid)
+        run_grid(machine, params, self.grid, ctas)
 
 
 class Emulator:

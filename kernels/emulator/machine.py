@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 
 from . import opcodes
 from .global_memory import Global
 from .hazard import Hazard, UnknownInstruction
+from .opcodes.sync import Barrier, compile_barrier
 from .opcodes.wgmma import check_fence
-from .ptx import Instruction, Kernel
-from .schedule import execute
+from .ptx import Block, Instruction, Kernel, meeting, synchronises
+from .schedule import Code, Leave, Threads, compile_end, execute
 from .state import Cta, Step
 
 
 class Machine(Cta):
-    """A kernel whose CTAs run one after the other. `asynchrony` and `seed`: see InFlight."""
+    """A kernel ready to run, one CTA at a time.
+
+    Attributes:
+        seed: by which threads take turns (see Threads) and CTAs (see run_grid); None runs them in step.
+        resident: how many CTAs run side by side where they may hear of each other.
+        threads, barriers: where the threads of the CTA are, and its barriers at which some have arrived.
+    """
 
     def __init__(
         self,
@@ -25,13 +33,18 @@ class Machine(Cta):
         memory: Global,
         *,
         asynchrony: str = "late",
-        seed: int = 0,
+        seed: int | None = None,
+        resident: int = 2,
         check: bool = True,
         stats: bool = False,
         most_steps: int = 10_000_000,
     ) -> None:
         super().__init__(kernel, shared_bytes, memory, asynchrony=asynchrony, seed=seed, check=check)
         self.count_stats, self.most_steps = stats, most_steps
+        self.shared_bytes, self.resident = shared_bytes, resident
+        self.blocks: list[Code] = []
+        self.threads = Threads(self, seed)
+        self.barriers: dict[int, Barrier] = {}
         opcodes.load()
         for at, block in enumerate(kernel.blocks):
             body = []
@@ -39,14 +52,27 @@ class Machine(Cta):
                 body.append((self._compile(ins), ins, ins.reads | ins.writes))
                 if ins.opcode.startswith("wgmma.mma_async"):
                     check_fence(self, at, n)
-            if block.end is not None:
-                opcodes.check_end(block.end)
-            self.blocks.append((body, block.end))
+            all_ = [*block.body, *([block.end] if block.end else [])]
+            meets = next((x for x in map(meeting, all_) if x is not None), None)
+            talks = any(synchronises(x) for x in block.body)
+            self.blocks.append(Code(body, self._compile_end(at, block), block.end, meets, talks))
+
+    def _compile_end(self, at: int, block: Block) -> Leave | None:
+        if block.end is None:
+            return None
+        opcodes.check_end(block.end)
+        self.current = block.end
+        try:
+            compile_ = compile_barrier if block.end.parts[0] in ("bar", "barrier") else compile_end
+            return compile_(self, at, block)
+        except Exception as error:
+            reason = error if isinstance(error, UnknownInstruction) else repr(error)
+            raise UnknownInstruction(f"{self.kernel.name}, {self.place()}: {reason}") from error
 
     def _compile(self, ins: Instruction) -> Step:
         self.current = ins
         try:
-            step = opcodes.find(ins)(self, ins, ins.parts, ins.operands)
+            step = opcodes.find(ins.opcode)(self, ins, ins.parts, ins.operands)
         except Hazard:
             raise
         except Exception as error:
@@ -60,20 +86,50 @@ class Machine(Cta):
         assert ins is not None
         return f"PTX line {ins.line}: {ins.text[:90]} | {ins.source}"
 
-    def run(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
-        """Run one CTA from its first instruction to its last."""
+    def twin(self) -> Machine:
+        """Return another machine for the same kernel and memory, whose counts go into this one's."""
+        twin = Machine(
+            self.kernel,
+            self.shared_bytes,
+            self.memory,
+            asynchrony=self.asynchrony,
+            seed=self.seed,
+            resident=self.resident,
+            check=self.check,
+            stats=self.count_stats,
+            most_steps=self.most_steps,
+        )
+        twin.stats, twin.ran = self.stats, self.ran
+        return twin
+
+    def begin(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> Iterator[bool]:
+        """Run one CTA from its first instruction to its last; yields where another may have its turn (``execute``)."""
         self.start(params, cta, grid)
-        try:
-            with np.errstate(all="ignore"):
-                execute(self)
-        except Hazard as error:
-            raise Hazard(error.kind, error.message, f"{self.place()} | CTA {cta}") from None
+        number = self.memory.cta
+        self.threads = Threads(self, None if self.seed is None else self.seed * 1_000_003 + number)
+        self.barriers = {}
+        steps = execute(self, self.threads)
+        while True:
+            self.memory.cta = number
+            try:
+                with np.errstate(all="ignore"):
+                    spins = next(steps, None)
+            except Hazard as error:
+                raise Hazard(error.kind, error.message, f"{self.place()} | CTA {cta}") from None
+            if spins is None:
+                break
+            yield spins
         self.stats["ctas"] += 1
+
+    def run(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+        """Run one CTA by itself."""
+        for _ in self.begin(params, cta, grid):
+            pass
 
     def executed(self) -> dict[str, int]:
         """Return how often each opcode ran, over all CTAs."""
         count: Counter[str] = Counter()
-        for n, (body, end) in zip(self.ran, self.blocks, strict=True):
-            for ins in [i for _, i, _ in body] + ([end] if end else []):
+        for n, code in zip(self.ran, self.blocks, strict=True):
+            for ins in [i for _, i, _ in code.body] + ([code.end] if code.end else []):
                 count[ins.opcode] += int(n)
         return {opcode: n for opcode, n in count.items() if n}

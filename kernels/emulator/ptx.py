@@ -1,72 +1,40 @@
-"""Parse the PTX of one kernel into instructions, registers, parameters and basic blocks."""
+"""A kernel in PTX: its instructions and their operands, registers, parameters, variables and basic blocks (leaf)."""
 
 from __future__ import annotations
 
-import functools
-import re
 from dataclasses import dataclass, field
+from typing import Any
 
-_BITS = {
+BITS = {
     "pred": 1,
-    "b8": 8,
-    "u8": 8,
-    "s8": 8,
-    "b16": 16,
-    "u16": 16,
-    "s16": 16,
-    "f16": 16,
-    "bf16": 16,
-    "b32": 32,
-    "u32": 32,
-    "s32": 32,
-    "f32": 32,
-    "b64": 64,
-    "u64": 64,
-    "s64": 64,
-    "f64": 64,
+    **{t: 8 for t in ("b8", "u8", "s8")},
+    **{t: 16 for t in ("b16", "u16", "s16", "f16", "bf16")},
+    **{t: 32 for t in ("b32", "u32", "s32", "f32", "f16x2", "bf16x2", "tf32")},
+    **{t: 64 for t in ("b64", "u64", "s64", "f64")},
 }
-_INSTRUCTION = re.compile(r"^(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
-# Opcodes whose first operand is no destination.
-_NO_DESTINATION = (
-    "st",
-    "mbarrier.arrive",
-    "brx",
-    "bar",
-    "barrier",
-    "bra",
-    "ret",
-    "exit",
-    "cp",
-    "fence",
-    "membar",
-    "wgmma.fence",
-    "wgmma.commit_group",
-    "wgmma.wait_group",
-    "mbarrier.init",
-    "mbarrier.inval",
-    "setmaxnreg",
-    "red",
-    "griddepcontrol",
-    "nanosleep",
-    "trap",
-)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True, slots=True)
 class Reg:
+    """A register. Its row in the file of its width is its own within the kernel."""
+
     name: str
     bits: int  # 1 is a predicate
-    index: int  # row in the file of registers of this width
+    index: int  # its row
     negated: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True, slots=True)
 class Imm:
+    """A number as it is written."""
+
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True, slots=True)
 class Vec:
+    """Several operands in braces, or the parts of an address of a tensor: its map, then the coordinates."""
+
     items: tuple[Operand, ...]
 
     def registers(self) -> list[Reg]:
@@ -75,15 +43,17 @@ class Vec:
         return [x for x in self.items if isinstance(x, Reg)]
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True, slots=True)
 class Addr:
+    """An address in brackets; without a base the offset is all of it."""
+
     base: Reg | Sym | None
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True, slots=True)
 class Sym:
-    """A special register, a label, a parameter or a variable."""
+    """A special register, a label, a parameter, a variable, or the "_" of a result that nothing keeps."""
 
     name: str
 
@@ -93,38 +63,58 @@ Operand = Reg | Imm | Vec | Addr | Sym
 
 @dataclass
 class Instruction:
+    """One instruction; `source` names its line of the kernel's source and those that it was inlined at."""
+
     opcode: str
-    operands: tuple
+    operands: tuple[Any, ...]  # each an Operand
     guard: Reg | None
     line: int  # of the PTX text, from 1
     text: str
-    source: str  # file:line of the nearest .loc
-    scope: int = 0
-    reads: frozenset = frozenset()
-    writes: frozenset = frozenset()
+    source: str
+    destinations: int  # so many operands come first that are written
+    reads: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset()
+    parts: list[str] = field(init=False)  # of the opcode
 
-    @property
-    def parts(self) -> list[str]:
-        return self.opcode.split(".")
+    def __post_init__(self) -> None:
+        self.parts = self.opcode.split(".")
 
 
 @dataclass
 class Block:
+    """Instructions that run one after the other, and the one that ends them; without it the next block follows."""
+
     start: int
-    body: list = field(default_factory=list)  # instructions before the terminator
-    end: Instruction | None = None  # bra, bar.sync, ret; None falls through
+    body: list[Instruction] = field(default_factory=list)
+    end: Instruction | None = None
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A named array in shared, local or global memory, at an offset from where the kernel's part of it starts."""
+
+    space: str
+    offset: int
+    size: int
 
 
 @dataclass
 class Kernel:
+    """An entry of a PTX module."""
+
     name: str
-    params: list  # (name, type)
-    counts: dict  # bits -> number of registers
-    instructions: list
-    blocks: list
-    labels: dict  # label -> block
+    params: list[tuple[str, str]]  # name and type
+    counts: dict[int, int]  # bits -> number of registers
+    instructions: list[Instruction]
+    blocks: list[Block]
+    labels: dict[str, int]  # label -> block
     threads: int
-    tables: dict = field(default_factory=dict)  # of brx.idx: label -> blocks
+    tables: dict[str, list[int]]  # of brx.idx: label -> blocks
+    variables: dict[str, Variable]
+
+    def size(self, space: str) -> int:
+        """Return the bytes of the variables of a space (of the dynamic part of shared memory: none)."""
+        return max((v.offset + v.size for v in self.variables.values() if v.space == space), default=0)
 
     def predecessors(self) -> list[set[int]]:
         """Return for each block, and for the end, which blocks may run just before it."""
@@ -132,214 +122,59 @@ class Kernel:
         for at, block in enumerate(self.blocks):
             end = block.end
             kind = "" if end is None else end.parts[0]
-            if kind == "bra":
-                before[self.labels[end.operands[0].name]].add(at)
-            if kind == "brx":
-                for to in self.tables[end.operands[1].name]:
+            if end is not None and kind == "bra":
+                before[self.labels[symbol(end.operands[0])]].add(at)
+            if end is not None and kind == "brx":
+                for to in self.tables[symbol(end.operands[1])]:
                     before[to].add(at)
-            if kind not in ("bra", "brx", "ret", "exit") or end.guard is not None:
+            if end is None or kind not in ("bra", "brx", "ret", "exit") or end.guard is not None:
                 before[at + 1].add(at)
         return before
 
 
-def _split(text: str) -> list[str]:
-    parts, depth, word = [], 0, ""
-    for c in text:
-        depth += (c in "{[(") - (c in "}])")
-        if c == "," and depth == 0:
-            parts.append(word.strip())
-            word = ""
-        else:
-            word += c
-    if word.strip():
-        parts.append(word.strip())
-    return parts
-
-
 def number(text: str) -> int:
-    return int(text.rstrip("U"), 0)
+    """Return the value of a whole number as PTX writes it."""
+    text = text.rstrip("U")
+    if len(text) > 1 and text[0] == "0" and text.isdigit():
+        return int(text, 8)
+    return int(text, 0)
 
 
-class _Parser:
-    def __init__(self) -> None:
-        self.regs: dict[str, Reg] = {}
-        self.counts = {1: 0, 16: 0, 32: 0, 64: 0}
-        self.scopes: list[dict[str, Reg]] = [self.regs]
-        self.opened, self.ids = 0, [0]
-
-    def declare(self, text: str) -> None:
-        m = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.DOTALL)
-        bits = max(_BITS[m.group(1)], 16) if m.group(1) != "pred" else 1
-        for name in _split(m.group(2)):
-            ranged = re.match(r"(%?\w+)<(\d+)>", name)
-            for each in [f"{ranged[1]}{i}" for i in range(int(ranged[2]))] if ranged else [name]:
-                self.scopes[-1][each] = Reg(
-                    f"{each}" if len(self.scopes) == 1 else f"{each}'{self.counts[bits]}", bits, self.counts[bits]
-                )
-                self.counts[bits] += 1
-
-    def reg(self, name: str) -> Reg | None:
-        for scope in reversed(self.scopes):
-            if name in scope:
-                return scope[name]
-        return None
-
-    def operand(self, text: str):
-        if text.startswith("{"):
-            return Vec(tuple(self.operand(t) for t in _split(text[1:-1])))
-        if text.startswith("["):
-            inner = text[1:-1]
-            if "," in inner:  # tensor coordinates: [map, {x, y}]
-                return Vec(tuple(self.operand(t) for t in _split(inner)))
-            m = re.match(r"^\s*([%$\w.]+?)\s*(?:\+\s*(-?\w+))?\s*$", inner)
-            base = m.group(1)
-            offset = number(m.group(2)) if m.group(2) else 0
-            if re.match(r"^-?\d", base):
-                return Addr(None, number(base) + offset)
-            return Addr(self.reg(base) or Sym(base), offset)
-        if text.startswith("!"):
-            r = self.reg(text[1:])
-            return Reg(r.name, r.bits, r.index, True)
-        found = self.reg(text)
-        if found:
-            return found
-        if re.match(r"^-?\d", text):
-            return Imm(text)
-        # labels of an inner scope are its own
-        return Sym(
-            f"{text}@{self.ids[-1]}"
-            if len(self.ids) > 1 and re.match(r"^[a-zA-Z]\w*$", text) and text != "global_smem"
-            else text
-        )
-
-
-def _regs(x) -> list[str]:
-    if isinstance(x, Reg):
-        return [x.name]
-    if isinstance(x, Vec):
-        return [n for item in x.items for n in _regs(item)]
-    if isinstance(x, Addr):
-        return _regs(x.base)
+def registers(op: Operand | None) -> list[Reg]:
+    """Return the registers of an operand."""
+    if isinstance(op, Reg):
+        return [op]
+    if isinstance(op, Vec):
+        return [reg for item in op.items for reg in registers(item)]
+    if isinstance(op, Addr):
+        return registers(op.base)
     return []
 
 
-@functools.lru_cache(maxsize=64)
-def parse(text: str) -> Kernel:
-    """The first ``.entry`` of a PTX module."""
-    lines = [line.split("//")[0] for line in text.split("\n")]
-    start = next(i for i, line in enumerate(lines) if ".entry" in line)
-    name = re.search(r"\.entry\s+([\w$]+)", lines[start]).group(1)
-    body = next(i for i in range(start, len(lines)) if lines[i].startswith("{"))
-    head = " ".join(lines[start:body])
-    params = [
-        (m.group(2), m.group(1))
-        for m in re.finditer(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)[^,()]*?([\w$]+_param_\d+)", head)
-    ]
-    threads = int(re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head).group(1))
-    files = {m.group(1): m.group(2).split("/")[-1] for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
-    p = _Parser()
-    instructions, labels, tables, last_label, source, pending, at = [], {}, {}, "", "", "", 0
-    for number_, line in enumerate(lines[body + 1 :], body + 2):
-        if line.startswith("}") and len(p.scopes) == 1 and not pending.strip():
-            break
-        s = line.strip()
-        if not pending:
-            loc = re.match(r"^\.loc\s+(\d+)\s+(\d+)", s)
-            if loc:
-                source = f"{files.get(loc.group(1), loc.group(1))}:{loc.group(2)}"
-                continue
-            if s.startswith((".pragma", ".file")):
-                continue
-            at = number_
-        pending += " " + s
-        while True:
-            t = pending.strip()
-            label = re.match(r"^([$\w]+):\s*", t)
-            if label:
-                own = f"@{p.ids[-1]}" if len(p.ids) > 1 and label.group(1)[0] != "$" else ""
-                labels.setdefault(label.group(1) + own, len(instructions))
-                last_label = label.group(1)
-                pending = t[label.end() :]
-            elif t.startswith("{") and not re.match(r"^\{\s*%", t):
-                p.scopes.append({})
-                p.opened += 1
-                p.ids.append(p.opened)
-                pending = t[1:]
-            elif t.startswith("}"):
-                p.scopes.pop()
-                p.ids.pop()
-                pending = t[1:]
-            elif ";" in t:
-                statement, pending = t.split(";", 1)
-                statement = re.sub(r"\s+", " ", statement.strip())
-                if statement.startswith(".branchtargets"):
-                    tables[last_label] = _split(statement.split(" ", 1)[1])
-                elif statement.startswith(".reg"):
-                    p.declare(statement)
-                elif statement:
-                    instructions.append(_instruction(p, statement, at, source))
-            else:
-                pending = t
-                break
-    blocks, where = _blocks(instructions, labels, {t for table in tables.values() for t in table})
-    return Kernel(
-        name,
-        params,
-        p.counts,
-        instructions,
-        blocks,
-        where,
-        threads,
-        {n: [where[t] for t in table] for n, table in tables.items()},
-    )
+def symbol(op: Operand) -> str:
+    """Return the name of an operand that must be one."""
+    assert isinstance(op, Sym), op
+    return op.name
 
 
-def _instruction(p: _Parser, statement: str, line: int, source: str) -> Instruction:
-    m = _INSTRUCTION.match(statement)
-    if not m:
-        raise ValueError(f"line {line}: not understood: {statement}")
-    negated, guard, opcode, rest = m.groups()
-    g = None
-    if guard:
-        r = p.reg(guard)
-        g = Reg(r.name, 1, r.index, negated == "!")
-    words = []
-    for word in _split(rest):
-        # d|p: a second destination that is a predicate
-        words += [w.strip() for w in word.split("|")] if "|" in word and word.startswith("%") else [word]
-    operands = tuple(p.operand(w) for w in words)
-    ins = Instruction(opcode, operands, g, line, statement, source)
-    has_destination = not opcode.startswith(tuple(x + "." for x in _NO_DESTINATION)) and opcode not in _NO_DESTINATION
-    writes = _regs(operands[0]) if has_destination and operands else []
-    reads = [n for x in operands[1 if has_destination else 0 :] for n in _regs(x)] + ([g.name] if g else [])
-    if opcode.startswith("wgmma.mma_async"):
-        reads += writes
-    ins.reads, ins.writes = frozenset(reads), frozenset(writes)
-    return ins
+def meeting(ins: Instruction) -> str | Imm | Reg | None:
+    """Return with whom a thread executes an instruction: the "warp", the "warpgroup", a mask of lanes, or nobody."""
+    kind = ins.parts[0]
+    if kind == "wgmma":
+        return "warpgroup"
+    if kind in ("shfl", "vote", "match", "redux", "elect") or ins.opcode.startswith(("bar.warp", "barrier.warp")):
+        members = ins.operands[-1]
+        if isinstance(members, Imm) and number(members.text) & 0xFFFFFFFF == 0xFFFFFFFF:
+            return "warp"
+        return members if isinstance(members, (Imm, Reg)) else None
+    if kind == "bar" or "aligned" in ins.parts:
+        return "warp"
+    return None
 
 
-def _blocks(instructions: list, labels: dict, more: set) -> tuple[list, dict]:
-    """Blocks end at branches, barriers and returns, and before labels that are jumped to."""
-    targets = more | {
-        o.name for i in instructions if i.opcode.startswith("bra") for o in i.operands if isinstance(o, Sym)
-    }
-    starts = {0} | {labels[t] for t in targets}
-    for n, ins in enumerate(instructions):
-        if _is_end(ins):
-            starts.add(n + 1)
-    order = sorted(s for s in starts if s < len(instructions))
-    blocks, where = [], {}
-    for k, s in enumerate(order):
-        stop = order[k + 1] if k + 1 < len(order) else len(instructions)
-        body, end = instructions[s:stop], None
-        if body and _is_end(body[-1]):
-            body, end = body[:-1], body[-1]
-        blocks.append(Block(s, body, end))
-        where[s] = k
-    return blocks, {t: where[labels[t]] for t in targets}
-
-
-def _is_end(ins: Instruction) -> bool:
-    return ins.opcode.split(".")[0] in ("bra", "brx", "ret", "exit") or ins.opcode.startswith(
-        ("bar.sync", "barrier.sync", "bar.arrive", "barrier.arrive", "mbarrier.try_wait")
-    )
+def synchronises(ins: Instruction) -> bool:
+    """Return whether CTAs may hear of each other through an instruction."""
+    kind, *rest = ins.parts
+    if "shared" in rest or any(x.startswith("shared::") for x in rest):
+        return False
+    return kind in ("atom", "red") or (kind == "ld" and bool({"acquire", "relaxed", "volatile"} & set(rest)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .clocks import Clocks
 from .hazard import Hazard
 
 
@@ -15,7 +16,7 @@ class Shared:
     """
 
     BASE = 1024  # where Hopper starts a kernel's shared memory; swizzles repeat every 1024 bytes
-    AGENTS = 64
+    AGENTS = Clocks.AGENTS
 
     def __init__(self, size: int, warps: int) -> None:
         words = (self.BASE + size + 3) // 4
@@ -29,13 +30,13 @@ class Shared:
         self.write_stamp = np.zeros(words, np.int32)  # the writer's clock at that time
         self.write_half = np.zeros(words, np.uint8)
         self.read_stamp = np.zeros((warps, words), np.int32)  # each warp's clock when it last read
-        # clock[v, w]: what warp v knows of warp w's time; an access of w is before v's if its stamp is no greater.
-        # An mbarrier counts as one more agent, whose time is its phase; it alone orders the bulk copies, its writes.
-        self.clock = np.zeros((warps, warps + self.AGENTS), np.int32)
+        self.clocks = Clocks(warps)
+        self.clock = self.clocks.known
         self.landing = np.zeros(words, bool)  # a cp.async is under way to it
         self.streaming = np.zeros(words, np.int16)  # so many wgmma under way read it
-        self.unfenced = np.zeros(words, bool)  # written through the generic proxy, not yet fenced for the async one
         self.any_streaming = False
+        self.objects = np.zeros(words, bool)  # words of mbarriers
+        self.has_objects = False
         self.check = True
 
     def reset(self) -> None:
@@ -45,24 +46,23 @@ class Shared:
         self.writer[:] = -1
         self.write_stamp[:] = 0
         self.read_stamp[:] = 0
-        self.clock[:] = np.eye(*self.clock.shape, dtype=np.int32)
+        self.clocks.reset()
         self.landing[:] = False
         self.streaming[:] = 0
-        self.unfenced[:] = False
         self.any_streaming = False
+        self.objects[:] = self.has_objects = False
 
     def release(self, warps: np.ndarray) -> np.ndarray:
-        """What these warps have done and seen; their later accesses are not part of it."""
-        known = self.clock[warps].max(0)
-        self.clock[warps, warps] += 1
-        return known
+        """Return what these warps have done and seen; their later accesses are not part of it."""
+        return self.clocks.release(warps)
 
     def acquire(self, warps: np.ndarray, known: np.ndarray) -> None:
-        self.clock[warps] = np.maximum(self.clock[warps], known)
+        """Let warps know what others released."""
+        self.clocks.acquire(warps, known)
 
     def barrier(self) -> None:
-        self.clock[:] = self.clock.max(0)
-        self.clock += np.eye(*self.clock.shape, dtype=np.int32)
+        """Let all warps know everything."""
+        self.clocks.barrier()
 
     def index(self, addr: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         """Byte addresses, checked, as int64."""
@@ -77,7 +77,32 @@ class Shared:
         if (a & (size - 1)).any():
             n = int(np.argmax((a & (size - 1)) != 0))
             raise Hazard("alignment", f"thread {threads[n]}: {size} shared bytes at {a[n] - self.BASE}")
+        if self.has_objects:
+            bad = self.objects[a >> 2] | self.objects[(a + size - 1) >> 2]
+            if bad.any():
+                n = int(np.argmax(bad))
+                raise Hazard("mbarrier", f"thread {threads[n]} accesses shared byte {a[n] - self.BASE} of an mbarrier")
         return a
+
+    def begin_copy(self, words: np.ndarray) -> None:
+        """Note that a copy to words is under way."""
+        if self.check:
+            self.landing[words] = True
+
+    def end_copy(self, words: np.ndarray) -> None:
+        """Note that it has taken effect."""
+        self.landing[words] = False
+
+    def begin_stream(self, words: np.ndarray) -> None:
+        """Note that something asynchronous reads words (each once) from now on."""
+        self.streaming[words] += 1
+        self.any_streaming = True
+
+    def end_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
+        """Note that it has read them, to the knowledge of ``warps``, which broadcast with words."""
+        self.streaming[words] -= 1
+        if self.check:
+            self.read_stamp[warps, words] = self.clock[warps, warps]
 
     def read(self, words: np.ndarray, warp: np.ndarray, generic: bool = True) -> None:
         """Warps `warp` [n] (or broadcast) read `words` [n, k]."""
@@ -92,15 +117,24 @@ class Shared:
         bad = self.write_stamp[words] > self.clock[warp, self.writer[words]]
         if bad.any():
             self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
-        if not generic and self.unfenced[words].any():
-            self._fail(
-                "proxy",
-                "wgmma reads what st.shared or cp.async wrote with no fence.proxy.async between",
-                words,
-                self.unfenced[words],
-                warp,
-            )
+        if not generic:
+            self._check_proxy(words, warp, "reads")
         self.read_stamp[warp, words] = self.clock[warp, warp]
+
+    def _check_proxy(self, words: np.ndarray, warp: np.ndarray, does: str) -> None:
+        """Check that what the generic proxy wrote is fenced, to the knowledge of ``warp``."""
+        writer = self.writer[words]
+        late = self.write_stamp[words] > self.clock[warp, writer + self.clocks.agents]
+        bad = (writer >= 0) & (writer < self.warps) & late
+        if bad.any():
+            what = f"{does} what st.shared or cp.async wrote with no fence.proxy.async between"
+            self._fail("proxy", what, words, bad, warp)
+
+    def write_async(self, words: np.ndarray, warp: np.ndarray) -> None:
+        """Check a write through the async proxy, before it happens."""
+        self.write(words, warp, None)
+        if self.check:
+            self._check_proxy(words, warp, "overwrites")
 
     def write(self, words: np.ndarray, warp: np.ndarray, values: np.ndarray | None, half: int = 3) -> None:
         """Before a write of `values` [n, k] (None: not known yet) to `words` [n, k]."""
@@ -129,7 +163,6 @@ class Shared:
         self.valid[words] = True
         self.writer[words] = self.warps + agent
         self.write_stamp[words] = stamp
-        self.unfenced[words] = False
 
     def wrote(self, words: np.ndarray, warp: np.ndarray, half: int = 3) -> None:
         """After a write."""
@@ -138,7 +171,6 @@ class Shared:
             self.writer[words] = warp
             self.write_stamp[words] = self.clock[warp, warp]
             self.write_half[words] = half
-            self.unfenced[words] = True
 
     def _fail(self, kind: str, message: str, words: np.ndarray, bad: np.ndarray, warp: np.ndarray) -> None:
         words, bad, warp = np.broadcast_arrays(words, bad, warp)

@@ -43,7 +43,7 @@ class Cta:
         memory: Global,
         *,
         asynchrony: str = "late",
-        seed: int = 0,
+        seed: int | None = None,
         check: bool = True,
     ) -> None:
         self.kernel, self.memory, self.check = kernel, memory, check
@@ -52,7 +52,9 @@ class Cta:
         self.W = self.T // WARP
         self.tid = np.arange(self.T)
         self.warp, self.lane = self.tid // WARP, self.tid % WARP
-        self.files = {bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()}
+        self.files: dict[int, np.ndarray] = {
+            bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()
+        }
         self.shared = Shared(shared_bytes, self.W)
         self.shared.check = check
         self.ctaid = [np.zeros((), np.uint32) for _ in range(3)]
@@ -62,11 +64,12 @@ class Cta:
         self.stats = {"bank": 0, "bank_ideal": 0, "sectors": 0, "sectors_ideal": 0, "instructions": 0, "ctas": 0}
         self.count_stats = False
         self.most_steps = 10_000_000
-        self.blocks: list[tuple[list[tuple[Step, Instruction, frozenset[str]]], Instruction | None]] = []
+        self.polled = ""  # what an instruction of the current block read again and found unchanged
+        self.place_in_grid = (0, 0, 0)
         self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
         self.before: list[set[int]] = kernel.predecessors()
         self.matrix_row, self.matrix_col = np.arange(WARP) >> 2, np.arange(WARP) & 3
-        self.in_flight = InFlight(self.T, asynchrony, seed)
+        self.in_flight = InFlight(self.T, asynchrony, seed or 0)
         self.descriptors: dict[Any, Any] = {}  # of wgmma, once understood
 
     def start(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
@@ -78,7 +81,8 @@ class Cta:
         for bits, file in self.files.items():
             file[:] = 0xFFFFFFFF if bits == 32 else 0
         self.shared.reset()
-        self.in_flight = InFlight(self.T, self.asynchrony, self.seed)
+        self.in_flight = InFlight(self.T, self.asynchrony, self.seed or 0)
+        self.place_in_grid = cta
         self.memory.cta = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
 
     @staticmethod
@@ -127,7 +131,7 @@ class Cta:
             return self.lane.astype(np.uint32)
         if name == "%warpid":
             return self.warp.astype(np.uint32)
-        if "_param_" in name:
+        if any(name == param for param, _ in self.kernel.params):
             return np.array(self.map_address(name), np.uint64)
         if name == "global_smem":
             return np.array(Shared.BASE, np.uint32)

@@ -57,7 +57,7 @@ class TensorMap:
         return _SIZES.get(self.element, 4)
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Return the bytes of a box."""
         return int(np.prod(self.box)) * self.size
 
@@ -132,5 +132,5 @@ class TensorMap:
     def words(self, start: int) -> np.ndarray:
         """Return the words of shared memory, [rows, words of a row], of a box that starts at byte ``start``."""
         width = self.box[0] * self.size
-        byte = start + np.arange(0, self.bytes, 4).reshape(-1, width // 4)
+        byte = start + np.arange(0, self.nbytes, 4).reshape(-1, width // 4)
         return (byte ^ (((byte >> 7) & (self.swizzle // 16 - 1 if self.swizzle else 0)) << 4)) >> 2

@@ -74,7 +74,9 @@ def fused_linear(
     _check(x, w, bias, activation, w_up)
     transforms = compat.transforms()
     needs_grad = bool(transforms) and needs_gradient(x, w, bias, w_up)
-    record = choose(backend, Request("linear", x.device, x.dtype, needs_grad=needs_grad, transforms=transforms))
+    layer = (x, w, bias, w_up, activation)
+    request = Request("linear", x.device, x.dtype, needs_grad=needs_grad, layer=layer, transforms=transforms)
+    record = choose(backend, request)
     if "linear" not in record.differentiable:
         return ops.linear(x, w, bias, w_up, activation, record.name)
     count("linear_forward", record.name)

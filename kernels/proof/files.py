@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def hashed(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
-def read(path: Path, form: int, types: dict[str, type]) -> dict[str, Any] | None:
+def read(path: Path, form: int, types: Mapping[str, type]) -> dict[str, Any] | None:
     """Return what :func:`write` wrote; None for a file that is absent, damaged, of another format or of other types."""
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its writer

@@ -129,17 +129,6 @@ def test_doctor(capfd):
     assert findings["engine"]["available"] is (findings["backends"]["cpu"]["cpu"] is None)
 
 
-def test_doctor_says_what_no_gpu_has_proven(capfd, monkeypatch):
-    from fusemesh.kernels.runtime import proven
-
-    monkeypatch.setattr(proven, "PROVEN_ON_GPU", {})
-    cli.main(["doctor"])
-    assert "proven on GPU   nothing yet" in capfd.readouterr().out
-    monkeypatch.setattr(proven, "PROVEN_ON_GPU", {("attention", "sm_90"): "bench/results/h100/x.json"})
-    cli.main(["doctor"])
-    assert "proven on GPU   attention on sm_90 (bench/results/h100/x.json)" in capfd.readouterr().out
-
-
 # Python without triton and without the `app` extras.
 BARE = (
     fresh_process.WITHOUT_TRITON.replace('== "triton"', "in HIDDEN")

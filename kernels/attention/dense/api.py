@@ -296,6 +296,7 @@ def _choose(
         needs_grad or is_backward,
         needs_lse,
         scores=(*q.shape[:3], k.shape[2]),
+        kv_heads=k.shape[1],
         transforms=transforms,
     )
     return choose(backend, request)

@@ -44,7 +44,7 @@ TABLE: dict[tuple[str, int, str], tuple[Pair, Pair, Pair]] = {
     ("sm_80", 2, "dq"): (
         (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        (Tile(64, 64, 8, 1), Tile(64, 32, 8, 2)),
     ),
     ("sm_80", 2, "dbias"): (
         (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),

@@ -10,6 +10,7 @@ ends in "?" may be absent. "..." takes any further modifiers, for a function tha
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Callable
@@ -23,19 +24,20 @@ Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
 
 OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
 FORMS: list[str] = []
-_FAMILIES = ("arithmetic", "bulk", "conversions", "copies", "matrix", "memory", "sync", "warp", "wgmma")
+_FAMILIES = ("arithmetic", "bulk", "conversions", "copies", "matrix", "mbarrier", "memory", "sync", "warp", "wgmma")
 # The scheduler does what these say: they end a block.
 _ENDS = (
     "bra uni?",
     "brx idx uni?",
     "ret uni?",
     "exit",
-    "bar sync|arrive",
-    "bar cta sync|arrive",
-    "barrier sync|arrive aligned?",
-    "barrier cta sync|arrive aligned?",
-    "mbarrier try_wait parity shared::cta|shared b64",
-    "mbarrier try_wait parity ...",
+    "bar cta? sync|arrive",
+    "bar cta? red popc u32",
+    "bar cta? red and|or pred",
+    "barrier cta? sync|arrive aligned?",
+    "barrier cta? red popc aligned? u32",
+    "barrier cta? red and|or aligned? pred",
+    r"mbarrier test_wait|try_wait parity? ((acquire|relaxed)\.(cta|cluster))? shared::cta|shared b64",
 )
 
 
@@ -59,7 +61,9 @@ def opcode(*forms: str) -> Callable[[Compile], Compile]:
 
     def register(function: Compile) -> Compile:
         for form in forms:
-            OPCODES.setdefault(form.split()[0], []).append((pattern(form), function))
+            known = OPCODES.setdefault(form.split()[0], [])
+            # Forms that take any modifier come last.
+            known.insert(len(known) if form.endswith("...") else 0, (pattern(form), function))
             FORMS.append(form)
         return function
 
@@ -72,14 +76,16 @@ def load() -> None:
         importlib.import_module(f"{__name__}.{family}")
 
 
-def find(ins: Instruction) -> Compile:
-    """Return the function that compiles an instruction; raise UnknownInstruction where no form of the table fits."""
-    for expression, function in OPCODES.get(ins.parts[0], ()):
-        if expression.fullmatch(ins.opcode):
+@functools.cache
+def find(name: str) -> Compile:
+    """Return the function that compiles an opcode; raise UnknownInstruction where no form of the table fits."""
+    first = name.split(".", 1)[0]
+    for expression, function in OPCODES.get(first, ()):
+        if expression.fullmatch(name):
             return function
-    known = [form for form in FORMS if form.split()[0] == ins.parts[0]]
+    known = [form for form in FORMS if form.split()[0] == first]
     raise UnknownInstruction(
-        f"opcode {ins.opcode}: " + (f"expected one of the forms {', '.join(known)}" if known else "no such opcode")
+        f"opcode {name}: " + (f"expected one of the forms {', '.join(known)}" if known else "no such opcode")
     )
 
 

@@ -1,19 +1,26 @@
-"""mbarriers: barriers in shared memory that count arrivals of threads and bytes of copies."""
+"""mbarriers: barriers in shared memory that count arrivals of threads and bytes of copies.
+
+Missing: arrivals at another CTA's mbarrier (clusters).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..hazard import Hazard
-from ..ptx import Instruction, Reg, Sym
+from ..hazard import Hazard, UnknownInstruction
+from ..ptx import Addr, Instruction, Reg
 from ..shared_memory import Shared
+from ..state import Cta, Mask, Step
 from . import opcode
 
 MOST_ARRIVALS = (1 << 20) - 1
 MOST_BYTES = (1 << 20) - 1
+SIZE = 8
+_SHARED = r"shared|shared::cta"
 
 
 class MBarrier:
@@ -23,21 +30,44 @@ class MBarrier:
     so that nobody may read the data who has not waited for this phase of this mbarrier.
     """
 
-    def __init__(self, address: int, count: int, agent: int, agents: int, earlier: int = 0) -> None:
-        self.address, self.agent, self.earlier = address, agent, earlier
+    def __init__(self, cta: Cta, address: int, count: int, warp: int) -> None:
+        flight, clocks = cta.in_flight, cta.shared.clocks
+        self.address = address
+        self.agent, self.earlier = flight.agents.setdefault(address, (len(flight.agents), 0))
+        if self.agent >= Shared.AGENTS:
+            raise UnknownInstruction(f"a CTA with more than {Shared.AGENTS} mbarriers")
         self.count = count  # arrivals that a phase expects
         self.left = count  # of them, in the current phase
         self.bytes = 0  # expected and not yet there; negative where a copy is ahead of what expects it
         self.phase = 0
-        self.open = np.zeros(agents, np.int32)  # what those who arrived in this phase had done and seen
-        self.known = np.zeros(agents, np.int32)  # the same of all completed phases
+        self.landed, self.seen = 0, 0  # phases in which copies completed, and which somebody waited for
+        self.open, self.known = clocks.nothing(), clocks.nothing()  # what those who arrive know, in this phase; before
+        # When it was made, when made known to the async proxy by fence.mbarrier_init, and when each warp last used it.
+        self.made = (warp, int(clocks.known[warp, warp]))
+        self.fenced: tuple[int, int] | None = None
+        self.used = np.zeros(cta.W, np.int64)
 
     def __str__(self) -> str:
         return f"mbarrier at shared byte {self.address - Shared.BASE}"
 
-    def stamp(self) -> int:
-        """Return the time of a copy that completes now; phases of earlier mbarriers at this address count."""
-        return self.earlier + self.phase + 1
+    def land(self) -> int:
+        """Note that a copy completes now; return the time at which it does."""
+        self.landed = self.phase + 1
+        return self.earlier + self.phase + 1  # phases of earlier mbarriers at this address count
+
+    def use(self, cta: Cta, warps: np.ndarray, proxy: str = "generic") -> None:
+        """Check that warps know of the initialisation, and note that they use the mbarrier."""
+        if not cta.check:
+            return
+        known, (warp, time) = cta.shared.clock, self.made
+        if (known[warps, warp] < time).any():
+            raise Hazard("race", f"uses the {self}, which warp {warp} initialised with no barrier between")
+        if proxy == "async" and (known[warps, cta.shared.clocks.agents + warp] < time).any():
+            by, when = self.fenced or (0, 1 << 31)
+            if (known[warps, by] < when).any():
+                what = "with neither fence.mbarrier_init nor fence.proxy.async after its initialisation"
+                raise Hazard("proxy", f"a copy completes at the {self}, {what}")
+        self.used[warps] = known[warps, warps]
 
 
 @dataclass
@@ -48,12 +78,12 @@ class Transfer:
     bar: MBarrier
     known: np.ndarray  # what its issuer had done and seen
 
-    def land(self, cta) -> None:
+    def land(self, cta: Cta) -> None:
         """Take effect."""
         raise NotImplementedError
 
 
-def mbarrier_at(cta, address: int) -> MBarrier:
+def mbarrier_at(cta: Cta, address: int) -> MBarrier:
     """Return the mbarrier at an address of shared memory."""
     bar = cta.in_flight.mbarriers.get(address)
     if bar is None:
@@ -61,12 +91,14 @@ def mbarrier_at(cta, address: int) -> MBarrier:
     return bar
 
 
-def by_mbarrier(cta, address: np.ndarray, m) -> Iterator[tuple[MBarrier, np.ndarray]]:
+def by_mbarrier(cta: Cta, address: np.ndarray, mask: Mask) -> Iterator[tuple[MBarrier, np.ndarray]]:
     """Yield each mbarrier that threads of a mask name, with those threads."""
-    threads = cta.tid if m is None else np.flatnonzero(m)
+    threads = cta.tid if mask is None else np.flatnonzero(mask)
     mine = np.broadcast_to(address, cta.T)[threads]
     for each in np.unique(mine):
-        yield mbarrier_at(cta, int(each)), threads[mine == each]
+        bar, group = mbarrier_at(cta, int(each)), threads[mine == each]
+        bar.use(cta, np.unique(cta.warp[group]))
+        yield bar, group
 
 
 def expect(bar: MBarrier, count: int) -> None:
@@ -76,7 +108,7 @@ def expect(bar: MBarrier, count: int) -> None:
         raise Hazard("mbarrier", f"{bar.bytes} bytes under way, more than the {bar} can count ({MOST_BYTES})")
 
 
-def arrive(cta, bar: MBarrier, count: int, known: np.ndarray | None) -> None:
+def arrive(cta: Cta, bar: MBarrier, count: int, known: np.ndarray | None) -> None:
     """Count arrivals; ``known`` is what those who arrive had done and seen, None if they release nothing."""
     if count > bar.left:
         raise Hazard("mbarrier", f"more arrivals than the {bar} counts in a phase ({bar.count})")
@@ -86,16 +118,16 @@ def arrive(cta, bar: MBarrier, count: int, known: np.ndarray | None) -> None:
     complete(cta, bar)
 
 
-def complete(cta, bar: MBarrier) -> None:
+def complete(cta: Cta, bar: MBarrier) -> None:
     """Begin the next phase where nothing is missing in this one."""
     if bar.left == 0 and bar.bytes == 0:
         bar.phase += 1
         bar.left = bar.count
         bar.known = np.maximum(bar.known, bar.open)
-        bar.known[cta.shared.warps + bar.agent] = bar.earlier + bar.phase
+        bar.known[cta.W + bar.agent] = bar.earlier + bar.phase
 
 
-def issue(cta, transfer: Transfer) -> None:
+def issue(cta: Cta, transfer: Transfer) -> None:
     """Start a transfer, which takes effect at once if it is to be early."""
     if cta.in_flight.late():
         cta.in_flight.transfers.append(transfer)
@@ -103,7 +135,7 @@ def issue(cta, transfer: Transfer) -> None:
         transfer.land(cta)
 
 
-def land_next(cta, wanted: list[MBarrier]) -> bool:
+def land_next(cta: Cta, wanted: list[MBarrier]) -> bool:
     """Let one transfer take effect, when no thread can run; return whether there is one.
 
     The last one first of those that somebody waits for: copies have no order among each other.
@@ -111,37 +143,47 @@ def land_next(cta, wanted: list[MBarrier]) -> bool:
     transfers = cta.in_flight.transfers
     if not transfers:
         return False
-    at = max((n for n, x in enumerate(transfers) if any(x.bar is bar for bar in wanted)), default=0)
-    transfer = transfers.pop(at)
+    _land(cta, max((n for n, x in enumerate(transfers) if any(x.bar is bar for bar in wanted)), default=0))
+    return True
+
+
+def land_some(cta: Cta) -> None:
+    """Let transfers take effect by chance, where that is what the CTA's asynchrony says."""
+    flight = cta.in_flight
+    while flight.transfers and flight.asynchrony == "random" and flight.random.integers(4) == 0:
+        _land(cta, int(flight.random.integers(len(flight.transfers))))
+
+
+def _land(cta: Cta, at: int) -> None:
+    transfer = cta.in_flight.transfers.pop(at)
     cta.current = transfer.ins
     transfer.land(cta)
-    return True
 
 
 # --- waiting: what schedule.py asks
 
 
-def wait_keys(cta, ins: Instruction) -> np.ndarray:
+def wait_keys(cta: Cta, ins: Instruction) -> np.ndarray:
     """Return what each thread waits for, as one number: address, whether it acquires, parity."""
-    words = [x for x in ins.operands[1:] if not (isinstance(x, Sym) and x.name == "_")]
-    address = np.broadcast_to(cta.address(words[0], 32)(), cta.T).astype(np.int64)
-    if "parity" in ins.opcode:
-        parity = np.broadcast_to(cta.src(words[1], "u32"), cta.T).astype(np.int64) & 1
-    else:  # a state, as `token` makes it
-        parity = np.broadcast_to(cta.src(words[1], "u64"), cta.T).astype(np.int64) & 1
-    return address * 4 + (0 if "relaxed" in ins.opcode else 2) + parity
+    where, what = ins.operands[1:3]
+    address = np.broadcast_to(cta.address(where, 32)(), cta.T).astype(np.int64)
+    # A state is what `token` makes: its lowest bit is the parity of its phase.
+    phase = np.broadcast_to(cta.src(what, "u32" if "parity" in ins.parts else "u64"), cta.T).astype(np.int64) & 1
+    return address * 4 + (0 if "relaxed" in ins.parts else 2) + phase
 
 
-def waited_for(cta, key: int) -> MBarrier:
+def waited_for(cta: Cta, key: int) -> MBarrier:
     """Return the mbarrier of a number of :func:`wait_keys`."""
     return mbarrier_at(cta, key >> 2)
 
 
-def wakes(cta, key: int, warps: np.ndarray) -> bool:
+def wakes(cta: Cta, key: int, warps: np.ndarray) -> bool:
     """Return whether the phase is complete; then the warps know what those knew who completed it."""
     bar = waited_for(cta, key)
     if bar.phase & 1 == key & 1:
         return False
+    bar.use(cta, warps)
+    bar.seen = bar.phase
     if key & 2:
         cta.shared.acquire(warps, bar.known)
     return True
@@ -150,55 +192,63 @@ def wakes(cta, key: int, warps: np.ndarray) -> bool:
 # --- opcodes
 
 
-@opcode("mbarrier ...")
-def compile_mbarrier(cta, ins, p, o):
-    make = {
-        "init": _init,
-        "inval": _inval,
-        "arrive": _arrive,
-        "arrive_drop": _arrive,
-        "expect_tx": _expect_tx,
-        "complete_tx": _complete_tx,
-        "pending_count": _pending_count,
-    }.get(p[1])
-    if make is None or ("shared::cluster" in p and p[1] != "expect_tx" and p[1] != "complete_tx"):
-        raise NotImplementedError(ins.opcode)
-    return make(cta, ins, p, o)
-
-
-def _init(cta, ins, p, o):
+@opcode(f"mbarrier init {_SHARED} b64")
+def compile_init(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     address, count = cta.address(o[0], 32), cta.src(o[1], "u32")
 
-    def init(m):
-        flight = cta.in_flight
-        for t in cta.tid if m is None else np.flatnonzero(m):
+    def step(mask: Mask) -> None:
+        s, flight = cta.shared, cta.in_flight
+        for t in cta.tid if mask is None else np.flatnonzero(mask):
             n, at = int(np.broadcast_to(count, cta.T)[t]), int(np.broadcast_to(address(), cta.T)[t])
-            cta.shared.index(np.array([at]), 8, np.array([t]))
             if not 1 <= n <= MOST_ARRIVALS:
                 raise Hazard("mbarrier", f"an mbarrier of {n} arrivals")
-            old = flight.mbarriers.get(at)
-            if old is not None:
-                raise Hazard("mbarrier", f"the {old} is initialised again, with no mbarrier.inval between")
-            agent, earlier = flight.agents.setdefault(at, (len(flight.agents), 0))
-            if agent >= Shared.AGENTS:
-                raise NotImplementedError(f"more than {Shared.AGENTS} mbarriers in a CTA")
-            flight.mbarriers[at] = MBarrier(at, n, agent, cta.shared.clock.shape[-1], earlier)
+            if at in flight.mbarriers:
+                raise Hazard("mbarrier", f"the {flight.mbarriers[at]} is initialised again, with no inval between")
+            s.index(np.array([at]), SIZE, np.array([t]))
+            words, warp = np.array([at, at + 4]) >> 2, cta.warp[t : t + 1]
+            s.write(words, warp, None)
+            s.wrote(words, warp)
+            flight.mbarriers[at] = MBarrier(cta, at, n, int(warp[0]))
+            s.objects[words] = True
+            s.has_objects = True
 
-    return init
+    return step
 
 
-def _inval(cta, ins, p, o):
+@opcode(f"mbarrier inval {_SHARED} b64")
+def compile_inval(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     address = cta.address(o[0], 32)
 
-    def inval(m):
-        flight = cta.in_flight
-        for bar, _ in by_mbarrier(cta, address(), m):
+    def step(mask: Mask) -> None:
+        s, flight = cta.shared, cta.in_flight
+        for bar, threads in by_mbarrier(cta, address(), mask):
+            warp = cta.warp[threads[:1]]
             if bar.bytes or any(x.bar is bar for x in flight.transfers):
                 raise Hazard("mbarrier", f"the {bar} is invalidated while a copy to it is under way")
+            late = np.flatnonzero(bar.used > s.clock[warp[0], : cta.W])
+            if cta.check and len(late):
+                raise Hazard("race", f"the {bar} is invalidated with no barrier since its use by warp {late[0]}")
+            words = np.array([bar.address, bar.address + 4]) >> 2
+            s.objects[words] = False
+            s.has_objects = bool(s.objects.any())
+            s.wrote(words, warp)
             flight.agents[bar.address] = (bar.agent, bar.earlier + bar.phase + 1)
             del flight.mbarriers[bar.address]
 
-    return inval
+    return step
+
+
+@opcode("fence mbarrier_init release cluster")
+def compile_init_fence(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
+    def step(mask: Mask) -> None:
+        clock = cta.shared.clock
+        for warp in np.unique(cta.warp if mask is None else cta.warp[mask]):
+            for bar in cta.in_flight.mbarriers.values():
+                if bar.made[0] == warp:
+                    bar.fenced = (int(warp), int(clock[warp, warp]))
+            clock[warp, warp] += 1
+
+    return step
 
 
 def token(bar: MBarrier) -> int:
@@ -206,54 +256,55 @@ def token(bar: MBarrier) -> int:
     return (bar.left << 1) | (bar.phase & 1)
 
 
-def _arrive(cta, ins, p, o):
-    if "shared::cluster" in p:
-        raise NotImplementedError(ins.opcode)
-    state, rest = (o[0], o[1:]) if isinstance(o[0], (Reg, Sym)) else (None, o)
-    out = cta.row(state, "u64") if isinstance(state, Reg) else None
-    address = cta.address(rest[0], 32)
-    count = cta.src(rest[1], "u32") if len(rest) > 1 else np.array(1, np.uint32)
-    expects, drops = "expect_tx" in p, p[1] == "arrive_drop"
+_ARRIVE = r"mbarrier arrive|arrive_drop"
+_ORDER = r"((release|relaxed)\.(cta|cluster))?"
 
-    def f(m):
-        for bar, threads in by_mbarrier(cta, address(), m):
+
+@opcode(
+    f"{_ARRIVE} {_ORDER} {_SHARED} b64",
+    f"{_ARRIVE} expect_tx {_ORDER} {_SHARED} b64",
+    f"{_ARRIVE} noComplete {_ORDER} {_SHARED} b64",
+)
+def compile_arrive(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
+    state, where = (o[0], o[1:]) if not isinstance(o[0], Addr) else (None, o)
+    out = cta.row(state, "u64") if isinstance(state, Reg) else None
+    address = cta.address(where[0], 32)
+    count = cta.src(where[1], "u32") if len(where) > 1 else np.array(1, np.uint32)
+    expects, drops, keeps_phase = "expect_tx" in p, p[1] == "arrive_drop", "noComplete" in p
+
+    def step(mask: Mask) -> None:
+        for bar, threads in by_mbarrier(cta, address(), mask):
             known = None if "relaxed" in p else cta.shared.release(np.unique(cta.warp[threads]))
-            for t, n in zip(threads, np.broadcast_to(count, cta.T)[threads], strict=True):
-                phase = bar.phase
+            for t, n in zip(threads, np.broadcast_to(count, cta.T)[threads].tolist(), strict=True):
+                phase, arrivals = bar.phase, 1 if expects else n
                 if expects:
-                    expect(bar, int(n))
+                    expect(bar, n)
                 if out is not None:
                     out[t] = token(bar)
                 if drops:
-                    bar.count -= 1 if expects else int(n)
-                arrive(cta, bar, 1 if expects else int(n), known)
-                if "noComplete" in p and bar.phase != phase:
+                    bar.count -= arrivals
+                arrive(cta, bar, arrivals, known)
+                if keeps_phase and bar.phase != phase:
                     raise Hazard("mbarrier", f"an arrival with .noComplete completes a phase of the {bar}")
 
-    return f
+    return step
 
 
-def _expect_tx(cta, ins, p, o):
-    address, count = cta.address(o[0], 32), cta.src(o[1], "u32")
+@opcode(rf"mbarrier expect_tx|complete_tx (relaxed\.(cta|cluster))? {_SHARED} b64")
+def compile_tx(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
+    address, count, completes = cta.address(o[0], 32), cta.src(o[1], "u32"), p[1] == "complete_tx"
 
-    def f(m):
-        for bar, threads in by_mbarrier(cta, address(), m):
-            expect(bar, int(np.broadcast_to(count, cta.T)[threads].sum()))
+    def step(mask: Mask) -> None:
+        for bar, threads in by_mbarrier(cta, address(), mask):
+            total = int(np.broadcast_to(count, cta.T)[threads].sum(dtype=np.int64))
+            expect(bar, -total if completes else total)
+            if completes:
+                complete(cta, bar)
 
-    return f
-
-
-def _complete_tx(cta, ins, p, o):
-    address, count = cta.address(o[0], 32), cta.src(o[1], "u32")
-
-    def f(m):
-        for bar, threads in by_mbarrier(cta, address(), m):
-            expect(bar, -int(np.broadcast_to(count, cta.T)[threads].sum()))
-            complete(cta, bar)
-
-    return f
+    return step
 
 
-def _pending_count(cta, ins, p, o):
+@opcode("mbarrier pending_count b64")
+def compile_pending_count(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     state = cta.src(o[1], "u64")
     return cta.put(o[0], "u32", lambda: (np.broadcast_to(state, cta.T) >> np.uint64(1)).astype(np.uint32))

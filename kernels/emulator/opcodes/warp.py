@@ -48,13 +48,6 @@ def compile_redux(cta, ins, p, o):
     return f
 
 
-@opcode("bar warp sync")
-def compile_bar(cta, ins, p, o):
-    if p[1] != "warp":
-        raise NotImplementedError(ins.opcode)
-    return lambda m: whole_warps(cta, m)  # lanes run in step here
-
-
 @opcode("shfl ...")
 def compile_shfl(cta, ins, p, o):
     mode = p[2]

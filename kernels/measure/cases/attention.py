@@ -269,9 +269,9 @@ class AttentionCase:
         """Return the right results of the first and the last key head (with GQA of the last alone).
 
         One query head at a time, for shapes of which the scores of all heads would not fit into memory. The case has no
-        feature but ``causal``, ``window`` and a bias of all scores.
+        feature but ``causal``, ``window``, a mask and a bias of all scores.
         """
-        assert not common.features_name(self, (*_SHAPE, "causal", "window", "align", "bias")), self
+        assert not common.features_name(self, (*_SHAPE, "causal", "window", "align", "mask", "bias")), self
         assert self.bias in (None, "bhmn"), self
         groups = self.H // self.Hkv
         ends = [(0, 0), (self.B - 1, self.Hkv - 1)]
@@ -285,7 +285,8 @@ class AttentionCase:
                 if direction == "backward":
                     one["do"] = x["do"][batch, i : i + 1]
                 bias = None if x["bias"] is None else x["bias"][batch, i : i + 1]
-                wanted.append(expectations.expected(**one, call=Call(self.spec, bias=bias)))
+                mask = None if x["mask"] is None else x["mask"].expand(self.B, self.H, -1, -1)[batch, i : i + 1]
+                wanted.append(expectations.expected(**one, call=Call(self.spec, mask=mask, bias=bias)))
             want = _join_heads(wanted, out_dtype(self.torch_dtype))
             parts.append(Part(batch, slice(heads.start, heads.stop), kv_head, want))
         return parts

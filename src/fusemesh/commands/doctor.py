@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import platform
+from collections import Counter
 from typing import Any
 
 from fusemesh import __version__
@@ -14,7 +15,7 @@ from .options import Outcome
 
 NAME = "doctor"
 SUMMARY = "what this machine has and what auto chooses"
-USAGE = "[--trace SCRIPT [ARGS]] [options]"
+USAGE = "[--prove | --trace SCRIPT [ARGS]] [options]"
 _LIBRARIES = ("triton", "numpy", "safetensors", "tensorboard", "matplotlib", "tqdm")
 
 
@@ -71,6 +72,31 @@ def _auto(kind: str) -> dict[str, str]:
     return chosen
 
 
+def _proofs() -> dict[str, Any]:
+    """Return what the store of verdicts holds, of all devices and versions."""
+    from fusemesh.kernels.proof import store
+
+    shelf = store.default()
+    verdicts = shelf.all()
+    right = Counter(str(verdict.details.get("device", "unknown")) for verdict in verdicts.values() if verdict.passed)
+    wrong = [{"key": key, "reason": x.reason, **x.details} for key, x in verdicts.items() if not x.passed]
+    return {"folder": None if shelf.folder is None else str(shelf.folder), "right": dict(right), "wrong": wrong}
+
+
+def _preferences() -> dict[str, dict[str, Any]]:
+    """Return the tables by which ``auto`` chooses on the devices of this machine."""
+    from fusemesh.kernels.measure import standard
+    from fusemesh.kernels.proof import preferences
+
+    found = {}
+    for name in map(standard.name_of, standard.devices()):
+        table = preferences.read(name)
+        if table is not None:
+            choices = Counter(entry["choice"] for entry in table["classes"].values())
+            found[name] = {"file": str(preferences.path_of(name)), "when": table["when"], "choices": dict(choices)}
+    return found
+
+
 def _engine() -> dict[str, Any]:
     from fusemesh.kernels import engine
 
@@ -84,14 +110,15 @@ def examine() -> dict[str, Any]:
     """Return everything that ``fusemesh doctor`` reports, as plain values.
 
     Keys: ``fusemesh``, ``python``, ``platform``, ``torch``, ``libraries`` (version or None), ``devices``, ``backends``
-    (device kind to backend to None or why not), ``auto`` (device kind to operation to backend), ``proven_on_gpu``
-    (where Triton kernels have been found right), ``engine``, ``process_groups`` (which of torch's are built in).
+    (device kind to backend to None or why not), ``auto`` (device kind to operation to backend), ``proofs`` (of compiled
+    kernels: ``folder``, the number of ``right`` ones by device, and those that are ``wrong``), ``preferences`` (what
+    ``fusemesh bench --compare`` has written: by device the file, its date and its numbers of choices), ``engine``,
+    ``process_groups`` (which of torch's are built in).
     """
     import torch
     import torch.distributed as dist
 
     from fusemesh.kernels import backends
-    from fusemesh.kernels.runtime import proven
 
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
@@ -105,10 +132,8 @@ def examine() -> dict[str, Any]:
             kind: {name: backends.why_unavailable(name, kind) for name in backends.names()} for kind in ("cpu", "cuda")
         },
         "auto": {kind: _auto(kind) for kind in kinds},
-        "proven_on_gpu": [
-            {"operation": op, "capability": arch, "record": record}
-            for (op, arch), record in proven.PROVEN_ON_GPU.items()
-        ],
+        "proofs": _proofs(),
+        "preferences": _preferences(),
         "engine": _engine(),
         "process_groups": {
             "gloo": dist.is_available() and dist.is_gloo_available(),
@@ -147,19 +172,25 @@ def describe(findings: dict[str, Any]) -> str:
             lines.append(f"  {kind:<5} {name:<10} {'yes' if reason is None else f'no: {reason}'}")
     for kind, choice in findings["auto"].items():
         lines.append(f"auto on {kind:<7} " + ", ".join(f"{operation}: {name}" for operation, name in choice.items()))
-    proven = findings["proven_on_gpu"]
-    if proven:
-        lines += [f"proven on GPU   {item['operation']} on {item['capability']} ({item['record']})" for item in proven]
-    else:
+    proofs = findings["proofs"]
+    right = ", ".join(f"{count} kernels right on {device}" for device, count in proofs["right"].items())
+    where = f"in {proofs['folder']}" if proofs["folder"] else "in memory: no home folder is known (FUSEMESH_CACHE)"
+    lines.append(f"proofs          {right or 'no kernel proven yet'}, {where}")
+    for item in proofs["wrong"]:
         lines.append(
-            "proven on GPU   nothing yet: no GPU has run the Triton kernels. On a GPU auto chooses torch; "
-            "backend='triton' runs them all the same"
+            f"  WRONG         {item.get('kernel', item['key'])} on {item.get('device', 'unknown')}: {item['reason']}"
         )
+    for device, table in findings["preferences"].items():
+        choices = ", ".join(f"{name} in {count} classes" for name, count in table["choices"].items())
+        lines.append(f"preferences     {device}: {choices}, measured {table['when']}, {table['file']}")
     return "\n".join(lines)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    parser.add_argument(
+        "--prove", action="store_true", help="check a standard set of calls by the Triton kernels on each GPU, now"
+    )
     parser.add_argument(
         "--trace",
         nargs=argparse.REMAINDER,
@@ -170,7 +201,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Examine the machine, or trace a script."""
+    """Examine the machine, prove its kernels, or trace a script."""
+    if options.prove:
+        from . import proving
+
+        if options.trace is not None:
+            raise ValueError("--prove: expected it without --trace, received both; run one after the other")
+        return proving.run(quiet=options.json)
     if options.trace is None:
         findings = examine()
         return Outcome(findings, describe(findings))
