@@ -257,7 +257,8 @@ def short(target: str) -> list[Entry]:
     n = lengths.tile_of_attention(target, "forward", "bf16", 64)[1]
     found: list[Entry] = [
         Entry(attention(Sq=33, Sk=n + 1, causal=True, align="bottom_right", mask="hmn", bias="hmn", H=1, sinks=True)),
-        Entry(attention("fp32", S=33, D=16, causal=True, H=1)),
+        # Values of which each lane has one: a sum over lanes that is fused with products differs between them.
+        Entry(attention("fp32", S=33, D=16, Dv=24, causal=True, H=1)),
         Entry(tables.decode(lens=(600, 1, 130), H=4, Hkv=1, D=64, added=1, page=16, causal=True)),
         Entry(tables.packed(lens_q=(33, 0, 17), lens_k=(n + 1, 9, 5), H=1, Hkv=1, causal=True)),
         Entry(linear(activation="silu", gated=True)),
