@@ -8,6 +8,8 @@ this floor. :data:`TRIED` are the versions with which that test has passed.
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -75,6 +77,14 @@ PRIVATE = {
     "triton.runtime.driver._active": Private(
         "compiling for a GPU that is absent: what the JIT asks of a driver is answered by an object of ours",
         "see how triton's own tests mock a target (triton.backends.compiler.GPUTarget)",
+    ),
+    "knobs.runtime.add_stages_inspection_hook": Private(
+        "compiling as far as PTX, which takes a third of the time and no assembler, for the emulator",
+        "let the kernels be assembled, and read asm['ptx'] of what Triton compiled",
+    ),
+    "knobs.cache.manager_class": Private(
+        "keeping PTX that was not assembled where no other compilation finds it (triton 3.6's hook has no key)",
+        "set TRITON_CACHE_DIR to another folder for processes that emulate",
     ),
     ".warmup": Private(
         "compiling exactly what a launch would, without launching",
@@ -205,38 +215,97 @@ def keep_from_fused_path(module_class: C) -> C:
     return module_class
 
 
-@contextlib.contextmanager
-def driver(named: Any) -> Iterator[None]:
-    """Within the block Triton's JIT asks ``named`` for the target, the device and the stream."""
-    from triton.runtime import driver as drivers
+class _Seam:
+    """Triton's active driver while blocks of :func:`driver` run: in their threads their object, elsewhere what was."""
 
-    # `reset_active` would look for a GPU, so what was active before is put back by hand.
-    before = drivers._active
-    drivers.set_active(named)
+    def __init__(self) -> None:
+        self.named: contextvars.ContextVar[tuple[Any, bool] | None] = contextvars.ContextVar(
+            "fusemesh_triton_driver", default=None
+        )
+        self.changing = threading.Lock()
+        self.blocks = 0
+        self.before: Any = None  # Triton's driver, its hook on the stages of a compilation, its cache's class
+        self.hook: Any = None
+        self.manager: Any = None
+        self.set_manager: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        from triton.runtime import driver as drivers
+
+        named = self.named.get()
+        if named is None:
+            return getattr(drivers.default if self.before is None else self.before, name)
+        return getattr(named[0], name)
+
+    @property
+    def stops_at_text(self) -> bool:
+        """Whether this thread compiles as far as PTX."""
+        named = self.named.get()
+        return named is not None and not named[1]
+
+    def enter(self) -> None:
+        from triton import knobs
+        from triton.runtime import driver as drivers
+
+        with self.changing:
+            self.blocks += 1
+            if self.blocks > 1:
+                return
+            # `reset_active` would look for a GPU, so what was active before is put back by hand.
+            self.before, self.hook = drivers._active, knobs.runtime.add_stages_inspection_hook
+            self.set_manager, self.manager = vars(knobs.cache).get("manager_class"), knobs.cache.manager_class
+            drivers.set_active(self)
+            knobs.runtime.add_stages_inspection_hook = self.stages
+            # A function, not a class: Triton writes a class's name into the environment, for children.
+            knobs.cache.manager_class = self.cache
+
+    def leave(self) -> None:
+        from triton import knobs
+        from triton.runtime import driver as drivers
+
+        with self.changing:
+            self.blocks -= 1
+            if self.blocks:
+                return
+            drivers._active, knobs.runtime.add_stages_inspection_hook = self.before, self.hook
+            if self.set_manager is None:  # the environment's, or none
+                del knobs.cache.manager_class
+            else:
+                knobs.cache.manager_class = self.set_manager
+
+    def stages(self, backend: Any = None, stages: Any = None, *more: Any) -> Any:
+        if stages is not None and self.stops_at_text:
+            stages["cubin"] = lambda source, metadata: source.encode()
+        if self.hook is not None:
+            return self.hook(backend, stages, *more)
+        # Without arguments Triton (from 3.7 on) asks what tells this hook's compilations from others; the cache does.
+        return ("", "") if stages is None else None
+
+    def cache(self, key: str, **options: Any) -> Any:
+        from triton.runtime.cache import FileCacheManager
+
+        return (self.manager or FileCacheManager)(f"fusemesh-ptx-{key}" if self.stops_at_text else key, **options)
+
+
+_seam = _Seam()
+
+
+@contextlib.contextmanager
+def driver(named: Any, *, assembles: bool = True) -> Iterator[None]:
+    """Within the block Triton's JIT asks ``named`` for the target, the device and the stream, in this thread.
+
+    Args:
+        named: answers by the attributes of Triton's own drivers.
+        assembles: False compiles NVIDIA's kernels as far as PTX, which stands for the machine code, and keeps them
+            in folders of Triton's cache where no other compilation finds them.
+    """
+    _seam.enter()
+    token = _seam.named.set((named, assembles))
     try:
         yield
     finally:
-        drivers._active = before
-
-
-@contextlib.contextmanager
-def without_assembler() -> Iterator[None]:
-    """Within the block Triton compiles as far as PTX; the cubin is empty, and kept apart in Triton's cache."""
-    from triton import knobs
-
-    def stop(backend: Any = None, stages: Any = None, *_: Any) -> Any:
-        # Without arguments Triton asks what tells this hook's compilations from others.
-        if stages is None:
-            return "fusemesh: PTX only", "fusemesh: PTX only"
-        stages["cubin"] = lambda source, metadata: b"none"
-        return None
-
-    before = knobs.runtime.add_stages_inspection_hook
-    knobs.runtime.add_stages_inspection_hook = stop
-    try:
-        yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook = before
+        _seam.named.reset(token)
+        _seam.leave()
 
 
 def compile_launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

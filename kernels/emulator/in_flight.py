@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .opcodes.copies import Copy
     from .opcodes.mbarrier import MBarrier, Transfer
     from .opcodes.wgmma import Product
+    from .ptx import Instruction
 
 ASYNCHRONY = ("late", "early", "random")
 
@@ -38,6 +39,9 @@ class InFlight:
         self.transfers: list[Transfer] = []
         # bulk stores by thread
         self.stores: dict[int, Stores] = {}
+        # setmaxnreg: registers of a thread of each warp, and the last that asked for more than the CTA has.
+        self.held = np.zeros(0, np.int64)
+        self.over: Instruction | None = None
         # wgmma, of each warpgroup: since its last commit, its committed groups, and the registers of all of them.
         groups = max(threads // 128, 1)
         self.products: list[list[Product]] = [[] for _ in range(groups)]

@@ -1,4 +1,4 @@
-"""A Triton launch as the emulator runs it: its PTX, its parameters, and the tensors that they point at."""
+"""A Triton launch as the emulator runs it: its parameters, and the tensors that they point at."""
 
 from __future__ import annotations
 
@@ -7,43 +7,45 @@ from typing import Any
 
 import torch
 
+from .. import compat
 from ..runtime.launch import Target
-from .compiled import Compiled, compile_text
+from .compiled import Compiled, Device
 from .global_memory import Global
 from .grid import run_grid
 from .machine import Machine
 from .parsing import parse
 
-_PACK = {
-    "i1": "<B",
-    "i8": "<b",
-    "i16": "<h",
-    "i32": "<i",
-    "i64": "<q",
-    "u8": "<B",
-    "u16": "<H",
-    "u32": "<I",
-    "u64": "<Q",
-    "fp32": "<f",
-    "fp64": "<d",
-}
+Grid = tuple[int, int, int]
+_SIZES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
+_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def flatten(signature: Any, value: Any) -> list[tuple[str, Any]]:
-    """Return (type, value) of each parameter in order: tuples laid flat, constexprs left out."""
+def flatten(signature: Any, value: Any, name: str) -> list[tuple[str, Any, str]]:
+    """Return (type, value, argument's name) of each parameter: tuples laid flat, constexprs left out."""
     if isinstance(signature, tuple):
-        return [x for s, v in zip(signature, value, strict=True) for x in flatten(s, v)]
-    return [] if signature == "constexpr" else [(signature, value)]
+        return [x for s, v in zip(signature, value, strict=True) for x in flatten(s, v, name)]
+    if signature.startswith("tensordesc"):
+        return _descriptor(value, name)
+    return [] if signature == "constexpr" else [(signature, value, name)]
+
+
+def _descriptor(value: Any, name: str) -> list[tuple[str, Any, str]]:
+    """Return the parameters of a tensor descriptor that the compiled kernel addresses by pointers of its own."""
+    sizes = [*value.shape, *value.strides]
+    flags = [value.padding == "nan", bool(getattr(value, "round_f32_to_tf32", False))]
+    again = [*(("i32", x, name) for x in value.shape), *(("i64", x, name) for x in value.strides)]
+    return [("*", value.base, name), *(("i64", x, name) for x in sizes), *(("i1", x, name) for x in flags), *again]
 
 
 def as_bytes(kind: str, value: Any) -> bytes:
     """Return a parameter of Triton's type ``kind`` as it lies in parameter memory."""
     if kind.startswith("*"):
         return struct.pack("<Q", 0 if value is None else value.data_ptr() if hasattr(value, "data_ptr") else value)
-    if kind[0] in "iu":
-        size = struct.calcsize(_PACK[kind])
+    if kind in _SIZES:
+        size = _SIZES[kind]
         return (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-    return struct.pack(_PACK[kind], value)
+    number = torch.tensor(float(value), dtype=torch.float64).to(_FLOATS[kind])
+    return number.reshape(1).view(torch.uint8).numpy().tobytes()
 
 
 def extent(t: torch.Tensor) -> int:
@@ -54,23 +56,45 @@ def extent(t: torch.Tensor) -> int:
 
 
 class Bound:
-    """One launch, compiled, with its parameters and the memory they point at; it can be run as often as wanted."""
+    """One launch with its parameters and the memory they point at; it can be run as often as wanted."""
 
     def __init__(
         self, target: Target, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.compiled: Compiled = compile_text(target, kernel, grid, args, kwargs)
-        self.name, self.grid = self.compiled.name, (*grid, 1, 1)[:3]
+        """Compile a launch and start nothing."""
+        started: list[tuple[Compiled, Grid, tuple[Any, ...]]] = []
+        with compat.driver(Device(target, lambda *launch: started.append(launch)), assembles=False):
+            kernel[grid](*args, **kwargs)
+        assert started, "a launch over an empty grid"
+        self._bind(*started[0])
+
+    @classmethod
+    def of(cls, compiled: Compiled, grid: Grid, args: tuple[Any, ...]) -> Bound:
+        """Return the launch of a compiled kernel with one value for each name of its signature."""
+        bound = cls.__new__(cls)
+        bound._bind(compiled, grid, args)
+        return bound
+
+    def _bind(self, compiled: Compiled, grid: Grid, args: tuple[Any, ...]) -> None:
+        self.compiled, self.name, self.grid = compiled, compiled.name, grid
         self.memory = Global()
         self.values: list[tuple[str, Any]] = []
         self.tensors: dict[str, torch.Tensor] = {}
-        # The signature goes by parameter; options and constexprs come last and by name, so zip may stop early.
-        for (name, sig), value in zip(self.compiled.signature.items(), args, strict=False):
-            for kind, v in flatten(sig, value):
+        for (name, sig), value in zip(compiled.signature.items(), args, strict=True):
+            for kind, v, _ in flatten(sig, value, name):
                 self.values.append((kind, v))
-                if isinstance(v, torch.Tensor) and v.numel():
-                    self.memory.add(v.data_ptr(), extent(v), name)
-                    self.tensors[name] = v
+                if isinstance(v, torch.Tensor):
+                    self._add(name, v)
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"fusemesh.emulate: {self.name}: expected tensors on the CPU, received {name} on {tensor.device}; "
+                "move the tensors to the CPU, or leave the block"
+            )
+        if tensor.numel():
+            self.memory.add(tensor.data_ptr(), extent(tensor), name)
+            self.tensors[name] = tensor
 
     def machine(self, text: str | None = None, **options: Any) -> Machine:
         """Return a machine for the launch's kernel, or for another text in its place."""
@@ -79,9 +103,10 @@ class Bound:
     def run(self, machine: Machine, ctas: int | None = None) -> None:
         """Run every CTA of the grid, or the first ``ctas`` of them."""
         names = [name for name, _ in machine.kernel.params]
+        packed = [as_bytes(*x) for x in self.values]
         # Two pointers follow the signature's: global scratch and the profiler's.
-        assert len(names) == len(self.values) + 2, (len(names), len(self.values))
-        packed = [as_bytes(*x) for x in self.values] + [bytes(8)] * 2
+        packed += [bytes(8)] * 2
+        assert len(names) == len(packed), (names, self.values)
         for (name, kind), raw in zip(machine.kernel.params, packed, strict=True):
             assert len(raw) * 8 == int(kind[1:]), (name, kind, raw)
         params = dict(zip(names, packed, strict=True))
@@ -90,17 +115,28 @@ class Bound:
 
 
 class Emulator:
-    """Runs launches at once; a hook for ``launch.intercept``. ``log`` holds the counts of each."""
+    """A device that runs launches at once, each CTA by its PTX; ``log`` holds the counts of each launch."""
 
     def __init__(self, target: Target, *, ctas: int | None = None, keep: bool = False, **options: Any) -> None:
         self.target, self.ctas, self.keep, self.options = target, ctas, keep, options
+        self.name = f"emulated {target.name}"
         self.log: list[dict[str, Any]] = []
         self.bound: list[Bound] = []
+        self.device = Device(target, self.start)
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if 0 in grid:
-            return
-        bound = Bound(self.target, kernel, grid, args, kwargs)
+    def prepare(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Compile what the launch would run, run nothing, and return the compiled kernel's hash."""
+        with compat.driver(self.device, assembles=False):
+            return str(compat.compile_launch(kernel, grid, args, kwargs).hash)
+
+    def run(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Run the launch, and return the compiled kernel's hash."""
+        with compat.driver(self.device, assembles=False):
+            return str(kernel[grid](*args, **kwargs).hash)
+
+    def start(self, compiled: Compiled, grid: Grid, args: tuple[Any, ...]) -> None:
+        """Run one compiled kernel over the grid."""
+        bound = Bound.of(compiled, grid, args)
         machine = bound.machine(**self.options)
         bound.run(machine, self.ctas)
         if self.keep:

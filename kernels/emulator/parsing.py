@@ -74,6 +74,7 @@ class _Parser:
         name = re.search(r"\.entry\s+([\w$]+)", head)
         threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head)
         assert name is not None and threads is not None, head
+        limit = re.search(r"\.maxnreg\s+(\d+)", head)
         params = []
         for m in _PARAMETER.finditer(head):
             kind = next(t for t in m[1].split() if t.lstrip(".") in BITS)
@@ -83,7 +84,16 @@ class _Parser:
         blocks, where = _blocks(self.instructions, self.labels, more)
         tables = {name: [where[label] for label in table] for name, table in self.tables.items()}
         return Kernel(
-            name[1], params, self.counts, self.instructions, blocks, where, int(threads[1]), tables, self.variables
+            name[1],
+            params,
+            self.counts,
+            self.instructions,
+            blocks,
+            where,
+            int(threads[1]),
+            tables,
+            self.variables,
+            int(limit[1]) if limit else None,
         )
 
     def read(self, first: int) -> None:

@@ -111,6 +111,7 @@ class Kernel:
     threads: int
     tables: dict[str, list[int]]  # of brx.idx: label -> blocks
     variables: dict[str, Variable]
+    max_registers: int | None = None  # of a thread, where the kernel limits them
 
     def size(self, space: str) -> int:
         """Return the bytes of the variables of a space (of the dynamic part of shared memory: none)."""

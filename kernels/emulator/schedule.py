@@ -12,6 +12,7 @@ import numpy as np
 from .hazard import Hazard
 from .opcodes.bulk import finish
 from .opcodes.mbarrier import MBarrier, land_next, land_some, wait_keys, waited_for, wakes
+from .opcodes.register_pool import check_pool
 from .opcodes.wgmma import pending_fault
 from .ptx import Block, Imm, Instruction, Reg, meeting
 from .state import WARP, Mask, Step
@@ -247,6 +248,7 @@ def execute(cta: Machine, threads: Threads) -> Iterator[bool]:
 def _check_end(cta: Machine) -> None:
     """Finish what is asynchronous, and check that nothing is left that must not be."""
     finish(cta)
+    check_pool(cta)
     left = cta.in_flight.leftovers()
     if left:
         raise Hazard("async", left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ Mask = Any  # the threads that execute: a boolean array [T], or None for all of 
 Step = Callable[[Mask], None]
 Values = Callable[[], Any]
 WARP = 32
+# Registers that differ whenever they are read, and the bits that they show.
+CLOCKS = {
+    **{name: 0xFFFFFFFF for name in ("%clock", "%clock_hi", "%globaltimer_lo", "%globaltimer_hi")},
+    **{name: 0xFFFFFFFFFFFFFFFF for name in ("%clock64", "%globaltimer")},
+}
 
 
 class Cta:
@@ -64,6 +70,7 @@ class Cta:
         self.stats = {"bank": 0, "bank_ideal": 0, "sectors": 0, "sectors_ideal": 0, "instructions": 0, "ctas": 0}
         self.count_stats = False
         self.most_steps = 10_000_000
+        self.ticks = 0
         self.polled = ""  # what an instruction of the current block read again and found unchanged
         self.place_in_grid = (0, 0, 0)
         self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
@@ -106,8 +113,8 @@ class Cta:
         """Return a source operand as ``type_``: [T] of a register, of no dimensions where all threads share it."""
         if isinstance(op, Reg):
             bits = np.dtype(TYPES[type_]).itemsize * 8 if type_ != "pred" else 1
-            if op.bits != bits:
-                raise UnknownInstruction(f"register {op.name} of {op.bits} bits as {type_}")
+            if op.bits != bits or op.negated:
+                raise UnknownInstruction(f"register {op.name} of {op.bits} bits{' negated' * op.negated} as {type_}")
             return self.row(op, type_)
         if isinstance(op, Imm):
             return np.array(constant(op.text, type_), TYPES[type_])
@@ -119,23 +126,51 @@ class Cta:
 
     def _symbol(self, name: str) -> np.ndarray | None:
         """Return a special register or an address; of numbers that change from CTA to CTA a view of them."""
-        if name.startswith("%tid."):
-            return (self.tid if name[5] == "x" else np.zeros(self.T)).astype(np.uint32)
-        if name.startswith("%ctaid."):
-            return self.ctaid["xyz".index(name[-1])]
-        if name.startswith("%nctaid."):
-            return self.nctaid["xyz".index(name[-1])]
-        if name.startswith("%ntid."):
-            return np.array(self.T if name[6] == "x" else 1, np.uint32)
-        if name == "%laneid":
-            return self.lane.astype(np.uint32)
-        if name == "%warpid":
-            return self.warp.astype(np.uint32)
+        first, _, axis = name.partition(".")
+        if axis in ("x", "y", "z"):
+            if first == "%tid":
+                return (self.tid if axis == "x" else np.zeros(self.T)).astype(np.uint32)
+            if first in ("%ctaid", "%nctaid"):
+                return (self.ctaid if first == "%ctaid" else self.nctaid)["xyz".index(axis)]
+            ones = {"%ntid": self.T if axis == "x" else 1, "%cluster_nctaid": 1, "%cluster_ctaid": 0}
+            return np.array(ones[first], np.uint32) if first in ones else None
+        numbers: dict[str, Any] = {
+            "%laneid": self.lane,
+            "%warpid": self.warp,
+            "%nwarpid": self.W,
+            "%smid": 0,
+            "%nsmid": 1,
+            "%gridid": 0,
+            "%cluster_ctarank": 0,
+            "%cluster_nctarank": 1,
+            "%lanemask_eq": 1 << self.lane,
+            "%lanemask_lt": (1 << self.lane) - 1,
+            "%lanemask_le": (2 << self.lane) - 1,
+            "%lanemask_gt": 0xFFFFFFFF - ((2 << self.lane) - 1),
+            "%lanemask_ge": 0xFFFFFFFF - ((1 << self.lane) - 1),
+            "WARP_SZ": WARP,
+        }
+        if name in numbers:
+            return np.asarray(numbers[name]).astype(np.uint32)
         if any(name == param for param, _ in self.kernel.params):
             return np.array(self.map_address(name), np.uint64)
-        if name == "global_smem":
-            return np.array(Shared.BASE, np.uint32)
+        variable = self.kernel.variables.get(name)
+        if variable is not None and variable.space in ("shared", "local"):
+            return np.array(variable.offset + (Shared.BASE if variable.space == "shared" else 0), np.uint32)
         return None
+
+    def clock(self, name: str) -> np.ndarray:
+        """Return a clock, which is further on whenever it is read."""
+        self.ticks += WARP
+        return np.array(self.ticks >> 32 if name.endswith("_hi") else self.ticks & CLOCKS[name], np.uint64)
+
+    def predicate(self, op: Operand) -> Values:
+        """Return a function of a predicate that may be negated."""
+        if isinstance(op, Reg):
+            row = self.src(replace(op, negated=False), "pred")
+            return (lambda: ~row) if op.negated else (lambda: row)
+        value = self.src(op, "pred")
+        return lambda: value
 
     def address(self, op: Operand, bits: int) -> Values:
         """Return a function of the addresses [T] that ``[register + offset]`` names."""
@@ -143,10 +178,10 @@ class Cta:
             raise UnknownInstruction(f"operand {op}: expected an address")
         if isinstance(op.base, Reg):
             base = self.row(op.base, "u64" if bits == 64 else "u32")
-        elif op.base is None or op.base.name == "global_smem":
-            base = np.full(self.T, Shared.BASE, np.uint32)
         else:
-            raise UnknownInstruction(f"address of {op.base.name}")
+            base = np.zeros(self.T, np.uint64 if bits == 64 else np.uint32)
+            if op.base is not None:
+                base = base + self.src(op.base, "u64" if bits == 64 else "u32")
         if not op.offset:
             return lambda: base
         offset = np.array(op.offset).astype(base.dtype)
@@ -160,7 +195,7 @@ class Cta:
             if mask is None:
                 out[...] = value()
             else:
-                np.copyto(out, value(), where=mask)
+                np.copyto(out, value(), where=mask, casting="unsafe")
 
         return step
 

@@ -29,6 +29,7 @@ _PUBLIC = {
     "check_score_mod": "fusemesh.kernels.attention.score_mod_check",
     "fused_linear": "fusemesh.kernels.matmul.api",
     "use_backend": "fusemesh.kernels.backends",
+    "emulate": "fusemesh.kernels.emulator",
     "accelerate": "fusemesh.integrations.pytorch.accelerate",
     "install": "fusemesh.integrations.pytorch.accelerate",
     "uninstall": "fusemesh.integrations.pytorch.accelerate",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from fusemesh.kernels.attention.score_mod_check import check_score_mod as check_score_mod
     from fusemesh.kernels.attention.varlen.api import flash_attention_varlen as flash_attention_varlen
     from fusemesh.kernels.backends import use_backend as use_backend
+    from fusemesh.kernels.emulator import emulate as emulate
     from fusemesh.kernels.matmul.api import fused_linear as fused_linear
     from fusemesh.transformer import Transformer as Transformer
     from fusemesh.transformer import TransformerConfig as TransformerConfig

@@ -5,6 +5,7 @@ A failure names what is gone; ``fusemesh.kernels.compat.PRIVATE`` says what it w
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,10 +158,13 @@ def test_jit_functions_have_keys_and_the_driver_can_be_named() -> None:
 
     keys = {compat.source_key(function) for function in (mods.softcap, mods.alibi)}
     assert len(keys) == 2 and all(len(key) > 16 for key in keys), keys
-    named = object()
+    named = SimpleNamespace(get_current_device=lambda: "named")
     before = driver._active
     with compat.driver(named):
-        assert driver.active is named
+        assert driver.active.get_current_device() == "named"
+        with compat.driver(SimpleNamespace(get_current_device=lambda: "inner")):
+            assert driver.active.get_current_device() == "inner"
+        assert driver.active.get_current_device() == "named"
     assert driver._active is before
 
 

@@ -24,7 +24,21 @@ Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
 
 OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
 FORMS: list[str] = []
-_FAMILIES = ("arithmetic", "bulk", "conversions", "copies", "matrix", "mbarrier", "memory", "sync", "warp", "wgmma")
+_FAMILIES = (
+    "bulk",
+    "conversions",
+    "copies",
+    "floats",
+    "integers",
+    "matrix",
+    "mbarrier",
+    "memory",
+    "moves",
+    "register_pool",
+    "sync",
+    "warp",
+    "wgmma",
+)
 # The scheduler does what these say: they end a block.
 _ENDS = (
     "bra uni?",

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import numbers
 from ..hazard import UnknownInstruction
 from ..numbers import pairs, tf32
 from ..ptx import Instruction, Operand, Vec
@@ -20,23 +21,6 @@ from ..state import Cta, Mask, Step, as_register
 from . import opcode
 
 WIDTHS = {"tf32": 32, "bf16": 16, "f16": 16, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8}  # bits of an element
-
-
-def _fp8(exponent_bits: int) -> np.ndarray:
-    """Return the values of all 256 numbers of e4m3 (no infinities, one NaN) or e5m2."""
-    codes, bits = np.arange(128), 7 - exponent_bits
-    exponent, fraction = codes >> bits, codes & ((1 << bits) - 1)
-    bias = (1 << (exponent_bits - 1)) - 1
-    normal = (exponent > 0) * 1.0 + fraction / (1 << bits)
-    values = normal * 2.0 ** (np.maximum(exponent, 1) - bias)
-    if exponent_bits == 4:
-        values[127] = np.nan
-    else:
-        values[exponent == 31] = np.where(fraction[exponent == 31] == 0, np.inf, np.nan)
-    return np.concatenate([values, -values])
-
-
-_FP8 = {"e4m3": _fp8(4), "e5m2": _fp8(5)}
 
 
 def elements(kind: str, words: np.ndarray) -> np.ndarray:
@@ -50,15 +34,9 @@ def elements(kind: str, words: np.ndarray) -> np.ndarray:
 
 def decode(kind: str, codes: np.ndarray) -> np.ndarray:
     """Return elements, given as unsigned numbers of their width, as fp64."""
-    if kind in _FP8:
-        return _FP8[kind][codes]
     if kind in ("s8", "u8"):
         return codes.view(np.int8 if kind == "s8" else np.uint8).astype(np.float64)
-    if kind == "bf16":
-        return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    if kind == "f16":
-        return codes.view(np.float16).astype(np.float64)
-    return tf32(codes).astype(np.float64)
+    return tf32(codes).astype(np.float64) if kind == "tf32" else numbers.decode(codes, kind)
 
 
 def fragment_a(words: np.ndarray, kind: str) -> np.ndarray:

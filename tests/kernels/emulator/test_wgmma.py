@@ -104,3 +104,33 @@ def test_a_warpgroup_waits_for_its_own_products(options):
     assert (sums.view(np.float32) == 17).all()
     race = changed(program, (f"{WAIT_MMA}\nbar.sync 0;", WAIT_MMA))
     assert fault(race, *arguments(), threads=256, shared=8192, **options) in ("race", "async", "proxy")
+
+
+REGISTERS = """setp.ge.u32 %p4, %tid, 128;
+@%p4 bra SMALL;
+setmaxnreg.inc.sync.aligned.u32 232;
+bra DONE;
+SMALL:
+setmaxnreg.dec.sync.aligned.u32 104;
+DONE:
+"""
+
+
+@each_way
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (None, ("232", "232")),
+        ("deadlock", ("232", "240")),  # more than the others give
+        ("deadlock", ("setmaxnreg.dec.sync.aligned.u32 104;", "")),
+        ("registers", ("setmaxnreg.dec.sync.aligned.u32 104", "setmaxnreg.dec.sync.aligned.u32 176")),
+        ("registers", ("setmaxnreg.inc.sync.aligned.u32 232", "setmaxnreg.inc.sync.aligned.u32 160")),
+    ],
+)
+def test_registers_that_some_warps_take_are_given_by_others(kind, change, options):
+    program = changed(REGISTERS, change)
+    given = {"threads": 256, "head": ".maxnreg 168", **options}
+    if kind is None:
+        run(program, **given)
+    else:
+        assert fault(program, **given) == kind
