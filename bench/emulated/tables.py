@@ -252,6 +252,21 @@ def entries(target: str) -> list[Entry]:
     return list(dict.fromkeys([*found, *in_turn]))
 
 
+def by_chance(target: str) -> list[Entry]:
+    """Return the part of the matrix that runs in several orders of warps and CTAs: every kernel, and long loops."""
+    longest = max(lengths.of_attention(target, "bf16", 64, False, ("forward", "dq")))
+    found: list[Case] = [
+        attention(Sq=77, Sk=longest, causal=True, align="bottom_right", H=1),
+        attention("fp32", S=lengths.beyond_a_tile(target, "fp32", 64), H=1, sinks=True, dlse=True),
+        attention("fp16", S=77, D=128, window=(40, 3), dropout=0.2),
+        attention(S=77, mask="bn", bias="n", softcap=3.0),
+        linear(m=200, n=208, k=272),
+        linear("fp16", m=70, n=83, k=149, activation="gelu"),
+        tables.decode(lens=(1030, 300, 256, 0), H=4, Hkv=2, D=64, page=32, causal=True, Sq=2),
+    ]
+    return [*short(target), *(Entry(case) for case in found)]
+
+
 def short(target: str) -> list[Entry]:
     """Return the part of the matrix in which every kernel runs once, for every change."""
     n = lengths.tile_of_attention(target, "forward", "bf16", 64)[1]

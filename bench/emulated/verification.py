@@ -18,7 +18,9 @@ from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
 from fusemesh.kernels.testing import poison
 
 # How the emulator lands copies: as late and as early as the rules allow.
-COPIES: tuple[dict[str, Any], ...] = ({"asynchrony": "late"}, {"asynchrony": "early"})
+COPIES: tuple[dict[str, Any], ...] = ({"copies": "late"}, {"copies": "early"})
+# By chance: copies, and the order of warps and CTAs.
+BY_CHANCE: tuple[dict[str, Any], ...] = tuple({"copies": "random", "seed": seed} for seed in (1, 2, 3))
 # Elements of NaN around each dimension of a surrounded tensor; 16 of them keep rows aligned as they were.
 _MARGIN = 16
 

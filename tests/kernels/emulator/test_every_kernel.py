@@ -13,7 +13,7 @@ import torch
 import fusemesh
 from bench.emulated import tables
 from bench.emulated.tables import Entry
-from bench.emulated.verification import verify
+from bench.emulated.verification import BY_CHANCE, COPIES, verify
 from fusemesh.kernels.emulator import emulate
 from fusemesh.kernels.measure.cases import AttentionCase, LinearCase
 from fusemesh.kernels.measure.cases.common import Tensors, table_mod
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.aot
 
 KERNELS = Path(__file__).resolve().parents[3] / "kernels"
 SHORT = [(target, entry) for target in tables.EMULATED for entry in tables.short(target)]
+CHANCE = [(target, entry) for target in tables.EMULATED for entry in tables.by_chance(target)]
 ALL = [(target, entry) for target in tables.EMULATED for entry in tables.entries(target)]
 
 
@@ -40,6 +41,12 @@ def test_a_call_of_each_kernel_keeps_the_budget(target: str, entry: Entry) -> No
 @pytest.mark.parametrize(("target", "entry"), ALL, ids=named)
 def test_every_call_of_the_matrix_keeps_the_budget(target: str, entry: Entry) -> None:
     assert verify(entry, target).shares
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "entry"), CHANCE, ids=named)
+def test_orders_by_chance_give_the_same_bits(target: str, entry: Entry) -> None:
+    assert verify(entry, target, (COPIES[0], *BY_CHANCE)).shares
 
 
 @pytest.mark.parametrize("target", tables.EMULATED)
