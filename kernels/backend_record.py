@@ -7,6 +7,7 @@ implementation itself ask the same :meth:`Backend.refuse`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import threading
 from collections.abc import Callable, Mapping
@@ -17,6 +18,9 @@ import torch
 
 from . import compat
 
+# What an op is given in place of a backend's name: to choose when it runs. AUTO_AGAIN: likewise, in the backward of a
+# forward over the same keys, which may compute that again.
+AUTO, AUTO_AGAIN = "auto", "auto_again"
 OPERATIONS = ("attention", "attention_varlen", "attention_decode", "linear")
 # What an error calls a transform.
 TRANSFORMS = {
@@ -102,6 +106,8 @@ class Backend:
         instead: operations that another backend computes when this one is asked for.
         least_head_dim: smaller head dims are refused.
         stores_scores: whether attention takes memory of Sq * Sk.
+        proves: whether its results on tensors of a device are proven at first use, which may fail: what ``auto`` takes
+            then carries the name :data:`AUTO`, and the op decides when it runs.
     """
 
     name: str
@@ -113,6 +119,7 @@ class Backend:
     instead: Mapping[str, str] = field(default_factory=dict)
     least_head_dim: int = 1
     stores_scores: bool = False
+    proves: Callable[[torch.device], bool] = lambda device: False
 
     def computes(self, operation: str) -> bool:
         """Return whether the backend takes the operation, itself or by another."""
@@ -154,6 +161,7 @@ class Backend:
 
 # By name, in the order in which auto asks them. Never changed in place: other threads read it meanwhile.
 _records: dict[str, Backend] = {}
+_as_auto: dict[str, Backend] = {}  # each under the name AUTO
 _changing = threading.Lock()
 
 
@@ -185,7 +193,13 @@ def register(backend: Backend, *, before: str | None = None) -> Backend:
         _forget_modules(backend.name)
         found = {**_records, backend.name: backend}
         _records = {name: found[name] for name in names}
+        _as_auto[backend.name] = dataclasses.replace(backend, name=AUTO)
     return backend
+
+
+def as_auto(backend: Backend) -> Backend:
+    """Return the record of a registered backend under the name :data:`AUTO`."""
+    return _as_auto[backend.name]
 
 
 def unregister(name: str) -> None:

@@ -21,9 +21,10 @@ from .attention.engine.backend import CPU
 from .attention.gpu.backend import TRITON
 from .attention.reference.backend import REFERENCE
 from .attention.sdpa.backend import TORCH
-from .backend_record import TRANSFORMS, Backend, Request, records, register
+from .backend_record import TRANSFORMS, Backend, Request, as_auto, records, register
 from .backend_record import why_unavailable as why_unavailable
 from .proof import preferences
+from .runtime import launch
 from .scoped import Scoped
 
 # The one place where backends are registered, in the order in which auto asks them.
@@ -63,6 +64,9 @@ def requested(backend: str) -> str:
 def choose(backend: str, request: Request) -> Backend:
     """Return the backend that runs a call: the one given by name, or for ``auto`` the first willing one.
 
+    Where that one proves its results at first use, the record that ``auto`` gets is called ``auto``, too, and the op
+    asks again when it runs (:func:`instead_of`).
+
     Args:
         backend: the call's argument; ``auto`` leaves it to ``use_backend``, to FUSEMESH_BACKEND and to the records.
         request: the call.
@@ -71,12 +75,16 @@ def choose(backend: str, request: Request) -> Backend:
         ValueError: no such backend, or the one given by name cannot do this call or cannot run here.
     """
     name = requested(backend)
+    # Read so that torch.compile compiles anew for another one, as it does for the values of use_backend.
+    launch.executor_name()
     if name == "auto":
         record, why = automatic(request)
         if not torch.compiler.is_compiling():
             _announce(request.operation, record.name, why)
         if record.stores_scores and request.scores:
             _warn_of_scores(record, request, why)
+        if record.proves(request.device):
+            return as_auto(record)
     else:
         record = records()[name]
         check(record, request)
@@ -97,7 +105,7 @@ def automatic(request: Request, without: Collection[str] = ()) -> tuple[Backend,
     last, why_not = None, ""
     preferred = preferences.prefers(request)
     ordered = list(records().values())
-    if preferred in records():
+    if preferred is not None:
         ordered.sort(key=lambda record: record.name != preferred)
     only_formulas = bool(request.transforms) and any(request.operation in x.differentiable for x in records().values())
     for record in ordered:
@@ -117,6 +125,15 @@ def automatic(request: Request, without: Collection[str] = ()) -> tuple[Backend,
     if last is None:
         raise ValueError(f"backend: expected one that takes {request.operation}, received none; name one")
     raise last[1].error(last[0].name, "change the call")
+
+
+def instead_of(without: str, request: Request) -> Backend:
+    """Return what ``auto`` takes, inside an op, where the backend ``without`` could not be proven."""
+    record, why = automatic(request, (without,))
+    _announce(request.operation, record.name, f"{without} is not proven on {request.device.type}; {why}")
+    if record.stores_scores and request.scores:
+        _warn_of_scores(record, request, f"{without} is not proven")
+    return record
 
 
 def check(record: Backend, request: Request) -> None:

@@ -370,3 +370,12 @@ def _cannot_repair(reason: str) -> RuntimeError:
         f"triton {triton.__version__}: {reason}, so the interpreter's bfloat16 and fp8 arithmetic cannot be repaired; "
         "use triton 3.6 to 3.9"
     )
+
+
+def is_known(condition: bool) -> bool:
+    """Return a condition on sizes; False for one on a traced graph's symbols that may be false, without a guard."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loaded by then, and 1 s before
+
+    return statically_known_true(condition)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
@@ -34,8 +36,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    # Before anything is imported that reads it: verdicts and preferences of this user are neither read nor written.
+    os.environ["FUSEMESH_CACHE"] = tempfile.mkdtemp(prefix="fusemesh-tests-")
     # Everything that collection makes stays: Python's collector need not look for garbage in it, now or later.
     gc.disable()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["FUSEMESH_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

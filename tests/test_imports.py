@@ -159,6 +159,7 @@ def test_the_check_allows_what_is_right(module: str, source: str) -> None:
 
 TESTING = ("fusemesh.kernels.testing", "fusemesh.hybrid.ranks.testing")
 MEASURING = "fusemesh.kernels.measure"
+PROVING = "fusemesh.kernels.proof"
 
 
 def within(module: str, packages: tuple[str, ...]) -> bool:
@@ -169,11 +170,12 @@ def within(module: str, packages: tuple[str, ...]) -> bool:
 def imports_of_tools(module: str, source: str, is_package: bool) -> list[str]:
     """Return the imports of testing tools by a module that is not one, and of measuring tools by one that computes.
 
-    Measuring checks a result before it is timed, so it may use the tools for tests. The application's commands measure.
+    Measuring checks a result before it is timed, and a proof before it is handed out, so both may use the tools for
+    tests. The application's commands measure.
     """
     wrong = []
     for target, _, line in imports(module, source, is_package):
-        if within(target, TESTING) and not within(module, (*TESTING, MEASURING)):
+        if within(target, TESTING) and not within(module, (*TESTING, MEASURING, PROVING)):
             wrong.append(f"{module}:{line} imports {target}")
         if within(target, (MEASURING,)) and floor_of(module) != "fusemesh" and not within(module, (MEASURING,)):
             wrong.append(f"{module}:{line} imports {target}")
@@ -193,6 +195,7 @@ def test_production_imports_no_tools(module: str) -> None:
         ("fusemesh.kernels.aot", "from . import testing"),
         ("fusemesh.kernels.runtime.launch", "def f():\n    from ..testing.poison import surround"),
         ("fusemesh.kernels.testing.budget", "from ..measure import timing"),
+        ("fusemesh.kernels.proof.first_use", "from ..measure import standard"),
         ("fusemesh.hybrid.planner.measure", "from fusemesh.kernels.measure import time_call"),
         ("fusemesh.run.trainer", "from fusemesh.hybrid.ranks import testing"),
     ],

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from .. import backends, op_rules
-from ..backend_record import implementation
+from ..backend_record import AUTO, AUTO_AGAIN, implementation
 from .call.op_fields import OpFields
 from .call.options import Call
 from .call.packed import as_batch, as_packed
 from .call.tensors import empty_laid_out_like
+
+PROVEN = ("triton", AUTO, AUTO_AGAIN)  # what an op is given where Triton's kernels are proven before their first result
 
 
 def register_attention(operation: str, fields: OpFields, reference: Callable[[], Any]) -> None:
@@ -83,9 +85,20 @@ class _AttentionOps:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         *values, backend = rest
-        module = implementation(backend, self.operation)
-        backends.count(f"{self.operation}_forward", backend)
-        out, lse = module.forward(q, k, v, self.fields.unpack(values))
+        call, name = self.fields.unpack(values), f"{self.operation}_forward"
+        if backend in PROVEN:
+            from ..proof import calls
+
+            found = calls.attention_forward(self.operation, q, k, v, call, values, backend == "triton")
+            backend = "triton"
+            if found is None:
+                from . import other
+
+                backend, found = other.forward(self.operation, q, k, v, call)
+        else:
+            found = implementation(backend, self.operation).forward(q, k, v, call)
+        backends.count(name, backend)
+        out, lse = found
         return laid_out_like(out, q), lse.contiguous()
 
     def forward_fake(
@@ -95,12 +108,21 @@ class _AttentionOps:
 
     def backward(self, *arguments: Any) -> tuple[Any, ...]:
         do, q, k, v, out, lse, dlse, *values, bias_grad, aux_grad, backend = arguments
-        module = implementation(backend, self.operation)
-        backends.count(f"{self.operation}_backward", backend)
-        options = {"bias_grad": bias_grad}
-        if aux_grad:
-            options["aux_grad"] = True
-        found = module.backward(do, q, k, v, out, lse, dlse, self.fields.unpack(values), **options)
+        call, name = self.fields.unpack(values), f"{self.operation}_backward"
+        tensors = (do, q, k, v, out, lse, dlse)
+        if backend in PROVEN:
+            from ..proof import calls
+
+            found = calls.attention_backward(self.operation, tensors, call, bias_grad, values, backend == "triton")
+            recomputes, backend = backend == AUTO_AGAIN, "triton"
+            if found is None:
+                from . import other
+
+                backend, found = other.backward(self.operation, tensors, call, bias_grad, recomputes)
+        else:
+            options = {"bias_grad": bias_grad, "aux_grad": True} if aux_grad else {"bias_grad": bias_grad}
+            found = implementation(backend, self.operation).backward(*tensors, call, **options)
+        backends.count(name, backend)
         dq, dk, dv = (laid_out_like(x, like) for x, like in zip(found[:3], (q, k, v), strict=True))
         dbias, dsinks = (_contiguous_or_empty(x, q) for x in found[3:5])
         return dq, dk, dv, dbias, dsinks, [x.contiguous() for x in found[5]] if aux_grad else []
@@ -130,7 +152,7 @@ class _AttentionOps:
         is_shift = needs["bias"] and call.bias.shape[3] == 1 and call.sinks is None
         aux_grad = any(needs["aux"])
         backward = getattr(torch.ops.fusemesh, f"{self.operation}_backward")
-        flags = (needs["bias"] and not is_shift, aux_grad, ctx.backend)
+        flags = (needs["bias"] and not is_shift, aux_grad, AUTO_AGAIN if ctx.backend == AUTO else ctx.backend)
         dq, dk, dv, dbias, dsinks, daux = backward(do, q, k, v, out, lse, dlse, *values, *flags)
         if is_shift:
             dbias = _gradient_of_row_shifts(call, lse, dlse)

@@ -24,6 +24,7 @@ def emulate(
     check: bool = True,
     ctas: int | None = None,
     keep: bool = False,
+    resident: int = 2,
 ) -> Iterator[Emulator]:
     """Within the block, ``backend="triton"`` runs on CPU tensors, by the code that Triton compiles for a GPU.
 
@@ -46,6 +47,8 @@ def emulate(
         check: look for hazards. Without, it takes a tenth less time.
         ctas: run only so many blocks of each grid.
         keep: keep every launch in ``run.bound``, to be run again.
+        resident: so many blocks run side by side where a kernel synchronises blocks. That all of them wait for one
+            that has no place yet is a deadlock; a GPU has places for more, but promises no order.
 
     Yields:
         What ran: ``run.log`` has the counts of each launch.
@@ -59,7 +62,7 @@ def emulate(
     chosen = _target(target)
     if copies not in COPIES:
         raise ValueError(f"copies: expected one of {COPIES}, received {copies!r}")
-    emulator = Emulator(chosen, asynchrony=copies, seed=seed, check=check, ctas=ctas, keep=keep)
+    emulator = Emulator(chosen, asynchrony=copies, seed=seed, check=check, ctas=ctas, keep=keep, resident=resident)
 
     with execute_on(emulator), compat.driver(emulator.device, assembles=False):
         yield emulator

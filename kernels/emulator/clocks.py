@@ -30,8 +30,11 @@ class Clocks:
         self.reset()
 
     def reset(self) -> None:
-        """Return to the state at the start of a CTA."""
+        """Begin a CTA, at a time after all that was: what earlier ones did is known to all."""
+        now = int(self.known[:, : self.warps].max())
         self.known[:] = self._own
+        self.known[:, : self.warps] += now
+        self.known[:, self.agents : self.agents + self.warps] = now
         # Of other CTAs each warp hears through atomics: (its own time then, what it heard).
         self.heard: list[list[tuple[int, History]]] = [[] for _ in range(self.warps)]
         self.unfenced: list[History] = [{} for _ in range(self.warps)]  # heard by relaxed reads since its last fence

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .hazard import Hazard
-from .ptx import synchronises
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -30,7 +29,7 @@ def run_grid(
     chance = None if machine.seed is None else random.Random(machine.seed)
     if chance is not None and not in_order:
         chance.shuffle(places)
-    if not any(synchronises(ins) for ins in machine.kernel.instructions):
+    if not any(code.synchronises for code in machine.blocks):
         for place in places:
             machine.run(params, place, grid)
         return
@@ -43,10 +42,10 @@ def _side_by_side(
     idle = [machine] + [machine.twin() for _ in range(min(machine.resident, len(places)) - 1)]
     running: list[tuple[Machine, Iterator[bool]]] = []
     fruitless: dict[Place, int] = {}  # how often in a row each CTA had its turn and could only wait
-    changes, turn = machine.memory.changes, 0
+    changes, turn = machine.memory.changes, -1
     while places or running:
         while places and idle:
-            each = idle.pop()
+            each = idle.pop(0)
             running.append((each, each.begin(params, places.pop(0), grid)))
             fruitless = {}
         turn = (turn + 1) % len(running) if chance is None else chance.randrange(len(running))
@@ -55,6 +54,7 @@ def _side_by_side(
         if spins is None:
             idle.append(each)
             del running[turn]
+            turn -= 1
             fruitless = {}
         elif machine.memory.changes != changes:
             changes, fruitless = machine.memory.changes, {}

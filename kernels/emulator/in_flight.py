@@ -39,6 +39,8 @@ class InFlight:
         self.transfers: list[Transfer] = []
         # bulk stores by thread
         self.stores: dict[int, Stores] = {}
+        # Tensor maps in global memory by address: the warp that acquired what was written there, and when.
+        self.tensor_maps: dict[int, tuple[int, int]] = {}
         # setmaxnreg: registers of a thread of each warp, and the last that asked for more than the CTA has.
         self.held = np.zeros(0, np.int64)
         self.over: Instruction | None = None

@@ -48,13 +48,6 @@ def as_bytes(kind: str, value: Any) -> bytes:
     return number.reshape(1).view(torch.uint8).numpy().tobytes()
 
 
-def extent(t: torch.Tensor) -> int:
-    """Return the bytes from a tensor's first element to its last."""
-    if t.numel() == 0:
-        return 0
-    return (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.itemsize
-
-
 class Bound:
     """One launch with its parameters and the memory they point at; it can be run as often as wanted."""
 
@@ -93,7 +86,7 @@ class Bound:
                 "move the tensors to the CPU, or leave the block"
             )
         if tensor.numel():
-            self.memory.add(tensor.data_ptr(), extent(tensor), name)
+            self.memory.add_tensor(tensor, name)
             self.tensors[name] = tensor
 
     def machine(self, text: str | None = None, **options: Any) -> Machine:

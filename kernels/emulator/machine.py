@@ -12,6 +12,7 @@ from .global_memory import Global
 from .hazard import Hazard, UnknownInstruction
 from .opcodes.sync import Barrier, compile_barrier
 from .opcodes.wgmma import check_fence
+from .pointers import written_parameters
 from .ptx import Block, Instruction, Kernel, meeting, synchronises
 from .schedule import Code, Leave, Threads, compile_end, execute
 from .state import Cta, Step
@@ -45,6 +46,7 @@ class Machine(Cta):
         self.blocks: list[Code] = []
         self.threads = Threads(self, seed)
         self.barriers: dict[int, Barrier] = {}
+        self.written = written_parameters(kernel)
         opcodes.load()
         for at, block in enumerate(kernel.blocks):
             body = []
@@ -99,18 +101,20 @@ class Machine(Cta):
             stats=self.count_stats,
             most_steps=self.most_steps,
         )
-        twin.stats, twin.ran = self.stats, self.ran
+        twin.stats, twin.ran, twin.strict = self.stats, self.ran, self.strict
         return twin
 
     def begin(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> Iterator[bool]:
         """Run one CTA from its first instruction to its last; yields where another may have its turn (``execute``)."""
         self.start(params, cta, grid)
-        number = self.memory.cta
-        self.threads = Threads(self, None if self.seed is None else self.seed * 1_000_003 + number)
+        written = None if self.written is None else [int.from_bytes(params[x][:8], "little") for x in self.written]
+        self.memory.watch(written)
+        self.threads = Threads(self, None if self.seed is None else self.seed * 1_000_003 + self.number)
         self.barriers = {}
         steps = execute(self, self.threads)
         while True:
-            self.memory.cta = number
+            self.memory.enter(self.number, self.shared.clocks, grid)
+            self.memory.line = self.shared.line
             try:
                 with np.errstate(all="ignore"):
                     spins = next(steps, None)

@@ -103,7 +103,7 @@ class _Parser:
             line = self.lines[n]
             if not pending:
                 stripped = line.lstrip()
-                if stripped.startswith(".loc"):
+                if stripped.startswith((".loc ", ".loc\t")):
                     self.location(stripped)
                     continue
                 if stripped.startswith((".pragma", ".file", "//")):

@@ -144,6 +144,14 @@ class Threads:
         missing = members & _bits(alive & ~group)[self.cta.warp]
         return group & (missing == 0)
 
+    def apart(self, mask: np.ndarray) -> np.ndarray | None:
+        """Return which warps run without some of their lanes, or None if none does."""
+        missing = (self.state != ENDED) & ~mask
+        if not missing.any():
+            return None
+        warps = mask.reshape(-1, WARP).any(1) & missing.reshape(-1, WARP).any(1)
+        return warps if warps.any() else None
+
     def spins(self) -> bool:
         """Let those run again who found what they wait for unchanged; return whether there are any."""
         spinning = self.state == SPINS
@@ -229,6 +237,7 @@ def execute(cta: Machine, threads: Threads) -> Iterator[bool]:
             chosen = threads.pick()
             if chosen is not None:
                 at, mask = chosen
+                cta.shared.split = None if mask is None else threads.apart(mask)
                 break
             if threads.ended():
                 cta.stats["instructions"] += steps

@@ -2,55 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .clocks import Clocks
 from .hazard import Hazard
 
+# What is known of a word. A word of which none of the bits that matter is set needs no further look.
+UNWRITTEN, LANDING, STREAMING = 1, 2, 4  # a byte was never written; a copy is under way to it; something reads it
+RECENT, READ = 8, 16  # written, or read, since the last barrier of all threads
+BY_COPY = 32  # written by a copy that completes at an mbarrier
+FINE, FINE_READ = 64, 128  # its bytes were written, or read, one by one
+
 
 class Shared:
     """Shared memory by 4-byte words, with for each word who wrote and read it, and when by that warp's clock.
 
-    The order of two accesses by different warps is known only through barriers: each warp has a vector clock.
-    A second write of the value that is already there is harmless and allowed.
+    A second write of the value that is already there is harmless and allowed. Words of which single bytes are written
+    or read are watched byte by byte from then on. Lanes of one warp count as ordered while they run together; what
+    they do after they branched is ordered by bar.warp.sync and by barriers alone.
     """
 
     BASE = 1024  # where Hopper starts a kernel's shared memory; swizzles repeat every 1024 bytes
     AGENTS = Clocks.AGENTS
 
     def __init__(self, size: int, warps: int) -> None:
-        words = (self.BASE + size + 3) // 4
-        self.raw = np.zeros(words * 4, np.uint8)
+        count = (self.BASE + size + 3) // 4
+        self.raw = np.zeros(count * 4, np.uint8)
         self.words = self.raw.view(np.uint32)
         self.halves = self.raw.view(np.uint16)
         self.end = self.BASE + size
         self.warps = warps
-        self.valid = np.zeros(words, bool)
-        self.writer = np.full(words, -1, np.int16)
-        self.write_stamp = np.zeros(words, np.int32)  # the writer's clock at that time
-        self.write_half = np.zeros(words, np.uint8)
-        self.read_stamp = np.zeros((warps, words), np.int32)  # each warp's clock when it last read
         self.clocks = Clocks(warps)
         self.clock = self.clocks.known
-        self.landing = np.zeros(words, bool)  # a cp.async is under way to it
-        self.streaming = np.zeros(words, np.int16)  # so many wgmma under way read it
-        self.any_streaming = False
-        self.objects = np.zeros(words, bool)  # words of mbarriers
-        self.has_objects = False
+        self.line: Callable[[], int] = lambda: 0  # of the instruction that runs
         self.check = True
+        self.last_write = np.zeros(warps, np.int32)  # each warp's clock when it last wrote
+        self.all_fenced = False  # all knew at the last barrier that all was fenced, and nothing was written since
+        self.flags = np.full(count, UNWRITTEN, np.uint8)
+        self.valid = np.zeros(count * 4, bool)
+        self.streams = np.zeros(count, np.int16)  # so many operations under way read it
+        self.was_atomic = np.zeros(count, bool)  # whether the last write was an atomic operation
+        self.has_atomics = False
+        self.objects = np.zeros(count, bool)  # words of mbarriers
+        self.has_objects = False
+        self.writer = np.zeros(count, np.int16)
+        self.write_stamp = np.zeros(count, np.int32)  # the writer's clock at that time
+        self.write_line = np.zeros(count, np.int32)
+        self.read_stamp = np.zeros((warps, count), np.int32)  # each warp's clock when it last read
+        # Of words written or read byte by byte; made when the first is.
+        self.byte_writer = self.byte_stamp = np.zeros(0, np.int32)
+        self.byte_read = np.zeros((warps, 0), np.int32)
+        # By lanes that had branched: thread + 1, and its warp's clock. Later accesses are compared with them.
+        self.split: np.ndarray | None = None  # [W], which warps' lanes do not run together now
+        self.lane_write = self.lane_read = np.zeros((2, 0), np.int32)
+        self.watches_lanes = False
 
     def reset(self) -> None:
         """For the next CTA: memory is as undefined as at first (and filled with NaN)."""
         self.words[:] = 0xFFFFFFFF
-        self.valid[:] = False
-        self.writer[:] = -1
-        self.write_stamp[:] = 0
-        self.read_stamp[:] = 0
         self.clocks.reset()
-        self.landing[:] = False
-        self.streaming[:] = 0
-        self.any_streaming = False
+        self.flags[:] = UNWRITTEN
+        self.valid[:] = False
+        self.streams[:] = 0
         self.objects[:] = self.has_objects = False
+        self.was_atomic[:] = self.has_atomics = False
+        self.split, self.watches_lanes = None, False
 
     def release(self, warps: np.ndarray) -> np.ndarray:
         """Return what these warps have done and seen; their later accesses are not part of it."""
@@ -63,12 +81,15 @@ class Shared:
     def barrier(self) -> None:
         """Let all warps know everything."""
         self.clocks.barrier()
+        self.flags &= 0xFF ^ (RECENT | READ)
+        fenced = self.clock[0, self.clocks.agents : self.clocks.agents + self.warps]
+        self.all_fenced = bool((fenced >= self.last_write).all())
 
     def index(self, addr: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
-        """Byte addresses, checked, as int64."""
+        """Return byte addresses as int64, after the check that ``size`` bytes there exist and are aligned."""
         a = addr.astype(np.int64)
-        bad = (a < self.BASE) | (a + size > self.end)
-        if bad.any():
+        if a.min() < self.BASE or a.max() + size > self.end:
+            bad = (a < self.BASE) | (a + size > self.end)
             n = int(np.argmax(bad))
             raise Hazard(
                 "address",
@@ -84,48 +105,29 @@ class Shared:
                 raise Hazard("mbarrier", f"thread {threads[n]} accesses shared byte {a[n] - self.BASE} of an mbarrier")
         return a
 
-    def begin_copy(self, words: np.ndarray) -> None:
-        """Note that a copy to words is under way."""
-        if self.check:
-            self.landing[words] = True
+    # --- by words
 
-    def end_copy(self, words: np.ndarray) -> None:
-        """Note that it has taken effect."""
-        self.landing[words] = False
-
-    def begin_stream(self, words: np.ndarray) -> None:
-        """Note that something asynchronous reads words (each once) from now on."""
-        self.streaming[words] += 1
-        self.any_streaming = True
-
-    def end_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
-        """Note that it has read them, to the knowledge of ``warps``, which broadcast with words."""
-        self.streaming[words] -= 1
-        if self.check:
-            self.read_stamp[warps, words] = self.clock[warps, warps]
-
-    def read(self, words: np.ndarray, warp: np.ndarray, generic: bool = True) -> None:
-        """Warps `warp` [n] (or broadcast) read `words` [n, k]."""
+    def read(
+        self, words: np.ndarray, warp: np.ndarray, generic: bool = True, threads: np.ndarray | None = None
+    ) -> None:
+        """Check and note a read of ``words`` by ``warp``, which broadcast; not ``generic``: by the async proxy."""
         if not self.check:
             return
-        if not self.valid[words].all():
-            if self.landing[words].any():
-                self._fail("async", "reads what a cp.async under way writes", words, self.landing[words], warp)
-            self._fail("uninitialised", "reads shared memory that nothing wrote", words, ~self.valid[words], warp)
-        if self.landing[words].any():
-            self._fail("async", "reads what a cp.async under way writes", words, self.landing[words], warp)
-        bad = self.write_stamp[words] > self.clock[warp, self.writer[words]]
-        if bad.any():
-            self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
-        if not generic:
+        flags = self.flags[words]
+        suspect = int(np.bitwise_or.reduce(flags, axis=None))
+        if suspect & (UNWRITTEN | LANDING | RECENT | BY_COPY | FINE):
+            self._check_read(words, warp, flags, suspect)
+        if not generic and not self.all_fenced:
             self._check_proxy(words, warp, "reads")
+        self.flags[words] = flags | READ
         self.read_stamp[warp, words] = self.clock[warp, warp]
+        if self.watches_lanes or self.split is not None:
+            self._lanes(words, warp, threads, False)
 
     def _check_proxy(self, words: np.ndarray, warp: np.ndarray, does: str) -> None:
         """Check that what the generic proxy wrote is fenced, to the knowledge of ``warp``."""
         writer = self.writer[words]
-        late = self.write_stamp[words] > self.clock[warp, writer + self.clocks.agents]
-        bad = (writer >= 0) & (writer < self.warps) & late
+        bad = (writer < self.warps) & (self.write_stamp[words] > self.clock[warp, writer + self.clocks.agents])
         if bad.any():
             what = f"{does} what st.shared or cp.async wrote with no fence.proxy.async between"
             self._fail("proxy", what, words, bad, warp)
@@ -133,52 +135,275 @@ class Shared:
     def write_async(self, words: np.ndarray, warp: np.ndarray) -> None:
         """Check a write through the async proxy, before it happens."""
         self.write(words, warp, None)
-        if self.check:
+        if self.check and not self.all_fenced:
             self._check_proxy(words, warp, "overwrites")
 
-    def write(self, words: np.ndarray, warp: np.ndarray, values: np.ndarray | None, half: int = 3) -> None:
-        """Before a write of `values` [n, k] (None: not known yet) to `words` [n, k]."""
+    def _check_read(self, words: np.ndarray, warp: np.ndarray, flags: np.ndarray, suspect: int) -> None:
+        if suspect & LANDING:
+            self._fail("async", "reads what a copy under way writes", words, (flags & LANDING) > 0, warp)
+        if suspect & UNWRITTEN:
+            self._fail("uninitialised", "reads shared memory that nothing wrote", words, (flags & UNWRITTEN) > 0, warp)
+        bad = self._unordered_write(words, warp, flags, suspect)
+        if bad.any():
+            self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
+
+    def _unordered_write(self, words: np.ndarray, warp: np.ndarray, flags: np.ndarray, suspect: int) -> np.ndarray:
+        """Return where the last write is not known to ``warp``."""
+        late = self.write_stamp[words] > self.clock[warp, self.writer[words]]
+        bad = late & ((flags & (RECENT | BY_COPY)) > 0)
+        if suspect & FINE:
+            at = words[..., None] * 4 + np.arange(4)
+            late = self.byte_stamp[at] > self.clock[np.asarray(warp)[..., None], self.byte_writer[at]]
+            bad = np.where(flags & FINE, late.any(-1), bad)
+        return bad
+
+    def _unordered_read(self, words: np.ndarray, warp: np.ndarray, flags: np.ndarray, suspect: int) -> np.ndarray:
+        """Return where a read by another warp is not known to ``warp``."""
+        known = np.moveaxis(self.clock[warp], -1, 0)[: self.warps]
+        bad = (self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0)
+        if suspect & FINE_READ:
+            at = words[..., None] * 4 + np.arange(4)
+            bad = bad | (((flags & FINE_READ) > 0) & (self.byte_read[:, at] > known[..., None]).any((0, -1)))
+        return bad
+
+    def write(
+        self,
+        words: np.ndarray,
+        warp: np.ndarray,
+        values: np.ndarray | None,
+        threads: np.ndarray | None = None,
+    ) -> None:
+        """Check a write of ``values`` (None: not known yet) to ``words`` by ``warp``, before it happens."""
         if not self.check:
             return
-        if self.any_streaming and self.streaming[words].any():
-            self._fail("async", "writes what a wgmma under way reads", words, self.streaming[words] > 0, warp)
-        if self.landing[words].any():
-            self._fail("async", "writes what a cp.async under way writes", words, self.landing[words], warp)
-        fresh = self.write_stamp[words] > self.clock[warp, self.writer[words]]
-        reads = (self.read_stamp[:, words] > np.moveaxis(self.clock[warp], -1, 0)[: self.warps]).any(0)
-        if fresh.any() or reads.any():
-            if half != 3:
-                fresh &= (self.write_half[words] & half) != 0
-            bad = fresh | reads
-            if values is not None and half == 3:
+        flags = self.flags[words]
+        suspect = int(np.bitwise_or.reduce(flags, axis=None))
+        if suspect & (STREAMING | LANDING):
+            self._check_under_way(words, warp, flags)
+        if suspect & (RECENT | READ | BY_COPY | FINE | FINE_READ):
+            late = self._unordered_write(words, warp, flags, suspect)
+            reads = self._unordered_read(words, warp, flags, suspect)
+            bad = late | reads
+            if values is not None:
                 bad &= self.words[words] != values
             if bad.any():
-                what = "reads" if (bad & reads).any() else "writes"
-                self._fail("race", f"writes what another warp {what} with no barrier between", words, bad, warp)
+                self._fail_write(words, warp, bad, reads)
+        if self.watches_lanes or self.split is not None:
+            self._lanes(words, warp, threads, True, values)
 
-    def landed(self, words: np.ndarray, values: np.ndarray, agent: int, stamp: int) -> None:
-        """A bulk copy of mbarrier `agent` has written; those who wait for its phase `stamp` may read."""
-        self.landing[words] = False
-        self.words[words] = values
-        self.valid[words] = True
-        self.writer[words] = self.warps + agent
-        self.write_stamp[words] = stamp
+    def _check_under_way(self, words: np.ndarray, warp: np.ndarray, flags: np.ndarray) -> None:
+        if (flags & STREAMING).any():
+            what = "writes what a wgmma or a bulk store under way reads"
+            self._fail("async", what, words, (flags & STREAMING) > 0, warp)
+        self._fail("async", "writes what a copy under way writes", words, (flags & LANDING) > 0, warp)
 
-    def wrote(self, words: np.ndarray, warp: np.ndarray, half: int = 3) -> None:
-        """After a write."""
-        self.valid[words] = True
+    def _fail_write(self, words: np.ndarray, warp: np.ndarray, bad: np.ndarray, reads: np.ndarray) -> None:
+        what = "reads" if (bad & reads).any() else "wrote"
+        self._fail("race", f"writes what another warp {what} with no barrier between", words, bad, warp)
+
+    def wrote(self, words: np.ndarray, warp: np.ndarray) -> None:
+        """Note a write that has happened."""
         if self.check:
+            self.valid.view(np.uint32)[words] = 0x01010101
+            self.flags[words] = RECENT
             self.writer[words] = warp
             self.write_stamp[words] = self.clock[warp, warp]
-            self.write_half[words] = half
+            self.write_line[words] = self.line()
+            self._note_writers(warp)
+            if self.has_atomics:
+                self.was_atomic[words] = False
+
+    def atomic(self, words: np.ndarray, warp: np.ndarray, threads: np.ndarray) -> None:
+        """Check an atomic operation, which may meet others: it is a read and a write."""
+        self.has_atomics = True
+        if not self.check:
+            return
+        flags = self.flags[words]
+        if (flags & (STREAMING | LANDING)).any():
+            self._check_under_way(words, warp, flags)
+        if (flags & UNWRITTEN).any():
+            self._fail("uninitialised", "reads shared memory that nothing wrote", words, (flags & UNWRITTEN) > 0, warp)
+        suspect = int(np.bitwise_or.reduce(flags, axis=None))
+        bad = self._unordered_write(words, warp, flags, suspect) & ~self.was_atomic[words]
+        reads = self._unordered_read(words, warp, flags, suspect)
+        if (bad | reads).any():
+            self._fail_write(words, warp, bad | reads, reads)
+
+    # --- by bytes, of elements of 1 or 2 bytes at byte addresses ``at``
+
+    def read_bytes(self, at: np.ndarray, size: int, warp: np.ndarray, threads: np.ndarray | None = None) -> None:
+        """Check and note a read of elements smaller than a word."""
+        if not self.check:
+            return
+        self._see_bytes()
+        words, part = at >> 2, at[..., None] + np.arange(size)
+        flags = self.flags[words]
+        suspect = int(np.bitwise_or.reduce(flags, axis=None))
+        if suspect & LANDING:
+            self._fail("async", "reads what a copy under way writes", words, (flags & LANDING) > 0, warp)
+        if suspect & UNWRITTEN and not self.valid[part].all():
+            bad = ~self.valid[part].all(-1)
+            self._fail("uninitialised", "reads shared memory that nothing wrote", words, bad, warp)
+        if suspect & (RECENT | BY_COPY | FINE):
+            bad = self._unordered_bytes(words, part, warp, flags)
+            if bad.any():
+                self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
+        self.flags[words] = flags | FINE_READ
+        self.byte_read[warp[..., None], part] = self.clock[warp, warp][..., None]
+        if self.watches_lanes or self.split is not None:
+            self._lanes(words, warp, threads, False)
+
+    def _see_bytes(self) -> None:
+        if not len(self.byte_stamp):
+            self.byte_writer = np.zeros(len(self.raw), np.int32)
+            self.byte_stamp = np.zeros(len(self.raw), np.int32)
+            self.byte_read = np.zeros((self.warps, len(self.raw)), np.int32)
+
+    def _unordered_bytes(self, words: np.ndarray, part: np.ndarray, warp: np.ndarray, flags: np.ndarray) -> np.ndarray:
+        coarse = self.write_stamp[words] > self.clock[warp, self.writer[words]]
+        coarse &= (flags & (RECENT | BY_COPY)) > 0
+        fine = (self.byte_stamp[part] > self.clock[warp[..., None], self.byte_writer[part]]).any(-1)
+        return np.where(flags & FINE, fine, coarse)
+
+    def write_bytes(
+        self, at: np.ndarray, size: int, warp: np.ndarray, values: np.ndarray, threads: np.ndarray | None = None
+    ) -> None:
+        """Check a write of elements smaller than a word, before it happens."""
+        if not self.check:
+            return
+        self._see_bytes()
+        words, part = at >> 2, at[..., None] + np.arange(size)
+        flags = self.flags[words]
+        suspect = int(np.bitwise_or.reduce(flags, axis=None))
+        if suspect & (STREAMING | LANDING):
+            self._check_under_way(words, warp, flags)
+        known = np.moveaxis(self.clock[warp], -1, 0)[: self.warps]
+        reads = np.zeros(words.shape, bool)
+        if suspect & READ:
+            reads |= (self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0)
+        if suspect & FINE_READ:
+            late = (self.byte_read[:, part] > known[..., None]).any((0, -1))
+            reads |= late & ((flags & FINE_READ) > 0)
+        bad = reads
+        if suspect & (RECENT | BY_COPY | FINE):
+            bad = bad | self._unordered_bytes(words, part, warp, flags)
+        if bad.any() or self.watches_lanes or self.split is not None:
+            same = (self.halves if size == 2 else self.raw)[at // size] == values
+            if (bad & ~same).any():
+                self._fail_write(words, warp, bad & ~same, reads)
+            if self.watches_lanes or self.split is not None:
+                self._lanes(words, warp, threads, True, same)
+
+    def wrote_bytes(self, at: np.ndarray, size: int, warp: np.ndarray) -> None:
+        """Note a write of elements smaller than a word that has happened."""
+        if not self.check:
+            return
+        words, part = at >> 2, at[..., None] + np.arange(size)
+        flags, now = self.flags[words], self.clock[warp, warp]
+        if not (flags & FINE).all():
+            coarse = words[(flags & FINE) == 0]
+            whole = coarse[..., None] * 4 + np.arange(4)
+            self.byte_writer[whole] = self.writer[coarse][..., None]
+            # Where nothing was written since all knew of it, the time before time.
+            seen = (self.flags[coarse] & (RECENT | BY_COPY)) == 0
+            self.byte_stamp[whole] = np.where(seen, 0, self.write_stamp[coarse])[..., None]
+        self.valid[part] = True
+        self.byte_writer[part] = warp[..., None]
+        self.byte_stamp[part] = now[..., None]
+        unwritten = (self.valid.view(np.uint32)[words] != 0x01010101).view(np.uint8)
+        self.flags[words] = (flags & FINE_READ) | (RECENT | FINE) | unwritten
+        self.writer[words] = warp
+        self.write_stamp[words] = now
+        self.write_line[words] = self.line()
+        self._note_writers(warp)
+
+    def _note_writers(self, warp: np.ndarray) -> None:
+        self.all_fenced = False
+        self.last_write[warp] = self.clock[warp, warp]
+
+    # --- what is asynchronous
+
+    def begin_copy(self, words: np.ndarray) -> None:
+        """Note that a copy to words is under way."""
+        if self.check:
+            self.flags[words] |= LANDING
+
+    def end_copy(self, words: np.ndarray) -> None:
+        """Note that it has taken effect."""
+        self.flags[words] &= 0xFF ^ LANDING
+
+    def landed(self, words: np.ndarray, values: np.ndarray, agent: int, stamp: int) -> None:
+        """Put in place what a copy of mbarrier ``agent`` wrote; those who wait for its phase ``stamp`` may read."""
+        self.words[words] = values
+        self.valid.view(np.uint32)[words] = 0x01010101
+        self.flags[words] = BY_COPY
+        self.writer[words] = self.warps + agent
+        self.write_stamp[words] = stamp
+        self.write_line[words] = self.line()
+
+    def begin_stream(self, words: np.ndarray) -> None:
+        """Note that something asynchronous reads words (each once) from now on."""
+        self.streams[words] += 1
+        self.flags[words] |= STREAMING
+
+    def end_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
+        """Note that it has read them, to the knowledge of ``warps``, which broadcast with words."""
+        left = self.streams[words] - 1
+        self.streams[words] = left
+        self.flags[words] &= 0xFF ^ STREAMING
+        if left.any():
+            self.flags[words[left > 0]] |= STREAMING
+        if self.check:
+            self.flags[words] |= READ
+            self.read_stamp[warps, words] = self.clock[warps, warps]
+
+    # --- lanes of one warp
+
+    def _lanes(
+        self,
+        words: np.ndarray,
+        warp: np.ndarray,
+        threads: np.ndarray | None,
+        writes: bool,
+        values: np.ndarray | None = None,
+    ) -> None:
+        """Check an access against those of other lanes of the warp since they branched, and note it if they have.
+
+        ``values``: what is written, or where that changes nothing.
+        """
+        if not self.watches_lanes:
+            if not self.lane_write.shape[1]:
+                self.lane_write = np.zeros((2, len(self.words)), np.int32)
+                self.lane_read = np.zeros((2, len(self.words)), np.int32)
+            self.lane_write[:] = self.lane_read[:] = 0
+            self.watches_lanes = True
+        me = np.asarray(-1 if threads is None else threads + 1)
+        now = self.clock[warp, warp]
+        for what, (who, when) in (("wrote", self.lane_write), ("read", self.lane_read))[: 2 if writes else 1]:
+            other = who[words]
+            bad = (other != 0) & (other != me) & ((other - 1) // 32 == warp) & (when[words] == now)
+            if values is not None:
+                bad &= ~values if values.dtype == bool else self.words[words] != values
+            if bad.any():
+                does = "writes" if writes else "reads"
+                text = f"{does} what another lane of it {what} in a branch, with no bar.warp.sync between"
+                self._fail("race", text, words, bad, warp)
+        if self.split is not None and threads is not None:
+            apart = np.broadcast_to(self.split[warp], words.shape)
+            if apart.any():
+                who, when = self.lane_write if writes else self.lane_read
+                who[words[apart]] = np.broadcast_to(me, words.shape)[apart]
+                when[words[apart]] = np.broadcast_to(now, words.shape)[apart]
 
     def _fail(self, kind: str, message: str, words: np.ndarray, bad: np.ndarray, warp: np.ndarray) -> None:
         words, bad, warp = np.broadcast_arrays(words, bad, warp)
         at = np.unravel_index(int(np.argmax(bad)), bad.shape)
         word, who = int(words[at]), int(warp[at])
-        readers = [w for w in range(self.warps) if self.read_stamp[w, word] > self.clock[who, w]]
-        raise Hazard(
-            kind,
-            f"warp {who} {message}: shared byte {word * 4 - self.BASE} ({int(bad.sum())} words; last "
-            f"writer warp {int(self.writer[word])}, unordered readers {readers})",
-        )
+        text = f"warp {who} {message}: shared byte {word * 4 - self.BASE} ({int(bad.sum())} words)"
+        if kind in ("race", "proxy"):
+            last = int(self.writer[word])
+            by = f"warp {last}" if last < self.warps else f"a copy of mbarrier {last - self.warps}"
+            text += f", last written by {by} (PTX line {int(self.write_line[word])})"
+            readers = [w for w in range(self.warps) if w != who and self.read_stamp[w, word] > self.clock[who, w]]
+            text += f", read since by warps {readers}" if readers and "read" in message else ""
+        raise Hazard(kind, text)

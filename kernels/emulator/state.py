@@ -11,6 +11,7 @@ import numpy as np
 from .global_memory import Global
 from .hazard import Hazard, UnknownInstruction
 from .in_flight import InFlight
+from .local_memory import Local
 from .numbers import FILES, TYPES, constant
 from .ptx import Addr, Imm, Instruction, Kernel, Operand, Reg, Sym
 from .shared_memory import Shared
@@ -40,7 +41,11 @@ class Cta:
         current: the instruction that runs (or, before anything runs, that is compiled).
         in_flight: what is asynchronous and under way; ``asynchrony`` and ``seed`` say when it takes effect.
         check: whether accesses to shared memory are checked.
+        strict: demand a fence between an mbarrier's initialisation and copies that complete at it. PTX does; Triton
+            issues none, and on every GPU so far its kernels run.
     """
+
+    strict = False
 
     def __init__(
         self,
@@ -63,16 +68,21 @@ class Cta:
         }
         self.shared = Shared(shared_bytes, self.W)
         self.shared.check = check
+        self.shared.line = lambda: 0 if self.current is None else self.current.line
         self.ctaid = [np.zeros((), np.uint32) for _ in range(3)]
         self.nctaid = [np.zeros((), np.uint32) for _ in range(3)]
         self.param: dict[str, bytes] = {}
         self.current: Instruction | None = None
         self.stats = {"bank": 0, "bank_ideal": 0, "sectors": 0, "sectors_ideal": 0, "instructions": 0, "ctas": 0}
+        self.stats["float_atomics"] = 0  # sums whose bits depend on an order that a GPU leaves open
         self.count_stats = False
         self.most_steps = 10_000_000
         self.ticks = 0
         self.polled = ""  # what an instruction of the current block read again and found unchanged
         self.place_in_grid = (0, 0, 0)
+        self.number = 0  # of the CTA, from 1
+        self.local = Local(kernel.size("local"), self.T)
+        self.chance: np.random.Generator | None = None  # what is left open happens by it, where there is a seed
         self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
         self.before: list[set[int]] = kernel.predecessors()
         self.matrix_row, self.matrix_col = np.arange(WARP) >> 2, np.arange(WARP) & 3
@@ -88,9 +98,12 @@ class Cta:
         for bits, file in self.files.items():
             file[:] = 0xFFFFFFFF if bits == 32 else 0
         self.shared.reset()
+        self.local.reset()
         self.in_flight = InFlight(self.T, self.asynchrony, self.seed or 0)
         self.place_in_grid = cta
-        self.memory.cta = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
+        self.number = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
+        self.chance = None if self.seed is None else np.random.default_rng((self.seed, self.number))
+        self.memory.enter(self.number, self.shared.clocks, grid)
 
     @staticmethod
     def map_address(name: str) -> int:

@@ -13,7 +13,22 @@ _SIZES = {"u8": 1, "u16": 2, "f16": 2, "bf16": 2, "u64": 8, "s64": 8, "f64": 8}
 _NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0x7FFFFFFFFFFFFFFF}
 SWIZZLES = (0, 32, 64, 128)
 _MAGIC = 0x46555345
-_FORMAT = struct.Struct("<I4BQ5I4Q5H")
+# Magic number, element, rank - 1, swizzle, fill, address, sizes, strides, box, steps of elements, interleaving.
+_FORMAT = struct.Struct("<I4BQ5I4Q5H5BB")
+# Of each field of tensormap.replace: its place in the encoding, its bytes, and how often it is there.
+FIELDS = {
+    "elemtype": (4, 1, 1),
+    "rank": (5, 1, 1),
+    "swizzle_mode": (6, 1, 1),
+    "fill_mode": (7, 1, 1),
+    "global_address": (8, 8, 1),
+    "global_dim": (16, 4, 5),
+    "global_stride": (36, 8, 4),
+    "box_dim": (68, 2, 5),
+    "element_stride": (78, 1, 5),
+    "interleave_layout": (83, 1, 1),
+}
+MAGIC = _MAGIC.to_bytes(4, "little")
 
 
 @dataclass(frozen=True)
@@ -68,28 +83,33 @@ class TensorMap:
         return _FORMAT.pack(
             _MAGIC,
             ELEMENTS.index(self.element),
-            rank,
+            rank - 1,
             SWIZZLES.index(self.swizzle),
             self.nan,
             self.address,
-            *(n - 1 for n in self.shape),
+            *(n % (1 << 32) for n in self.shape),
             *fill,
             *self.strides,
-            *fill[: 5 - rank],
+            *fill,
             *self.box,
             *fill,
+            *(1,) * 5,
+            0,
         ).ljust(128, b"\0")
 
     @classmethod
     def unpack(cls, raw: bytes) -> TensorMap:
         """Return the map that :meth:`pack` made."""
-        magic, element, rank, swizzle, nan, address, *rest = _FORMAT.unpack(raw[: _FORMAT.size])
-        if magic != _MAGIC:
+        magic, element, last, swizzle, nan, address, *rest = _FORMAT.unpack(raw[: _FORMAT.size])
+        rank = last + 1
+        if magic != _MAGIC or rank > 5:
             raise ValueError("these 128 bytes are no tensor map of the emulator")
+        if any(x != 1 for x in rest[14 : 14 + rank]) or rest[19] or swizzle >= len(SWIZZLES):
+            raise NotImplementedError("a tensor map with steps between elements, interleaving, or a swizzle of its own")
         return cls(
             ELEMENTS[element],
             address,
-            tuple(n + 1 for n in rest[:rank]),
+            tuple(n or 1 << 32 for n in rest[:rank]),
             tuple(rest[5 : 4 + rank]),
             tuple(rest[9 : 9 + rank]),
             SWIZZLES[swizzle],

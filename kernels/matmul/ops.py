@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .. import backends, op_rules
-from ..backend_record import implementation, needs_gradient
+from ..backend_record import AUTO, Request, implementation, needs_gradient
+from . import formulas
 
 # slope = dy/dz and slope_up = dy/du are what backward needs of the pre-activations z = x w^T + bias and u = x w_up^T.
 # An output that was not asked for is a tensor of shape [0].
@@ -74,18 +75,25 @@ def _forward(
     save_slope_up: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    flags: dict[str, Any] = {
+        "save_slope": save_slope,
+        "save_slope_up": save_slope_up,
+        "slope_dtype": slope_dtype(x.dtype, activation, w_up is not None),
+    }
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    if backend in ("triton", AUTO):
+        from ..proof import calls
+
+        found = calls.linear_forward(x, w, bias, w_up, activation, flags, backend == "triton")
+        backend = "triton"
+        if found is None:
+            request = Request("linear", x.device, x.dtype, layer=(x, w, bias, w_up, activation), transforms=())
+            backend = backends.instead_of("triton", request).name
+            found = formulas.forward(x, w, bias, w_up, activation=activation, **flags)
+    else:
+        found = _kernels(backend).forward(x, w, bias, w_up, activation=activation, **flags)
     backends.count("linear_forward", backend)
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _kernels(backend).forward(
-        x,
-        w,
-        bias,
-        w_up,
-        activation=activation,
-        save_slope=save_slope,
-        save_slope_up=save_slope_up,
-        slope_dtype=slope_dtype(x.dtype, activation, w_up is not None),
-    )
-    return result
+    return found
 
 
 def _forward_fake(
@@ -116,21 +124,21 @@ def _backward(
     w_up_grad: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors = (dy, x, w, w_up, slope, slope_up)
+    flags: dict[str, Any] = {"x_grad": x_grad, "w_grad": w_grad, "bias_grad": bias_grad, "w_up_grad": w_up_grad}
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
+    if backend in ("triton", AUTO):
+        from ..proof import calls
+
+        found = calls.linear_backward(tensors, flags, backend == "triton")
+        backend = "triton"
+        if found is None:
+            backend = "torch"
+            found = formulas.backward(*tensors, **flags)
+    else:
+        found = _kernels(backend).backward(*tensors, **flags)
     backends.count("linear_backward", backend)
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-    result = _kernels(backend).backward(
-        dy,
-        x,
-        w,
-        w_up,
-        slope,
-        slope_up,
-        x_grad=x_grad,
-        w_grad=w_grad,
-        bias_grad=bias_grad,
-        w_up_grad=w_up_grad,
-    )
-    return result
+    return found
 
 
 def _backward_fake(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..proof import first_use
 from ..runtime import launch
 from .cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
 
@@ -76,7 +77,11 @@ def prove(device: torch.device, chosen: Iterable[Case]) -> Iterator[dict[str, An
         start = time.perf_counter()
         share, verdict, why = None, "right", ""
         try:
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            # Whatever is kept: a kernel is proven anew, once in this process.
+            with (
+                torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
+                first_use.mode("always"),
+            ):
                 inputs = case.inputs(device)
                 outputs = case.compute(inputs, "triton")
                 if device.type == "cuda":
@@ -84,7 +89,7 @@ def prove(device: torch.device, chosen: Iterable[Case]) -> Iterator[dict[str, An
                 ms = 1e3 * (time.perf_counter() - start)
                 share = max(measured.share for measured in case.check(outputs, case.expected(inputs)))
         except Exception as error:
-            is_wrong = isinstance(error, AssertionError)
+            is_wrong = isinstance(error, AssertionError) or (isinstance(error, first_use.NotProven) and error.is_wrong)
             verdict, why = ("wrong", str(error)) if is_wrong else ("did not run", f"{type(error).__name__}: {error}")
             ms = 1e3 * (time.perf_counter() - start)
         row = {"device": str(device), "operation": case.op, "case": case.name, "verdict": verdict}

@@ -1,8 +1,7 @@
 """Which backend is the faster one on this device, as `fusemesh bench --compare` has measured it for classes of calls.
 
 A table in the cache folder holds the choices, for one device by name and one set of versions; without one, and for a
-class that it does not have, nothing is preferred. Nothing is measured here, and nothing while a graph is traced, whose
-sizes may be symbols.
+class that it does not have, nothing is preferred. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import compat
 from ..backend_record import Request, needs_gradient
 from ..runtime import launch
 from . import files
@@ -26,7 +26,7 @@ HEAD_DIMS = (64, 128, 256)  # a class takes the head dims above the one before
 LENGTHS = ((512, 1024), (2048, 4096), (8192, 1 << 62))  # of keys: what is measured, and where the next class begins
 LAYER_ROWS = ((16, 64), (256, 1024), (4096, 1 << 62))  # of a linear layer
 DECODE_ROWS = ((1, 2), (8, 16), (16, 1 << 62))  # that share a key head
-MANY_QUERIES = 1 << 17  # of all heads and samples together
+SIZES = (("few", 1 << 17), ("many", 1 << 62))  # queries of all heads and samples together
 LEAST_FEATURES = 1024  # of a linear layer
 
 _tables: dict[str, dict[str, str]] = {}  # the choices on each device, by its name
@@ -35,21 +35,38 @@ _are_there: bool | None = None  # whether any table is; None: not looked for yet
 
 def prefers(request: Request) -> str | None:
     """Return the backend that was the fastest for calls of this class on this device; None where nothing is known."""
-    global _are_there
-    if torch.compiler.is_compiling():
+    if not _is_known(request.device):
         return None
+    name = class_of(request)
+    return None if name is None else _choice(request.device, name)
+
+
+def _is_known(device: torch.device) -> bool:
+    """Return whether there is a table of the device."""
+    global _are_there
     if _are_there is None:
         _are_there = bool(_files())
-    if not _are_there:
-        return None
-    executor = launch.executor_of(request.device)
+    return _are_there and bool(_choices(device))
+
+
+def _choice(device: torch.device, name: str) -> str | None:
+    return _choices(device).get(name)
+
+
+def _choices(device: torch.device) -> dict[str, str]:
+    """Return the choice of each class on a device."""
+    executor = launch.executor_of(device)
     if executor is None:
-        return None
-    choices = _tables.get(executor.name)
-    if choices is None:
+        return {}
+    if executor.name not in _tables:
         table = read(executor.name) or {"classes": {}}
-        choices = _tables[executor.name] = {name: entry["choice"] for name, entry in table["classes"].items()}
-    return choices.get(class_of(request) or "") if choices else None
+        _tables[executor.name] = {name: entry["choice"] for name, entry in table["classes"].items()}
+    return _tables[executor.name]
+
+
+# torch.compile takes the answers as constants: the table is read once in a process.
+for _function in (_is_known, _choice):
+    compat.assume_constant_result(_function)
 
 
 def forget_what_was_read() -> None:
@@ -69,20 +86,22 @@ def class_of(request: Request) -> str | None:
     head_dim = next(d for d in HEAD_DIMS if max(request.head_dims) <= d)
     length = _bucket(keys, LENGTHS)
     if request.operation == "attention_decode":
-        return f"decode {dtype} D{head_dim} S{length} rows{_bucket(request.rows, DECODE_ROWS)}"
+        rows = _bucket(request.rows, DECODE_ROWS)
+        return None if None in (length, rows) else f"decode {dtype} D{head_dim} S{length} rows{rows}"
     call, spec = request.call, request.call.spec
     shifted = call.origin is not None or spec.origin_q != spec.origin_k
-    if not keys <= 4 * queries <= 16 * keys or (shifted and spec.window_right is not None):
+    is_near = compat.is_known(keys <= 4 * queries) and compat.is_known(queries <= 4 * keys)
+    size = _bucket(batch * heads * queries, SIZES)
+    if not is_near or None in (length, size) or (shifted and spec.window_right is not None):
         return None
-    size = "many" if batch * heads * queries >= MANY_QUERIES else "few"
     causal = "full" if spec.window_right is None else "causal"
-    words = ["attention", _mode(request.needs_grad), dtype, f"D{head_dim}", f"S{length}", size, causal]
+    words = ["attention", _mode(request.needs_grad), dtype, f"D{head_dim}", f"S{length}", str(size), causal]
     if call.mask is not None:
-        words.append("mask" if call.mask.shape[2] > 1 else "padding")
+        words.append("padding" if compat.is_known(call.mask.shape[2] == 1) else "mask")
     if call.bias is not None:
         words += ["constant"] * (request.needs_grad and not call.bias.requires_grad)
-        words.append("bias" if call.bias.shape[2] > 1 else "bias of keys")
-    return " ".join(words + ["grouped"] * (heads > request.kv_heads))
+        words.append("bias of keys" if compat.is_known(call.bias.shape[2] == 1) else "bias")
+    return " ".join(words + ["grouped"] * compat.is_known(heads > request.kv_heads))
 
 
 def _class_of_linear(request: Request) -> str | None:
@@ -90,6 +109,8 @@ def _class_of_linear(request: Request) -> str | None:
     if min(w.shape) < LEAST_FEATURES:
         return None
     rows = _bucket(x.numel() // x.shape[-1], LAYER_ROWS)
+    if rows is None:
+        return None
     form = f"{'gated ' if w_up is not None else ''}{activation or 'plain'}"
     return f"linear {_mode(needs_gradient(x, w, bias, w_up))} {_name(request.dtype)} M{rows} {form}"
 
@@ -102,9 +123,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _bucket(size: int, classes: tuple[tuple[int, int], ...]) -> int:
-    """Return the measured size of the class of a size."""
-    return next(measured for measured, end in classes if size < end)
+def _bucket(size: int, classes: tuple[tuple[Any, int], ...]) -> Any:
+    """Return the name of the class of a size; None for a symbol of a traced graph that may be of several."""
+    for name, end in classes:
+        if compat.is_known(size < end):
+            return name
+        if not compat.is_known(size >= end):
+            return None
+    return None
 
 
 def folder() -> Path | None:
@@ -125,9 +151,20 @@ def read(device: str) -> dict[str, Any] | None:
     A class has ``choice``, a backend's name, and ``ms``, the milliseconds of each backend.
     """
     path = path_of(device)
+    table = None if path is None else _load(path)
+    return table if table is not None and table["device"] == device else None
+
+
+def all_tables() -> list[dict[str, Any]]:
+    """Return the tables of all devices for the versions that run now."""
+    found = map(_load, _files())
+    return [table for table in found if table is not None and table == read(table["device"])]
+
+
+def _load(path: Path) -> dict[str, Any] | None:
     types = {"device": str, "versions": dict, "when": str, "classes": dict}
-    table = None if path is None else files.read(path, FORMAT, types)
-    if table is None or table["device"] != device or table["versions"] != _versions():
+    table = files.read(path, FORMAT, types)
+    if table is None or table["versions"] != _versions():
         return None
     entries = table["classes"].values()
     return table if all(isinstance(x, dict) and isinstance(x.get("choice"), str) for x in entries) else None

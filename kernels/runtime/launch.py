@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -188,7 +189,18 @@ def executor_of(device: torch.device) -> Executor | None:
 
 def has_compiled_kernels(device: torch.device) -> bool:
     """Return whether Triton's compiled code runs on tensors of ``device``: a GPU's, or an executor's."""
-    return device.type == "cuda" or (device.type == "cpu" and _executor.get() is not None)
+    if device.type == "cpu":
+        return _executor_name.get() is not None
+    return device.type == "cuda" and _has_gpu()
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    """Return whether there is a GPU; fake tensors are on one that may be absent."""
+    return torch.cuda.is_available()
+
+
+compat.assume_constant_result(_has_gpu)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """fusemesh doctor --prove, and bench --compare, on a device that stands for a GPU. Layer: application, one process.
 
-The device runs launches in Triton's interpreter; what runs the code that Triton compiled has tests of its own.
+The device runs launches in Triton's interpreter; once, it is the emulator.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+import fusemesh
 from fusemesh import cli
 from fusemesh.commands import bench
 from fusemesh.kernels import env
 from fusemesh.kernels.measure import comparison, standard
 from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
-from fusemesh.kernels.proof import preferences, store
+from fusemesh.kernels.proof import first_use, preferences, store
 from fusemesh.kernels.proof.store import Store, Verdict
-from fusemesh.kernels.runtime import interpreter, launch
+from fusemesh.kernels.runtime import launch
+from tests.support.interpreted_device import InterpretedDevice
 
 SMALL: list[Case] = [
     AttentionCase("fp32", B=1, H=2, Hkv=1, Sq=17, Sk=17, causal=True),
@@ -29,34 +32,24 @@ SMALL: list[Case] = [
 ]
 
 
-class StandIn:
-    """An executor that runs launches in the interpreter, but for the kernels that fail on it or that it leaves out."""
+def wrong(named: dict[str, Any]) -> None:
+    named["p_dx"].add_(1.0)
 
-    target = launch.TARGETS["sm_90"]
-    name = "a stand-in"
 
-    def __init__(self, left_out: str = "-", failing: str = "-") -> None:
-        self.left_out, self.failing = left_out, failing
-
-    def prepare(self, kernel: Any, grid: Any, args: Any, kwargs: Any) -> str:
-        return str(kernel.__name__)
-
-    def run(self, kernel: Any, grid: Any, args: Any, kwargs: Any) -> str:
-        if self.failing in kernel.__name__:
-            raise RuntimeError("an illegal memory access was encountered")
-        if self.left_out not in kernel.__name__:
-            interpreter.run(kernel, grid, args, kwargs)
-        return str(kernel.__name__)
+def faulty(named: dict[str, Any]) -> None:
+    raise RuntimeError("an illegal memory access was encountered")
 
 
 @pytest.fixture(autouse=True)
 def small_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(standard, "cases", lambda: SMALL)
     monkeypatch.setattr(store, "_default", Store(tmp_path / "proofs"))
+    first_use.forget()
     yield
+    first_use.forget()
 
 
-def proven(capfd: pytest.CaptureFixture[str], executor: StandIn) -> tuple[int, dict[str, Any]]:
+def proven(capfd: pytest.CaptureFixture[str], executor: launch.Executor) -> tuple[int, dict[str, Any]]:
     capfd.readouterr()
     with launch.execute_on(executor):
         status = cli.main(["doctor", "--prove", "--json"])
@@ -65,17 +58,34 @@ def proven(capfd: pytest.CaptureFixture[str], executor: StandIn) -> tuple[int, d
 
 @pytest.mark.interpreter
 def test_a_right_device(capfd: pytest.CaptureFixture[str]) -> None:
-    status, findings = proven(capfd, StandIn())
+    status, findings = proven(capfd, InterpretedDevice("a stand-in"))
     assert status == 0 and findings["failed"] == 0
     assert findings["devices"] == [{"device": "cpu", "name": "a stand-in"}]
     for row, case in zip(findings["rows"], SMALL, strict=True):
         assert (row["operation"], row["case"], row["verdict"], row["why"]) == (case.op, case.name, "right", "")
         assert 0 < row["share"] <= 1 and row["ms"] > 0
+    assert len(store.default().all()) >= 6
+    assert cli.main(["doctor"]) == 0
+    assert f"proofs          {len(store.default().all())} kernels right on a stand-in" in capfd.readouterr().out
 
 
 @pytest.mark.interpreter
+def test_kept_verdicts_are_not_believed(capfd: pytest.CaptureFixture[str]) -> None:
+    """A device that went wrong since is found, and one that was mended is used again."""
+    found = []
+    for spoil in ({}, {"linear_dgrad_kernel": wrong}, {}):
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            found.append(proven(capfd, InterpretedDevice("a stand-in", spoil))[0])
+        first_use.forget()
+    assert found == [0, 1, 0]
+    assert all(verdict.passed for verdict in store.default().all().values())
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:.*wrong results on")
 def test_the_table(capfd: pytest.CaptureFixture[str]) -> None:
-    with launch.execute_on(StandIn(left_out="dgrad")):
+    with launch.execute_on(InterpretedDevice("a stand-in", {"linear_dgrad_kernel": wrong})):
         assert cli.main(["doctor", "--prove"]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "cpu  a stand-in"
@@ -87,19 +97,36 @@ def test_the_table(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:.*wrong results on")
 @pytest.mark.parametrize(
-    ("executor", "verdict", "why"),
-    [(StandIn(left_out="dkdv"), "wrong", "dk"), (StandIn(failing="dq"), "did not run", "illegal memory access")],
+    ("spoil", "verdict", "why"),
+    [
+        ({"linear_dgrad_kernel": wrong}, "wrong", "linear_dgrad_kernel: dx"),
+        ({"linear_wgrad_kernel": faulty}, "did not run", "illegal memory access"),
+    ],
     ids=["wrong", "does not run"],
 )
 def test_a_wrong_kernel_fails_its_cases_alone(
-    capfd: pytest.CaptureFixture[str], executor: StandIn, verdict: str, why: str
+    capfd: pytest.CaptureFixture[str], spoil: dict[str, Any], verdict: str, why: str
 ) -> None:
-    status, findings = proven(capfd, executor)
+    status, findings = proven(capfd, InterpretedDevice("a stand-in", spoil))
     assert status == 1 and findings["failed"] == 1
-    attention, *others = findings["rows"]
-    assert attention["verdict"] == verdict and why in attention["why"]
+    *others, linear = findings["rows"]
+    assert linear["verdict"] == verdict and why in linear["why"] and linear["share"] is None
     assert [row["verdict"] for row in others] == ["right", "right"]
+
+
+@pytest.mark.aot
+def test_on_the_emulator(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that Triton compiles, proven and checked."""
+    case = LinearCase("fp16", 17, 16, 24, "gelu")
+    monkeypatch.setattr(standard, "cases", lambda: [case])
+    with fusemesh.emulate("sm_90"):
+        assert cli.main(["doctor", "--prove", "--json"]) == 0
+    (row,) = json.loads(capfd.readouterr().out)["rows"]
+    assert (row["device"], row["name"], row["case"], row["verdict"]) == ("cpu", "emulated sm_90", case.name, "right")
+    kernels = {verdict.details["kernel"] for verdict in store.default().all().values() if verdict.passed}
+    assert kernels == {"linear_forward_kernel", "linear_dgrad_kernel", "linear_wgrad_kernel"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is to be done without a GPU")
@@ -193,14 +220,13 @@ class TestBench:
         ]
         path = preferences.path_of("a stand-in")
         assert out[5] == f"auto takes the faster from now on: {path}"
-        with launch.execute_on(StandIn()):
-            assert cli.main(["doctor"]) == 0
-            shown = "preferences     a stand-in: triton in 1 classes, torch in 1 classes, measured "
-            assert shown in (out := capfd.readouterr().out) and str(path) in out
-            assert cli.main(["bench", "--forget"]) == 0
-            assert capfd.readouterr().out == f"{path}\n1 tables removed\n"
-            assert cli.main(["doctor"]) == 0
-            assert "preferences" not in capfd.readouterr().out
+        assert cli.main(["doctor"]) == 0
+        shown = "preferences     a stand-in: triton in 1 classes, torch in 1 classes, measured "
+        assert shown in (out := capfd.readouterr().out) and str(path) in out
+        assert cli.main(["bench", "--forget"]) == 0
+        assert capfd.readouterr().out == f"{path}\n1 tables removed\n"
+        assert cli.main(["doctor"]) == 0
+        assert "preferences" not in capfd.readouterr().out
 
     def test_a_wrong_result_is_the_status(self, capfd: pytest.CaptureFixture[str]) -> None:
         self.rows[0]["check"] = "WRONG: out"

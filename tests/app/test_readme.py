@@ -24,7 +24,6 @@ from fusemesh import cli, config
 from fusemesh.commands.options import overrides
 from fusemesh.hybrid.layout import Layout
 from fusemesh.kernels import aot, backends, env
-from fusemesh.kernels.runtime import proven
 from fusemesh.run.settings import load_config
 from fusemesh.tasks.names import TASKS
 from fusemesh.tasks.registry import task_class
@@ -239,10 +238,6 @@ def test_the_chinese_page_says_the_same() -> None:
 @pytest.mark.parametrize("readme", [ENGLISH, CHINESE])
 def test_the_table_of_environment_variables_is_whole(readme: str) -> None:
     assert set(re.findall(r"FUSEMESH_[A-Z]+", PAGES[readme])) >= set(re.findall(r"FUSEMESH_[A-Z]+", env.__doc__ or ""))
-
-
-def test_what_is_said_of_gpus_is_what_the_record_holds() -> None:
-    assert ("**No GPU has run the Triton kernels yet.**" in PAGES[ENGLISH]) == (not proven.PROVEN_ON_GPU)
 
 
 def test_defaults_and_fields_of_the_tasks() -> None:

@@ -17,7 +17,6 @@ import torch
 from bench import on_gpu
 from bench.gpu import dry_run, memcheck, tables
 from fusemesh.kernels import measure
-from fusemesh.kernels.attention.gpu import backend as triton_backend
 from fusemesh.kernels.measure import contest, tune
 from fusemesh.kernels.measure.cases import AttentionCase
 from fusemesh.kernels.measure.cases.common import DIRECTIONS, DTYPES, Tensors
@@ -60,7 +59,7 @@ def test_correctness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {row["check"] for row in payload["rows"]} == {"ok"}
     gradients = {name for row in payload["rows"] for name in row["share_of_budget"]}
     assert gradients >= {"out", "lse", "dq", "dk", "dv", "dbias", "dsinks", "y", "dx", "dw", "dw_up"}
-    assert "every step ran, no kernel did" in printed and "PROVEN_ON_GPU" not in printed
+    assert "every step ran, no kernel did" in printed
 
 
 def test_the_matrix_holds_every_feature_in_every_dtype_and_a_dozen_combinations() -> None:
@@ -81,16 +80,13 @@ def test_the_matrix_holds_every_feature_in_every_dtype_and_a_dozen_combinations(
     assert len({(case.op, case.name) for case in ALL}) == len(ALL), "names tell them apart"
 
 
-def test_what_is_right_on_a_gpu_is_what_auto_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_a_stage_that_left_nothing_out_says_that_every_case_is_right() -> None:
     row = {"contender": "triton", "check": "ok"}
     payload = {"rows": [row], "left_out": [], "dry_run": False, "only": ""}
     status, message = on_gpu.verdict("correctness", payload, Path("bench/results/x/correctness.json"))
-    assert status == 0 and message.startswith("right. ")
-    asked = set(triton_backend.KERNELS.values())
+    assert status == 0 and message.startswith("every case is right")
     part = on_gpu.verdict("correctness", {**payload, "only": "attention"}, Path("x"))
-    assert part[0] == 0 and "PROVEN_ON_GPU" not in part[1], "a part of the cases proves no operation"
-    assert asked == set(on_gpu.OPERATIONS) and all(f'("{operation}", "sm_90")' in message for operation in asked)
+    assert part[0] == 0 and "every case is right" not in part[1]
 
 
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

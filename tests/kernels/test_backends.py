@@ -19,8 +19,9 @@ from fusemesh.kernels import backend_record, backends
 from fusemesh.kernels.attention.call.options import Call
 from fusemesh.kernels.attention.call.spec import AttentionSpec
 from fusemesh.kernels.backend_record import OPERATIONS, Backend, Refusal, Request
-from fusemesh.kernels.runtime import launch, proven
+from fusemesh.kernels.runtime import launch
 from fusemesh.kernels.scoped import Scoped
+from tests.support.interpreted_device import InterpretedDevice
 
 CPU = torch.device("cpu")
 PLAIN = Call(AttentionSpec(1.0))
@@ -145,14 +146,14 @@ class TestTriton:
                 refusal = refuse(request(dtype=torch.float8_e4m3fn))
                 assert (refusal is None) == is_there, (name, refusal)
 
-    def test_auto_falls_back_to_what_can_compute(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A GPU whose kernels are proven, and calls that they cannot do: auto does not raise."""
-        monkeypatch.setattr(proven, "proven", lambda kernels, device: True)
-        with launch.any_device(), launch.assume_target(launch.TARGETS["sm_80"]):
-            assert backends.choose("auto", request()).name == "triton"
+    def test_auto_falls_back_to_what_can_compute(self) -> None:
+        """A device with compiled kernels, and calls that they cannot do: auto does not raise."""
+        with launch.execute_on(InterpretedDevice()), launch.assume_target(launch.TARGETS["sm_80"]):
+            assert backends.choose("auto", request()).name == "auto"
+            assert backends.automatic(request())[0].name == "triton"
             assert backends.choose("auto", request(dtype=torch.float8_e4m3fn)).name == "reference"
             assert backends.choose("auto", request(dtype=torch.float64)).name == "torch"
-            assert backends.choose("auto", request(head_dims=(8, 8))).name in ("cpu", "torch")
+            assert backends.choose("auto", request(head_dims=(8, 8))).name == "torch"
 
 
 def test_the_engine_refuses_dtypes_and_user_mods() -> None:
@@ -252,11 +253,8 @@ def caught(call: Callable[[], Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("operation", ["attention", "attention_varlen"])
-def test_auto_warns_once_where_a_gpu_would_store_the_scores(
-    operation: str, warned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a GPU whose kernels are not proven would: the choice asks it for its capability alone."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+def test_auto_warns_once_where_a_gpu_would_store_the_scores(operation: str, warned: None) -> None:
+    """As on a GPU that is absent, whose tensors are fake: nothing compiled runs there."""
 
     def choose(**options: Any) -> str:
         call, shape = Call(AttentionSpec(1.0, **options)), (2, 16, 8192, 8192)

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fusemesh.kernels.emulator.global_memory import Global
+from fusemesh.kernels.emulator.grid import run_grid
 from fusemesh.kernels.emulator.hazard import Hazard
 from fusemesh.kernels.emulator.machine import Machine
 from fusemesh.kernels.emulator.parsing import parse
@@ -81,22 +83,36 @@ def registers(first: int, count: int) -> str:
 
 def run(
     body: str,
-    *arguments: np.ndarray | TensorMap,
+    *arguments: np.ndarray | torch.Tensor | TensorMap,
     threads: int = 32,
     shared: int = 0,
     head: str = "",
     memory: tuple[np.ndarray, ...] = (),
+    grid: tuple[int, int, int] = (1, 1, 1),
+    undefined: tuple[int, ...] = (),
+    strict: bool = True,
     **options: Any,
 ) -> Machine:
-    """Run one CTA of a kernel; arrays are changed in place. ``memory``: arrays that tensor maps point at."""
+    """Run a kernel; arrays are changed in place.
+
+    ``memory``: arrays that tensor maps point at. ``undefined``: which tensors of torch hold nothing before.
+    """
     space = Global()
     for n, x in enumerate([*arguments, *memory]):
         if isinstance(x, np.ndarray):
-            space.add(x.ctypes.data, x.nbytes, f"array {n}")
+            space.add(x.ctypes.data, x.nbytes, f"array {n}", x.itemsize)
+        elif isinstance(x, torch.Tensor):
+            space.add_tensor(x, f"tensor {n}", defined=n not in undefined)
     kinds = "".join("m" if isinstance(x, TensorMap) else "p" for x in arguments)
     machine = Machine(parse(text(body, kinds, len(arguments), threads, head)), shared, space, **options)
-    values = [x.pack() if isinstance(x, TensorMap) else struct.pack("<Q", x.ctypes.data) for x in arguments]
-    machine.run(dict(zip((name for name, _ in machine.kernel.params), values, strict=True)), (0, 0, 0), (1, 1, 1))
+    machine.strict = strict
+    values = [
+        x.pack()
+        if isinstance(x, TensorMap)
+        else struct.pack("<Q", x.data_ptr() if isinstance(x, torch.Tensor) else x.ctypes.data)
+        for x in arguments
+    ]
+    run_grid(machine, dict(zip((name for name, _ in machine.kernel.params), values, strict=True)), grid)
     return machine
 
 

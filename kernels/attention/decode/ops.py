@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ... import backends, env
-from ...backend_record import implementation
+from ...backend_record import AUTO, implementation
 from ...op_rules import by_sample, define
 from ..call.errors import wrong
 from ..call.op_fields import OpFields
@@ -32,14 +32,20 @@ def _decode(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Append and attend; see :class:`DecodeCall`."""
     *values, backend = arguments
     call: DecodeCall = FIELDS.unpack(values)
-    module = implementation(backend, "attention_decode")
     if env.CHECK:
         validation.check_contents(call)
-    backends.count("attention_decode", backend)
     if call.k_new is not None:
         caches = [call.k_cache] if call.v_cache is None else [call.k_cache, call.v_cache]
         torch.autograd.graph.increment_version(caches)
-    out, lse = module.decode(call)
+    found = None
+    if backend in ("triton", AUTO):
+        from ...proof import calls
+
+        found = calls.decode(call, values, backend == "triton")
+        # The new keys go to the same slots once more.
+        backend = backends.instead_of("triton", call.request()).name if found is None else "triton"
+    out, lse = implementation(backend, "attention_decode").decode(call) if found is None else found
+    backends.count("attention_decode", backend)
     return laid_out_like(out, call.q), lse.contiguous()
 
 

@@ -6,6 +6,7 @@ import torch
 
 from ... import engine
 from ...backend_record import Backend, Refusal, Request
+from ...runtime import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODS = ("softcap", "alibi")  # in the order in which the engine applies them
@@ -39,7 +40,9 @@ def _unavailable(device: torch.device) -> str | None:
 
 
 def _automatic(request: Request) -> str | None:
-    return "the C++ engine" if request.device.type == "cpu" and request.operation != "linear" else None
+    if request.device.type != "cpu" or launch.has_compiled_kernels(request.device):
+        return None
+    return None if request.operation == "linear" else "the C++ engine"
 
 
 CPU = Backend(

@@ -10,20 +10,13 @@ import torch
 
 from ... import compat, env
 from ...backend_record import Backend, Refusal, Request
-from ...runtime import launch, proven
+from ...runtime import launch
 from ..call import score_mods
 from ..call.spec import FP8
 
 HEAD_DIMS = (16, 256)  # smallest and largest; of decode's keys and values below
 DECODE_HEAD_DIMS = ((16, 576), (16, 512))
 MOST_MODS = 3  # softcap, ALiBi and one of the user's
-# By which name proven.py knows the kernels of an operation.
-KERNELS = {
-    "attention": "attention",
-    "attention_varlen": "attention",
-    "attention_decode": "attention_decode",
-    "linear": "linear",
-}
 
 
 def has_fp8(target: launch.Target) -> bool:
@@ -116,7 +109,9 @@ def _unavailable(device: torch.device) -> str | None:
 
 
 def _automatic(request: Request) -> str | None:
-    return "proven on this GPU" if proven.proven(KERNELS[request.operation], request.device) else None
+    if not launch.has_compiled_kernels(request.device):
+        return None
+    return "trusted, FUSEMESH_PROOF=off" if env.PROOF == "off" else "each kernel is proven at its first use"
 
 
 TRITON = Backend(
@@ -131,4 +126,5 @@ TRITON = Backend(
     unavailable=_unavailable,
     automatic=_automatic,
     least_head_dim=HEAD_DIMS[0],
+    proves=launch.has_compiled_kernels,
 )

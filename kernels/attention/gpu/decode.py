@@ -33,18 +33,22 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: the call is beyond the limits of these kernels (backend.py).
     """
     TRITON.check(call.request())
-    B, H, Sq, d = call.q.shape
-    Hkv = call.k_cache.shape[1]
-    target = target_of(call.q.device)
-    rows = H // max(Hkv, 1) * Sq
-    latent = call.v_cache is None
-    plan = tiles.choose(target, call.q.dtype, d, call.v_dim, latent, rows, B * Hkv, call.capacity)
+    B, H, Sq, _ = call.q.shape
+    plan = plan_of(call)
     layout = _layout(call, plan.splits)
     out = empty_laid_out_like(call.q, call.v_dim)
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=call.q.device)
     _append(call, layout)
-    _attend(call, plan, layout, _mode(call, dot_precision(target, call.q.dtype)), out, lse)
+    _attend(call, plan, layout, _mode(call, dot_precision(target_of(call.q.device), call.q.dtype)), out, lse)
     return out, lse
+
+
+def plan_of(call: DecodeCall) -> tiles.SplitPlan:
+    """Return the tile and the number of splits of a call."""
+    B, H, Sq, d = call.q.shape
+    Hkv = call.k_cache.shape[1]
+    rows, latent = H // max(Hkv, 1) * Sq, call.v_cache is None
+    return tiles.choose(target_of(call.q.device), call.q.dtype, d, call.v_dim, latent, rows, B * Hkv, call.capacity)
 
 
 def _append(call: DecodeCall, layout: CacheLayout) -> None:

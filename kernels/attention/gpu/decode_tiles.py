@@ -12,6 +12,7 @@ number of splits brings the grid to about two programs for each of the target's 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import itertools
 from collections.abc import Iterator
@@ -112,6 +113,19 @@ def force(tile: Tile | None = None, splits: int | None = None) -> Iterator[None]
         yield
     finally:
         _forced_tile, _forced_splits = before
+
+
+_held: contextvars.ContextVar[SplitPlan | None] = contextvars.ContextVar("fusemesh_decode_plan", default=None)
+
+
+@contextlib.contextmanager
+def holding(plan: SplitPlan) -> Iterator[None]:
+    """Within the block, in this thread, every call takes this plan."""
+    token = _held.set(plan)
+    try:
+        yield
+    finally:
+        _held.reset(token)
 
 
 def padded(columns: int) -> int:
@@ -221,6 +235,9 @@ def choose(
         sequences: B * Hkv.
         capacity: slots of a sequence.
     """
+    held = _held.get()
+    if held is not None:
+        return held
     tile = _forced_tile or _fitting(target, dtype, d, dv, latent, rows)
     return SplitPlan(tile, _forced_splits or splits_of(target, tile, rows, sequences, capacity))
 

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from ..call.options import Call
 from ..decode.spec import DecodeCall
 from . import dense
 
@@ -22,11 +23,11 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         out [B, H, Sq, Dv] in q's dtype, and lse [B, H, Sq], natural log, fp32 (fp64 for fp64), without the sinks.
     """
     with dense.without_autocast(call.q.device.type):
-        _append(call)
-        return _attend(call)
+        append(call)
+        return dense.forward(*as_dense(call))
 
 
-def _append(call: DecodeCall) -> None:
+def append(call: DecodeCall) -> None:
     """Write the new keys and values to the slots after the last key.
 
     A token whose slot lies beyond the cache, or on a page that does not exist, is dropped.
@@ -63,7 +64,8 @@ def _locate(call: DecodeCall, slots: torch.Tensor) -> tuple[torch.Tensor, torch.
     return pages.clamp(0, max(last, 0)), slots % call.page, (pages >= 0) & (pages <= last)
 
 
-def _attend(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+def as_dense(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Call]:
+    """Return q, the sequences' keys and values side by side, and the options that hide what is no key."""
     q = call.q
     slots = torch.arange(call.capacity, device=q.device)
     length = (call.cache_lens.long() + call.added).clamp(max=call.capacity)
@@ -80,7 +82,7 @@ def _attend(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         origin=torch.stack([length - q.shape[2] - start, -start, zero, zero]),
         spec=dataclasses.replace(call.call.spec, origin_q=0, origin_k=0),
     )
-    return dense.forward(q, k, v, own)
+    return q, k, v, own
 
 
 def _gather(call: DecodeCall, cache: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:

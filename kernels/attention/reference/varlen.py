@@ -40,7 +40,8 @@ def _own(x: torch.Tensor | None, packed: Packed, rows: int, keys: int) -> torch.
     return x
 
 
-def _sequences(q: torch.Tensor, k: torch.Tensor, call: Call) -> Iterator[_Sequence]:
+def sequences(q: torch.Tensor, k: torch.Tensor, call: Call) -> Iterator[_Sequence]:
+    """Yield the sequences of a packed call, each with its own options."""
     packed = call.packed
     assert packed is not None
     cu_q, cu_k = check_contents(packed, q.shape[0], k.shape[0])
@@ -79,7 +80,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         outs.append(q.new_zeros(rows, q.shape[1], v.shape[2]))
         lses.append(q.new_full((q.shape[1], rows), -math.inf, dtype=dtype))
 
-    for own in _sequences(q, k, call):
+    for own in sequences(q, k, call):
         padding(own.rows.start - at)
         at = own.rows.stop
         parts = (as_batch(q[own.rows]), as_batch(k[own.keys]), as_batch(v[own.keys]))
@@ -121,7 +122,7 @@ def backward(
     dbias = torch.zeros_like(bias, dtype=wide) if bias_grad and bias is not None else None
     dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
     daux = [torch.zeros_like(x) for x in call.aux] if aux_grad else None
-    for own in _sequences(q, k, call):
+    for own in sequences(q, k, call):
         at = own.rows, own.keys, own.keys
         gradients = dense.backward(
             as_batch(do[own.rows]),

@@ -5,7 +5,6 @@ Missing: clusters (multicast, other CTAs' shared memory), im2col, gather and sca
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from ..tensor_maps import TensorMap
 from . import opcode
 from .mbarrier import Transfer, complete, expect, issue, mbarrier_at
 from .reductions import combine
+from .tensormap import tensor_map_at
 
 _HINT = "(L2::cache_hint)?"
 _TILE = "tile?"
@@ -37,8 +37,8 @@ class Load(Transfer):
     reduces: bool = False
 
     def land(self, cta: Cta) -> None:
-        """Put the data in place, and tell the mbarrier."""
-        cta.memory.under_way.end(self)
+        """Put the data in place, and tell the mbarrier; until somebody waits for it, nobody knows."""
+        self.bar.unseen.append((self.bar.phase, self))
         cta.shared.end_copy(self.words)
         cta.shared.landed(self.words, self.values, self.bar.agent, self.bar.land())
         self.bar.open = np.maximum(self.bar.open, self.known)
@@ -114,11 +114,12 @@ class Store:
         if self.operation is None:
             cta.memory.store(self.addresses, values, threads)
             return
-        checks, cta.memory.check_owner = cta.memory.check_owner, False
+        operation, element = self.operation, self.element
+        width, count = values.itemsize, values.shape[1]
         with cta.memory.under_way.reduction(self.addresses, self.piece):
-            old = cta.memory.load(self.addresses, values.itemsize, values.shape[1], threads)
-            cta.memory.store(self.addresses, combine(self.operation, self.element, old, values), threads)
-        cta.memory.check_owner = checks
+            cta.memory.update(
+                self.addresses, width, count, threads, lambda old: combine(operation, element, old, values)
+            )
 
     def done(self, cta: Cta) -> None:
         """Let its thread know that it is done."""
@@ -133,22 +134,6 @@ class Stores:
 
     open: list[Store]
     groups: list[list[Store]]
-
-
-@functools.cache
-def _unpacked(raw: bytes) -> TensorMap:
-    return TensorMap.unpack(raw)
-
-
-def tensor_map_at(cta: Cta, address: int) -> TensorMap:
-    """Return the tensor map at a generic address: a parameter's."""
-    for name, _ in cta.kernel.params:
-        if cta.map_address(name) == address:
-            try:
-                return _unpacked(cta.param[name])
-            except ValueError as error:
-                raise Hazard("address", f"{name}: {error}") from None
-    raise Hazard("address", f"no parameter lies at {address:#x}, where a tensor map should be")
 
 
 def _value(cta: Cta, operand: Operand, thread: int, kind: str = "s32") -> int:
@@ -173,7 +158,7 @@ def _box(cta: Cta, rank: int, tensor: Operand, thread: int) -> tuple[TensorMap, 
     if not isinstance(coordinates, Vec):
         raise UnknownInstruction(f"operand {tensor}: expected a tensor map and coordinates")
     address = cta.address(base, 64)() if isinstance(base, Addr) else cta.src(base, "u64")
-    box = tensor_map_at(cta, int(np.broadcast_to(address, cta.T)[thread]))
+    box = tensor_map_at(cta, int(np.broadcast_to(address, cta.T)[thread]), thread)
     origin = [_value(cta, x, thread) for x in coordinates.items]
     if len(origin) != rank or len(box.shape) != rank:
         raise Hazard("address", f"a copy of rank {rank} by a tensor map of rank {len(box.shape)}")

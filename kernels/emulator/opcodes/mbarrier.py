@@ -15,6 +15,7 @@ from ..hazard import Hazard, UnknownInstruction
 from ..ptx import Addr, Instruction, Reg
 from ..shared_memory import Shared
 from ..state import Cta, Mask, Step
+from ..under_way import Access
 from . import opcode
 
 MOST_ARRIVALS = (1 << 20) - 1
@@ -41,6 +42,7 @@ class MBarrier:
         self.bytes = 0  # expected and not yet there; negative where a copy is ahead of what expects it
         self.phase = 0
         self.landed, self.seen = 0, 0  # phases in which copies completed, and which somebody waited for
+        self.unseen: list[tuple[int, Access]] = []  # copies that completed, with their phase, before anyone waited
         self.open, self.known = clocks.nothing(), clocks.nothing()  # what those who arrive know, in this phase; before
         # When it was made, when made known to the async proxy by fence.mbarrier_init, and when each warp last used it.
         self.made = (warp, int(clocks.known[warp, warp]))
@@ -62,7 +64,7 @@ class MBarrier:
         known, (warp, time) = cta.shared.clock, self.made
         if (known[warps, warp] < time).any():
             raise Hazard("race", f"uses the {self}, which warp {warp} initialised with no barrier between")
-        if proxy == "async" and (known[warps, cta.shared.clocks.agents + warp] < time).any():
+        if cta.strict and proxy == "async" and (known[warps, cta.shared.clocks.agents + warp] < time).any():
             by, when = self.fenced or (0, 1 << 31)
             if (known[warps, by] < when).any():
                 what = "with neither fence.mbarrier_init nor fence.proxy.async after its initialisation"
@@ -184,6 +186,11 @@ def wakes(cta: Cta, key: int, warps: np.ndarray) -> bool:
         return False
     bar.use(cta, warps)
     bar.seen = bar.phase
+    if bar.unseen:
+        for phase, access in bar.unseen:
+            if phase < bar.phase:
+                cta.memory.under_way.end(access)
+        bar.unseen = [x for x in bar.unseen if x[0] >= bar.phase]
     if key & 2:
         cta.shared.acquire(warps, bar.known)
     return True

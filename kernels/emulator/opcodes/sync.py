@@ -11,6 +11,7 @@ from ..hazard import Hazard
 from ..ptx import Block, Imm, Instruction, number
 from ..state import WARP, Cta, Mask, Step
 from . import opcode
+from .warp import partners
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -43,16 +44,13 @@ def compile_fence(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
 
 @opcode("bar warp sync", "barrier warp sync")
 def compile_warp_barrier(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
-    members = cta.src(o[0], "u32")
+    is_all = isinstance(o[0], Imm) and number(o[0].text) & 0xFFFFFFFF == 0xFFFFFFFF
+    check = None if is_all else partners(cta, o[0])
 
     def together(mask: Mask) -> None:
-        live = np.ones(cta.T, bool) if mask is None else mask
-        asked = np.broadcast_to(members, cta.T)
-        outside = live & ((asked >> cta.lane.astype(np.uint32)) & 1 == 0)
-        if outside.any():
-            thread = int(np.argmax(outside))
-            raise Hazard("convergence", f"thread {thread} is not in its own mask {int(asked[thread]):#x} of bar.warp")
-        warps = np.unique(cta.warp[live])
+        if check is not None:
+            check(mask)
+        warps = np.arange(cta.W) if mask is None else np.unique(cta.warp[mask])
         cta.shared.clocks.known[warps, warps] += 1
 
     return together

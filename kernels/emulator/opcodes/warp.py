@@ -159,16 +159,6 @@ def compile_float_redux(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, 
     return step
 
 
-@opcode("bar warp sync", "barrier warp sync")
-def compile_bar(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
-    who = partners(cta, o[0])
-
-    def step(mask: Mask) -> None:
-        who(mask)  # lanes that run the same block run in step
-
-    return step
-
-
 @opcode("activemask b32")
 def compile_activemask(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     keep = put_row(cta, o[0], "u32")

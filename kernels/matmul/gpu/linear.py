@@ -7,7 +7,7 @@ import math
 import torch
 import triton
 
-from ...runtime.launch import dot_precision, launch, target_of
+from ...runtime.launch import Target, dot_precision, launch, target_of
 from . import tiles
 from .linear_kernels import linear_dgrad_kernel, linear_forward_kernel, linear_wgrad_kernel
 
@@ -150,6 +150,7 @@ def _dgrad(
         N,
         K,
         PRECISION=dot_precision(target, dy.dtype),
+        WAITS=_waits(target, slope is not None or slope_up is not None),
         **tile.launch_arguments("dgrad"),
     )
     return dx
@@ -197,6 +198,12 @@ def _wgrad(
         N,
         K,
         PRECISION=dot_precision(target, dy.dtype),
+        WAITS=_waits(target, slope is not None or slope_up is not None),
         **tile.launch_arguments("wgrad"),
     )
     return dw, dbias, dw_up
+
+
+def _waits(target: Target, has_prologue: bool) -> bool:
+    """Return whether a kernel must wait for its product in every round: on Hopper, where it computes an operand."""
+    return has_prologue and target.vendor == "cuda" and int(target.arch) // 10 == 9

@@ -36,6 +36,19 @@ def _step(BLOCK: tl.constexpr, stride):
     return tl.cast(BLOCK, tl.int64) * stride
 
 
+@triton.jit
+def _finished(b_acc, WAITS: tl.constexpr):
+    """The accumulator, of which no product is under way any more where WAITS; costs no instruction but the wait.
+
+    A product whose left operand is computed in registers reads them while it runs. Triton lets the last one of a round
+    run on into the next round, which computes its operand into the same registers; PTX calls that undefined. An empty
+    piece of assembly that takes the accumulator makes Triton wait for it.
+    """
+    if WAITS:
+        b_acc = tl.inline_asm_elementwise("", "=r,0", [b_acc], dtype=tl.float32, is_pure=True, pack=1)
+    return b_acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_forward_kernel(
     p_x,
@@ -128,6 +141,7 @@ def linear_dgrad_kernel(
     N,
     K,
     PRECISION: tl.constexpr,
+    WAITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -167,6 +181,7 @@ def linear_dgrad_kernel(
             b_dx = tl.dot(b_du.to(b_w_up.dtype), b_w_up, b_dx, input_precision=PRECISION)
             p_bslope_up += _step(BLOCK_N, s_slope_up[1])
             p_bw_up += _step(BLOCK_N, s_w_up[0])
+        b_dx = _finished(b_dx, WAITS)
         p_bdy += _step(BLOCK_N, s_dy[1])
         if p_slope is not None:
             p_bslope += _step(BLOCK_N, s_slope[1])
@@ -192,6 +207,7 @@ def linear_wgrad_kernel(
     N,
     K,
     PRECISION: tl.constexpr,
+    WAITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -238,9 +254,11 @@ def linear_wgrad_kernel(
                     b_dbias += tl.sum(b_dz.to(tl.float32), 0)
             if p_dw is not None:
                 b_dw = tl.dot(tl.trans(b_dz.to(b_x.dtype)), b_x, b_dw, input_precision=PRECISION)
+                b_dw = _finished(b_dw, WAITS)
         if p_dw_up is not None:
             b_du = load_scaled(p_bdy, p_bslope_up, m_m & m_n, True)
             b_dw_up = tl.dot(tl.trans(b_du.to(b_x.dtype)), b_x, b_dw_up, input_precision=PRECISION)
+            b_dw_up = _finished(b_dw_up, WAITS)
             p_bslope_up += _step(BLOCK_M, s_slope_up[0])
         p_bdy += _step(BLOCK_M, s_dy[0])
         if p_slope is not None:

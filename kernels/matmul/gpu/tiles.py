@@ -11,6 +11,8 @@ tiles spill kilobytes. They have entries of their own.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -132,6 +134,18 @@ _UNALIGNED_SKINNY: dict[tuple[str, str, int], Tile] = {
     ("dgrad", "gated", 4): Tile(16, 32, 16, 2),
 }
 _INTERPRETER = Tile(128, 128, 64)
+_held: contextvars.ContextVar[dict[str, Tile] | None] = contextvars.ContextVar("fusemesh_linear_tiles", default=None)
+
+
+@contextlib.contextmanager
+def holding(tiles: dict[str, Tile]) -> Iterator[None]:
+    """Within the block, in this thread, an op takes its tile in ``tiles``, or enters its choice there."""
+    token = _held.set(tiles)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
 
 ALIGNMENT = 16  # elements; Triton's own: of a number it knows at most that it is a multiple of 16
 _SKINNY_ROWS = 32
@@ -181,6 +195,17 @@ def choose(
 
     ``is_aligned``: the rows of all operands and results start on multiples of :data:`ALIGNMENT` elements.
     """
+    held = _held.get()
+    if held is None:
+        return _choose(op, target, dtype, shape, form, is_aligned)
+    if op not in held:
+        held[op] = _choose(op, target, dtype, shape, form, is_aligned)
+    return held[op]
+
+
+def _choose(
+    op: str, target: Target, dtype: torch.dtype, shape: tuple[int, int, int], form: str, is_aligned: bool
+) -> Tile:
     M, N, K = shape
     if op != "wgrad" and M <= _SKINNY_ROWS:
         return get(op, target, dtype, form, "skinny" if is_aligned else "unaligned skinny")

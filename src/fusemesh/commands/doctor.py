@@ -84,16 +84,14 @@ def _proofs() -> dict[str, Any]:
 
 
 def _preferences() -> dict[str, dict[str, Any]]:
-    """Return the tables by which ``auto`` chooses on the devices of this machine."""
-    from fusemesh.kernels.measure import standard
+    """Return what the tables say by which ``auto`` chooses, by device."""
     from fusemesh.kernels.proof import preferences
 
     found = {}
-    for name in map(standard.name_of, standard.devices()):
-        table = preferences.read(name)
-        if table is not None:
-            choices = Counter(entry["choice"] for entry in table["classes"].values())
-            found[name] = {"file": str(preferences.path_of(name)), "when": table["when"], "choices": dict(choices)}
+    for table in preferences.all_tables():
+        choices = Counter(entry["choice"] for entry in table["classes"].values())
+        file = str(preferences.path_of(table["device"]))
+        found[table["device"]] = {"file": file, "when": table["when"], "choices": dict(choices)}
     return found
 
 

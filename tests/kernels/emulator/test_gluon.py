@@ -9,7 +9,7 @@ import torch
 from fusemesh.kernels.emulator.hazard import Hazard
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
-from tests.support import gluon_forward
+from tests.support.emulator import gluon_forward
 
 pytestmark = pytest.mark.aot
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fusemesh.kernels.emulator.hazard import UnknownInstruction
 from fusemesh.kernels.emulator.shared_memory import Shared
 from tests.support.emulated_ptx import changed, each_way, fault, fill_shared, load, registers, run, store
 
@@ -106,6 +107,15 @@ def test_a_warpgroup_waits_for_its_own_products(options):
     assert fault(race, *arguments(), threads=256, shared=8192, **options) in ("race", "async", "proxy")
 
 
+@each_way
+def test_a_warp_knows_of_its_own_wait_alone(options):
+    after = "setp.lt.u32 %p4, %tid, 32;\nbar.sync 0;\n@%p4 st.shared.b32 [%r5], %r5;"
+    program = changed(WGMMA, (WAIT_MMA, f"bar.sync 0;\n{WAIT_MMA}\n{after}"))
+    run(program, *multiplied(), threads=128, shared=8192, **options)
+    race = changed(program, (after, after.replace("bar.sync 0;", "")))
+    assert fault(race, *multiplied(), threads=128, shared=8192, **options) in ("race", "async")
+
+
 REGISTERS = """setp.ge.u32 %p4, %tid, 128;
 @%p4 bra SMALL;
 setmaxnreg.inc.sync.aligned.u32 232;
@@ -134,3 +144,18 @@ def test_registers_that_some_warps_take_are_given_by_others(kind, change, option
         run(program, **given)
     else:
         assert fault(program, **given) == kind
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r0], 64;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r0], %d0, %d1, %r1, %p0;",
+        "tcgen05.wait::ld.sync.aligned;",
+        "mapa.shared::cluster.u32 %r0, %r1, 0;",
+        "barrier.cluster.arrive.aligned;",
+    ],
+)
+def test_what_is_missing_of_newer_devices_is_refused_by_name(instruction):
+    with pytest.raises(UnknownInstruction, match=instruction.split(" ")[0].replace(".", r"\.").rstrip(";")):
+        run(instruction, threads=128, shared=1024)

@@ -12,8 +12,9 @@ from fusemesh.kernels import backends, engine, env
 from fusemesh.kernels.backend_record import Request
 from fusemesh.kernels.matmul import reference
 from fusemesh.kernels.matmul.api import ACTIVATIONS, fused_linear
-from fusemesh.kernels.runtime import proven
+from fusemesh.kernels.runtime.launch import execute_on
 from fusemesh.kernels.testing import budget
+from tests.support.interpreted_device import InterpretedDevice
 
 X, W, B = torch.zeros(2, 3, 5), torch.zeros(4, 5), torch.zeros(4)
 
@@ -139,18 +140,17 @@ def test_auto_takes_torch_on_cpu_and_counts_it(monkeypatch: pytest.MonkeyPatch) 
     assert backends.call_counts() == {("linear_forward", "torch"): 1}
 
 
-def test_auto_takes_triton_only_where_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_triton_where_compiled_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "BACKEND", "auto")
-    device = torch.device("cuda", 0)
+    device = torch.device("cpu")
 
     def chosen(dtype: torch.dtype) -> str:
-        return backends.choose("auto", Request("linear", device, dtype)).name
+        return backends.automatic(Request("linear", device, dtype))[0].name
 
-    monkeypatch.setattr(proven, "proven", lambda kernels, device: False)
     assert chosen(torch.bfloat16) == "torch"
-    monkeypatch.setattr(proven, "proven", lambda kernels, device: kernels == "linear")
-    assert chosen(torch.bfloat16) == "triton"
-    assert chosen(torch.float64) == "torch"
+    with execute_on(InterpretedDevice()):
+        assert chosen(torch.bfloat16) == "triton"
+        assert chosen(torch.float64) == "torch"
 
 
 @pytest.mark.skipif(engine.why_unavailable() is not None, reason="no CPU engine in this installation")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fusemesh
 from fusemesh.kernels import backends, env
 from fusemesh.kernels.backend_record import Request
 from fusemesh.kernels.measure import Clock, Roofline, comparison
@@ -131,9 +132,12 @@ def test_calls_of_no_class() -> None:
     assert without_class(AttentionCase("bf16", Sq=1, Sk=4096, D=64, Dv=64)) is None  # one query
     assert without_class(AttentionCase("bf16", Sq=512, Sk=512, D=64, Dv=64, causal=True, origin=(5, 0, 0, 0))) is None
     assert without_class(LinearCase("bf16", 64, 512, 4096)) is None
-    constant = comparison.request_of(self_attention("bf16", 1, 2, 2, 512, 64, False, bias="bhmn"), CPU, "training")
+    biased = next(case for case in comparison.cases() if isinstance(case, AttentionCase) and case.bias)
+    constant = comparison.request_of(biased, CPU, "training")
+    measured = {class_of(case, "training") for case in comparison.cases()}
+    assert preferences.class_of(constant) in measured
     constant.call.bias.requires_grad_(False)
-    assert preferences.class_of(constant) not in {class_of(case, "training") for case in comparison.cases()[:60]}
+    assert preferences.class_of(constant) not in measured
     packed = Request("attention_varlen", CPU, torch.bfloat16, (64, 64))
     assert preferences.class_of(packed) is None
 
@@ -167,6 +171,46 @@ def test_what_is_preferred_and_cannot_do_the_call_is_passed_over() -> None:
         assert backends.automatic(request, without=("torch",))[0].name != "torch"
 
 
+def test_under_torch_compile() -> None:
+    """Sizes that are known choose; symbols that may be of several classes choose nothing, and are not guarded on."""
+    static, dynamic = (self_attention("fp32", 1, 2, 2, length, 64, True) for length in (96, 80))
+    x, y, z = static.inputs()["q"], dynamic.inputs()["q"], dynamic.inputs()["q"]
+    torch._dynamo.mark_dynamic(y, 2)  # raises where a guard narrows it
+    torch._dynamo.mark_dynamic(z, 2, min=2, max=5000)  # of the first and the second class
+    w = torch.ones(1024, 1024)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return fusemesh.flash_attention(x, x, x, causal=True)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return fusemesh.fused_linear(x, w)
+
+    code: list[str] = []
+
+    def compiled(function: Any) -> Any:
+        return torch.compile(function, backend=keeping(code), fullgraph=True)
+
+    classes = (class_of(static).replace("S512", f"S{length}") for length in (512, 2048, 8192))
+    write({**dict.fromkeys(classes, "reference"), class_of(LAYER): "reference"})
+    with device(), torch.no_grad():
+        torch.testing.assert_close(compiled(attend)(x), attend(x))
+        assert "attention_forward" not in code.pop(), "the reference's formulas are traced into the graph"
+        for symbolic in (y, z):
+            compiled(attend)(symbolic)
+            assert "attention_forward" in code.pop(), "an op: the table chooses nothing for these sizes"
+        torch.testing.assert_close(compiled(layer)(torch.ones(16, 1024)), w.sum(1).expand(16, -1))
+
+
+def keeping(found: list[str]) -> Any:
+    """Return a backend of torch.compile that keeps the code of graphs."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append(graph.code)
+        return graph
+
+    return backend
+
+
 def test_a_backend_asked_for_by_name_is_taken_whatever_the_table_says() -> None:
     with device():
         write({class_of(ATTENTION): "torch"})
@@ -183,6 +227,7 @@ def test_a_damaged_or_foreign_table_is_none(monkeypatch: pytest.MonkeyPatch, dam
     elif damage == "versions":
         there = preferences._versions()
         monkeypatch.setattr(preferences, "_versions", lambda: {**there, "torch": "1.0"})
+        path.rename(preferences.path_of("NVIDIA X") or "")
     elif damage == "another device":
         path.rename(preferences.path_of("NVIDIA Y") or "")
     else:

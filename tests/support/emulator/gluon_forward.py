@@ -200,6 +200,7 @@ class Run:
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v), ("out", out)):
             memory.add(x.data_ptr(), x.numel() * x.itemsize, name)
         machine = Machine(parse(text), self.shared, memory, **options)
+        machine.strict = True
         parameters = {name: bytes(8) for name, _ in machine.kernel.params}
         name = f"{machine.kernel.name}_param_"
         for n, (x, rows) in enumerate(((self.q, ROWS), (self.k, KEYS), (self.v, KEYS), (out, ROWS))):

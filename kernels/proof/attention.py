@@ -1,0 +1,374 @@
+"""Trials of attention's kernels, of batches and packed: small calls of the same specialisation as a given one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..attention.call import score_mods
+from ..attention.call.options import Call
+from ..attention.call.packed import Packed
+from ..attention.call.spec import FP8, AttentionSpec, out_dtype
+from ..attention.gpu import tiles
+from ..attention.gpu.inputs import describe_call
+from ..attention.reference import varlen
+from ..testing import attention as expectations
+from . import small
+from .trial import Results, Trial, Wanted, compare
+
+WRITTEN = {
+    "attention_forward_kernel": ("out", "lse"),
+    "attention_dkdv_kernel": ("dk", "dv"),
+    "attention_dq_kernel": ("dq",),
+    "attention_dbias_kernel": ("dbias",),
+}
+GAP = 3  # rows of packed tensors that belong to no sequence, at each end
+
+
+@dataclass(frozen=True)
+class Real:
+    """The call that is to be proven, as its op received it; packed tensors are [total, heads, D]."""
+
+    module: Any  # of backend triton
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    call: Call
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None  # do, out, lse, dlse
+    bias_grad: bool = False
+
+    @property
+    def packed(self) -> Packed | None:
+        """Where packed sequences lie."""
+        return self.call.packed
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """B, H, Hkv, and the longest Sq and Sk."""
+        if self.packed is None:
+            return self.q.shape[0], self.q.shape[1], self.k.shape[1], self.q.shape[2], self.k.shape[2]
+        return self.packed.batch, self.q.shape[1], self.k.shape[1], self.packed.max_q, self.packed.max_k
+
+    @property
+    def has_user_mods(self) -> bool:
+        """:func:`has_user_mods` of the call."""
+        return has_user_mods(self.call)
+
+    def compute(self) -> Any:
+        """Return what the op returns, computed by Triton's kernels."""
+        if self.saved is None:
+            return self.module.forward(self.q, self.k, self.v, self.call)
+        do, out, lse, dlse = self.saved
+        return self.module.backward(do, self.q, self.k, self.v, out, lse, dlse, self.call, bias_grad=self.bias_grad)
+
+    @property
+    def sums_bias(self) -> bool:
+        """Return whether the gradient of a bias has a pass of its own."""
+        bias = self.call.bias
+        return self.bias_grad and bias is not None and bias.shape[2] > 1 and bias.shape[3] > 1
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sizes of a small call: of each sequence its queries and keys (of a batch all the same), and the tile's."""
+
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    H: int
+    Hkv: int
+    block_m: int
+    block_n: int
+    aligned_at_end: bool
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """The longest of both."""
+        return max(self.q), max(self.k)
+
+
+def trials(real: Real, exactly: bool) -> Iterator[Trial]:
+    """Yield small calls with the kernels of ``real``.
+
+    Args:
+        exactly: sizes keep their factors of 2, as they must where strides that launchers make are no multiples of 16.
+    """
+    for at_end, lengths in enumerate(_lengths(real, exactly)):
+        yield _trial(real, lengths, small.Maker(real.q.device, 20260 + at_end))
+
+
+def limit(real: Real) -> str:
+    """Return the lengths of the call where they are shorter than those of a whole trial, and it may not be longer."""
+    if not real.has_user_mods:
+        return ""
+    m, n = _blocks(real)
+    Sq, Sk = real.sizes[3:]
+    return "" if Sq >= m + 17 and Sk >= 3 * n + 33 else f" {Sq} x {Sk}"
+
+
+def _blocks(real: Real) -> tuple[int, int]:
+    """Return the largest blocks of queries and of keys of the call's kernels."""
+    dense = (x.transpose(0, 1).unsqueeze(0) for x in (real.q, real.k, real.v))
+    q, k, v = dense if real.packed is not None else (real.q, real.k, real.v)
+    gpu = describe_call(q, k, v, real.call)
+    size: tuple[Any, ...] = (gpu.target, q.dtype, gpu.mode.block_d, gpu.mode.block_dv)
+    dims = gpu.mode.tile_dims
+    if real.saved is None:
+        chosen = [tiles.choose_forward(*size, *dims)]
+    else:
+        chosen = [tiles.choose_dkdv(*size, *dims), tiles.choose_dq(*size, *dims)]
+        chosen += [tiles.choose_dbias(*size)] if real.sums_bias else []
+    return max(tile.block_m for tile in chosen), max(tile.block_n for tile in chosen)
+
+
+def _lengths(real: Real, exactly: bool) -> Iterator[Lengths]:
+    """Yield the sizes of the trials: several tiles, ragged ends, and another number of steps of each loop."""
+    B, H, Hkv, Sq, Sk = real.sizes
+    m, n = _blocks(real)
+    user = real.has_user_mods
+    if user and real.packed is not None:
+        # Read on the host, once: beyond the longest sequence a table may have ended.
+        Sq, Sk = (int(cu.diff().max()) for cu in (real.packed.cu_q, real.packed.cu_k))
+    h, kv = small.heads(H, Hkv, user, exactly)
+    # The sums of a bias's gradient over batches are compiled for their number.
+    batch = small.like(B, 2) if real.sums_bias and B % small.ALIGNMENT == 0 else min(B, 2)
+    for at_end, (sq, sk) in enumerate(((19, 3 * n + 33), (m + 17, 2 * n + 17))):
+        if user:
+            sq, sk = min(sq, Sq), min(sk, Sk)
+        elif exactly:
+            sq, sk = small.length_like(Sq, sq), small.length_like(Sk, sk)
+        of_q, of_k = (sq,) * batch, (sk,) * batch
+        if real.packed is not None and B > 1:
+            of_q, of_k = (sq, 0, 1, m // 2 + 5), (sk, 9, min(sk, 65), m // 2 + 5)
+            of_q, of_k = of_q[: min(B, 4)], of_k[: min(B, 4)]
+            if user:
+                of_q, of_k = tuple(min(x, sq) for x in of_q), tuple(min(x, sk) for x in of_k)
+            of_q, of_k = (x + (0,) * (batch - len(x)) for x in (of_q, of_k))
+        yield Lengths(of_q, of_k, h, kv, m, n, bool(at_end))
+
+
+def _trial(real: Real, lengths: Lengths, maker: small.Maker) -> Trial:
+    spec = real.call.spec
+    D, Dv = real.q.shape[-1], real.v.shape[-1]
+    # Scores of the size that attention is made for, whatever the scale.
+    large = 4.0 if real.q.dtype == FP8 else 1.0
+    q_size = min(1 / (abs(spec.scale) * D**0.5), 8.0) if spec.scale else 1.0
+    call = _small_call(real, lengths, maker)
+    rows_q, rows_k = _rows(real, lengths)
+    q = maker.normal(real.q, _shape(real, lengths, rows_q, lengths.H, D), large * q_size)
+    k = maker.normal(real.k, _shape(real, lengths, rows_k, lengths.Hkv, D), large)
+    v = maker.normal(real.v, _shape(real, lengths, rows_k, lengths.Hkv, Dv), large)
+    if real.saved is None:
+
+        def forward() -> Results:
+            out, lse = real.module.forward(q, k, v, call)
+            return {"out": out, "lse": lse}
+
+        return Trial(forward, lambda found: compare(found, _expected(q, k, v, call)), WRITTEN)
+    do = maker.normal(real.saved[0], _shape(real, lengths, rows_q, lengths.H, Dv))
+    dlse = None
+    if real.saved[3] is not None:
+        of_rows = (lengths.H, rows_q) if real.packed is not None else (len(lengths.q), lengths.H, rows_q)
+        dlse = maker.normal(real.saved[3], of_rows)
+    wanted = _expected(q, k, v, call, do, dlse, real.bias_grad)
+    out = maker.holding(real.saved[1], wanted["out"].exact.to(do.dtype))
+    lse = maker.holding(real.saved[2], wanted["lse"].exact.float())
+    names = ("dq", "dk", "dv", "dbias", "dsinks")
+
+    def backward() -> Results:
+        found = real.module.backward(do, q, k, v, out, lse, dlse, call, bias_grad=real.bias_grad)
+        return dict(zip(names, found[:5], strict=True))
+
+    return Trial(backward, lambda found: compare(found, {x: wanted[x] for x in names if x in wanted}), WRITTEN)
+
+
+def _rows(real: Real, lengths: Lengths) -> tuple[int, int]:
+    """Return the rows of queries and of keys of a tensor."""
+    if real.packed is None:
+        return lengths.most
+    rows = (2 * GAP + sum(of) for of in (lengths.q, lengths.k))
+    # A tensor of one row would have no room for the padding.
+    found = [small.length_like(x.shape[0], n) for x, n in zip((real.q, real.k), rows, strict=True)]
+    return found[0], found[1]
+
+
+def _shape(real: Real, lengths: Lengths, rows: int, heads: int, dim: int) -> tuple[int, ...]:
+    return (rows, heads, dim) if real.packed is not None else (len(lengths.q), heads, rows, dim)
+
+
+def _small_call(real: Real, lengths: Lengths, maker: small.Maker) -> Call:
+    """Return the call's options with tensors of the small sizes."""
+    call, device = real.call, real.q.device
+    sizes = (len(lengths.q), lengths.H, *lengths.most)
+
+    def of_scores(x: torch.Tensor) -> tuple[int, ...]:
+        return tuple(1 if n == 1 else size for n, size in zip(x.shape, sizes, strict=True))
+
+    mask = None
+    if call.mask is not None:
+        mask = maker.flags(call.mask, of_scores(call.mask))
+        if mask.shape[2] > 1:
+            mask[:, :, mask.shape[2] // 2] = False
+        if mask.shape[3] > 1:
+            # A tile that hides all of its keys, from the first block of queries or from all.
+            mask[:, :, : lengths.block_m, lengths.block_n : 2 * lengths.block_n] = False
+    spec, aux = small_mods(call, sizes[:2], maker)
+    spec = _small_spec(real, spec, lengths)
+    origin = call.origin
+    if origin is not None and not real.has_user_mods:
+        spec = dataclasses.replace(spec, origin_q=0, origin_k=0, origin_head=0, origin_batch=0)
+        shift = lengths.most[1] - lengths.most[0] if lengths.aligned_at_end else 0
+        origin = maker.holding(origin, torch.tensor([5 + shift, 5, 1, 2], device=device))
+    descale = None
+    if call.descale is not None:
+        # Powers of two, so that bf16 holds the products exactly.
+        powers = torch.randint(-2, 2, (sizes[0], lengths.Hkv, 3), generator=maker.generator, device=device)
+        descale = maker.holding(call.descale, torch.exp2(powers.float()))
+    packed = None
+    if call.packed is not None:
+        starts = (tuple(itertools.accumulate(of, initial=GAP)) for of in (lengths.q, lengths.k))
+        cu = [torch.tensor(x, device=device, dtype=call.packed.cu_q.dtype) for x in starts]
+        cu_q, cu_k = maker.holding(call.packed.cu_q, cu[0]), maker.holding(call.packed.cu_k, cu[1].to(call.packed.cu_k))
+        packed = Packed(cu_q, cu_k, *lengths.most, call.packed.is_bottom_right)
+    return Call(
+        spec,
+        mask=mask,
+        bias=None if call.bias is None else maker.normal(call.bias, of_scores(call.bias)),
+        origin=origin,
+        aux=aux,
+        sinks=None if call.sinks is None else maker.normal(call.sinks, (lengths.H,)),
+        seed=None if call.seed is None else maker.holding(call.seed, torch.full_like(call.seed, 2**40 + 7)),
+        descale=descale,
+        packed=packed,
+    )
+
+
+def has_user_mods(call: Call) -> bool:
+    """Return whether a score mod may read tables of the caller, which have an end."""
+    return any(not isinstance(score_mods.get(name).forward, str) for name in call.spec.mods)
+
+
+def small_mods(
+    call: Call, sizes: tuple[int, int], maker: small.Maker
+) -> tuple[AttentionSpec, tuple[torch.Tensor, ...]]:
+    """Return the numbers of the call for small sizes (B and H), and the tensors of its score mods; a user's as are."""
+    aux: list[torch.Tensor] = []
+    params: list[float] = []
+    for mod, tensors, numbers in score_mods.split(call.spec.mods, call.aux, call.spec.params):
+        if mod is score_mods.ALIBI:
+            aux.append(maker.normal(tensors[0], sizes, 0.1))
+            params.append(float(sizes[1]))
+        else:
+            aux += [maker.copied(x) for x in tensors]
+            params += numbers
+    return dataclasses.replace(call.spec, params=tuple(params)), tuple(aux)
+
+
+def _small_spec(real: Real, spec: AttentionSpec, lengths: Lengths) -> AttentionSpec:
+    """Return windows that end within the small lengths, and positions; a user's mods keep those of the call."""
+    if real.has_user_mods:
+        return spec
+    at_end = lengths.most[1] - lengths.most[0] if lengths.aligned_at_end and real.packed is None else 0
+    return dataclasses.replace(
+        spec,
+        window_left=None if spec.window_left is None else min(spec.window_left, lengths.block_n // 2 + 3),
+        window_right=None if spec.window_right is None else min(spec.window_right, 7),
+        origin_q=at_end,
+        origin_k=0,
+        origin_head=1,
+        origin_batch=2,
+    )
+
+
+def _expected(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: Call,
+    do: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+    bias_grad: bool = False,
+) -> dict[str, Wanted]:
+    """Return the right results by name, of the forward or, given ``do``, of both directions."""
+    if q.dtype == FP8:
+        q, k, v, call = _widened(q, k, v, call)
+    if call.packed is None:
+        want = expectations.expected(q, k, v, call, do=do, dlse=dlse, bias_grad=bias_grad)
+        return {name: Wanted(want.exact[name], want.eager[name], want.absolute.get(name)) for name in want.exact}
+    like = {"out": q.new_empty(*q.shape[:2], v.shape[2]), "lse": q.new_empty(q.shape[1], q.shape[0])}
+    if do is not None:
+        like |= {"dq": q, "dk": k, "dv": v}
+        like |= {"dsinks": call.sinks} if call.sinks is not None else {}
+        like |= {"dbias": call.bias} if bias_grad and call.bias is not None else {}
+    packed = {name: _PackedWanted(name, x) for name, x in like.items()}
+    for one in varlen.sequences(q, k, call):
+        if one.rows.stop == one.rows.start or one.keys.stop == one.keys.start:
+            continue
+        own: list[Any] = [
+            None if x is None else x[rows].transpose(0, 1).unsqueeze(0)
+            for x, rows in ((q, one.rows), (k, one.keys), (v, one.keys), (do, one.rows))
+        ]
+        q_b, k_b, v_b, do_b = own
+        own_dlse = None if dlse is None else dlse[:, one.rows].unsqueeze(0)
+        want = expectations.expected(q_b, k_b, v_b, one.call, do=do_b, dlse=own_dlse, bias_grad=bias_grad)
+        for of_name in packed.values():
+            of_name.add(want, one)
+    return {name: x.wanted() for name, x in packed.items()}
+
+
+class _PackedWanted:
+    """The right values of a result of packed sequences, to which each sequence adds its own."""
+
+    def __init__(self, name: str, like: torch.Tensor) -> None:
+        self.name = name
+        nothing = -torch.inf if name == "lse" else 0.0
+        self.dtype = torch.float32 if name == "lse" else like.dtype
+        self.untouched = torch.ones(like.shape, dtype=torch.bool, device=like.device)
+        self.sums = [torch.full(like.shape, nothing, dtype=torch.float64, device=like.device) for _ in range(3)]
+
+    def add(self, want: expectations.Expected, one: Any) -> None:
+        """Add the part of one sequence."""
+        kinds = (want.exact, want.eager, want.absolute)
+        for total, kind in zip(self.sums, kinds, strict=True):
+            if self.name not in kind:
+                continue
+            value = kind[self.name]
+            rows = one.keys if self.name in ("dk", "dv") else one.rows
+            if self.name == "lse":
+                total[:, rows] = value[0].double()
+                self.untouched[:, rows] = False
+            elif self.name in ("dbias", "dsinks"):
+                part = total
+                if self.name == "dbias":
+                    part = total[one.index : one.index + 1] if total.shape[0] > 1 else total
+                    part = part[:, :, : value.shape[2], : value.shape[3]]
+                part += value
+            else:
+                total[rows] = value[0].transpose(0, 1).double()
+                self.untouched[rows] = False
+
+    def wanted(self) -> Wanted:
+        """Return what all sequences together give."""
+        exact, eager, absolute = self.sums
+        return Wanted(
+            exact,
+            eager.to(self.dtype),
+            absolute if self.name.startswith("d") else None,
+            None if self.name in ("dbias", "dsinks") else self.untouched,
+        )
+
+
+def _widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[Any, ...]:
+    """Return fp8 inputs times their factors, in bf16, which holds them exactly, and the call without factors."""
+    dtype = out_dtype(q.dtype)
+    if call.descale is None:
+        return q.to(dtype), k.to(dtype), v.to(dtype), call
+    wide = []
+    for x, factor in zip((q, k, v), call.descale.unbind(-1), strict=True):
+        of_heads = factor.repeat_interleave(x.shape[1] // factor.shape[1], 1)
+        wide.append((x.float() * of_heads[:, :, None, None]).to(dtype))
+    return (*wide, call.replace(descale=None))
