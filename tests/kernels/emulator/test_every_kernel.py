@@ -20,7 +20,6 @@ from fusemesh.kernels.measure.cases.common import Tensors, table_mod
 from fusemesh.kernels.runtime.launch import TARGETS, any_device, assume_target, intercept
 from fusemesh.kernels.testing.table_mod import TABLE
 
-
 KERNELS = Path(__file__).resolve().parents[3] / "kernels"
 SHORT = [(target, entry) for target in tables.EMULATED for entry in tables.short(target)]
 CHANCE = [(target, entry) for target in tables.EMULATED for entry in tables.by_chance(target)]
