@@ -61,6 +61,11 @@ class Executor(Protocol):
         """``NVIDIA H200``, ``emulated sm_90``: what is proven on one is not proven on another."""
         ...
 
+    @property
+    def proves(self) -> bool:
+        """Whether kernels are proven on it before their first result is handed out."""
+        ...
+
     def prepare(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Compile what the launch would run, run nothing, and return the compiled kernel's hash."""
         ...
@@ -76,6 +81,7 @@ class Gpu:
 
     target: Target
     name: str
+    proves: bool = True
 
     def prepare(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Compile what the launch would run, run nothing, and return the compiled kernel's hash."""
@@ -84,6 +90,19 @@ class Gpu:
     def run(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Run the launch, and return the compiled kernel's hash."""
         return _run(kernel, grid, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One kernel that was launched, and the constants that it was compiled for."""
+
+    kernel: Any
+    constants: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return str(self.kernel.__name__)
 
 
 class Observed:
@@ -95,7 +114,7 @@ class Observed:
 
     def __init__(self, prepares_only: bool = False) -> None:
         self.prepares_only = prepares_only
-        self.kernels: dict[str, Any] = {}  # the kernel of each compiled hash
+        self.kernels: dict[str, Seen] = {}  # by compiled hash
         self._tokens: list[contextvars.Token[Observed | None]] = []
 
     def __enter__(self) -> Observed:
@@ -262,7 +281,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         act = executor.prepare if act is _prepare else executor.run
     compiled_hash = act(kernel, grid, args, kwargs)
     if observed is not None:
-        observed.kernels[compiled_hash] = kernel
+        observed.kernels[compiled_hash] = Seen(kernel, kwargs)
 
 
 def _on_gpu(args: tuple[Any, ...]) -> bool:
