@@ -15,6 +15,7 @@ from bench.emulated.tables import Entry
 from fusemesh.kernels import backends
 from fusemesh.kernels.emulator import emulate
 from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
+from fusemesh.kernels.proof import first_use
 from fusemesh.kernels.testing import poison
 
 # How the emulator lands copies: as late and as early as the rules allow.
@@ -54,7 +55,7 @@ def verify(entry: Entry, target: str, ways: Sequence[dict[str, Any]] = COPIES, *
     first: dict[str, torch.Tensor] = {}
     for options in ways:
         before = backends.call_counts()
-        with poison.poisoned_empty(), _tiles(entry), emulate(target, **options) as emulator:
+        with first_use.mode("off"), poison.poisoned_empty(), _tiles(entry), emulate(target, **options) as emulator:
             outputs = case.compute(given, "triton")
         for op in case.counted:
             calls = backends.call_counts().get((op, "triton"), 0) - before.get((op, "triton"), 0)

@@ -9,15 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ... import env
-
-# Triton 3.7 overwrites the registers of a factor while wgmma may still read them, where a loop has more than one
-# product, and it makes several of a deep one (triton-lang/triton issue 9433, mended by its pull request 9514). 3.9 does
-# not.
-_OVERWRITES_FACTORS: tl.constexpr = tl.constexpr(
-    not env.INTERPRET and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9)
-)
-
 
 @triton.jit
 def gelu(b_z):
@@ -65,30 +56,10 @@ def activate(b_z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _after_products(b_x):
-    """The 16-bit block, in registers that are written when no product under way can read them any more."""
-    if _OVERWRITES_FACTORS:  # noqa: SIM102 (the inner one asks for a GPU, which the interpreter has not got)
-        if tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0):
-            b_x = tl.inline_asm_elementwise(
-                "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;",
-                "=r,r",
-                [b_x],
-                dtype=b_x.dtype,
-                is_pure=False,
-                pack=2,
-            )
-    return b_x
-
-
-@triton.jit
-def scaled(b_dy, p_slope, mask, HAS_SLOPE: tl.constexpr):
+def load_scaled(p_dy, p_slope, mask, HAS_SLOPE: tl.constexpr):
     """The prologue of the backward kernels: dy times the slope saved by forward, fp32; without one dy as it is."""
+    b_dy = tl.load(p_dy, mask=mask, other=0.0)
     if HAS_SLOPE:
-        b_slope = tl.load(p_slope, mask=mask, other=0.0)
-        if p_slope.dtype.element_ty.primitive_bitwidth == 16:
-            b_slope = _after_products(b_slope)
-        elif b_dy.dtype.primitive_bitwidth == 16:
-            b_dy = _after_products(b_dy)
-        return b_dy.to(tl.float32) * b_slope.to(tl.float32)
+        return b_dy.to(tl.float32) * tl.load(p_slope, mask=mask, other=0.0).to(tl.float32)
     else:
         return b_dy

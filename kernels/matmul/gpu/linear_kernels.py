@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogues import activate, scaled
+from .epilogues import activate, load_scaled
 
 
 @triton.jit
@@ -172,12 +172,11 @@ def linear_dgrad_kernel(
         m_dy = m_m & m_n[None, :]
         m_w = m_n[:, None] & m_k
         # [BLOCK_M, BLOCK_N], [BLOCK_N, BLOCK_K]
-        b_dy = tl.load(p_bdy, mask=m_dy, other=0.0)
-        b_dz = scaled(b_dy, p_bslope, m_dy, p_slope is not None)
+        b_dz = load_scaled(p_bdy, p_bslope, m_dy, p_slope is not None)
         b_w = tl.load(p_bw, mask=m_w, other=0.0)
         b_dx = tl.dot(b_dz.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
         if p_w_up is not None:
-            b_du = scaled(b_dy, p_bslope_up, m_dy, True)
+            b_du = load_scaled(p_bdy, p_bslope_up, m_dy, True)
             b_w_up = tl.load(p_bw_up, mask=m_w, other=0.0)
             b_dx = tl.dot(b_du.to(b_w_up.dtype), b_w_up, b_dx, input_precision=PRECISION)
             p_bslope_up += _step(BLOCK_N, s_slope_up[1])
@@ -246,10 +245,9 @@ def linear_wgrad_kernel(
             # [BLOCK_M, BLOCK_K]
             b_x = tl.load(p_bx, mask=m_m & m_k, other=0.0)
             p_bx += _step(BLOCK_M, s_x[0])
-        # [BLOCK_M, BLOCK_N]
-        b_dy = tl.load(p_bdy, mask=m_m & m_n, other=0.0)
         if p_dw is not None or p_dbias is not None:
-            b_dz = scaled(b_dy, p_bslope, m_m & m_n, p_slope is not None)
+            # [BLOCK_M, BLOCK_N]
+            b_dz = load_scaled(p_bdy, p_bslope, m_m & m_n, p_slope is not None)
             if p_dbias is not None:  # noqa: SIM102 (decided at compile time, the inner one at run time)
                 # Every column of tiles has these dz; the first one sums them.
                 if i_k == 0:
@@ -258,7 +256,7 @@ def linear_wgrad_kernel(
                 b_dw = tl.dot(tl.trans(b_dz.to(b_x.dtype)), b_x, b_dw, input_precision=PRECISION)
                 b_dw = _finished(b_dw, WAITS)
         if p_dw_up is not None:
-            b_du = scaled(b_dy, p_bslope_up, m_m & m_n, True)
+            b_du = load_scaled(p_bdy, p_bslope_up, m_m & m_n, True)
             b_dw_up = tl.dot(tl.trans(b_du.to(b_x.dtype)), b_x, b_dw_up, input_precision=PRECISION)
             b_dw_up = _finished(b_dw_up, WAITS)
             p_bslope_up += _step(BLOCK_M, s_slope_up[0])
