@@ -105,7 +105,7 @@ def _check(status: int, log: str = "") -> None:
 
 
 def table(payload: dict[str, Any]) -> str:
-    """Return a line for instructions whose bits are fixed, one for those with bounds, and one for each wrong program."""
+    """Return a line for instructions with fixed bits, one for those with bounds, and one for each wrong program."""
     lines = []
     for exact, words in ((True, "bits fixed by the specification"), (False, "errors bounded by it")):
         rows = [row for row in payload["rows"] if row["exact"] is exact]
