@@ -5,8 +5,8 @@ The device runs launches in Triton's interpreter; once, it is the emulator.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,16 +70,16 @@ def test_a_right_device(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.interpreter
-def test_kept_verdicts_are_not_believed(capfd: pytest.CaptureFixture[str]) -> None:
-    """A device that went wrong since is found, and one that was mended is used again."""
-    found = []
-    for spoil in ({}, {"linear_dgrad_kernel": wrong}, {}):
-        with warnings.catch_warnings(record=True):
-            warnings.simplefilter("always")
-            found.append(proven(capfd, InterpretedDevice("a stand-in", spoil))[0])
-        first_use.forget()
-    assert found == [0, 1, 0]
-    assert all(verdict.passed for verdict in store.default().all().values())
+def test_kept_verdicts_are_not_believed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was wrong once is proven anew, and used again where it is right."""
+    monkeypatch.setattr(standard, "cases", lambda: SMALL[2:])
+    assert proven(capfd, InterpretedDevice("a stand-in"))[0] == 0
+    kept = store.default()
+    for key, verdict in kept.all().items():
+        kept.write(key, dataclasses.replace(verdict, passed=False, reason="once"))
+    first_use.forget()
+    assert proven(capfd, InterpretedDevice("a stand-in"))[0] == 0
+    assert all(verdict.passed for verdict in kept.all().values())
 
 
 @pytest.mark.interpreter
@@ -116,12 +116,23 @@ def test_a_wrong_kernel_fails_its_cases_alone(
     assert [row["verdict"] for row in others] == ["right", "right"]
 
 
+@pytest.mark.interpreter
+def test_a_wrong_result_of_proven_kernels_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: LinearCase, outputs: Any, want: Any) -> Any:
+        raise AssertionError("outside the error budget: dx")
+
+    monkeypatch.setattr(LinearCase, "check", check)
+    with launch.execute_on(InterpretedDevice("a stand-in")):
+        (row,) = standard.prove(torch.device("cpu"), SMALL[2:])
+    assert (row["verdict"], row["why"], row["share"]) == ("wrong", "outside the error budget: dx", None)
+
+
 @pytest.mark.aot
 def test_on_the_emulator(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The code that Triton compiles, proven and checked."""
     case = LinearCase("fp16", 17, 16, 24, "gelu")
     monkeypatch.setattr(standard, "cases", lambda: [case])
-    with fusemesh.emulate("sm_90"):
+    with fusemesh.emulate("sm_90", prove=True):
         assert cli.main(["doctor", "--prove", "--json"]) == 0
     (row,) = json.loads(capfd.readouterr().out)["rows"]
     assert (row["device"], row["name"], row["case"], row["verdict"]) == ("cpu", "emulated sm_90", case.name, "right")
