@@ -30,13 +30,13 @@ def compile_fence(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
 
         def between_proxies(mask: Mask) -> None:
             if mask is None:
-                cta.shared.clocks.fence(np.arange(cta.W), True)
+                cta.shared.fence(np.arange(cta.W), True)
                 return
             lanes = mask.reshape(-1, WARP)
             for whole in (True, False):
                 warps = np.flatnonzero(lanes.any(1) & (lanes.all(1) == whole))
                 if len(warps):
-                    cta.shared.clocks.fence(warps, whole)
+                    cta.shared.fence(warps, whole)
 
         return between_proxies
 
