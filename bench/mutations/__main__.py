@@ -76,7 +76,7 @@ def report(paths: list[Path], output: Path | None) -> int:
         faults += part["faults"]
         seconds += part["cpu_seconds"]
     for s in survivors:
-        s["code"] = source_line(s["source"])
+        s["code"] = s["code"] or source_line(s["source"])
         s["reason"] = s["proof"] or reasons.reason(s)
         print(line(s))
     write(output, rows, survivors, faults, seconds)

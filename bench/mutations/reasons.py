@@ -31,7 +31,7 @@ REASONS: list[tuple[str, str, str, str, str]] = [
     ("predicate flipped|guard dropped", "attention_dkdv", r"tl\.load\(values\.", "", _REPLICA),
     (
         "bound|select swapped|copy deleted|guard dropped",
-        "attention",
+        "attention_forward",
         r"tl\.load\(p_tile|m_tile =",
         "in all",
         _COPY_AHEAD,
@@ -59,7 +59,7 @@ REASONS: list[tuple[str, str, str, str, str]] = [
     ),
     ("bound", "linear", r"^for [nkm] in range", "runs", _ROUND),
     ("bound", "linear", r"^for [nkm] in range", ", [01] .*in all", "no size is 0, for which alone it differs"),
-    ("bound", "linear", r"^m_[nkm] = o_[nkm] < ", "", _SWITCHED_OFF),
+    ("bound", "linear", r"^m_[nk] = o_[nk] < ", "", _SWITCHED_OFF),
     ("bound", "linear", r"^m_[nk] = \(o_[nk] < ", "in all", _MULTIPLE),
     ("guard dropped", "linear", r"tl\.load\(p_bias", "in all", _MULTIPLE),
 ]
