@@ -38,7 +38,7 @@ def attention(causal: bool, bias: bool = False) -> Calls:
     def call(queries: int, keys: int) -> None:
         g = torch.Generator().manual_seed(1000 * queries + keys)
         heads = 4 if bias else 1  # over which the gradient of a bias is summed
-        sizes = ((heads, queries), (1, keys), (1, keys), (heads, queries))
+        sizes = ((heads, queries), (heads, keys), (heads, keys), (heads, queries))
         q, k, v, do = (torch.randn(1, *s, 64, generator=g).bfloat16() for s in sizes)
         if (queries, keys) in BEHIND:  # far below 0, which is the score of keys that are not there
             q, k = 6 * q.abs(), -6 * k.abs()
@@ -131,7 +131,6 @@ FAMILIES: dict[str, tuple[Callable[[], Calls], tuple[str, ...]]] = {
         lambda: attention(True),
         ("attention_forward", "attention_dkdv", "attention_dq", "attention_delta"),
     ),
-    "plain": (lambda: attention(False), ("attention_forward", "attention_dkdv", "attention_dq")),
     "linear": (linear, ("linear_forward", "linear_dgrad", "linear_wgrad")),
     "decode": (decode, ("decode_split", "decode_combine", "decode_append")),
     "packed": (packed, ("attention_forward",)),

@@ -252,8 +252,10 @@ def test_a_change_is_undone() -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_what_nothing_notices_has_a_reason(family: str, target: str) -> None:
+    """On the choice of places of the table in bench/results: every place of kinds of order, some of the others."""
     for subject in subjects(family, target):
-        _, survivors = table(subject, family, ".", 1 << 30)
+        assert subject.faults == []
+        _, survivors = table(subject, family, ".", 12 if family in ("causal", "linear") else 4)
         assert not [s for s in survivors if not s["reason"]]
 
 
