@@ -178,7 +178,8 @@ def test_every_program_is_assembled(tmp_path: Path) -> None:
     for head, entries in groups.items():
         path, target = tmp_path / "programs.ptx", head.split(".target ")[1].split()[0]
         path.write_text(head + "\n".join(entries))
-        command = [knobs.nvidia.ptxas.path, "-O0", f"-arch={target}", str(path), "-o", str(tmp_path / "programs.cubin")]
+        assembler = knobs.nvidia.ptxas_blackwell if "sm_10" in target else knobs.nvidia.ptxas
+        command = [assembler.path, "-O0", f"-arch={target}", str(path), "-o", str(tmp_path / "programs.cubin")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:2000]
 

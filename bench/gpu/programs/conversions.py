@@ -182,7 +182,7 @@ def _between_floats() -> Iterator[Program]:
             yield _float(f"cvt.{mode}.relu.{to}.f32", columns["f32"], to, "f32", mode, "relu")
             yield _float(f"cvt.{mode}.satfinite.{to}.f32", columns["f32"], to, "f32", mode, "satfinite", least=90)
     yield _float("cvt.rna.satfinite.tf32.f32", columns["f32"], "tf32", "f32", "rna", "satfinite", least=90)
-    yield _float("cvt.rn.satfinite.relu.tf32.f32", columns["f32"], "tf32", "f32", "rn", "satfinite.relu", least=90)
+    yield _float("cvt.rn.satfinite.relu.tf32.f32", columns["f32"], "tf32", "f32", "rn", "satfinite.relu", least=100)
     yield _float("cvt.rn.ftz.f16.f32", columns["f32"], "f16", "f32", "rn", "ftz")
     yield _float("cvt.rn.sat.f16.f32", columns["f32"], "f16", "f32", "rn", "sat")
     yield _float("cvt.rn.ftz.sat.f32.f64", columns["f64"], "f32", "f64", "rn", "ftz.sat")
