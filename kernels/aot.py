@@ -349,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--emulate: expected targets of NVIDIA's, received {' '.join(options.target)}; name others")
         if not set(options.bias or "") <= set("BHQK"):
             parser.error(f"--bias: expected letters out of BHQK, received {options.bias}")
-        from .emulator import command
+        from .emulator.launch import command
 
         return command.run(options)
     from .runtime.launches import attention_launches, linear_launches

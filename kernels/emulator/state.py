@@ -63,9 +63,9 @@ class Cta:
         self.W = self.T // WARP
         self.tid = np.arange(self.T)
         self.warp, self.lane = self.tid // WARP, self.tid % WARP
-        self.files: dict[int, np.ndarray] = {
-            bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()
-        }
+        # Of 32 bits two rows more, for checks that run an instruction on flags.
+        rows = {bits: max(n, 1) + 2 * (bits == 32) for bits, n in kernel.counts.items()}
+        self.files: dict[int, np.ndarray] = {bits: np.zeros((n, self.T), FILES[bits]) for bits, n in rows.items()}
         self.shared = Shared(shared_bytes, self.W)
         self.shared.check = check
         self.shared.line = lambda: 0 if self.current is None else self.current.line

@@ -48,9 +48,7 @@ def main(arguments: list[str] | None = None, device: torch.device | None = None)
 
     op = getattr(torch.ops.fusemesh, operation).default
     values = made(described, torch.device("cuda") if device is None else device)
-    if operation.startswith("linear") or operation == "attention_decode":
-        values.pop()  # what only tells calls apart
-    elif operation.endswith("_backward"):
+    if operation.startswith("attention") and operation.endswith("_backward"):
         values.append(False)  # aux_grad
     first_use.forget()
     try:

@@ -1,6 +1,6 @@
 """A compiled kernel is proven before its first result is handed out.
 
-Calls are told apart by a cheap key (classes of sizes, strides and alignments). For a key seen for the first time every
+Calls are told apart by a cheap key (numbers, sizes, strides and alignments). For a key seen for the first time every
 launch is compiled and not run. Compiled kernels that no verdict exists on run in trials: small calls of the same
 specialisation, compared with the reference on that device. After each call the hashes of what ran are looked up once
 more, so that a key that is too coarse hands out nothing unproven.
@@ -109,6 +109,7 @@ _devices: dict[str, Device] = {}
 _said: set[tuple[str, str]] = set()
 _proving = threading.RLock()
 _UNKNOWN = Refused("", False)
+_PLAIN = frozenset((int, float, bool, str, type(None)))
 
 
 def forget() -> None:
@@ -136,6 +137,10 @@ def run(call: Call, by_name: bool) -> Any:
         NotProven: the call asked for the kernels by name.
         RuntimeError: a CUDA graph is being captured, and the kernels have not been tried yet.
     """
+    if call.device.type == "cuda" and call.device.index not in (None, torch.cuda.current_device()):
+        # Triton launches on the current GPU, whatever the tensors are on.
+        with torch.cuda.device(call.device):
+            return run(call, by_name)
     executor = launch.executor_of(call.device)
     if executor is None or not executor.proves or _mode == OFF:
         return call.compute()
@@ -170,22 +175,17 @@ def run(call: Call, by_name: bool) -> Any:
 
 
 def key_of(call: Call) -> tuple[Any, ...]:
-    """Return what tells a call from others: the classes of its op's arguments."""
-    return (call.operation, *map(_class_of, call.arguments))
-
-
-def _class_of(x: Any) -> Any:
-    """Return the class of an argument: what decides which kernels run, as far as it is cheap to see."""
-    if isinstance(x, torch.Tensor):
-        # 17 stands for 1: what is left of a division by 16 says the rest.
-        sizes = [17 if n == 1 else n & 15 for n in x.shape]
-        strides = [17 if n == 1 else -1 if n == 0 else n & 15 for n in x.stride()]
-        return (x.dtype, *sizes, *strides, x.data_ptr() & 15, x.shape[-1] if x.dim() else 0)
-    if isinstance(x, (list, tuple)):
-        return tuple(map(_class_of, x))
-    if isinstance(x, (bool, str)) or x is None:
-        return x
-    return (x > 0) - (x < 0)
+    """Return what tells a call from others: its numbers, and dtypes, sizes, strides and alignment of its tensors."""
+    key: list[Any] = [call.operation]
+    for x in call.arguments:
+        # isinstance of a tensor costs ten times as much where x is none.
+        if type(x) in _PLAIN:
+            key.append(x)
+        elif type(x) is list:
+            key.append(tuple((t.dtype, t.shape, t.data_ptr() & 15) if isinstance(t, torch.Tensor) else t for t in x))
+        else:
+            key += (x.dtype, x.shape, x.stride(), x.data_ptr() & 15)
+    return tuple(key)
 
 
 def settle(device: Device, call: Call, real: dict[str, launch.Seen] | None = None) -> Refused | None:

@@ -1,6 +1,7 @@
 """cp.async.bulk: copies of boxes of tensors, or of bytes, that an mbarrier or a group of the thread waits for.
 
-Missing: clusters (multicast, other CTAs' shared memory), im2col, gather and scatter, byte masks.
+Missing: clusters (multicast, other CTAs' shared memory), im2col, gather and scatter, byte masks; and the check that
+what st.global wrote is fenced before a bulk copy of the same launch reads it.
 """
 
 from __future__ import annotations

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 BARRIERS = 16
 
 
-@opcode("fence ...", "membar ...")
+@opcode("fence proxy async shared::cta|shared::cluster?")
+@opcode("fence proxy tensormap::generic acquire|release cta|cluster|gpu|sys")
+@opcode("fence acq_rel|sc cluster|gpu|sys", "membar gl|sys")
 def compile_fence(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
+    if "tensormap::generic" in p:
+        return lambda mask: None
     if "proxy" in p:
 
         def between_proxies(mask: Mask) -> None:

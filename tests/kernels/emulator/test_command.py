@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from fusemesh.kernels import aot
-from fusemesh.kernels.emulator import launching
+from fusemesh.kernels.emulator.launch import launching
 from fusemesh.kernels.emulator.parsing import parse
 
 pytestmark = pytest.mark.aot

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusemesh.kernels.emulator.launching import Bound
+from fusemesh.kernels.emulator.launch.launching import Bound
 from fusemesh.kernels.emulator.machine import Machine
 from fusemesh.kernels.runtime.launch import TARGETS
 

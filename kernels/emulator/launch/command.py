@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..measure.cases import AttentionCase, LinearCase
-from . import COPIES, emulate
+from ...measure.cases import AttentionCase, LinearCase
+from .. import COPIES, emulate
+from ..hazard import Hazard, UnknownInstruction
 from .counts import table
-from .hazard import Hazard, UnknownInstruction
 
 _DIMS = {"B": "b", "H": "h", "Q": "m", "K": "n"}
 
