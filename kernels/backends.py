@@ -1,9 +1,10 @@
 """The registered backends, the choice among them, and how often each one ran.
 
 A backend asked for by name runs or raises; it never falls back. ``backend="auto"`` asks the records in their order,
-takes the first that is willing and does not refuse the call, and says so once at INFO. It never raises where the
-reference can compute; but it warns, once for each reason, where that takes memory of Sq * Sk. Under a transform of
-torch.func, where ops have no rule for most, it asks only those written in PyTorch's differentiable functions.
+takes the first that is willing and does not refuse the call, and says so once at INFO; the one that a table of
+``fusemesh bench --compare`` names for calls of this class is asked first. It never raises where the reference can
+compute; but it warns, once for each reason, where that takes memory of Sq * Sk. Under a transform of torch.func, where
+ops have no rule for most, it asks only those written in PyTorch's differentiable functions.
 """
 
 from __future__ import annotations

@@ -22,8 +22,11 @@ def emulate(
     seed: int | None = None,
     copies: Copies = "late",
     check: bool = True,
+    counts: bool = False,
     ctas: int | None = None,
     keep: bool = False,
+    prove: bool = False,
+    resident: int = 2,
 ) -> Iterator[Emulator]:
     """Within the block, ``backend="triton"`` runs on CPU tensors, by the code that Triton compiles for a GPU.
 
@@ -44,11 +47,15 @@ def emulate(
         copies: when what a kernel copies asynchronously is seen to land: as late as its waits allow, as early as they
             do, or at random by ``seed``. A kernel is right only if all give the same.
         check: look for hazards. Without, it takes a tenth less time.
+        counts: count sectors of global memory and passes over the banks of shared memory, too (a third slower).
         ctas: run only so many blocks of each grid.
         keep: keep every launch in ``run.bound``, to be run again.
+        prove: compare each kernel with the reference at its first use, as on a GPU (FUSEMESH_PROOF).
+        resident: so many blocks run side by side where a kernel synchronises blocks. That all of them wait for one
+            that has no place yet is a deadlock; a GPU has places for more, but promises no order.
 
     Yields:
-        What ran: ``run.log`` has the counts of each launch.
+        What runs the launches: ``run.counts`` says what each did, ``print(run.table())`` shows it.
 
     Raises:
         ValueError: the target is unknown or not NVIDIA's, triton is missing, or this process has Triton's interpreter
@@ -59,7 +66,17 @@ def emulate(
     chosen = _target(target)
     if copies not in COPIES:
         raise ValueError(f"copies: expected one of {COPIES}, received {copies!r}")
-    emulator = Emulator(chosen, asynchrony=copies, seed=seed, check=check, ctas=ctas, keep=keep)
+    emulator = Emulator(
+        chosen,
+        ctas=ctas,
+        keep=keep,
+        proves=prove,
+        asynchrony=copies,
+        seed=seed,
+        check=check,
+        stats=counts,
+        resident=resident,
+    )
 
     with execute_on(emulator), compat.driver(emulator.device, assembles=False):
         yield emulator

@@ -31,7 +31,8 @@ class Device(NamedTarget):
     """Stands where Triton expects a driver: launches end in ``run``, with the arguments bound to the signature."""
 
     def __init__(self, target: Target, run: Run) -> None:
-        super().__init__(target, "emulated")
+        # Triton keeps kernels, and the device's limits, by the device's name.
+        super().__init__(target, f"emulated with {target.shared_memory} bytes")
         self.run = run
         self.launcher_cls = _Launcher
         properties = {"max_shared_mem": target.shared_memory, "warpSize": 32, "multiprocessor_count": 1}

@@ -131,7 +131,7 @@ class Machine(Cta):
             pass
 
     def executed(self) -> dict[str, int]:
-        """Return how often each opcode ran, over all CTAs."""
+        """Return how often each opcode ran, once for each warp, over all CTAs."""
         count: Counter[str] = Counter()
         for n, code in zip(self.ran, self.blocks, strict=True):
             for ins in [i for _, i, _ in code.body] + ([code.end] if code.end else []):

@@ -107,7 +107,7 @@ def encode(x: Any, kind: str) -> np.ndarray:
     else:
         size = np.abs(np.where(np.isnan(x), 0, x))
         _, exponent = np.frexp(size)
-        exponent = np.maximum(exponent - 1, form.smallest)
+        exponent = np.where(size == 0, form.smallest, np.maximum(exponent - 1, form.smallest))
         units = np.ldexp(size, form.mantissa - exponent).astype(np.int64)  # the mantissa with its leading one
         field = (exponent - form.smallest) << form.mantissa
         bits = (field + units + (np.signbit(x) << 7)).astype(np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from .ptx import (
     BITS,
@@ -41,6 +42,18 @@ _NO_DESTINATION = (
 def parse(text: str) -> Kernel:
     """Return the first ``.entry`` of a PTX module."""
     return _Parser(text).kernel()
+
+
+def changed(old: Instruction, statement: str) -> Instruction:
+    """Return an instruction of another text at the place of ``old``, whose registers alone it may name."""
+    parser = _Parser("")
+    parser.source = old.source
+    for x in (*old.operands, *([old.guard] if old.guard else [])):
+        for r in registers(x):
+            parser.scopes[0][r.name.split("'")[0]] = Reg(r.name, r.bits, r.index)
+    ins = parser.instruction(statement, old.line)
+    # A label of an inner scope has a name of its own, which the text does not say.
+    return replace(ins, operands=old.operands) if ins.parts[0] == "bra" else ins
 
 
 class _Parser:
@@ -101,7 +114,7 @@ class _Parser:
             line = self.lines[n]
             if not pending:
                 stripped = line.lstrip()
-                if stripped.startswith(".loc"):
+                if stripped.startswith((".loc ", ".loc\t")):
                     self.location(stripped)
                     continue
                 if stripped.startswith((".pragma", ".file", "//")):

@@ -202,7 +202,7 @@ def execute(cta: Machine, threads: Threads) -> Iterator[bool]:
     steps, at, mask = 0, 0, None
     while True:
         body, leave, end, _, synchronises = blocks[at]
-        ran[at] += 1
+        ran[at] += cta.W if mask is None else int(mask.reshape(-1, WARP).any(axis=1).sum())
         cta.polled = ""
         for fn, ins, touch in body:
             cta.current = ins

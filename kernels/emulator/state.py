@@ -80,10 +80,10 @@ class Cta:
         self.ticks = 0
         self.polled = ""  # what an instruction of the current block read again and found unchanged
         self.place_in_grid = (0, 0, 0)
+        self.ran = np.zeros(len(kernel.blocks), np.int64)  # how many warps ran each block
         self.number = 0  # of the CTA, from 1
         self.local = Local(kernel.size("local"), self.T)
         self.chance: np.random.Generator | None = None  # what is left open happens by it, where there is a seed
-        self.ran = np.zeros(len(kernel.blocks), np.int64)  # how often each block ran
         self.before: list[set[int]] = kernel.predecessors()
         self.matrix_row, self.matrix_col = np.arange(WARP) >> 2, np.arange(WARP) & 3
         self.in_flight = InFlight(self.T, asynchrony, seed or 0)
@@ -107,8 +107,8 @@ class Cta:
 
     @staticmethod
     def map_address(name: str) -> int:
-        """Return the address that stands for a parameter which is a tensor map."""
-        return 0x7E0000000000 + 128 * int(name.rsplit("_", 1)[1])
+        """Return the address, of 32 bits as some versions of Triton keep it, of a parameter that is a tensor map."""
+        return 0x7E000000 + 128 * int(name.rsplit("_", 1)[1])
 
     def row(self, reg: Reg, type_: str | None = None) -> np.ndarray:
         """Return a register as an array [T], of PTX's type ``type_`` or of unsigned numbers; not its negation."""

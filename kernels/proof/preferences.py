@@ -79,8 +79,10 @@ def forget_what_was_read() -> None:
 def class_of(request: Request) -> str | None:
     """Return the class of a call, as the table names it; None for a call of no class that is measured."""
     if request.operation == "linear":
-        return _class_of_linear(request)
-    if request.operation not in ("attention", "attention_decode") or max(request.head_dims) > HEAD_DIMS[-1]:
+        return None if request.layer is None else _class_of_linear(request)
+    if request.operation not in ("attention", "attention_decode") or not request.scores:
+        return None
+    if max(request.head_dims) > HEAD_DIMS[-1]:
         return None
     dtype, (batch, heads, queries, keys) = _name(request.dtype), request.scores
     head_dim = next(d for d in HEAD_DIMS if max(request.head_dims) <= d)

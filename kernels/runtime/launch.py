@@ -61,6 +61,11 @@ class Executor(Protocol):
         """``NVIDIA H200``, ``emulated sm_90``: what is proven on one is not proven on another."""
         ...
 
+    @property
+    def proves(self) -> bool:
+        """Whether kernels are proven on it before their first result is handed out."""
+        ...
+
     def prepare(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Compile what the launch would run, run nothing, and return the compiled kernel's hash."""
         ...
@@ -76,6 +81,7 @@ class Gpu:
 
     target: Target
     name: str
+    proves: bool = True
 
     def prepare(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Compile what the launch would run, run nothing, and return the compiled kernel's hash."""

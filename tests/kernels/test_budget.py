@@ -30,6 +30,17 @@ def matmul_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return exact, a @ b.T, exact.abs().max() * torch.finfo(dtype).eps
 
 
+def test_the_share_is_above_one_outside_the_budget_alone() -> None:
+    exact, eager, ulp = matmul_case(torch.float32)
+    for error in (0.0, 0.5, 1.0, 4.0):
+        for where in (slice(None), slice(0, 1)):  # the mean, and the largest alone
+            actual = exact.clone()
+            actual[where] += error * ulp
+            measured = budget.measure("y", actual.float(), exact, eager)
+            assert (measured.share <= 1) == measured.passed, measured
+    assert budget.measure("y", torch.zeros(3), torch.zeros(3).double(), torch.zeros(3)).share == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_eager_and_the_rounded_truth_pass(dtype: torch.dtype) -> None:
     exact, eager, _ = matmul_case(dtype)

@@ -64,6 +64,7 @@ class InterpretedDevice:
         self.target: Target = Target("interpreter", "interpreter", TARGETS["sm_90"].shared_memory)
         self.name = name
         self.spoil = spoil or {}
+        self.proves = True
         self.prepared: list[str] = []
         self.ran: list[str] = []
         self.error: Exception | None = None  # raised by every launch that is not only prepared

@@ -23,7 +23,7 @@ from ..state import Cta, Step
 Compile = Callable[[Cta, Instruction, list[str], tuple[Any, ...]], Step]
 
 OPCODES: dict[str, list[tuple[re.Pattern[str], Compile]]] = {}  # by the first part
-FORMS: list[str] = []
+FORMS: dict[str, Compile] = {}
 _FAMILIES = (
     "atomics",
     "bulk",
@@ -80,7 +80,8 @@ def opcode(*forms: str) -> Callable[[Compile], Compile]:
             known = OPCODES.setdefault(form.split()[0], [])
             # Forms that take any modifier come last.
             known.insert(len(known) if form.endswith("...") else 0, (pattern(form), function))
-            FORMS.append(form)
+            assert form not in FORMS, form
+            FORMS[form] = function
         return function
 
     return register

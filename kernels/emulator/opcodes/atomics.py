@@ -206,17 +206,17 @@ def _in_global(
 def _in_shared(cta: Cta, size: int, change: Change) -> Callable[[np.ndarray, list[np.ndarray], np.ndarray], np.ndarray]:
     def apply(addr: np.ndarray, given: list[np.ndarray], threads: np.ndarray) -> np.ndarray:
         s, count = cta.shared, given[0].shape[1]
-        if size < 4:
-            raise UnknownInstruction("an atomic operation on 16 bits of shared memory")
+        view = s.halves if size == 2 else s.words
         at = s.index(addr, size * count, threads)
         old = np.empty((len(at), count), UNSIGNED[size])
         for each in _rounds(cta, at):
-            words = (at[each] >> 2)[:, None] + np.arange(size * count // 4)
+            words = (at[each] >> 2)[:, None] + np.arange(max(size * count // 4, 1))
+            where = words if size > 2 else (at[each] >> 1)[:, None] + np.arange(count)
             warp, who = cta.warp[threads[each]][:, None], threads[each][:, None]
             s.atomic(words, warp, who)
-            now = s.words[words].view(UNSIGNED[size])
+            now = view[where].view(UNSIGNED[size])
             old[each] = now
-            s.words[words] = np.ascontiguousarray(change(now, [x[each] for x in given])).view(np.uint32)
+            view[where] = np.ascontiguousarray(change(now, [x[each] for x in given])).view(view.dtype)
             s.wrote(words, warp)
             s.was_atomic[words] = True
         return old

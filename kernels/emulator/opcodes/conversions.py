@@ -49,11 +49,11 @@ def _to_odd(a: np.ndarray) -> np.ndarray:
     return sum_to_odd((a >> a.dtype.type(32)).astype(np.float64) * 2.0**32, lower)
 
 
-@opcode(f"cvt rn|rz|rm|rp f32|f64|f16|bf16 {_WHOLE}", f"cvt rn|rz|rm|rp ftz? sat? f32 {_WHOLE}")
+@opcode(f"cvt rn|rz|rm|rp f32|f64|f16|bf16 {_WHOLE}")
 def compile_from_whole(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     to, of = p[-2:]
     a = _source(cta, o[1], of)
-    if to == "f32" and p[1] == "rn" and "sat" not in p:
+    if to == "f32" and p[1] == "rn":
         return cta.put(o[0], to, lambda: a.astype(np.float32))
     if to == "f64" and of[1:] != "64":
         return cta.put(o[0], to, lambda: a.astype(np.float64))
@@ -62,12 +62,10 @@ def compile_from_whole(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, .
             raise NotImplementedError(ins.opcode)
         return cta.put(o[0], to, lambda: a.astype(np.float64))
     value: Values = lambda: rounded(_to_odd(a), to, p[1])  # noqa: E731
-    if "sat" in p:
-        return cta.put(o[0], to, lambda: encode(saturate(value()), to).view(np.float32))
     return cta.put(o[0], f"u{FORMATS[to].bits}", lambda: encode(value(), to))
 
 
-@opcode(f"cvt rni|rzi|rmi|rpi sat? {_WHOLE} f16|f64|bf16", f"cvt rni|rzi|rmi|rpi ftz? sat? {_WHOLE} f32")
+@opcode(f"cvt rni|rzi|rmi|rpi {_WHOLE} f16|f64|bf16", f"cvt rni|rzi|rmi|rpi ftz? {_WHOLE} f32")
 def compile_to_whole(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     """Clamped to the range; NaN is 0, or only the highest bit where either type has 64 bits."""
     to, of = p[-2:]
@@ -87,20 +85,15 @@ def compile_to_whole(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...
     return _keep(cta, o[0], value)
 
 
-@opcode("cvt rni|rzi|rmi|rpi ftz? sat? f32 f32", "cvt rni|rzi|rmi|rpi sat? f64 f64", "cvt rni|rzi|rmi|rpi f16 f16")
+@opcode("cvt rni|rzi|rmi|rpi ftz? f32 f32", "cvt rni|rzi|rmi|rpi f64 f64", "cvt rni|rzi|rmi|rpi f16 f16")
 def compile_integral(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     """A whole number of the same type."""
     type_, function = p[-1], ROUND[p[1][:2]]
     a = cta.src(o[1], type_)
-
-    def value() -> np.ndarray:
-        x = function(flush(a) if "ftz" in p else a)
-        return saturate(x) if "sat" in p else x
-
-    return cta.put(o[0], type_, value)
+    return cta.put(o[0], type_, lambda: function(flush(a) if "ftz" in p else a))
 
 
-@opcode("cvt ftz? sat? f32 f32", "cvt ftz? sat? f32 f16|bf16", "cvt f64 f16|bf16|f64", "cvt ftz? f64 f32")
+@opcode("cvt ftz? sat? f32 f32", "cvt sat? f32 f16|bf16", "cvt f64 f16|bf16|f32")
 def compile_widen(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     """No less precise a type."""
     to, of = p[-2:]
@@ -115,8 +108,8 @@ def compile_widen(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
     return cta.put(o[0], to, value)
 
 
-@opcode("cvt rn|rz|rm|rp ftz? sat? f32 f64", "cvt rn|rz|rm|rp ftz? sat? f16 f32", "cvt rn|rz|rm|rp sat? f16 f64")
-@opcode("cvt rn|rz relu? satfinite? f16|bf16 f32", "cvt rn|rz? bf16 f16", "cvt rn|rz f16 bf16")
+@opcode("cvt rn|rz|rm|rp ftz? sat? f32 f64", "cvt rn|rz|rm|rp ftz? sat? f16 f32", "cvt rn|rz|rm|rp f16 f64")
+@opcode("cvt rn|rz relu? satfinite? f16|bf16 f32", "cvt rn? bf16 f16")
 @opcode("cvt rn|rz satfinite? relu? tf32 f32", "cvt rna satfinite? tf32 f32")
 def compile_narrow(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     """A less precise type; of f16 to bf16 the rounding may be left out, as Triton does of numbers that both have."""
@@ -194,7 +187,7 @@ def compile_unpack(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...])
 
     def value() -> np.ndarray:
         x = decode(raw.view(np.uint8), kind)
-        return encode(np.where(x < 0, 0.0, x) if relu else x, "f16")
+        return encode(np.where(x <= 0, 0.0, x) if relu else x, "f16")
 
     return put_halves(cta, o[0], "u16", value)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..numbers import NAN, ROUND, TYPES, decode, encode, flush, fma, rounded, sum_to_odd
+from ..numbers import NAN, TYPES, decode, encode, flush, fma, rounded, sum_to_odd
 from ..ptx import Instruction
 from ..state import Cta, Mask, Step, Values, as_register
 from . import opcode
@@ -77,7 +77,7 @@ def _small_finish(p: list[str], value: Values) -> Values:
 
 @opcode("add rn? ftz? f32", "sub rn? ftz? f32", "mul rn? ftz? f32")
 @opcode("add rn? ftz? sat f32", "sub rn? ftz? sat f32", "mul rn? ftz? sat f32")
-@opcode("add rn? ftz? f32x2", "sub rn? ftz? f32x2", "mul rn? ftz? f32x2")
+@opcode("add rn? f32x2", "sub rn? f32x2", "mul rn? f32x2")
 @opcode("add rn? f64", "sub rn? f64", "mul rn? f64")
 def compile_native(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     type_, function = p[-1], _NATIVE[p[0]]
@@ -87,15 +87,13 @@ def compile_native(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...])
     return _put_native(cta, o[0], type_, _finish(p, lambda: function(a(), b())))
 
 
-@opcode("add rn|rz|rm|rp? sat? f32 f16|bf16", "sub rn|rz|rm|rp? sat? f32 f16|bf16")
-@opcode("fma rn|rz|rm|rp sat? f32 f16|bf16")
+@opcode("add rn? f32 f16|bf16", "sub rn? f32 f16|bf16", "fma rn f32 f16|bf16")
 def compile_mixed(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     """The last operand is fp32, those before it have 16 bits."""
-    rounding = p[1] if p[1] in ROUND else "rn"
     factors, c = [_read_small(cta, x, p[-1]) for x in o[1:-1]], cta.src(o[-1], "f32")
     sign = -1.0 if p[0] == "sub" else 1.0
     first: Values = factors[0] if len(factors) == 1 else (lambda: factors[0]() * factors[1]())
-    return cta.put(o[0], "f32", _finish(p, _directed(first, lambda: sign * c.astype(np.float64), rounding)))
+    return cta.put(o[0], "f32", _finish(p, _directed(first, lambda: sign * c.astype(np.float64), "rn")))
 
 
 def _directed(product: Values, c: Values, rounding: str) -> Values:
@@ -111,7 +109,7 @@ def _directed(product: Values, c: Values, rounding: str) -> Values:
     return value
 
 
-@opcode("add rz|rm|rp ftz? sat? f32", "sub rz|rm|rp ftz? sat? f32", "mul rz|rm|rp ftz? sat? f32")
+@opcode("add rz|rm|rp ftz? f32", "sub rz|rm|rp ftz? f32", "mul rz|rm|rp ftz? f32")
 def compile_directed(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     a, b = (_native(cta, x, "f32", ftz="ftz" in p) for x in o[1:3])
     if p[0] == "mul":
@@ -122,13 +120,13 @@ def compile_directed(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...
     return cta.put(o[0], "f32", _finish(p, value))
 
 
-@opcode("fma rn ftz? sat? f32", "fma rn ftz? f32x2")
+@opcode("fma rn ftz? sat? f32", "fma rn f32x2")
 def compile_fma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     a, b, c = (_native(cta, x, p[-1], ftz="ftz" in p) for x in o[1:4])
     return _put_native(cta, o[0], p[-1], _finish(p, lambda: fma(a(), b(), c())))
 
 
-@opcode("fma rz|rm|rp ftz? sat? f32")
+@opcode("fma rz|rm|rp ftz? f32")
 def compile_directed_fma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     a, b, c = (_native(cta, x, "f32", ftz="ftz" in p) for x in o[1:4])
     value = _directed(lambda: a().astype(np.float64) * b(), lambda: c().astype(np.float64), p[1])
@@ -192,8 +190,8 @@ def extreme(p: list[str], a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @opcode(
     "min ftz? NaN? f32",
     "max ftz? NaN? f32",
-    "min ftz? NaN? xorsign abs f32",
-    "max ftz? NaN? xorsign abs f32",
+    "min NaN? xorsign abs f32",
+    "max NaN? xorsign abs f32",
     "min f64",
     "max f64",
 )
@@ -221,13 +219,13 @@ def compile_small_extreme(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any
     return put_small(cta, o[0], p[-1], lambda: extreme(p, a(), b()))
 
 
-@opcode("copysign f32|f64")
+@opcode("copysign f32")
 def compile_copysign(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     """The size of the second with the sign of the first."""
     return cta.ufunc(np.copysign, o[0], p[-1], cta.src(o[2], p[-1]), cta.src(o[1], p[-1]))
 
 
-@opcode("testp finite|infinite|number|notanumber|normal|subnormal f32|f64")
+@opcode("testp finite|infinite|number|notanumber|normal|subnormal f32")
 def compile_testp(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     a = cta.src(o[1], p[-1])
     smallest = np.finfo(TYPES[p[-1]]).smallest_normal

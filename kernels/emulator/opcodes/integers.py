@@ -138,7 +138,7 @@ def compile_mad(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) ->
     return cta.put(o[0], type_, lambda: product() + c)
 
 
-@opcode("mad hi sat s32", "mad24 hi sat s32")
+@opcode("mad hi sat s32")
 def compile_mad_sat(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     _, product = _product(cta, [x for x in p if x != "sat"], o)
     c = cta.src(o[3], "s32")

@@ -306,3 +306,9 @@ def compile_stmatrix(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...
         s.wrote(flat, warp)
 
     return step
+
+
+@opcode("createpolicy fractional L2::evict_\\w+ (L2::evict_\\w+)? b64", "createpolicy range (global)? ...")
+def compile_createpolicy(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
+    """Caches are not modelled: any number will do for a policy."""
+    return cta.put(o[0], "u64", lambda: np.uint64(0))

@@ -182,26 +182,3 @@ def compile_setp_packed(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, 
                 np.copyto(out, both[:, k], where=True if mask is None else mask)
 
     return step
-
-
-_COMPARED_TO = tuple(f"{form.rsplit(' ', 1)[0]} u32|s32|f32 {form.rsplit(' ', 1)[1]}" for form in _COMPARED[:3])
-
-
-@opcode(
-    *(f"set {form}" for form in _COMPARED_TO),
-    f"set {_ORDERED} and|or|xor? ftz? u32|s32|f32 f32",
-    f"set {_ORDERED} and|or|xor? u32|s32|f32 f64",
-)
-def compile_set(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
-    """All ones, or 1.0, where the comparison holds."""
-    to, combine = p[-2], BITWISE.get(p[2])
-    test, one = _test(cta, p, p[-1], o[1:3]), np.array(1.0 if to == "f32" else -1).astype(TYPES[to])
-    third = cta.predicate(o[3]) if combine is not None else None
-
-    def value() -> np.ndarray:
-        holds = test()
-        if combine is not None and third is not None:
-            holds = combine(holds, third())
-        return np.where(holds, one, one.dtype.type(0))
-
-    return cta.put(o[0], to, value)

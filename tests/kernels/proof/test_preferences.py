@@ -15,7 +15,7 @@ import torch
 
 import fusemesh
 from fusemesh.kernels import backends, env
-from fusemesh.kernels.backend_record import Request
+from fusemesh.kernels.backend_record import OPERATIONS, Request
 from fusemesh.kernels.measure import Clock, Roofline, comparison
 from fusemesh.kernels.measure.cases import AttentionCase, DecodeCase, LinearCase, self_attention
 from fusemesh.kernels.proof import files, preferences
@@ -31,6 +31,7 @@ class Device:
     """An executor that runs nothing."""
 
     target = launch.TARGETS["sm_90"]
+    proves = True
 
     def __init__(self, name: str = "NVIDIA X") -> None:
         self.name = name
@@ -138,8 +139,8 @@ def test_calls_of_no_class() -> None:
     assert preferences.class_of(constant) in measured
     constant.call.bias.requires_grad_(False)
     assert preferences.class_of(constant) not in measured
-    packed = Request("attention_varlen", CPU, torch.bfloat16, (64, 64))
-    assert preferences.class_of(packed) is None
+    for operation in OPERATIONS:  # packed sequences, and requests that say less than a call does
+        assert preferences.class_of(Request(operation, CPU, torch.bfloat16, (64, 64))) is None
 
 
 def test_auto_takes_what_the_table_says(caplog: pytest.LogCaptureFixture) -> None:

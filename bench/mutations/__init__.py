@@ -1,0 +1,1 @@
+"""Faults planted in compiled kernels: which are noticed, and by what (command: python -m bench.mutations)."""

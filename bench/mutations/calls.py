@@ -1,0 +1,127 @@
+"""Small calls that launch each kernel with lengths that reach every edge, so that a fault in its text can show.
+
+Whether a fault shows depends on the number of a loop's rounds modulo the stages of its pipeline, and that of a bound
+only where an index equals it: lengths go through 1 to 7 tiles, and end at every pair of columns of a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusemesh.kernels.attention.decode.api import flash_attention_decode
+from fusemesh.kernels.attention.dense.api import flash_attention
+from fusemesh.kernels.attention.varlen.api import flash_attention_varlen
+from fusemesh.kernels.matmul.api import fused_linear
+
+Calls = list[tuple[str, Callable[[], Any]]]
+EDGES = [8 * group + odd for group in range(16) for odd in (5, 2)]  # every 8 columns, odd and even, within 128
+# (Sq, Sk) for every edge of keys, with queries behind the last key.
+BEHIND = [(2 + edge + (5 * i) % 32, 1 + edge) for i, edge in enumerate(EDGES)]
+
+
+def lengths() -> list[tuple[int, int]]:
+    """Return (Sq, Sk): rounds of both loops, then every edge of keys with queries behind it, then edges of queries."""
+    rounds = [(97, 200), (128, 250), (70, 24), *((70, 128 * n + 24) for n in range(1, 6)), (70, 88)]
+    rounds += [*((64 * n + 24, 70) for n in range(1, 6)), (128, 256), (192, 64)]
+    rounds += [(5, 128 * n + 8) for n in range(2, 5)]
+    return [*rounds, *BEHIND, *((edge, edge + 40) for edge in EDGES[:16]), (200, 328)]
+
+
+def attention(causal: bool, bias: bool = False) -> Calls:
+    """Forward and backward in bf16 at D 64; with a bias, of all heads together, that has a gradient."""
+
+    def call(queries: int, keys: int) -> None:
+        g = torch.Generator().manual_seed(1000 * queries + keys)
+        q, k, v, do = (torch.randn(1, 1, s, 64, generator=g).bfloat16() for s in (queries, keys, keys, queries))
+        if (queries, keys) in BEHIND:  # far below 0, which is the score of keys that are not there
+            q, k = 6 * q.abs(), -6 * k.abs()
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        options: dict[str, Any] = {"causal": causal}
+        if causal:  # every key is seen by some query
+            options["align"] = "bottom_right" if keys >= queries else "top_left"
+        if bias:
+            options["bias"] = torch.randn(1, 1, queries, keys, generator=g).bfloat16().requires_grad_()
+            leaves.append(options["bias"])
+        out = flash_attention(*leaves[:3], **options, backend="triton")
+        assert isinstance(out, torch.Tensor)
+        torch.autograd.grad(out, leaves, do)
+
+    # Rows of a bias are read 16 bytes at a time where they are multiples of that: one text.
+    sizes = [(a, -(-b // 16) * 16) for a, b in lengths()[::2]] if bias else lengths()
+    return [(f"{a}x{b}", functools.partial(call, a, b)) for a, b in sizes]
+
+
+def linear() -> Calls:
+    """gelu(x w + b) and its gradients in bf16."""
+
+    def call(rows: int, inner: int, columns: int) -> None:
+        g = torch.Generator().manual_seed(rows + 1000 * inner + columns)
+        x, w, dy = (torch.randn(*s, generator=g).bfloat16() for s in ((rows, inner), (columns, inner), (rows, columns)))
+        leaves = [x.requires_grad_(), (w / inner**0.5).requires_grad_(), torch.randn(columns, generator=g).bfloat16()]
+        leaves[2].requires_grad_()
+        y = fused_linear(*leaves, activation="gelu", backend="triton")
+        torch.autograd.grad(y, leaves, dy)
+
+    # Rows may be any; features are multiples of 16, so that copies are asynchronous.
+    sizes = [(97, 176, 112)]
+    sizes += [(40, 64 * n + 48, 48) for n in range(6)] + [(40, 48, 64 * n + 48) for n in range(6)]
+    sizes += [(64 * n + 24, 48, 48) for n in range(5)]
+    sizes += [(1 + edge, 16 * (1 + i % 9), 16 * (1 + (5 * i) % 9)) for i, edge in enumerate(EDGES)]
+    return [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
+
+
+def decode() -> Calls:
+    """Decode of a paged cache, of which the lengths differ, with an append."""
+
+    def call(queries: int, *lens: int) -> None:
+        g = torch.Generator().manual_seed(queries + sum(lens))
+        page, batch = 16, len(lens)
+        pages = 48
+        q = torch.randn(batch, 4, queries, 64, generator=g).bfloat16()
+        k, v = (torch.randn(batch * pages, 1, page, 64, generator=g).bfloat16() for _ in range(2))
+        new = [torch.randn(batch, 1, 2, 64, generator=g).bfloat16() for _ in range(2)]
+        table = torch.randperm(batch * pages, generator=g).view(batch, pages).int()
+        lens_ = torch.tensor(lens, dtype=torch.int32)
+        flash_attention_decode(
+            q, k, v, cache_lens=lens_, block_table=table, k_new=new[0], v_new=new[1],
+            causal=True, align="bottom_right", backend="triton",
+        )  # fmt: skip
+
+    sizes = [(2, 300, 130), *((2, 64 * n + 7, 3) for n in range(6)), *((2, edge, 127 - edge) for edge in EDGES)]
+    return [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
+
+
+def packed() -> Calls:
+    """Packed sequences, causal, forward and backward in bf16 at D 64."""
+
+    def call(*pairs: tuple[int, int]) -> None:
+        g = torch.Generator().manual_seed(sum(map(sum, pairs)))
+        starts = [torch.tensor([0, *(p[i] for p in pairs)]).cumsum(0).int() for i in (0, 1)]
+        most = [max(p[i] for p in pairs) for i in (0, 1)]
+        q, do = (torch.randn(int(starts[0][-1]), 1, 64, generator=g).bfloat16() for _ in range(2))
+        k, v = (torch.randn(int(starts[1][-1]), 1, 64, generator=g).bfloat16() for _ in range(2))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = flash_attention_varlen(*leaves, *starts, *most, causal=True, align="bottom_right", backend="triton")
+        torch.autograd.grad(out, leaves, do)
+
+    every = lengths()
+    sizes = [((90, 40), (0, 7), (150, 200)), *((pair, (9, 17)) for pair in every[1:]), ((33, 0), (5, 9))]
+    return [(" ".join(f"{a}x{b}" for a, b in s), functools.partial(call, *s)) for s in sizes]
+
+
+# Each family's calls, and which kernels of theirs are changed.
+FAMILIES: dict[str, tuple[Callable[[], Calls], tuple[str, ...]]] = {
+    "causal": (
+        lambda: attention(True),
+        ("attention_forward", "attention_dkdv", "attention_dq", "attention_delta"),
+    ),
+    "plain": (lambda: attention(False), ("attention_forward", "attention_dkdv", "attention_dq")),
+    "linear": (linear, ("linear_forward", "linear_dgrad", "linear_wgrad")),
+    "decode": (decode, ("decode_split", "decode_combine", "decode_append")),
+    "packed": (packed, ("attention_forward",)),
+    "bias": (lambda: attention(False, bias=True), ("attention_dbias",)),
+}
