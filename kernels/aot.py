@@ -5,6 +5,10 @@ instead of started, and each record goes through the kernel's own JIT path under
 Types, specialised values, alignment and options are therefore those of a real launch.
 
     python -m fusemesh.kernels.aot --target sm_90 --kernel attention --head-dim 128 --dtype bf16
+
+With ``--emulate`` the kernels run, too: their PTX, on this machine's processor, on small random inputs.
+
+    python -m fusemesh.kernels.aot --target sm_90 --kernel attention --head-dim 64 --causal --emulate
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import torch
 
 from . import compat, env
 from .runtime.launch import TARGETS, Target, assume_target, intercept
+from .runtime.named_target import NamedTarget as NamedTarget
 
 # Opcodes of matrix units. NVIDIA: mma.sync (HMMA, IMMA, QMMA, OMMA), wgmma (the same with G), tcgen05 (UTC...MMA).
 _TENSOR_CORE = re.compile(r"^(?:[HIQO]G?MMA|UTC[A-Z]*MMA|v_(?:s?mfmac?|wmma)\w*)")
@@ -96,26 +101,6 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class NamedTarget:
-    """Answers what the JIT asks of a driver before it starts a kernel, for a GPU that is not there."""
-
-    def __init__(self, target: Target, use: str = "ahead of time") -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget(target.vendor, target.arch, 64 if target.vendor == "hip" else 32)
-        # Kernels keep their compiled forms by device; a name of its own keeps these apart from a real device's.
-        self._device = f"{use}, {target.name}"
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> str:
-        return self._device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
 
 
 def record_launches(fn: Callable[[], Any], target: Target) -> list[Launch]:
@@ -333,7 +318,10 @@ def table(reports: list[Report]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status: 1 if a kernel asks for more shared memory than its target has, else 0."""
+    """The command; returns its exit status: 1 if a kernel asks for more shared memory than its target has, else 0.
+
+    With --emulate it is 1 if a result is wrong, or if the emulator finds a hazard.
+    """
     parser = argparse.ArgumentParser(prog="python -m fusemesh.kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", nargs="+", default=["sm_90"], choices=tuple(TARGETS))
     parser.add_argument("--kernel", default="attention", choices=("attention", "linear"))
@@ -347,8 +335,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gated", action="store_true", help="linear: with w_up")
     parser.add_argument("--no-backward", action="store_true", help="the forward kernels only")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument(
+        "--emulate", action="store_true", help="run the compiled kernels on random inputs, check results, print counts"
+    )
+    parser.add_argument("--length", type=int, default=136, help="--emulate: Sq and Sk, or rows")
+    parser.add_argument("--seed", type=int, default=0, help="--emulate: of the inputs")
     options = parser.parse_args(arguments)
     _refuse_interpreter()
+    if options.emulate:
+        if options.json:
+            parser.error("--json: expected without --emulate, whose results are text; leave one of them out")
+        if not all(TARGETS[name].vendor == "cuda" for name in options.target):
+            parser.error(f"--emulate: expected targets of NVIDIA's, received {' '.join(options.target)}; name others")
+        if not set(options.bias or "") <= set("BHQK"):
+            parser.error(f"--bias: expected letters out of BHQK, received {options.bias}")
+        from .emulator.launch import command
+
+        return command.run(options)
     from .runtime.launches import attention_launches, linear_launches
 
     reports = []

@@ -160,6 +160,7 @@ def test_the_check_allows_what_is_right(module: str, source: str) -> None:
 TESTING = ("fusemesh.kernels.testing", "fusemesh.hybrid.ranks.testing")
 MEASURING = "fusemesh.kernels.measure"
 PROVING = "fusemesh.kernels.proof"
+EMULATING = ("fusemesh.kernels.emulator", "fusemesh.kernels.aot")
 
 
 def within(module: str, packages: tuple[str, ...]) -> bool:
@@ -171,13 +172,17 @@ def imports_of_tools(module: str, source: str, is_package: bool) -> list[str]:
     """Return the imports of testing tools by a module that is not one, and of measuring tools by one that computes.
 
     Measuring checks a result before it is timed, and a proof before it is handed out, so both may use the tools for
-    tests. The application's commands measure.
+    tests. The application's commands measure. The emulator, and the command that emulates, are tools themselves.
     """
     wrong = []
     for target, _, line in imports(module, source, is_package):
         if within(target, TESTING) and not within(module, (*TESTING, MEASURING, PROVING)):
             wrong.append(f"{module}:{line} imports {target}")
-        if within(target, (MEASURING,)) and floor_of(module) != "fusemesh" and not within(module, (MEASURING,)):
+        if floor_of(module) == "fusemesh":
+            continue
+        if within(target, (MEASURING,)) and not within(module, (MEASURING, EMULATING[0])):
+            wrong.append(f"{module}:{line} imports {target}")
+        if within(target, EMULATING[:1]) and not within(module, EMULATING):
             wrong.append(f"{module}:{line} imports {target}")
     return wrong
 
@@ -196,6 +201,8 @@ def test_production_imports_no_tools(module: str) -> None:
         ("fusemesh.kernels.runtime.launch", "def f():\n    from ..testing.poison import surround"),
         ("fusemesh.kernels.testing.budget", "from ..measure import timing"),
         ("fusemesh.kernels.proof.first_use", "from ..measure import standard"),
+        ("fusemesh.kernels.aot", "from .measure import timing"),
+        ("fusemesh.kernels.runtime.launch", "from ..emulator import emulate"),
         ("fusemesh.hybrid.planner.measure", "from fusemesh.kernels.measure import time_call"),
         ("fusemesh.run.trainer", "from fusemesh.hybrid.ranks import testing"),
     ],

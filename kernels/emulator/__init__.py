@@ -9,7 +9,7 @@ from typing import Literal
 from .. import compat, env
 from ..runtime.launch import TARGETS, Target, execute_on
 from .hazard import Hazard as Hazard
-from .launching import Emulator as Emulator
+from .launch.launching import Emulator as Emulator
 
 Copies = Literal["late", "early", "random"]
 COPIES = ("late", "early", "random")

@@ -23,7 +23,7 @@ class InFlight:
     effect as ``late`` or as ``early`` as that, or at ``random``, by a seed.
     """
 
-    def __init__(self, threads: int, asynchrony: str = "late", seed: int = 0) -> None:
+    def __init__(self, threads: int, asynchrony: str, seed: tuple[int, int]) -> None:
         if asynchrony not in ASYNCHRONY:
             raise ValueError(f"asynchrony: expected one of {ASYNCHRONY}, received {asynchrony!r}")
         self.asynchrony, self.random = asynchrony, np.random.default_rng(seed)

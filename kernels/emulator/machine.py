@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from . import opcodes
+from .definedness import Definedness
 from .global_memory import Global
 from .hazard import Hazard, UnknownInstruction
 from .opcodes.sync import Barrier, compile_barrier
@@ -48,6 +49,7 @@ class Machine(Cta):
         self.barriers: dict[int, Barrier] = {}
         self.written = written_parameters(kernel)
         opcodes.load()
+        self.definedness = Definedness(self)
         for at, block in enumerate(kernel.blocks):
             body = []
             for n, ins in enumerate(block.body):
@@ -62,11 +64,11 @@ class Machine(Cta):
     def _compile_end(self, at: int, block: Block) -> Leave | None:
         if block.end is None:
             return None
-        opcodes.check_end(block.end)
         self.current = block.end
         try:
+            opcodes.check_end(block.end)
             compile_ = compile_barrier if block.end.parts[0] in ("bar", "barrier") else compile_end
-            return compile_(self, at, block)
+            return self.definedness.wrap_guard(block.end, compile_(self, at, block))
         except Exception as error:
             reason = error if isinstance(error, UnknownInstruction) else repr(error)
             raise UnknownInstruction(f"{self.kernel.name}, {self.place()}: {reason}") from error
@@ -80,7 +82,8 @@ class Machine(Cta):
         except Exception as error:
             reason = error if isinstance(error, UnknownInstruction) else repr(error)
             raise UnknownInstruction(f"{self.kernel.name}, {self.place()}: {reason}") from error
-        return self.guarded(ins.guard, step)
+        step = self.guarded(ins.guard, self.definedness.wrap(ins, step))
+        return self.definedness.wrap_guard(ins, step)
 
     def place(self) -> str:
         """Return the current instruction, and where it stands in the PTX and in the kernel's source."""
@@ -107,6 +110,7 @@ class Machine(Cta):
     def begin(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> Iterator[bool]:
         """Run one CTA from its first instruction to its last; yields where another may have its turn (``execute``)."""
         self.start(params, cta, grid)
+        self.definedness.start()
         written = None if self.written is None else [int.from_bytes(params[x][:8], "little") for x in self.written]
         self.memory.watch(written)
         self.threads = Threads(self, None if self.seed is None else self.seed * 1_000_003 + self.number)

@@ -11,7 +11,7 @@ import torch
 
 from ..runtime.launch import TARGETS, any_device, assume_target, intercept
 from .hazard import Hazard, UnknownInstruction
-from .launching import Bound
+from .launch.launching import Bound
 from .machine import Machine
 from .mutations import ORDER, Mutation, is_computation, is_idle, mutated, mutated_step
 from .state import Step

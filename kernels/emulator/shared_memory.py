@@ -39,7 +39,7 @@ class Shared:
         self.line: Callable[[], int] = lambda: 0  # of the instruction that runs
         self.check = True
         self.last_write = np.zeros(warps, np.int32)  # each warp's clock when it last wrote
-        self.all_fenced = False  # all knew at the last barrier that all was fenced, and nothing was written since
+        self.all_fenced = False  # all know that all that was written is fenced
         self.flags = np.full(count, UNWRITTEN, np.uint8)
         self.valid = np.zeros(count * 4, bool)
         self.streams = np.zeros(count, np.int16)  # so many operations under way read it
@@ -52,7 +52,8 @@ class Shared:
         self.write_line = np.zeros(count, np.int32)
         self.read_stamp = np.zeros((warps, count), np.int32)  # each warp's clock when it last read
         # Of words written or read byte by byte; made when the first is.
-        self.byte_writer = self.byte_stamp = np.zeros(0, np.int32)
+        self.byte_mark = np.zeros(0, np.int32)  # of the last write: 256 stamp + writer
+        self.step = 2  # bytes that are watched together
         self.byte_read = np.zeros((warps, 0), np.int32)
         # By lanes that had branched: thread + 1, and its warp's clock. Later accesses are compared with them.
         self.split: np.ndarray | None = None  # [W], which warps' lanes do not run together now
@@ -82,7 +83,15 @@ class Shared:
         """Let all warps know everything."""
         self.clocks.barrier()
         self.flags &= 0xFF ^ (RECENT | READ)
-        fenced = self.clock[0, self.clocks.agents : self.clocks.agents + self.warps]
+        self._look_for_fences()
+
+    def fence(self, warps: np.ndarray, whole: bool) -> None:
+        """Fence between the proxies what these warps know; of their own, if lanes are missing, what the lanes share."""
+        self.clocks.fence(warps, whole)
+        self._look_for_fences()
+
+    def _look_for_fences(self) -> None:
+        fenced = self.clock[:, self.clocks.agents : self.clocks.agents + self.warps].min(0)
         self.all_fenced = bool((fenced >= self.last_write).all())
 
     def index(self, addr: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
@@ -107,18 +116,14 @@ class Shared:
 
     # --- by words
 
-    def read(
-        self, words: np.ndarray, warp: np.ndarray, generic: bool = True, threads: np.ndarray | None = None
-    ) -> None:
-        """Check and note a read of ``words`` by ``warp``, which broadcast; not ``generic``: by the async proxy."""
+    def read(self, words: np.ndarray, warp: np.ndarray, threads: np.ndarray | None = None) -> None:
+        """Check and note a read of ``words`` by ``warp``, arrays that broadcast."""
         if not self.check:
             return
         flags = self.flags[words]
         suspect = int(np.bitwise_or.reduce(flags, axis=None))
         if suspect & (UNWRITTEN | LANDING | RECENT | BY_COPY | FINE):
             self._check_read(words, warp, flags, suspect)
-        if not generic and not self.all_fenced:
-            self._check_proxy(words, warp, "reads")
         self.flags[words] = flags | READ
         self.read_stamp[warp, words] = self.clock[warp, warp]
         if self.watches_lanes or self.split is not None:
@@ -152,8 +157,8 @@ class Shared:
         late = self.write_stamp[words] > self.clock[warp, self.writer[words]]
         bad = late & ((flags & (RECENT | BY_COPY)) > 0)
         if suspect & FINE:
-            at = words[..., None] * 4 + np.arange(4)
-            late = self.byte_stamp[at] > self.clock[np.asarray(warp)[..., None], self.byte_writer[at]]
+            mark = self.byte_mark[words[..., None] * 4 + np.arange(0, 4, self.step)]
+            late = mark >> 8 > self.clock[np.asarray(warp)[..., None], mark & 255]
             bad = np.where(flags & FINE, late.any(-1), bad)
         return bad
 
@@ -162,7 +167,7 @@ class Shared:
         known = np.moveaxis(self.clock[warp], -1, 0)[: self.warps]
         bad = (self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0)
         if suspect & FINE_READ:
-            at = words[..., None] * 4 + np.arange(4)
+            at = words[..., None] * 4 + np.arange(0, 4, self.step)
             bad = bad | (((flags & FINE_READ) > 0) & (self.byte_read[:, at] > known[..., None]).any((0, -1)))
         return bad
 
@@ -181,9 +186,11 @@ class Shared:
         if suspect & (STREAMING | LANDING):
             self._check_under_way(words, warp, flags)
         if suspect & (RECENT | READ | BY_COPY | FINE | FINE_READ):
-            late = self._unordered_write(words, warp, flags, suspect)
-            reads = self._unordered_read(words, warp, flags, suspect)
-            bad = late | reads
+            bad = reads = np.zeros((), bool)
+            if suspect & (READ | FINE_READ):
+                bad = reads = self._unordered_read(words, warp, flags, suspect)
+            if suspect & (RECENT | BY_COPY | FINE):
+                bad = bad | self._unordered_write(words, warp, flags, suspect)
             if values is not None:
                 bad &= self.words[words] != values
             if bad.any():
@@ -235,14 +242,13 @@ class Shared:
         """Check and note a read of elements smaller than a word."""
         if not self.check:
             return
-        self._see_bytes()
-        words, part = at >> 2, at[..., None] + np.arange(size)
+        words, part = at >> 2, self._parts(at, size)
         flags = self.flags[words]
         suspect = int(np.bitwise_or.reduce(flags, axis=None))
         if suspect & LANDING:
             self._fail("async", "reads what a copy under way writes", words, (flags & LANDING) > 0, warp)
-        if suspect & UNWRITTEN and not self.valid[part].all():
-            bad = ~self.valid[part].all(-1)
+        if suspect & UNWRITTEN and not self.valid[at + (size - 1)].all():
+            bad = ~self.valid[at]
             self._fail("uninitialised", "reads shared memory that nothing wrote", words, bad, warp)
         if suspect & (RECENT | BY_COPY | FINE):
             bad = self._unordered_bytes(words, part, warp, flags)
@@ -253,17 +259,24 @@ class Shared:
         if self.watches_lanes or self.split is not None:
             self._lanes(words, warp, threads, False)
 
-    def _see_bytes(self) -> None:
-        if not len(self.byte_stamp):
-            self.byte_writer = np.zeros(len(self.raw), np.int32)
-            self.byte_stamp = np.zeros(len(self.raw), np.int32)
+    def _parts(self, at: np.ndarray, size: int) -> np.ndarray:
+        """Return which bytes stand for elements [n, k, ...]: one of each two until single bytes are accessed."""
+        if not len(self.byte_mark):
+            self.byte_mark = np.zeros(len(self.raw), np.int32)
             self.byte_read = np.zeros((self.warps, len(self.raw)), np.int32)
+        if size < self.step:
+            self.step = 1
+            self.byte_mark[1::2], self.byte_read[:, 1::2] = self.byte_mark[::2], self.byte_read[:, ::2]
+        return at[..., None] + np.arange(0, size, self.step)
 
     def _unordered_bytes(self, words: np.ndarray, part: np.ndarray, warp: np.ndarray, flags: np.ndarray) -> np.ndarray:
-        coarse = self.write_stamp[words] > self.clock[warp, self.writer[words]]
-        coarse &= (flags & (RECENT | BY_COPY)) > 0
-        fine = (self.byte_stamp[part] > self.clock[warp[..., None], self.byte_writer[part]]).any(-1)
-        return np.where(flags & FINE, fine, coarse)
+        mark = self.byte_mark[part]
+        bad = (mark >> 8 > self.clock[warp[..., None], mark & 255]).any(-1)
+        if not (flags & FINE).all():
+            coarse = self.write_stamp[words] > self.clock[warp, self.writer[words]]
+            coarse &= (flags & (RECENT | BY_COPY)) > 0
+            bad = np.where(flags & FINE, bad, coarse)
+        return bad
 
     def write_bytes(
         self, at: np.ndarray, size: int, warp: np.ndarray, values: np.ndarray, threads: np.ndarray | None = None
@@ -271,20 +284,16 @@ class Shared:
         """Check a write of elements smaller than a word, before it happens."""
         if not self.check:
             return
-        self._see_bytes()
-        words, part = at >> 2, at[..., None] + np.arange(size)
+        words, part = at >> 2, self._parts(at, size)
         flags = self.flags[words]
         suspect = int(np.bitwise_or.reduce(flags, axis=None))
         if suspect & (STREAMING | LANDING):
             self._check_under_way(words, warp, flags)
-        known = np.moveaxis(self.clock[warp], -1, 0)[: self.warps]
-        reads = np.zeros(words.shape, bool)
-        if suspect & READ:
-            reads |= (self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0)
-        if suspect & FINE_READ:
-            late = (self.byte_read[:, part] > known[..., None]).any((0, -1))
-            reads |= late & ((flags & FINE_READ) > 0)
-        bad = reads
+        reads = bad = np.zeros(words.shape, bool)
+        if suspect & (READ | FINE_READ):
+            known = np.moveaxis(self.clock[warp], -1, 0)[: self.warps]
+            late = (self.byte_read[:, part] > known[..., None]).any((0, -1)) & ((flags & FINE_READ) > 0)
+            bad = reads = late | ((self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0))
         if suspect & (RECENT | BY_COPY | FINE):
             bad = bad | self._unordered_bytes(words, part, warp, flags)
         if bad.any() or self.watches_lanes or self.split is not None:
@@ -298,20 +307,21 @@ class Shared:
         """Note a write of elements smaller than a word that has happened."""
         if not self.check:
             return
-        words, part = at >> 2, at[..., None] + np.arange(size)
+        words, part = at >> 2, self._parts(at, size)
         flags, now = self.flags[words], self.clock[warp, warp]
         if not (flags & FINE).all():
             coarse = words[(flags & FINE) == 0]
-            whole = coarse[..., None] * 4 + np.arange(4)
-            self.byte_writer[whole] = self.writer[coarse][..., None]
             # Where nothing was written since all knew of it, the time before time.
-            seen = (self.flags[coarse] & (RECENT | BY_COPY)) == 0
-            self.byte_stamp[whole] = np.where(seen, 0, self.write_stamp[coarse])[..., None]
-        self.valid[part] = True
-        self.byte_writer[part] = warp[..., None]
-        self.byte_stamp[part] = now[..., None]
+            known = (self.flags[coarse] & (RECENT | BY_COPY)) == 0
+            mark = np.where(known, 0, self.write_stamp[coarse]) << 8 | self.writer[coarse]
+            self.byte_mark[coarse[..., None] * 4 + np.arange(0, 4, self.step)] = mark[..., None]
+        if size == 2:
+            self.valid.view(np.uint16)[at >> 1] = 0x0101
+        else:
+            self.valid[at] = True
+        self.byte_mark[part] = (now << 8 | warp)[..., None]
         unwritten = (self.valid.view(np.uint32)[words] != 0x01010101).view(np.uint8)
-        self.flags[words] = (flags & FINE_READ) | (RECENT | FINE) | unwritten
+        self.flags[words] = (flags & (READ | FINE_READ)) | (RECENT | FINE) | unwritten
         self.writer[words] = warp
         self.write_stamp[words] = now
         self.write_line[words] = self.line()
@@ -319,7 +329,10 @@ class Shared:
 
     def _note_writers(self, warp: np.ndarray) -> None:
         self.all_fenced = False
-        self.last_write[warp] = self.clock[warp, warp]
+        if warp.size == self.warps * 32:
+            self.last_write[:] = self.clock.diagonal()
+        else:
+            self.last_write[warp] = self.clock[warp, warp]
 
     # --- what is asynchronous
 
@@ -341,20 +354,29 @@ class Shared:
         self.write_stamp[words] = stamp
         self.write_line[words] = self.line()
 
-    def begin_stream(self, words: np.ndarray) -> None:
-        """Note that something asynchronous reads words (each once) from now on."""
+    def begin_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
+        """Check that ``warps`` may let something asynchronous read words, each once, which it does from now on."""
+        flags = self.flags[words]
+        if self.check:
+            suspect = int(np.bitwise_or.reduce(flags, axis=None))
+            if suspect & (UNWRITTEN | LANDING | RECENT | BY_COPY | FINE):
+                self._check_read(words, warps, flags, suspect)
+            if not self.all_fenced:
+                self._check_proxy(words, warps, "reads")
+            if self.watches_lanes or self.split is not None:
+                self._lanes(words, warps, None, False)
         self.streams[words] += 1
-        self.flags[words] |= STREAMING
+        self.flags[words] = flags | STREAMING
 
     def end_stream(self, words: np.ndarray, warps: np.ndarray) -> None:
         """Note that it has read them, to the knowledge of ``warps``, which broadcast with words."""
         left = self.streams[words] - 1
         self.streams[words] = left
-        self.flags[words] &= 0xFF ^ STREAMING
+        flags = (self.flags[words] & (0xFF ^ STREAMING)) | (READ if self.check else 0)
         if left.any():
-            self.flags[words[left > 0]] |= STREAMING
+            flags |= np.where(left > 0, STREAMING, 0).astype(np.uint8)
+        self.flags[words] = flags
         if self.check:
-            self.flags[words] |= READ
             self.read_stamp[warps, words] = self.clock[warps, warps]
 
     # --- lanes of one warp

@@ -63,9 +63,9 @@ class Cta:
         self.W = self.T // WARP
         self.tid = np.arange(self.T)
         self.warp, self.lane = self.tid // WARP, self.tid % WARP
-        self.files: dict[int, np.ndarray] = {
-            bits: np.zeros((max(n, 1), self.T), FILES[bits]) for bits, n in kernel.counts.items()
-        }
+        # Of 32 bits two rows more, for checks that run an instruction on flags.
+        rows = {bits: max(n, 1) + 2 * (bits == 32) for bits, n in kernel.counts.items()}
+        self.files: dict[int, np.ndarray] = {bits: np.zeros((n, self.T), FILES[bits]) for bits, n in rows.items()}
         self.shared = Shared(shared_bytes, self.W)
         self.shared.check = check
         self.shared.line = lambda: 0 if self.current is None else self.current.line
@@ -86,7 +86,7 @@ class Cta:
         self.chance: np.random.Generator | None = None  # what is left open happens by it, where there is a seed
         self.before: list[set[int]] = kernel.predecessors()
         self.matrix_row, self.matrix_col = np.arange(WARP) >> 2, np.arange(WARP) & 3
-        self.in_flight = InFlight(self.T, asynchrony, seed or 0)
+        self.in_flight = InFlight(self.T, asynchrony, (seed or 0, 0))
         self.descriptors: dict[Any, Any] = {}  # of wgmma, once understood
 
     def start(self, params: dict[str, bytes], cta: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
@@ -99,9 +99,9 @@ class Cta:
             file[:] = 0xFFFFFFFF if bits == 32 else 0
         self.shared.reset()
         self.local.reset()
-        self.in_flight = InFlight(self.T, self.asynchrony, self.seed or 0)
         self.place_in_grid = cta
         self.number = cta[0] + grid[0] * (cta[1] + grid[1] * cta[2]) + 1
+        self.in_flight = InFlight(self.T, self.asynchrony, (self.seed or 0, self.number))
         self.chance = None if self.seed is None else np.random.default_rng((self.seed, self.number))
         self.memory.enter(self.number, self.shared.clocks, grid)
 

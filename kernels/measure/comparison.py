@@ -123,23 +123,27 @@ def compare_all(
         start = time.monotonic()
         other = backends.automatic(request_of(case, device, "inference"), without=(OURS,))[0].name
         contenders = [contest.our_backend(case, name) for name in (OURS, other)]
+        found: dict[str, list[dict[str, Any]]] = {}
         try:
             found = {way: compare(case, way, device, roofline, contenders, **TIMES) for way in case.directions}
         except Exception as error:  # of the reference, whose memory is the largest
-            left_out.append(f"{type(error).__name__}: {case.op} {case.name} ({str(error).splitlines()[0]})")
-            continue
+            left_out.append(f"{type(error).__name__}: {case.op} {case.name} ({_first_line(error)})")
         for mode, directions in (("inference", case.directions[:1]), ("training", case.directions)):
-            if mode == "training" and len(directions) == 1:
+            if not found or (mode == "training" and len(directions) == 1):
                 continue
             ms = _milliseconds([row for way in directions for row in found[way]], (OURS, other), len(directions))
             name = preferences.class_of(request_of(case, device, mode))
             if name is not None and ms:
                 classes[name] = {"choice": min(ms, key=lambda x: ms[x]), "ms": ms, "case": case.name}
-        rows += [row for way in case.directions for row in found[way]]
+        rows += [row for of_way in found.values() for row in of_way]
         if device.type == "cuda":
             torch.cuda.empty_cache()
         clock.took(time.monotonic() - start)
     return {"rows": rows, "classes": classes, "left_out": left_out}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _milliseconds(rows: list[dict[str, Any]], names: tuple[str, ...], directions: int) -> dict[str, float]:

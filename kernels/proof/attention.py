@@ -14,18 +14,20 @@ from ..attention.call import score_mods
 from ..attention.call.options import Call
 from ..attention.call.packed import Packed
 from ..attention.call.spec import FP8, AttentionSpec, out_dtype
-from ..attention.gpu import tiles
+from ..attention.gpu import mask_tiles, tiles
 from ..attention.gpu.inputs import describe_call
+from ..attention.gpu.mode import scores_of
 from ..attention.reference import varlen
 from ..testing import attention as expectations
 from . import small
-from .trial import Results, Trial, Wanted, compare
+from .trial import Results, Trial, Wanted, Wrong, compare
 
 WRITTEN = {
     "attention_forward_kernel": ("out", "lse"),
     "attention_dkdv_kernel": ("dk", "dv"),
     "attention_dq_kernel": ("dq",),
     "attention_dbias_kernel": ("dbias",),
+    "attention_delta_kernel": ("dsinks",),
 }
 GAP = 3  # rows of packed tensors that belong to no sequence, at each end
 
@@ -97,7 +99,12 @@ def trials(real: Real, exactly: bool) -> Iterator[Trial]:
     Args:
         exactly: sizes keep their factors of 2, as they must where strides that launchers make are no multiples of 16.
     """
+    D, Dv = real.q.shape[-1], real.v.shape[-1]
+    if not exactly and (D % small.ALIGNMENT or Dv % small.ALIGNMENT or real.sums_bias):
+        return
     for at_end, lengths in enumerate(_lengths(real, exactly)):
+        if real.call.mask is not None:
+            yield from _mask_trials(real, lengths)
         yield _trial(real, lengths, small.Maker(real.q.device, 20260 + at_end))
 
 
@@ -110,18 +117,56 @@ def limit(real: Real) -> str:
     return "" if Sq >= m + 17 and Sk >= 3 * n + 33 else f" {Sq} x {Sk}"
 
 
-def _blocks(real: Real) -> tuple[int, int]:
-    """Return the largest blocks of queries and of keys of the call's kernels."""
+def _mask_trials(real: Real, lengths: Lengths) -> Iterator[Trial]:
+    """Yield the reading of a mask for each pass, so that it is beyond suspicion, or not, when the passes are tried."""
+    call = _small_call(real, lengths, small.Maker(real.q.device))
+    mask = call.mask
+    assert mask is not None
+    for name, tile in _tiles(real).items():
+
+        def run(tile: tiles.Tile = tile, along_keys: bool = name != "dkdv") -> Results:
+            found = mask_tiles.shown_tiles(scores_of(call), tile.block_m, tile.block_n, along_keys=along_keys)
+            return {"tiles": found.p_tiles}
+
+        def check(found: Results, tile: tiles.Tile = tile, along_keys: bool = name != "dkdv") -> list[Wrong]:
+            return _check_tiles(found["tiles"], mask, tile, along_keys)
+
+        yield Trial(run, check, {"attention_mask_tiles_kernel": ("tiles",)})
+
+
+def _check_tiles(found: torch.Tensor | None, mask: torch.Tensor, tile: tiles.Tile, along_keys: bool) -> list[Wrong]:
+    """Return whether the lists of a mask's tiles, as mask_tiles.py describes them, are wrong."""
+    assert found is not None
+    block_m, block_n = (1 if mask.shape[i] == 1 else n for i, n in ((2, tile.block_m), (3, tile.block_n)))
+    padding = (0, -mask.shape[3] % block_n, 0, -mask.shape[2] % block_m)
+    whole = torch.nn.functional.pad(mask.to(torch.uint8), padding)
+    seen = whole.unflatten(3, (-1, block_n)).unflatten(2, (-1, block_m)).amax((3, 5)) > 0
+    rows = (seen if along_keys else seen.transpose(2, 3)).flatten(0, 2).tolist()
+    half = found.shape[1] // 2
+    for i, (row, actual) in enumerate(zip(rows, found.tolist(), strict=True)):
+        shown = [t for t, is_seen in enumerate(row) if is_seen]
+        before = list(itertools.accumulate(row, initial=0))
+        if actual[: len(before)] != before or actual[half : half + len(shown)] != shown:
+            return [Wrong("tiles", f"tiles: {len(shown)} elements in the list of block {i}, other ones were found")]
+    return []
+
+
+def _tiles(real: Real) -> dict[str, tiles.Tile]:
+    """Return the tiles of the call's passes."""
     dense = (x.transpose(0, 1).unsqueeze(0) for x in (real.q, real.k, real.v))
     q, k, v = dense if real.packed is not None else (real.q, real.k, real.v)
     gpu = describe_call(q, k, v, real.call)
     size: tuple[Any, ...] = (gpu.target, q.dtype, gpu.mode.block_d, gpu.mode.block_dv)
     dims = gpu.mode.tile_dims
     if real.saved is None:
-        chosen = [tiles.choose_forward(*size, *dims)]
-    else:
-        chosen = [tiles.choose_dkdv(*size, *dims), tiles.choose_dq(*size, *dims)]
-        chosen += [tiles.choose_dbias(*size)] if real.sums_bias else []
+        return {"forward": tiles.choose_forward(*size, *dims)}
+    found = {"dkdv": tiles.choose_dkdv(*size, *dims), "dq": tiles.choose_dq(*size, *dims)}
+    return {**found, "dbias": tiles.choose_dbias(*size)} if real.sums_bias else found
+
+
+def _blocks(real: Real) -> tuple[int, int]:
+    """Return the largest blocks of queries and of keys of the call's kernels."""
+    chosen = _tiles(real).values()
     return max(tile.block_m for tile in chosen), max(tile.block_n for tile in chosen)
 
 
@@ -136,10 +181,13 @@ def _lengths(real: Real, exactly: bool) -> Iterator[Lengths]:
     h, kv = small.heads(H, Hkv, user, exactly)
     # The sums of a bias's gradient over batches are compiled for their number.
     batch = small.like(B, 2) if real.sums_bias and B % small.ALIGNMENT == 0 else min(B, 2)
-    for at_end, (sq, sk) in enumerate(((19, 3 * n + 33), (m + 17, 2 * n + 17))):
+    wanted = [(19, 3 * n + 33), (m + 17, 2 * n + 17)]
+    # The log-sum-exp of one query has strides of 1 that no other has.
+    wanted += [(1, 2 * n + 17)] if Sq == 1 and real.packed is None else []
+    for at_end, (sq, sk) in enumerate(wanted):
         if user:
             sq, sk = min(sq, Sq), min(sk, Sk)
-        elif exactly:
+        elif exactly and sq > 1:
             sq, sk = small.length_like(Sq, sq), small.length_like(Sk, sk)
         of_q, of_k = (sq,) * batch, (sk,) * batch
         if real.packed is not None and B > 1:
@@ -161,7 +209,10 @@ def _trial(real: Real, lengths: Lengths, maker: small.Maker) -> Trial:
     rows_q, rows_k = _rows(real, lengths)
     q = maker.normal(real.q, _shape(real, lengths, rows_q, lengths.H, D), large * q_size)
     k = maker.normal(real.k, _shape(real, lengths, rows_k, lengths.Hkv, D), large)
-    v = maker.normal(real.v, _shape(real, lengths, rows_k, lengths.Hkv, Dv), large)
+    # Beside sinks v and do are mostly positive: the sinks' gradients, a number for each head, are then sums of one
+    # sign. Of both signs they would come from the roundings of ``out`` alone, which eager's are no measure of.
+    mean = 0.0 if call.sinks is None else 0.5
+    v = maker.normal(real.v, _shape(real, lengths, rows_k, lengths.Hkv, Dv), large, mean)
     if real.saved is None:
 
         def forward() -> Results:
@@ -169,7 +220,7 @@ def _trial(real: Real, lengths: Lengths, maker: small.Maker) -> Trial:
             return {"out": out, "lse": lse}
 
         return Trial(forward, lambda found: compare(found, _expected(q, k, v, call)), WRITTEN)
-    do = maker.normal(real.saved[0], _shape(real, lengths, rows_q, lengths.H, Dv))
+    do = maker.normal(real.saved[0], _shape(real, lengths, rows_q, lengths.H, Dv), mean=mean)
     dlse = None
     if real.saved[3] is not None:
         of_rows = (lengths.H, rows_q) if real.packed is not None else (len(lengths.q), lengths.H, rows_q)
@@ -183,7 +234,12 @@ def _trial(real: Real, lengths: Lengths, maker: small.Maker) -> Trial:
         found = real.module.backward(do, q, k, v, out, lse, dlse, call, bias_grad=real.bias_grad)
         return dict(zip(names, found[:5], strict=True))
 
-    return Trial(backward, lambda found: compare(found, {x: wanted[x] for x in names if x in wanted}), WRITTEN)
+    return Trial(
+        backward,
+        lambda found: compare(found, {x: wanted[x] for x in names if x in wanted}),
+        WRITTEN,
+        ("attention_delta_kernel",),
+    )
 
 
 def _rows(real: Real, lengths: Lengths) -> tuple[int, int]:
@@ -227,7 +283,7 @@ def _small_call(real: Real, lengths: Lengths, maker: small.Maker) -> Call:
     if call.descale is not None:
         # Powers of two, so that bf16 holds the products exactly.
         powers = torch.randint(-2, 2, (sizes[0], lengths.Hkv, 3), generator=maker.generator, device=device)
-        descale = maker.holding(call.descale, torch.exp2(powers.float()))
+        descale = maker.contiguous(call.descale, torch.exp2(powers.float()))
     packed = None
     if call.packed is not None:
         starts = (tuple(itertools.accumulate(of, initial=GAP)) for of in (lengths.q, lengths.k))
@@ -260,7 +316,8 @@ def small_mods(
     params: list[float] = []
     for mod, tensors, numbers in score_mods.split(call.spec.mods, call.aux, call.spec.params):
         if mod is score_mods.ALIBI:
-            aux.append(maker.normal(tensors[0], sizes, 0.1))
+            slopes = 0.1 * torch.randn(sizes, generator=maker.generator, device=maker.device)
+            aux.append(maker.contiguous(tensors[0], slopes))
             params.append(float(sizes[1]))
         else:
             aux += [maker.copied(x) for x in tensors]

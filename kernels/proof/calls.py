@@ -100,9 +100,7 @@ def decode(call: DecodeCall, values: list[Any], by_name: bool) -> Any:
     Args:
         values: what the op carries of ``call``.
     """
-    # Beyond classes of sizes the tile and the splits depend on these.
-    sizes = f"{call.q.shape[0]} {call.q.shape[1]} {call.q.shape[2]} {call.k_cache.shape[1]} {call.capacity}"
-    return first_use.run(_Decode((*values, sizes), call), by_name)
+    return first_use.run(_Decode(tuple(values), call), by_name)
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,7 @@ def linear_forward(
 ) -> Any:
     """Return y, slope and slope_up by Triton's kernel, or None: see :func:`first_use.run`."""
     real = linear.Forward(x, w, bias, w_up, activation, flags)
-    # Tiles are chosen by sizes.
-    sizes = f"{x.numel() // max(x.shape[-1], 1)} {w.shape[0]} {w.shape[1]}"
-    arguments = (x, w, bias, w_up, activation, flags["save_slope"], flags["save_slope_up"], sizes)
+    arguments = (x, w, bias, w_up, activation, flags["save_slope"], flags["save_slope_up"])
     return first_use.run(_Linear("linear_forward", arguments, x.device, real), by_name)
 
 
@@ -148,7 +144,7 @@ def linear_backward(tensors: tuple[Any, ...], flags: dict[str, bool], by_name: b
         tensors: dy, x, w, w_up, slope, slope_up.
     """
     dy, x, w, w_up, slope, slope_up = tensors
-    arguments = (*tensors, *flags.values(), str(tuple(dy.shape)))
+    arguments = (*tensors, *flags.values())
     return first_use.run(
         _Linear("linear_backward", arguments, dy.device, linear.Backward(dy, x, w, w_up, slope, slope_up, flags)),
         by_name,

@@ -1,6 +1,6 @@
 """A compiled kernel is proven before its first result is handed out.
 
-Calls are told apart by a cheap key (classes of sizes, strides and alignments). For a key seen for the first time every
+Calls are told apart by a cheap key (numbers, sizes, strides and alignments). For a key seen for the first time every
 launch is compiled and not run. Compiled kernels that no verdict exists on run in trials: small calls of the same
 specialisation, compared with the reference on that device. After each call the hashes of what ran are looked up once
 more, so that a key that is too coarse hands out nothing unproven.
@@ -21,7 +21,7 @@ import torch
 from .. import env
 from ..runtime import launch
 from . import report, store
-from .trial import Trial
+from .trial import Trial, Wrong
 
 OFF, ON, ALWAYS = "off", "on", "always"
 MOST_KEYS = 1 << 16  # of one device; beyond them all are forgotten and asked for again
@@ -109,6 +109,7 @@ _devices: dict[str, Device] = {}
 _said: set[tuple[str, str]] = set()
 _proving = threading.RLock()
 _UNKNOWN = Refused("", False)
+_PLAIN = frozenset((int, float, bool, str, type(None)))
 
 
 def forget() -> None:
@@ -136,6 +137,10 @@ def run(call: Call, by_name: bool) -> Any:
         NotProven: the call asked for the kernels by name.
         RuntimeError: a CUDA graph is being captured, and the kernels have not been tried yet.
     """
+    if call.device.type == "cuda" and call.device.index not in (None, torch.cuda.current_device()):
+        # Triton launches on the current GPU, whatever the tensors are on.
+        with torch.cuda.device(call.device):
+            return run(call, by_name)
     executor = launch.executor_of(call.device)
     if executor is None or not executor.proves or _mode == OFF:
         return call.compute()
@@ -170,31 +175,26 @@ def run(call: Call, by_name: bool) -> Any:
 
 
 def key_of(call: Call) -> tuple[Any, ...]:
-    """Return what tells a call from others: the classes of its op's arguments."""
-    return (call.operation, *map(_class_of, call.arguments))
+    """Return what tells a call from others: its numbers, and dtypes, sizes, strides and alignment of its tensors."""
+    key: list[Any] = [call.operation]
+    for x in call.arguments:
+        # isinstance of a tensor costs ten times as much where x is none.
+        if type(x) in _PLAIN:
+            key.append(x)
+        elif type(x) is list:
+            key.append(tuple((t.dtype, t.shape, t.data_ptr() & 15) if isinstance(t, torch.Tensor) else t for t in x))
+        else:
+            key += (x.dtype, x.shape, x.stride(), x.data_ptr() & 15)
+    return tuple(key)
 
 
-def _class_of(x: Any) -> Any:
-    """Return the class of an argument: what decides which kernels run, as far as it is cheap to see."""
-    if isinstance(x, torch.Tensor):
-        # 17 stands for 1: what is left of a division by 16 says the rest.
-        sizes = [17 if n == 1 else n & 15 for n in x.shape]
-        strides = [17 if n == 1 else -1 if n == 0 else n & 15 for n in x.stride()]
-        return (x.dtype, *sizes, *strides, x.data_ptr() & 15, x.shape[-1] if x.dim() else 0)
-    if isinstance(x, (list, tuple)):
-        return tuple(map(_class_of, x))
-    if isinstance(x, (bool, str)) or x is None:
-        return x
-    return (x > 0) - (x < 0)
-
-
-def settle(device: Device, call: Call, real: dict[str, Any] | None = None) -> Refused | None:
+def settle(device: Device, call: Call, real: dict[str, launch.Seen] | None = None) -> Refused | None:
     """Find out whether the kernels of a call are proven, and prove those that are not; None: all are.
 
     Args:
         real: the kernels of the call by compiled hash, where they are known.
     """
-    if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(call.device):
         raise RuntimeError(
             f"{call.operation}: this call's kernels are not proven on {device.executor.name} yet, which a CUDA graph "
             "that is being captured cannot do; run the call once before the capture (warm up), or set "
@@ -212,11 +212,11 @@ def settle(device: Device, call: Call, real: dict[str, Any] | None = None) -> Re
         real = prepared.kernels
     compiled = time.perf_counter() - start
     kept = store.default()
-    missing = {h: kernel for h, kernel in real.items() if not _is_known(device, call, kept, h)}
-    if missing:
+    missing = {h: seen for h, seen in real.items() if not _is_known(device, call, kept, h)}
+    if missing and not any(h + call.limit in device.refused for h in real):
         name = "trials of " + " ".join(sorted(missing)) + call.limit
         with _proving, kept.proving(report.key(device.executor, name)):
-            missing = {h: kernel for h, kernel in missing.items() if not _is_known(device, call, kept, h)}
+            missing = {h: seen for h, seen in missing.items() if not _is_known(device, call, kept, h)}
             if missing:
                 why = _prove(device, call, missing, compiled)
                 if why is not None:
@@ -226,6 +226,11 @@ def settle(device: Device, call: Call, real: dict[str, Any] | None = None) -> Re
             _say(device, call, h + call.limit)
             return device.refused[h + call.limit]
     return None
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured, in which nothing can be compared."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_known(device: Device, call: Call, kept: store.Store, compiled_hash: str) -> bool:
@@ -243,7 +248,7 @@ def _is_known(device: Device, call: Call, kept: store.Store, compiled_hash: str)
     return True
 
 
-def _prove(device: Device, call: Call, missing: dict[str, Any], compiled: float) -> Refused | None:
+def _prove(device: Device, call: Call, missing: dict[str, launch.Seen], compiled: float) -> Refused | None:
     """Run trials until each of the ``missing`` kernels has a verdict, which is stored; None: each has one.
 
     Args:
@@ -256,9 +261,9 @@ def _prove(device: Device, call: Call, missing: dict[str, Any], compiled: float)
         what = "out of memory" if isinstance(error, (torch.OutOfMemoryError, MemoryError)) else _first_line(error)
         return _cannot(device, call, f"their proof ended with {type(error).__name__}: {what}")
     seconds = time.perf_counter() - start
-    names = ", ".join(sorted({report.kernel_name(kernel) for kernel in missing.values()}))
+    names = ", ".join(sorted({seen.name for seen in missing.values()}))
     if left:
-        some = ", ".join(sorted({report.kernel_name(missing[h]) for h in left}))
+        some = ", ".join(sorted({missing[h].name for h in left}))
         return _cannot(device, call, f"no small call compiles to the same code of {some}")
     env.logger.info(
         "%s: tried %s on %s, %.0f ms beside %.0f ms of compilation",
@@ -271,43 +276,52 @@ def _prove(device: Device, call: Call, missing: dict[str, Any], compiled: float)
     return None
 
 
-def _trials(device: Device, call: Call, missing: dict[str, Any]) -> list[str]:
+def _trials(device: Device, call: Call, missing: dict[str, launch.Seen]) -> list[str]:
     """Run the trials that cover the missing kernels, until one is wrong; return those that none covers."""
-    passed: dict[str, Any] = {}
+    passed: dict[str, launch.Seen] = {}
     for exactly in (False, True):
         for trial in call.trials(exactly):
             with launch.Observed(prepares_only=True) as prepared:
                 trial.run()
-            # Kernels that nobody asked for would be compiled for nothing.
-            if not set(missing) & set(prepared.kernels):
-                break
+            if not any(h in prepared.kernels for h in missing if h not in passed or not exactly):
+                continue
             with launch.Observed() as ran:
                 results = trial.run()
-            here = {h: kernel for h, kernel in missing.items() if h in ran.kernels}
+            here = {h: seen for h, seen in missing.items() if h in ran.kernels}
             wrong = trial.check(results)
             if wrong:
-                # Wrong results of kernels that were right before condemn whatever is to be proven now.
-                _condemn(device, call, trial, wrong, here or missing)
-                return []
+                # Beyond suspicion is what was right before; where that is all of it, nothing of the call is used.
+                right = device.proven.union(passed)
+                asked = {h: seen for h, seen in ran.kernels.items() if h + call.limit not in right} or missing
+                guilty = _guilty(trial, wrong, asked)
+                if missing.keys() & guilty.keys():
+                    _condemn(device, call, wrong, {h: seen for h, seen in guilty.items() if h in missing})
+                    return []
+                # A kernel that the call itself does not run.
+                continue
             passed.update(here)
         if len(passed) == len(missing):
             break
-    for h, kernel in passed.items():
+    for h, seen in passed.items():
         device.proven.add(h + call.limit)
-        found = store.Verdict(True, "", report.details(device.executor, call, kernel))
+        found = store.Verdict(True, "", report.details(device.executor, call, seen))
         store.default().write(report.key(device.executor, h + call.limit), found)
     return [h for h in missing if h not in passed]
 
 
-def _condemn(device: Device, call: Call, trial: Trial, wrong: list[Any], here: dict[str, Any]) -> None:
-    """Keep the verdict on the kernels that may have made a trial's results wrong."""
-    names = {report.kernel_name(kernel): h for h, kernel in here.items()}
-    suspects = trial.suspects([x.name for x in wrong], list(names))
-    why = f"{', '.join(suspects)}: " + "; ".join(dict.fromkeys(x.text for x in wrong))
-    for name in suspects:
-        h = names[name]
+def _guilty(trial: Trial, wrong: list[Wrong], kernels: dict[str, launch.Seen]) -> dict[str, launch.Seen]:
+    """Return those of the kernels that may have made a trial's results wrong."""
+    suspects = trial.suspects([x.name for x in wrong], sorted({seen.name for seen in kernels.values()}))
+    return {h: seen for h, seen in kernels.items() if seen.name in suspects}
+
+
+def _condemn(device: Device, call: Call, wrong: list[Wrong], guilty: dict[str, launch.Seen]) -> None:
+    """Keep the verdict on kernels that made results wrong."""
+    names = ", ".join(sorted({seen.name for seen in guilty.values()}))
+    why = f"{names}: " + "; ".join(dict.fromkeys(x.text for x in wrong))
+    for h, seen in guilty.items():
         device.refused[h + call.limit] = Refused(why, True)
-        found = store.Verdict(False, why, report.details(device.executor, call, here[h]))
+        found = store.Verdict(False, why, report.details(device.executor, call, seen))
         store.default().write(report.key(device.executor, h + call.limit), found)
 
 

@@ -16,11 +16,6 @@ from ..runtime import launch
 from . import store
 
 
-def kernel_name(kernel: Any) -> str:
-    """Return the name of a jit function."""
-    return str(getattr(kernel, "__name__", kernel))
-
-
 @functools.cache
 def source() -> str:
     """Return a hash of the Python source of this floor: launchers, kernels, references and proofs."""
@@ -54,10 +49,11 @@ def key(executor: launch.Executor, name: str) -> str:
     return " | ".join(parts)
 
 
-def details(executor: launch.Executor, call: Any, kernel: Any) -> dict[str, Any]:
+def details(executor: launch.Executor, call: Any, seen: launch.Seen) -> dict[str, Any]:
     """Return what a reader of a verdict wants to know besides it."""
     return {
-        "kernel": kernel_name(kernel),
+        "kernel": seen.name,
+        "constants": {name: str(getattr(value, "value", value)) for name, value in seen.constants.items()},
         "operation": call.operation,
         "device": executor.name,
         "target": executor.target.name,
@@ -79,10 +75,12 @@ def warn(executor: launch.Executor, call: Any, why: str, verdict: store.Verdict 
     """Warn that kernels give wrong results on a device, with everything that a bug report needs."""
     about = {} if verdict is None else verdict.details
     again = json.dumps([call.operation, about.get("call", [])], default=str)
+    constants = ", ".join(f"{name}={value}" for name, value in about.get("constants", {}).items())
     told = ", ".join(f"{name} {version}" for name, version in versions().items())
     warnings.warn(
         f"{call.operation}: wrong results on {executor.name} ({executor.target.name}), so that backend='auto' does not "
-        f"use these kernels there. Please report it with this text. {why}. Versions: {told}. To see it again: "
+        f"use these kernels there. Please report it with this text. {why}. Constants: "
+        f"{constants}. Versions: {told}. To see it again: "
         f"FUSEMESH_PROOF=always python -m fusemesh.kernels.proof {again!r}",
         stacklevel=2,
     )

@@ -59,11 +59,16 @@ class Maker:
         """Return a tensor of zeros in the dtype, order of dims, classes of strides and alignment of ``real``."""
         return self._strided(real, shape)[1]
 
-    def normal(self, real: torch.Tensor, shape: Sequence[int], size: float = 1.0) -> torch.Tensor:
-        """Return a tensor like :meth:`shaped` of normal numbers of standard deviation ``size``."""
+    def normal(self, real: torch.Tensor, shape: Sequence[int], size: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+        """Return a tensor like :meth:`shaped` of ``size`` times normal numbers of this mean."""
         base, view = self._strided(real, shape)
-        base.copy_((size * torch.randn(base.shape, generator=self.generator, device=self.device)).to(base.dtype))
+        values = size * (mean + torch.randn(base.shape, generator=self.generator, device=self.device))
+        base.copy_(values.to(base.dtype))
         return view
+
+    def contiguous(self, real: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return a contiguous tensor of the dtype and alignment of ``real`` that holds ``values``."""
+        return self.holding(real.flatten(), values.flatten()).view(values.shape)
 
     def flags(self, real: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Return a tensor like :meth:`shaped` of flags, of which 7 in 10 are True."""
@@ -88,8 +93,9 @@ class Maker:
         order = sorted(range(real.dim()), key=lambda dim: (real.stride(dim), -dim))
         for dim in order:
             stride = real.stride(dim)
-            if shape[dim] != 1:
-                stride = like(stride, extent) if stride > 1 else stride
+            if shape[dim] != 1 and stride and (stride > 1 or extent > 1):
+                # Of a dim of size 1 the stride may be 1 as well; here the elements would lie on top of each other.
+                stride = length_like(stride, max(extent, 2))
             strides[dim] = stride
             if stride and shape[dim] > 1:
                 extent = max(extent, stride * shape[dim])

@@ -28,18 +28,22 @@ class Trial:
         run: launches its kernels and returns the results.
         check: returns which of the results are wrong.
         written: by the name of a kernel, the results that it writes itself.
+        read_by_all: kernels whose results the others read.
     """
 
     run: Callable[[], Results]
     check: Callable[[Results], list[Wrong]]
     written: Mapping[str, Collection[str]] = field(default_factory=dict)
+    read_by_all: Collection[str] = ()
 
     def suspects(self, wrong: Collection[str], kernels: Collection[str]) -> list[str]:
         """Return the kernels, out of those not proven yet, that may have made these results wrong."""
         direct = [k for k in kernels if set(wrong) & set(self.written.get(k, ()))]
         if len(direct) == 1 and set(wrong) <= set(self.written[direct[0]]):
             return direct
-        return [k for k in kernels if k in direct or k not in self.written] or list(kernels)
+        # Results of several kernels may be wrong by one that all of them read.
+        shared = [k for k in kernels if k in self.read_by_all or k not in self.written]
+        return [k for k in kernels if k in direct or k in shared] or list(kernels)
 
 
 @dataclass(frozen=True)

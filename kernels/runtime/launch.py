@@ -92,6 +92,19 @@ class Gpu:
         return _run(kernel, grid, args, kwargs)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One kernel that was launched, and the constants that it was compiled for."""
+
+    kernel: Any
+    constants: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return str(self.kernel.__name__)
+
+
 class Observed:
     """A block within which the launches of this thread are observed.
 
@@ -101,7 +114,7 @@ class Observed:
 
     def __init__(self, prepares_only: bool = False) -> None:
         self.prepares_only = prepares_only
-        self.kernels: dict[str, Any] = {}  # the kernel of each compiled hash
+        self.kernels: dict[str, Seen] = {}  # by compiled hash
         self._tokens: list[contextvars.Token[Observed | None]] = []
 
     def __enter__(self) -> Observed:
@@ -268,7 +281,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
         act = executor.prepare if act is _prepare else executor.run
     compiled_hash = act(kernel, grid, args, kwargs)
     if observed is not None:
-        observed.kernels[compiled_hash] = kernel
+        observed.kernels[compiled_hash] = Seen(kernel, kwargs)
 
 
 def _on_gpu(args: tuple[Any, ...]) -> bool:

@@ -116,12 +116,23 @@ def test_a_wrong_kernel_fails_its_cases_alone(
     assert [row["verdict"] for row in others] == ["right", "right"]
 
 
+@pytest.mark.interpreter
+def test_a_wrong_result_of_proven_kernels_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: LinearCase, outputs: Any, want: Any) -> Any:
+        raise AssertionError("outside the error budget: dx")
+
+    monkeypatch.setattr(LinearCase, "check", check)
+    with launch.execute_on(InterpretedDevice("a stand-in")):
+        (row,) = standard.prove(torch.device("cpu"), SMALL[2:])
+    assert (row["verdict"], row["why"], row["share"]) == ("wrong", "outside the error budget: dx", None)
+
+
 @pytest.mark.aot
 def test_on_the_emulator(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The code that Triton compiles, proven and checked."""
     case = LinearCase("fp16", 17, 16, 24, "gelu")
     monkeypatch.setattr(standard, "cases", lambda: [case])
-    with fusemesh.emulate("sm_90"):
+    with fusemesh.emulate("sm_90", prove=True):
         assert cli.main(["doctor", "--prove", "--json"]) == 0
     (row,) = json.loads(capfd.readouterr().out)["rows"]
     assert (row["device"], row["name"], row["case"], row["verdict"]) == ("cpu", "emulated sm_90", case.name, "right")

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,6 +53,25 @@ def _classes(value: Any, specialised: bool) -> Iterator[Any]:
         yield type(value).__name__
 
 
+_interpreting = threading.Lock()  # Triton's interpreter is of one thread
+
+
+class RecordingDevice:
+    """An executor that runs nothing, and tells launches apart as the compiler would."""
+
+    proves = True
+
+    def __init__(self, target: str = "sm_90") -> None:
+        self.target = TARGETS[target]
+        self.name = f"recorded {target}"
+
+    def prepare(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Return a hash of what the launch would be compiled for."""
+        return hashlib.sha256(specialisation(kernel, args, kwargs).encode()).hexdigest()[:32]
+
+    run = prepare
+
+
 class InterpretedDevice:
     """An executor that runs launches in Triton's interpreter.
 
@@ -59,6 +79,8 @@ class InterpretedDevice:
         name: the device's.
         spoil: by the name of a kernel, what is done to the arguments of a launch, by name, after it ran.
     """
+
+    proves = True
 
     def __init__(self, name: str = "interpreted sm_90", spoil: dict[str, Spoil] | None = None) -> None:
         self.target: Target = Target("interpreter", "interpreter", TARGETS["sm_90"].shared_memory)
@@ -78,8 +100,9 @@ class InterpretedDevice:
         """Run the launch in the interpreter, spoil what is to be, and return its hash."""
         if self.error is not None:
             raise self.error
-        self.ran.append(kernel.__name__)
-        interpreter.run(kernel, grid, args, kwargs)
+        with _interpreting:
+            self.ran.append(kernel.__name__)
+            interpreter.run(kernel, grid, args, kwargs)
         if kernel.__name__ in self.spoil:
             self.spoil[kernel.__name__](dict(zip(kernel.arg_names, args, strict=False)))
         return self._hash(kernel, args, kwargs)

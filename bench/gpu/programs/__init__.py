@@ -125,7 +125,7 @@ def every(*edges: Any, dtype: Any) -> tuple[np.ndarray, ...]:
 
 def all_programs() -> list[Program]:
     """Return every program."""
-    from bench.gpu.programs import conversions, floats, integers, lanes, moves
+    from bench.gpu.programs import conversions, floats, integers, lanes, matrices, moves
 
-    tables = (integers, floats, conversions, moves, lanes)
+    tables = (integers, floats, conversions, moves, lanes, matrices)
     return [program for table in tables for program in table.programs()]

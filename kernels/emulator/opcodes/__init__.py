@@ -100,7 +100,7 @@ def find(name: str) -> Compile:
     for expression, function in OPCODES.get(first, ()):
         if expression.fullmatch(name):
             return function
-    known = [form for form in FORMS if form.split()[0] == first]
+    known = [form for form in FORMS if form == first or form.startswith(f"{first} ")]
     raise UnknownInstruction(
         f"opcode {name}: " + (f"expected one of the forms {', '.join(known)}" if known else "no such opcode")
     )

@@ -1,6 +1,7 @@
 """cp.async.bulk: copies of boxes of tensors, or of bytes, that an mbarrier or a group of the thread waits for.
 
-Missing: clusters (multicast, other CTAs' shared memory), im2col, gather and scatter, byte masks.
+Missing: clusters (multicast, other CTAs' shared memory), im2col, gather and scatter, byte masks; and the check that
+what st.global wrote is fenced before a bulk copy of the same launch reads it.
 """
 
 from __future__ import annotations
@@ -249,8 +250,7 @@ def compile_store(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
                 place = _tensor_place(cta, rank, o[0], start, t)
             else:
                 place = _bytes_place(cta, start, int(target()[t]), _value(cta, o[2], t, "u32"))
-            s.read(place.words, cta.warp[t].reshape((1,) * place.words.ndim), generic=False)
-            s.begin_stream(place.words)
+            s.begin_stream(place.words, cta.warp[t].reshape((1,) * place.words.ndim))
             element = place.element or p[-1]
             store = Store(ins, t, int(cta.warp[t]), place, flight.late(), operation, element)
             if not store.late:

@@ -1,4 +1,8 @@
-"""cp.async: copies from global to shared memory that land later."""
+"""cp.async: copies from global to shared memory that land later.
+
+Missing: the check that what cp.async wrote is fenced before the async proxy reads it, where an mbarrier was waited for;
+it is made where the thread waits for its groups.
+"""
 
 from __future__ import annotations
 

@@ -73,11 +73,11 @@ def pack_sum(values: np.ndarray, kind: str, saturate: bool = False) -> np.ndarra
 
 
 @opcode(
-    "mma sync aligned m16n8k(8|16) row col f32 bf16 bf16 f32",
-    "mma sync aligned m16n8k(8|16) row col f32|f16 f16 f16 f32|f16",
-    "mma sync aligned m16n8k(4|8) row col f32 tf32 tf32 f32",
+    "mma sync aligned m16n8k8|m16n8k16 row col f32 bf16 bf16 f32",
+    "mma sync aligned m16n8k8|m16n8k16 row col f32|f16 f16 f16 f32|f16",
+    "mma sync aligned m16n8k4|m16n8k8 row col f32 tf32 tf32 f32",
     "mma sync aligned m16n8k32 row col f32|f16 e4m3|e5m2 e4m3|e5m2 f32|f16",
-    "mma sync aligned m16n8k(16|32) row col satfinite? s32 s8|u8 s8|u8 s32",
+    "mma sync aligned m16n8k16|m16n8k32 row col satfinite? s32 s8|u8 s8|u8 s32",
 )
 def compile_mma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     d_kind, a_kind, b_kind, c_kind = p[-4:]

@@ -11,7 +11,7 @@ from ..global_memory import UNSIGNED
 from ..hazard import Hazard, UnknownInstruction
 from ..numbers import FILES, TYPES
 from ..ptx import Addr, Instruction, Reg, Sym, Vec
-from ..state import WARP, Cta, Mask, Step
+from ..state import WARP, Cta, Mask, Step, as_register
 from . import opcode
 from .atomics import strong_load, strong_store
 
@@ -69,7 +69,8 @@ def compile_ld(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> 
     items = o[0].items if isinstance(o[0], Vec) else (o[0],)
     fetch = _fetch(cta, ins, p, space, size, _count(p, items))
     addr = cta.address(o[1], 32 if space != "global" else 64) if space != "local" else _local_address(cta, o[1])
-    rows = [None if isinstance(x, Sym) else (cta.row(x), FILES[x.bits]) for x in items]
+    kept = [None if isinstance(x, Sym) else as_register(x) for x in items]
+    rows = [None if reg is None else (cta.row(reg), FILES[reg.bits]) for reg in kept]
     signed = TYPES[type_] if type_[0] == "s" else None
 
     def step(mask: Mask) -> None:
@@ -80,9 +81,9 @@ def compile_ld(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> 
             values = fetch(addr()[threads], threads)
         if signed is not None:
             values = values.view(signed)
-        for k, kept in enumerate(rows):
-            if kept is not None:
-                row, kind = kept
+        for k, target in enumerate(rows):
+            if target is not None:
+                row, kind = target
                 column = values[:, k] if signed is None else values[:, k].astype(kind)
                 row[... if mask is None else threads] = column
 
@@ -180,6 +181,7 @@ def store_shared(cta: Cta, addr: np.ndarray, threads: np.ndarray, values: np.nda
     if cta.count_stats:
         banks(cta, at, threads, size * count)
     who, warp = threads[:, None], cta.warp[threads][:, None]
+    view: np.ndarray
     if size * count >= 4:
         values = values.view(np.uint32)
         where = (at >> 2)[:, None] + np.arange(values.shape[1])
@@ -258,7 +260,7 @@ def compile_ldmatrix(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...
     items = o[0].items if isinstance(o[0], Vec) else (o[0],)
     n, trans = len(items), "trans" in p
     addr = cta.address(o[1], 32)
-    rows = [cta.row(x) for x in items]
+    rows = [cta.row(as_register(x)) for x in items]
     row, col = cta.matrix_row, cta.matrix_col
 
     def step(mask: Mask) -> None:
@@ -286,7 +288,7 @@ def compile_stmatrix(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...
     items = o[1].items if isinstance(o[1], Vec) else (o[1],)
     n, trans = len(items), "trans" in p
     addr = cta.address(o[0], 32)
-    rows = [cta.row(x) for x in items]
+    rows = [cta.row(as_register(x)) for x in items]
     row, col = cta.matrix_row, cta.matrix_col
 
     def step(mask: Mask) -> None:
@@ -308,7 +310,10 @@ def compile_stmatrix(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...
     return step
 
 
-@opcode("createpolicy fractional L2::evict_\\w+ (L2::evict_\\w+)? b64", "createpolicy range (global)? ...")
+@opcode(
+    "createpolicy fractional L2::evict_\\w+ (L2::evict_\\w+)? b64",
+    "createpolicy range global? L2::evict_\\w+ (L2::evict_\\w+)? b64",
+)
 def compile_createpolicy(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     """Caches are not modelled: any number will do for a policy."""
     return cta.put(o[0], "u64", lambda: np.uint64(0))

@@ -20,19 +20,23 @@ if TYPE_CHECKING:
 BARRIERS = 16
 
 
-@opcode("fence ...", "membar ...")
+@opcode("fence proxy async shared::cta|shared::cluster?")
+@opcode("fence proxy tensormap::generic acquire|release cta|cluster|gpu|sys")
+@opcode("fence acq_rel|sc cluster|gpu|sys", "membar gl|sys")
 def compile_fence(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
+    if "tensormap::generic" in p:
+        return lambda mask: None
     if "proxy" in p:
 
         def between_proxies(mask: Mask) -> None:
             if mask is None:
-                cta.shared.clocks.fence(np.arange(cta.W), True)
+                cta.shared.fence(np.arange(cta.W), True)
                 return
             lanes = mask.reshape(-1, WARP)
             for whole in (True, False):
                 warps = np.flatnonzero(lanes.any(1) & (lanes.all(1) == whole))
                 if len(warps):
-                    cta.shared.clocks.fence(warps, whole)
+                    cta.shared.fence(warps, whole)
 
         return between_proxies
 

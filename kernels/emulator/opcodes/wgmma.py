@@ -174,8 +174,7 @@ def compile_wgmma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
             if a_descriptor is not None:
                 uses.append(operand(a_descriptor[t], 64, a_major, True))
             for _, words in uses:
-                s.read(words[None], (np.arange(4) + 4 * g)[:, None], generic=False)
-                s.begin_stream(words)
+                s.begin_stream(words[None], (np.arange(4) + 4 * g)[:, None])
             a_words = R[a_index][:, t] if a_index is not None else None
             product = Product(form, int(g), uses, [view] * len(uses), accumulate[t] ^ negated, a_words)
             if not flight.late():

@@ -186,7 +186,7 @@ def test_an_mbarrier_waits_for_the_copies_of_threads(options):
     ("kinds", "change"),
     [
         ({"async", "race", "uninitialised"}, (COPIES_WAIT, "")),
-        ({"mbarrier", "race", "async"}, ("2048], 64;", "2048], 32;")),
+        ({"mbarrier", "race", "async", "deadlock"}, ("2048], 64;", "2048], 32;")),
         ({"deadlock"}, ("2048], 64;", "2048], 65;")),
         ({"race"}, ("2048], 64;\nbar.sync 0;", "2048], 64;")),
     ],

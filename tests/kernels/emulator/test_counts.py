@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from fusemesh.kernels.emulator.counts import CLASSES, LaunchCounts, class_of, table
+from fusemesh.kernels.emulator.launch.counts import CLASSES, LaunchCounts, class_of, table
 from fusemesh.kernels.emulator.machine import Machine
 from tests.support.emulated_ptx import aligned, run
 

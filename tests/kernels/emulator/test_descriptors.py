@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from bench.gpu.programs.matrices import BITS, codes, place_a, value, words
 from fusemesh.kernels.emulator.hazard import Hazard, UnknownInstruction
 from fusemesh.kernels.emulator.shared_memory import Shared
 from tests.support.emulated_ptx import fill_shared, load, registers, run, store
-from tests.support.emulator.matrix_fragments import BITS, codes, place_a, value, words
 
 SHARED = 64 * 1024
 MODES = {"none": (0, 0), "32": (3, 1), "64": (2, 2), "128": (1, 3)}  # number in the descriptor, bits that are permuted

@@ -13,9 +13,10 @@ import triton.language as tl  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 import fusemesh  # noqa: E402
-from fusemesh.kernels.emulator import Emulator, launching  # noqa: E402
-from fusemesh.kernels.emulator.compiled import Compiled  # noqa: E402
+from fusemesh.kernels.emulator import Emulator  # noqa: E402
 from fusemesh.kernels.emulator.hazard import Hazard, UnknownInstruction  # noqa: E402
+from fusemesh.kernels.emulator.launch import launching  # noqa: E402
+from fusemesh.kernels.emulator.launch.compiled import Compiled  # noqa: E402
 from fusemesh.kernels.runtime.launch import TARGETS, Target, launch  # noqa: E402
 
 pytestmark = pytest.mark.aot

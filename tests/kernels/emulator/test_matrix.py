@@ -5,22 +5,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from bench.gpu.programs.matrices import MMA, codes, place_a, place_b, place_c, value, words
 from fusemesh.kernels.emulator.hazard import UnknownInstruction
 from tests.support.emulated_ptx import load, registers, run, store
-from tests.support.emulator.matrix_fragments import codes, place_a, value, words
-
-
-def place_b(kind: str, lane: int, i: int) -> tuple[int, int]:
-    group, t = lane >> 2, lane % 4
-    if kind in ("bf16", "f16"):
-        return t * 2 + (i & 1) + (8 if i >= 2 else 0), group
-    if kind == "tf32":
-        return t + 4 * i, group
-    return t * 4 + (i & 3) + (16 if i >= 4 else 0), group
-
-
-def place_c(lane: int, i: int) -> tuple[int, int]:
-    return (lane >> 2) + (8 if i >= 2 else 0), (lane % 4) * 2 + (i & 1)
 
 
 def rounded(kind: str, exact: Fraction, saturate: bool = False) -> int:
@@ -33,26 +20,6 @@ def rounded(kind: str, exact: Fraction, saturate: bool = False) -> int:
     real = exact.numerator / exact.denominator
     assert Fraction(real) == exact
     return int(np.float32(real).view(np.uint32)) if kind == "f32" else int(np.float16(real).view(np.uint16))
-
-
-MMA = [
-    ("m16n8k16", "f32", "bf16", "bf16"),
-    ("m16n8k8", "f32", "bf16", "bf16"),
-    ("m16n8k16", "f32", "f16", "f16"),
-    ("m16n8k8", "f32", "f16", "f16"),
-    ("m16n8k16", "f16", "f16", "f16"),
-    ("m16n8k8", "f16", "f16", "f16"),
-    ("m16n8k8", "f32", "tf32", "tf32"),
-    ("m16n8k4", "f32", "tf32", "tf32"),
-    ("m16n8k32", "f32", "e4m3", "e4m3"),
-    ("m16n8k32", "f32", "e4m3", "e5m2"),
-    ("m16n8k32", "f32", "e5m2", "e4m3"),
-    ("m16n8k32", "f16", "e5m2", "e5m2"),
-    ("m16n8k32", "s32", "s8", "s8"),
-    ("m16n8k32", "s32", "s8", "u8"),
-    ("m16n8k16", "s32", "u8", "s8"),
-    ("m16n8k16", "satfinite.s32", "u8", "u8"),
-]
 
 
 @pytest.mark.parametrize(("shape", "d", "a", "b"), MMA, ids=[".".join(x) for x in MMA])

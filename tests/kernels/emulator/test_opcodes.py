@@ -38,7 +38,7 @@ def test_opcode(name):
     assert not wrong, "\n".join([f"{len(wrong)} wrong", *wrong[:12]])
 
 
-FAMILIES = ("conversions", "floats", "integers", "moves", "warp")
+FAMILIES = ("conversions", "floats", "integers", "matrix", "moves", "warp")
 # Instructions with nothing to compare.
 WITHOUT_PROGRAMS = {
     "cvta global|param|const u64|u32": "generic addresses are those of global memory",

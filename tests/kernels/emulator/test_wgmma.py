@@ -7,7 +7,10 @@ from fusemesh.kernels.emulator.hazard import UnknownInstruction
 from fusemesh.kernels.emulator.shared_memory import Shared
 from tests.support.emulated_ptx import changed, each_way, fault, fill_shared, load, registers, run, store
 
+# What the planted instructions read besides.
+DEFINED = "\n".join(f"mov.b32 %r{k}, 0;" for k in range(54, 78))
 WGMMA = f"""{fill_shared(0, 1024)}
+{DEFINED}
 {load(1, 50, 4)}
 ld.global.b64 %d10, [%a2];
 ld.global.b64 %d11, [%a2 + 8];

@@ -5,11 +5,9 @@ tile of keys before they wait for that with the values before.
 """
 
 import math
-import struct
 from typing import Any
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,11 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusemesh.kernels.emulator.global_memory import Global
+from fusemesh.kernels.emulator.launch.launching import Bound
 from fusemesh.kernels.emulator.machine import Machine
-from fusemesh.kernels.emulator.parsing import parse
-from fusemesh.kernels.emulator.tensor_maps import TensorMap
+from fusemesh.kernels.runtime.launch import TARGETS
 
 ROWS, KEYS, D, STAGES = 64, 64, 64, 2  # rows of a consumer, tile of keys, head dim, tiles under way
 CONSUMERS = 2
@@ -37,7 +35,7 @@ def _producer(d_q, d_k, d_v, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_e
     depth: gl.constexpr = q_s.shape[2]
     stages: gl.constexpr = k_s.shape[0]
     consumers: gl.constexpr = q_s.shape[0]
-    i_m, first = gl.program_id(0), gl.program_id(1) * S
+    i_m, first = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1) * S  # the longest rows first
     n = gl.cdiv((i_m + 1) * rows * consumers, keys)
     for w in gl.static_range(consumers):
         mbarrier.expect(q_full.index(w), rows * depth * 2)
@@ -66,8 +64,9 @@ def _consumer(d_o, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_empty, scal
     p_l: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_l, k_width=2)
     row_l: gl.constexpr = gl.SliceLayout(1, s_l)
     out_l: gl.constexpr = gl.SliceLayout(1, o_l)
-    i_m = gl.program_id(0) * consumers + W
-    n = gl.cdiv((gl.program_id(0) + 1) * rows * consumers, keys)
+    i_b = gl.num_programs(0) - 1 - gl.program_id(0)
+    i_m = i_b * consumers + W
+    n = gl.cdiv((i_b + 1) * rows * consumers, keys)
     q = q_s.index(W)
     zero = gl.zeros([rows, keys], gl.float32, s_l)
     acc = gl.zeros([rows, depth], gl.float32, o_l)
@@ -162,54 +161,40 @@ def gluon_forward_kernel(
     )
 
 
-def compiled() -> Any:
-    """The kernel for sm_90, compiled with no GPU."""
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    kinds = {
-        name: f"tensordesc<bf16[{rows}, {D}],{layout!r}>"
-        for name, rows in (("d_q", ROWS), ("d_k", KEYS), ("d_v", KEYS), ("d_o", ROWS))
-    }
-    constants = {"STAGES": STAGES, "CONSUMERS": CONSUMERS, "ROWS": ROWS, "KEYS": KEYS, "D": D}
-    signature = {**kinds, "scale": "fp32", "S": "i32", **dict.fromkeys(constants, "constexpr")}
-    source = GluonASTSource(fn=gluon_forward_kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-
-
 class Run:
-    """The kernel on random inputs."""
+    """The kernel bound to random inputs for sm_90, with no GPU."""
 
-    def __init__(self, S: int, heads: int, shared: int) -> None:
+    def __init__(self, S: int, heads: int) -> None:
         g = torch.Generator().manual_seed(S)
-        self.S, self.shared, self.heads = S, shared, heads
+        self.S, self.heads = S, heads
         self.q, self.k, self.v = (torch.randn(heads * S, D, generator=g).bfloat16() for _ in range(3))
+        self.out = torch.full_like(self.q, math.nan)
         s = (self.head(self.q) @ self.head(self.k).mT) * D**-0.5
         s = s.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -math.inf)
         self.want = s.softmax(-1) @ self.head(self.v)
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        descriptors = [
+            TensorDescriptor.from_tensor(x, [rows, D], layout)
+            for x, rows in ((self.q, ROWS), (self.k, KEYS), (self.v, KEYS), (self.out, ROWS))
+        ]
+        self.bound = Bound(
+            TARGETS["sm_90"],
+            gluon_forward_kernel,
+            (S // (ROWS * CONSUMERS), heads),
+            (*descriptors, D**-0.5 * math.log2(math.e), S),
+            {"STAGES": STAGES, "CONSUMERS": CONSUMERS, "ROWS": ROWS, "KEYS": KEYS, "D": D, "num_warps": 4},
+        )
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """The rows of each head, in fp64."""
         return x.double().view(self.heads, self.S, D)
 
-    def __call__(self, text: str, blocks: tuple[int, ...], **options: Any) -> tuple[torch.Tensor, Machine]:
-        """The output [heads, S, D] after the CTAs ``blocks`` of each head ran, and the machine."""
-        out = torch.full_like(self.q, math.nan)
-        memory = Global()
-        for name, x in (("q", self.q), ("k", self.k), ("v", self.v), ("out", out)):
-            memory.add(x.data_ptr(), x.numel() * x.itemsize, name)
-        machine = Machine(parse(text), self.shared, memory, **options)
+    def __call__(
+        self, text: str | None = None, ctas: int | None = None, **options: Any
+    ) -> tuple[torch.Tensor, Machine]:
+        """The output and the machine after all CTAs, or the first ``ctas``, of the kernel or of another text ran."""
+        self.out.fill_(math.nan)
+        machine = self.bound.machine(text, **options)
         machine.strict = True
-        parameters = {name: bytes(8) for name, _ in machine.kernel.params}
-        name = f"{machine.kernel.name}_param_"
-        for n, (x, rows) in enumerate(((self.q, ROWS), (self.k, KEYS), (self.v, KEYS), (out, ROWS))):
-            made = TensorMap("bf16", x.data_ptr(), (D, len(x)), (2 * D,), (D, rows), 128)
-            parameters[f"{name}{5 * n}"] = made.pack()
-        parameters[f"{name}20"] = struct.pack("<f", D**-0.5 * math.log2(math.e))
-        parameters[f"{name}21"] = struct.pack("<i", self.S)
-        grid = (self.S // (ROWS * CONSUMERS), self.heads, 1)
-        for head in range(self.heads):
-            for block in blocks:
-                machine.run(parameters, (block, head, 0), grid)
-        return out, machine
+        self.bound.run(machine, ctas)
+        return self.out.clone(), machine

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from .. import compat
-from ..runtime.launch import Target
+from ... import compat
+from ...runtime.launch import Target
+from ..global_memory import Global
+from ..grid import run_grid
+from ..machine import Machine
+from ..parsing import parse
+from ..ptx import Kernel
+from ..tensor_maps import ELEMENTS, SWIZZLES, TensorMap
 from .compiled import Compiled, Device
 from .counts import LaunchCounts, table
-from .global_memory import Global
-from .grid import run_grid
-from .machine import Machine
-from .parsing import parse
-from .ptx import Kernel
-from .tensor_maps import ELEMENTS, SWIZZLES, TensorMap
 
 Grid = tuple[int, int, int]
 Parameter = tuple[str, Any]  # its type and its value; of a tensor map the tensor and the map

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ..aot import NamedTarget
-from ..runtime.launch import Target
+from ...runtime.launch import Target
+from ...runtime.named_target import NamedTarget
 
 Run = Callable[["Compiled", tuple[int, int, int], tuple[Any, ...]], None]
 

@@ -1,0 +1,1 @@
+"""Launches of Triton, bound to memory and run, and what they are counted to have done."""

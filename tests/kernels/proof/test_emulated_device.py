@@ -1,0 +1,116 @@
+"""Proof at first use of compiled kernels, on an emulated GPU. Layer: kernels; compiled code, executed by NumPy.
+
+Every row of the support matrix that backend triton's record allows: ``auto`` proves its kernels and takes them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusemesh
+from fusemesh.kernels import backends
+from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
+from fusemesh.kernels.proof import first_use, store
+from fusemesh.kernels.proof.store import Store
+from fusemesh.kernels.runtime import launch
+
+SMALL: dict[str, Any] = {"B": 1, "H": 2, "Hkv": 1, "Sq": 20, "Sk": 20, "D": 64, "Dv": 64}
+
+
+def attention(dtype: str = "bf16", **features: Any) -> AttentionCase:
+    """Return a small call."""
+    return AttentionCase(dtype, **{**SMALL, **features})
+
+
+STEP: dict[str, Any] = {"H": 4, "Hkv": 2, "D": 64, "Dv": 64, "capacity": 48, "lens": (40, 3)}
+ROWS: dict[str, Case] = {
+    "linear": LinearCase("bf16", 20, 32, 32, "gelu"),
+    "causal": attention(causal=True),
+    "fp16": attention("fp16"),
+    "fp32": attention("fp32", causal=True),
+    "grouped": attention(H=4, Hkv=2),
+    "window": attention(window=(9, 3)),
+    "mask": attention(mask="mn"),
+    "bias": attention(bias="hmn"),
+    "softcap": attention(softcap=5.0),
+    "alibi": attention(alibi="h"),
+    "score mod": attention(mod=True),
+    "sinks, lse": attention(sinks=True, dlse=True),
+    "dropout": attention(dropout=0.2),
+    "origin": attention(origin=(40, 11, 3, 5), causal=True),
+    "device origin": attention(device_origin=(40, 11, 3, 5), causal=True),
+    "head dims": attention(D=40, Dv=72),
+    "head dim 128": attention(D=128, Dv=128),
+    "fp8": attention("fp8", descale="head"),
+    "packed": PackedCase("bf16", lens_q=(20, 0, 9), lens_k=(20, 4, 9), D=64, Dv=64, causal=True, align="top_left"),
+    "cache": DecodeCase("bf16", **STEP),
+    "pages": DecodeCase("bf16", **STEP, page=16, added=1, causal=True),
+    "latent": DecodeCase("bf16", **{**STEP, "Hkv": 1, "D": 96}, latent=True),
+    "gated": LinearCase("fp32", 20, 32, 32, "silu", gated=True),
+}
+QUICK = ("linear", "cache")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(store, "_default", Store(tmp_path / "proofs"))
+    monkeypatch.setattr(first_use, "_mode", first_use.ON)
+    first_use.forget()
+    backends.reset_call_counts()
+    yield
+    first_use.forget()
+
+
+@pytest.mark.parametrize("row", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in ROWS])
+def test_auto_takes_triton(row: str) -> None:
+    case = ROWS[row]
+    with fusemesh.emulate("sm_90", prove=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = case.inputs("cpu")
+        outputs = case.compute(x, "auto")
+    case.check(outputs, case.expected(x))
+    assert {name for _, name in backends.call_counts()} == {"triton"}
+    verdicts = store.default().all()
+    assert verdicts and all(verdict.passed for verdict in verdicts.values())
+    assert all(verdict.details["device"] == "emulated sm_90" for verdict in verdicts.values())
+
+
+class Spoiled:
+    """An emulated GPU on which a kernel writes a wrong number."""
+
+    proves = True
+
+    def __init__(self, emulator: Any, kernel: str) -> None:
+        self.emulator, self.kernel, self.target = emulator, kernel, emulator.target
+        self.name = f"{emulator.name}, spoiled"
+
+    def prepare(self, kernel: Any, grid: Any, args: Any, kwargs: Any) -> str:
+        return str(self.emulator.prepare(kernel, grid, args, kwargs))
+
+    def run(self, kernel: Any, grid: Any, args: Any, kwargs: Any) -> str:
+        found = str(self.emulator.run(kernel, grid, args, kwargs))
+        if kernel.__name__ == self.kernel:
+            written = args[4]
+            written.view(-1)[-1] += 1.0
+        return found
+
+
+@pytest.mark.slow
+def test_a_wrong_kernel_is_survived() -> None:
+    case = ROWS["linear"]
+    x = case.inputs("cpu")
+    with (
+        fusemesh.emulate("sm_90", prove=True) as emulator,
+        launch.execute_on(Spoiled(emulator, "linear_forward_kernel")),
+        pytest.warns(UserWarning, match="linear_forward: wrong results on emulated sm_90, spoiled"),
+    ):
+        outputs = case.compute(x, "auto")
+    case.check(outputs, case.expected(x))
+    assert backends.call_counts() == {("linear_forward", "torch"): 1, ("linear_backward", "triton"): 1}
+    assert torch.is_grad_enabled()
