@@ -4,6 +4,7 @@
     python bench/on_gpu.py --stage correctness     # the kernels against fp64, forward and gradients
     python bench/on_gpu.py --stage sweep           # the kernels against every peer that is installed
     python bench/on_gpu.py --stage memcheck        # the kernels under compute-sanitizer
+    python bench/on_gpu.py --stage emulator        # PTX instructions against their specification and the emulator
     python bench/on_gpu.py --stage tune            # tiles around the shipped ones: which is fastest here
     python bench/on_gpu.py --stage tune --only "attention dbias"       # a part: what a run before had no time for
 
@@ -33,7 +34,7 @@ if not __package__:
 
 import torch
 
-from bench.gpu import dry_run, memcheck, tables
+from bench.gpu import dry_run, emulation, memcheck, tables
 from bench.gpu.verification import recorded, verify
 from bench.peers import torch_ops
 from fusemesh.kernels import backends, env, measure
@@ -189,13 +190,16 @@ STAGES = {
     "correctness": Stage(correctness, lambda payload: correctness_table(payload["rows"])),
     "sweep": Stage(sweep, lambda payload: measure.ratio_table(payload["rows"], PEERS, OURS)),
     "memcheck": Stage(memory, memcheck.line),
+    "emulator": Stage(emulation.run, emulation.table),
     "tune": Stage(tuning, lambda payload: tune.table(payload["rows"])),
 }
 
 
 def verdict(stage: str, payload: dict[str, Any], path: Path) -> tuple[int, str]:
     """The exit status, and what to tell the user."""
-    wrong = [row for row in payload["rows"] if row["contender"] in OURS and row["check"] != "ok"]
+    wrong = [row for row in payload["rows"] if row["contender"] in (*OURS, "emulator") and row["check"] != "ok"]
+    if wrong and stage == "emulator":
+        return 1, f"{len(wrong)} programs returned what PTX does not specify, or did not run; see {path}"
     if wrong and stage != "memcheck":
         return 1, f"{len(wrong)} of FuseMesh's results are wrong or did not run; see {path}"
     if not payload["rows"] and stage != "memcheck":
@@ -211,7 +215,7 @@ def verdict(stage: str, payload: dict[str, Any], path: Path) -> tuple[int, str]:
         return 0, "every step ran but the tool" if payload["dry_run"] else f"no error; see {path}"
     if payload["dry_run"]:
         return 0, f"every step ran, no kernel did; see {path}"
-    if stage != "correctness":
+    if stage not in ("correctness", "emulator"):
         return 0, f"every FuseMesh result was checked before it was timed; all rows are in {path}"
     if payload["left_out"] or payload["only"]:
         return 0, "right as far as it went, but cases were left out: run it again with more --minutes and no --only"

@@ -43,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--most", type=int, default=1 << 30, help="places in each kernel, by a seed, of kinds not of order"
     )
     parser.add_argument("--output", type=Path, help="default: bench/results/<machine>/mutations.json; - for none")
-    parser.add_argument("--report", type=Path, help="run nothing: print the table of this file, with today's reasons")
+    parser.add_argument("--report", type=Path, nargs="+", help="run nothing: join these files, with today's reasons")
     options = parser.parse_args(arguments)
     if options.report:
-        return report(options.report)
+        return report(options.report, options.output)
     rows: list[dict[str, Any]] = []
     survivors: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -62,14 +62,30 @@ def main(arguments: list[str] | None = None) -> int:
     return conclude(rows, survivors, faults, time.process_time() - start)
 
 
-def report(path: Path) -> int:
-    """Print the table of a results file, whose survivors' reasons are looked up again; return main's exit status."""
-    payload = json.loads(path.read_text(encoding="utf-8"))
-    for s in payload["survivors"]:
+def report(paths: list[Path], output: Path | None) -> int:
+    """Join results files, of which the later counts for a kernel's kind, with reasons looked up anew; return status."""
+    rows: list[dict[str, Any]] = []
+    survivors: list[dict[str, Any]] = []
+    faults: list[str] = []
+    seconds = 0
+    for path in paths:
+        part = json.loads(path.read_text(encoding="utf-8"))
+        again = {of(row) for row in part["rows"]}
+        rows = [row for row in rows if of(row) not in again] + part["rows"]
+        survivors = [s for s in survivors if of(s) not in again] + part["survivors"]
+        faults += part["faults"]
+        seconds += part["cpu_seconds"]
+    for s in survivors:
+        s["code"] = source_line(s["source"])
         s["reason"] = s["proof"] or reasons.reason(s)
         print(line(s))
-    results.write_results(path, payload)
-    return conclude(payload["rows"], payload["survivors"], payload["faults"], payload["cpu_seconds"])
+    write(output, rows, survivors, faults, seconds)
+    return conclude(rows, survivors, faults, seconds)
+
+
+def of(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the family, kernel, target and kind of a row or survivor."""
+    return row["family"], row["kernel"], row["target"], row["kind"]
 
 
 def conclude(rows: list[dict[str, Any]], survivors: list[dict[str, Any]], faults: list[str], seconds: float) -> int:
@@ -177,12 +193,13 @@ def survivor(subject: Subject, family: str, outcome: Outcome, together: str = ""
 
 
 def source_line(source: str) -> str:
-    """Return the line of a kernel's source that ``file:line`` names."""
-    name, _, number = source.split(",")[0].partition(":")
-    for path in sorted(Path(kernels.__file__).parent.rglob(name)):
-        lines = path.read_text(encoding="utf-8").split("\n")
-        if number.isdigit() and int(number) <= len(lines):
-            return lines[int(number) - 1].strip()
+    """Return the first line of our own kernels that ``file:line, inlined at file:line`` names."""
+    for place in source.split(", inlined at "):
+        name, _, number = place.partition(":")
+        for path in sorted(Path(kernels.__file__).parent.rglob(name)):
+            lines = path.read_text(encoding="utf-8").split("\n")
+            if number.isdigit() and int(number) <= len(lines):
+                return lines[int(number) - 1].strip()
     return ""
 
 

@@ -14,6 +14,7 @@ import torch
 
 from fusemesh.kernels.attention.decode.api import flash_attention_decode
 from fusemesh.kernels.attention.dense.api import flash_attention
+from fusemesh.kernels.attention.gpu import decode_tiles
 from fusemesh.kernels.attention.varlen.api import flash_attention_varlen
 from fusemesh.kernels.matmul.api import fused_linear
 
@@ -36,7 +37,9 @@ def attention(causal: bool, bias: bool = False) -> Calls:
 
     def call(queries: int, keys: int) -> None:
         g = torch.Generator().manual_seed(1000 * queries + keys)
-        q, k, v, do = (torch.randn(1, 1, s, 64, generator=g).bfloat16() for s in (queries, keys, keys, queries))
+        heads = 4 if bias else 1  # over which the gradient of a bias is summed
+        sizes = ((heads, queries), (1, keys), (1, keys), (heads, queries))
+        q, k, v, do = (torch.randn(1, *s, 64, generator=g).bfloat16() for s in sizes)
         if (queries, keys) in BEHIND:  # far below 0, which is the score of keys that are not there
             q, k = 6 * q.abs(), -6 * k.abs()
         leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -69,30 +72,39 @@ def linear() -> Calls:
     # Rows may be any; features are multiples of 16, so that copies are asynchronous.
     sizes = [(97, 176, 112)]
     sizes += [(40, 64 * n + 48, 48) for n in range(6)] + [(40, 48, 64 * n + 48) for n in range(6)]
+    sizes += [(40, 48, 16 * n) for n in (5, 6, 8, 9, 10)] + [(32 * n, 48, 48) for n in range(1, 6)]
     sizes += [(64 * n + 24, 48, 48) for n in range(5)]
     sizes += [(1 + edge, 16 * (1 + i % 9), 16 * (1 + (5 * i) % 9)) for i, edge in enumerate(EDGES)]
     return [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
 
 
 def decode() -> Calls:
-    """Decode of a paged cache, of which the lengths differ, with an append."""
+    """Decode of 4 queries a head, 16 rows, over a paged cache in three splits, with an append; slots unused are NaN."""
+    page, pages = 4, 400
 
-    def call(queries: int, *lens: int) -> None:
-        g = torch.Generator().manual_seed(queries + sum(lens))
-        page, batch = 16, len(lens)
-        pages = 48
-        q = torch.randn(batch, 4, queries, 64, generator=g).bfloat16()
+    def call(*lens: int, foreign: bool = False) -> None:
+        g = torch.Generator().manual_seed(abs(sum(lens)))
+        batch = len(lens)
+        q = torch.randn(batch, 4, 4, 64, generator=g).bfloat16()
         k, v = (torch.randn(batch * pages, 1, page, 64, generator=g).bfloat16() for _ in range(2))
         new = [torch.randn(batch, 1, 2, 64, generator=g).bfloat16() for _ in range(2)]
         table = torch.randperm(batch * pages, generator=g).view(batch, pages).int()
-        lens_ = torch.tensor(lens, dtype=torch.int32)
-        flash_attention_decode(
-            q, k, v, cache_lens=lens_, block_table=table, k_new=new[0], v_new=new[1],
-            causal=True, align="bottom_right", backend="triton",
-        )  # fmt: skip
+        used = torch.zeros(batch * pages, page, dtype=torch.bool)
+        for b, length in enumerate(lens):
+            used[table[b].long()] = (torch.arange(pages * page) < length).view(pages, page)
+        for cache in (k, v):
+            cache[~used[:, None]] = torch.nan
+        if foreign:  # the new keys belong to pages that the cache does not have
+            for b, page_of in enumerate((-1, batch * pages)):
+                table[b, lens[b] // page] = page_of
+        options = {"k_new": new[0], "v_new": new[1], "block_table": table, "backend": "triton"}
+        with decode_tiles.force(splits=3):
+            flash_attention_decode(q, k, v, cache_lens=torch.tensor(lens, dtype=torch.int32), **options)
 
-    sizes = [(2, 300, 130), *((2, 64 * n + 7, 3) for n in range(6)), *((2, edge, 127 - edge) for edge in EDGES)]
-    return [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
+    rounds = [(500, 300), (1500, 3), (1290, 600), (1027, 900), (771, 135), (515, 250), (259, 128)]
+    sizes = [*rounds, *((256 + edge, 3) for edge in EDGES), (-1, page * pages - 1), (page * pages, page * pages - 2)]
+    found: Calls = [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
+    return [*found, ("foreign pages", functools.partial(call, 100, 250, foreign=True))]
 
 
 def packed() -> Calls:

@@ -20,7 +20,11 @@ _SWITCHED_OFF = (
     "is switched off by the bound of its round"
 )
 _MULTIPLE = "lengths are multiples of 16 in this text: what the guard could hide always exists"
-# (kind, kernel, code of the source's line, evidence, reason): regular expressions; the first that matches counts.
+_SUM = "after the butterfly each of these lanes holds the sum: whichever of them writes it, or all, writes the same"
+_SPLITS = "there is one split at least, and a round behind the last would load -inf and 0, which add nothing"
+_ENTRY = "it reads the table's entry of a key that is not there, whose row is not read whatever the entry is"
+_COLUMN = "what stands in a column behind the last key goes into no element of the gradient that is stored"
+# (kind, kernel, code of the source, statement | evidence, reason): regular expressions, the first match counts.
 REASONS: list[tuple[str, str, str, str, str]] = [
     ("barrier deleted", "", "", "", _ORDERED),
     ("predicate flipped|guard dropped", "attention_delta", r"tl\.store\(values\.", "", _REPLICA),
@@ -33,8 +37,28 @@ REASONS: list[tuple[str, str, str, str, str]] = [
         _COPY_AHEAD,
     ),
     ("bound", "attention_(dkdv|dq)", r"for i_loop in tl\.range", "", _ROUND),
+    ("guard dropped", "", r"tl\.(sum|max)\(", "in all", "there are as many partial sums as threads that read them"),
+    ("predicate flipped|guard dropped", "", r"tl\.(sum|max)\(", "", _SUM),
+    ("swizzle|predicate flipped|guard dropped", "decode_split", r"tl\.store\(results\.p_stats", "", _REPLICA),
+    ("bound", "decode_split", r"m_n = \(o_n >= first\)", "", _ENTRY),
+    (
+        "bound",
+        "attention_dbias",
+        r"m_tile = \(o_m < place\.Sq\)",
+        "in all",
+        "no column of these is a multiple of 16, as keys are",
+    ),
+    ("bound", "attention_dbias", r"m_tile = \(o_m < place\.Sq\)", "", _COLUMN),
+    ("bound", "decode_combine", r"for i_s in range\(0, splits", "in all", _SPLITS),
+    (
+        "bound",
+        "",
+        r"tl\.log2\(b_l\)",
+        "in all",
+        "a sum of exponentials is no more than the number of keys, never infinite",
+    ),
     ("bound", "linear", r"^for [nkm] in range", "runs", _ROUND),
-    ("bound", "linear", r"^for [nkm] in range|^m_k = o_k <", "in all", "no size is 0, for which alone it differs"),
+    ("bound", "linear", r"^for [nkm] in range", ", [01] .*in all", "no size is 0, for which alone it differs"),
     ("bound", "linear", r"^m_[nkm] = o_[nkm] < ", "", _SWITCHED_OFF),
     ("bound", "linear", r"^m_[nk] = \(o_[nk] < ", "in all", _MULTIPLE),
     ("guard dropped", "linear", r"tl\.load\(p_bias", "in all", _MULTIPLE),
@@ -44,7 +68,13 @@ REASONS: list[tuple[str, str, str, str, str]] = [
 def reason(survivor: dict[str, Any]) -> str:
     """Return why a survivor is none of the emulator's failures, or ""."""
     for kind, kernel, code, evidence, why in REASONS:
-        fields = ((kind, "kind"), (kernel, "kernel"), (code, "code"), (evidence, "evidence"))
-        if all(re.search(pattern, survivor[name]) for pattern, name in fields):
+        known = f"{survivor['text']} | {survivor['evidence']}"
+        fields = (
+            (kind, survivor["kind"]),
+            (kernel, survivor["kernel"]),
+            (code, survivor["code"]),
+            (evidence, known),
+        )
+        if all(re.search(pattern, text) for pattern, text in fields):
             return why
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 
@@ -39,6 +40,7 @@ _NO_DESTINATION = (
 )
 
 
+@functools.lru_cache(maxsize=64)
 def parse(text: str) -> Kernel:
     """Return the first ``.entry`` of a PTX module."""
     return _Parser(text).kernel()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import on_gpu
-from bench.gpu import dry_run, memcheck, tables
+from bench.gpu import dry_run, emulation, memcheck, tables
 from fusemesh.kernels import measure
 from fusemesh.kernels.measure import contest, tune
 from fusemesh.kernels.measure.cases import AttentionCase
@@ -128,6 +128,39 @@ def test_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["best_tile"] is row["best_seconds"] is row["shipped_seconds"] is None, "a dry run has no speeds"
         assert row["candidates"][0]["tile"] == row["shipped_tile"] and len(row["candidates"]) > 3
     assert "shipped tile" in printed and "attention dkdv D128 bfloat16" in printed
+
+
+def test_emulator(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step but the device's; the programs themselves are those of tests/kernels/emulator/test_opcodes.py."""
+    programs = emulation.all_programs()
+    some = [*programs[::40], next(p for p in programs if not p.exact), next(p for p in programs if p.least > 90)]
+    monkeypatch.setattr(emulation, "all_programs", lambda: some)
+    status, payload = _dry_run("emulator", tmp_path)
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert {row["check"] for row in payload["rows"]} == {"ok"} and payload["left_out"] == []
+    assert len(payload["rows"]) + payload["other_targets"] == len(some) and payload["other_targets"] >= 1
+    assert {row["other_bits_than_emulated"] for row in payload["rows"]} == {0}
+    assert f"{payload['other_targets']} programs are for other GPUs" in printed
+    (tmp_path / "emulator.json").unlink()
+
+    right = emulation.emulated
+    monkeypatch.setattr(emulation, "emulated", lambda program, target: tuple(~x for x in right(program, target)))
+    status, payload = _dry_run("emulator", tmp_path)
+    assert status == 1 and {row["check"][:6] for row in payload["rows"]} == {"WRONG:"}
+    assert f"{len(payload['rows'])} programs returned what PTX does not specify" in capsys.readouterr().out
+
+
+def test_a_program_runs_on_targets_that_have_its_instructions() -> None:
+    some = {(p.least, bool(p.target)): p for p in emulation.all_programs()}
+    for (least, is_one_generation), program in some.items():
+        found = [
+            10 * major + minor
+            for major, minor in ((8, 0), (8, 9), (9, 0), (10, 0))
+            if emulation._is_for(program, major, minor)
+        ]
+        wanted = [n for n in (80, 89, 90, 100) if n == least or (n > least and not is_one_generation)]
+        assert found == wanted, program.name
 
 
 def test_wrong_results_fail_correctness_after_they_were_written(

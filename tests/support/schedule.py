@@ -42,6 +42,7 @@ SECONDS = {
     "tests/kernels/attention/test_varlen.py": 0.2,
     "tests/kernels/decode/test_aot.py": 2.0,
     "tests/kernels/decode/test_decode.py": 0.1,
+    "tests/kernels/emulator/test_every_kernel.py": 0.7,
     "tests/kernels/engine/test_matrix.py": 0.2,
     "tests/kernels/matmul/test_aot.py": 1.5,
     "tests/kernels/matmul/test_parallel.py": 0.3,

@@ -24,10 +24,13 @@ from . import tiles
 from .bias_gradient import bias_gradient
 from .device.loads import ROW_PADDING, at_head, load_rows, padded
 from .device.place import packed_row_value
-from .device.softmax import power, split_lse, with_sink
+from .device.softmax import LOG2E, power, split_lse, with_sink
 from .inputs import GpuCall, describe_call
 from .mode import RowValues
 from .passes import attention_dkdv_kernel, attention_dq_kernel
+
+# Natural units of a sink above the LSE from which exp(-FAR) is 0 beside 1, while fp32 holds its reciprocal.
+FAR: tl.constexpr = tl.constexpr(64.0)
 
 
 @triton.jit(do_not_specialize=["Sq", "total_q"])
@@ -97,17 +100,25 @@ def attention_delta_kernel(
         # [M]: what each row gives to the sink's gradient
         b_dsink = -b_delta * power(tl.where(b_is_empty, float("-inf"), sink - b_whole), True)
         tl.store(p_dsink + i_dsink + o_m, b_dsink, mask=o_m < Sq)
+    b_before, b_after = split_lse(b_whole, NATURAL, values.p_before is not None)
     if HAS_DLSE:
         b_dlse = tl.load(p_dlse + o_m64 * dlse[3], mask=o_m < Sq, other=0.0)
         if p_sinks is not None:
-            # The LSE leaves the sink out, and its softmax is this much larger. Where fp32 cannot hold the factor, the
-            # probabilities that it will multiply are 0.
-            b_dlse *= power(tl.where(b_is_empty, 0.0, tl.minimum(b_whole - b_lse, 87.0)), True)
+            # The LSE leaves the sink out, and the gradient of it is of a softmax that is this much larger.
+            b_factor = power(tl.where(b_is_empty, 0.0, tl.minimum(b_whole - b_lse, FAR)), True)
+            # Where the sink is so far above that probabilities may be 0, the passes take exp(-FAR) of that softmax in
+            # their place, which adds nothing to what multiplies them. An LSE that fp32 cannot add FAR to stays.
+            b_far_before, b_lse_after = split_lse(b_lse, NATURAL, values.p_before is not None)
+            b_far_after = b_lse_after + (FAR if NATURAL else FAR * LOG2E)
+            b_distance = b_far_after - b_lse_after
+            b_is_far = (b_whole - b_lse > FAR) & (b_distance > 0.5 * FAR)
+            b_before = tl.where(b_is_far, b_far_before, b_before)
+            b_after = tl.where(b_is_far, b_far_after, b_after)
+            b_dlse *= tl.where(b_is_far, power(tl.where(b_is_far, b_distance, 0.0), NATURAL), b_factor)
         b_delta -= b_dlse
     # A row without key has probabilities 0; its delta must not turn them into NaN, whatever dlse holds there.
     b_delta = tl.where(b_is_empty, 0.0, b_delta)
     tl.store(values.p_delta + i_values + o_m, b_delta)
-    b_before, b_after = split_lse(b_whole, NATURAL, values.p_before is not None)
     tl.store(values.p_after + i_values + o_m, b_after)
     if values.p_before is not None:
         tl.store(values.p_before + i_values + o_m, b_before)

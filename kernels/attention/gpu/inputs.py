@@ -94,7 +94,8 @@ def describe_call(
     mode = Mode(
         d=d,
         dv=dv,
-        block_d=triton.next_power_of_2(d),
+        # Tensor cores sum over 32 bytes of a row at a time.
+        block_d=max(triton.next_power_of_2(d), 32 // q.dtype.itemsize),
         block_dv=triton.next_power_of_2(dv),
         mask_dims=dims(call.mask),
         bias_dims=dims(call.bias),

@@ -37,8 +37,12 @@ class RowTile:
     num_warps: int
 
     def launch_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of a launch."""
-        return {"BLOCK_M": self.block_m, "num_warps": self.num_warps, "enable_fp_fusion": True}
+        """The keyword arguments of a launch.
+
+        No fusion: a thread with one product of a row would fuse it with the sum over lanes, each lane its own product,
+        and the lanes that hold a row's sum would differ in its last bit.
+        """
+        return {"BLOCK_M": self.block_m, "num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
 _INTERPRETER = Tile(32, 32, 4, 2)

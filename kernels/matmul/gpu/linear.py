@@ -198,12 +198,13 @@ def _wgrad(
         N,
         K,
         PRECISION=dot_precision(target, dy.dtype),
-        WAITS=_waits(target, slope is not None or slope_up is not None),
+        # dy that is summed for the bias, too, has no buffer to spare for a product that still reads it.
+        WAITS=_waits(target, slope is not None or slope_up is not None or bias_grad),
         **tile.launch_arguments("wgrad"),
     )
     return dw, dbias, dw_up
 
 
-def _waits(target: Target, has_prologue: bool) -> bool:
-    """Return whether a kernel must wait for its product in every round: on Hopper, where it computes an operand."""
-    return has_prologue and target.vendor == "cuda" and int(target.arch) // 10 == 9
+def _waits(target: Target, needed: bool) -> bool:
+    """Return whether a kernel must wait for its product in every round: only Hopper's products run on beside it."""
+    return needed and target.vendor == "cuda" and int(target.arch) // 10 == 9

@@ -150,6 +150,30 @@ def test_sinks(sink: float) -> None:
         torch.testing.assert_close(x, exact, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sink", "rows"),
+    [
+        *((dtype, sink, "") for dtype in (torch.bfloat16, torch.float16, torch.float32) for sink in (80.0, 110.0)),
+        (torch.bfloat16, 1.0, "lowest"),
+        (torch.bfloat16, 1.0, "-10000"),
+        (torch.float32, 1.0, "-10000"),
+    ],
+)
+def test_the_gradient_of_the_lse_far_below_a_sink(dtype: torch.dtype, sink: float, rows: str) -> None:
+    """The LSE leaves the sink out, and so does its gradient, even where the sink leaves no probability."""
+    q, k, v, do = inputs(dtype)
+    bias = rows_of(rows, dtype) if rows else None
+    sinks = torch.tensor([sink, 1.0], dtype=dtype)
+    dlse = torch.randn(1, 2, SQ, generator=torch.Generator().manual_seed(6))
+    out, lse = fusemesh.attention_forward(q, k, v, bias=bias, sinks=sinks, backend="reference")
+    found, exact = (
+        fusemesh.attention_backward(do, q, k, v, out, lse, dlse, bias=bias, sinks=sinks, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert all(exact.dq[:, :, :4].abs().amax(3).flatten() > 1e-3)
+    assert_like(found, exact, dtype)
+
+
 def test_packed() -> None:
     generator = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(30, 2, 16, generator=generator).bfloat16().requires_grad_() for _ in range(3))

@@ -258,6 +258,6 @@ def test_what_nothing_notices_has_a_reason(family: str, target: str) -> None:
 
 
 def test_a_reason_is_for_the_survivors_that_it_names() -> None:
-    survived = {"kind": "barrier deleted", "kernel": "attention_forward_kernel", "code": "", "evidence": ""}
+    survived = {"kind": "barrier deleted", "kernel": "attention_forward_kernel", "code": "", "evidence": "", "text": ""}
     assert reasons.reason(survived)
     assert not reasons.reason({**survived, "kind": "wait deleted"})
