@@ -12,7 +12,7 @@ from .hazard import Hazard as Hazard
 from .launch.launching import Emulator as Emulator
 
 Copies = Literal["late", "early", "random"]
-COPIES = ("late", "early", "random")
+COPIES: tuple[Copies, ...] = ("late", "early", "random")
 
 
 @contextlib.contextmanager

@@ -259,7 +259,8 @@ class _Parser:
         kind = opcode.split(".", 1)[0]
         if kind in ("bra", "brx"):
             operands = tuple(Sym(self.own(x.name)) if isinstance(x, Sym) else x for x in operands)
-        if not operands or isinstance(operands[0], Addr) or opcode.startswith(_NO_DESTINATION):
+        reduces = kind in ("bar", "barrier") and ".red." in opcode
+        if not operands or isinstance(operands[0], Addr) or (opcode.startswith(_NO_DESTINATION) and not reduces):
             destinations = 0
         ins = Instruction(opcode, operands, guard, line, text, self.source, destinations)
         writes = [r.name for x in operands[:destinations] for r in registers(x)]

@@ -60,7 +60,8 @@ def fused_linear(
     ``x`` would make gradients less exact than eager PyTorch's. ``x`` is kept only if a weight requires a gradient, the
     weights only if ``x`` does.
     Under autocast the tensors are cast to autocast's dtype first, as F.linear does.
-    Second derivatives: on ``reference`` and ``torch``; the Triton backend refuses them (RuntimeError).
+    Second derivatives: on ``reference`` and ``torch``, and under ``auto`` by the reference's formula, for which it
+    keeps ``x`` and the weights wherever there is an activation; ``triton`` by name refuses them (RuntimeError).
 
     Calls are counted (:func:`fusemesh.kernels.backends.call_counts`) as ``("linear_forward", backend)``, and as
     ``("linear_backward", "triton")``; on the other two backends backward is PyTorch's own and is not counted.

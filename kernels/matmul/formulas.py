@@ -5,10 +5,12 @@ Products of factors are made in fp32 at least and rounded once, as the kernels d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import compat
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, linear
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -79,3 +81,40 @@ def backward(
         dw_up = rows(times(slope_up)).t() @ rows(x)
     found = [dy.new_empty(0) if g is None else g for g in (dx, dw, dbias, dw_up)]
     return found[0], found[1], found[2], found[3]
+
+
+def differentiable_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    w_up: torch.Tensor | None,
+    *,
+    activation: str | None,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Return dx, dw, dbias and dw_up on PyTorch's tape, so that they can be differentiated; None where not ``wanted``.
+
+    Without an activation x or w may be None where no gradient that is wanted depends on it.
+    """
+    if activation is None:
+        dx = dw = dbias = None
+        rows = dy.reshape(-1, dy.shape[-1])
+        if wanted[0]:
+            assert w is not None
+            dx = dy @ w
+        if wanted[1]:
+            assert x is not None
+            dw = rows.t() @ x.reshape(-1, x.shape[-1])
+        if wanted[2]:
+            dbias = rows.sum(0)
+        return dx, dw, dbias, None
+    assert x is not None and w is not None
+    # Views, because one tensor may be several arguments, and each has its own part of that tensor's gradient.
+    x, w = x.view_as(x), w.view_as(w)
+    bias = None if bias is None else bias.view_as(bias)
+    w_up = None if w_up is None else w_up.view_as(w_up)
+    y = linear(x, w, bias, activation=activation, w_up=w_up)
+    inputs = [t for t, want in zip((x, w, bias, w_up), wanted, strict=True) if want and t is not None]
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+    return tuple(next(found) if want else None for want in wanted)

@@ -170,34 +170,42 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, w, _, w_up, activation, save_slope, save_slope_up, backend = inputs
+    x, w, bias, w_up, activation, save_slope, save_slope_up, backend = inputs
     x_grad, w_grad, _, w_up_grad = ctx.needs_input_grad[:4]
+    # A second derivative goes through the slopes, which are functions of everything.
+    keeps_all = backend == AUTO and activation is not None
     ctx.save_for_backward(
-        x if w_grad or w_up_grad else None,
-        w if x_grad else None,
-        w_up if x_grad else None,
+        x if w_grad or w_up_grad or keeps_all else None,
+        w if x_grad or keeps_all else None,
+        w_up if x_grad or keeps_all else None,
         output[1] if save_slope else None,
         output[2] if save_slope_up else None,
+        bias if backend == AUTO else None,
     )
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
-    ctx.has_activation, ctx.is_gated, ctx.backend = activation is not None, w_up is not None, backend
+    ctx.activation, ctx.is_gated, ctx.backend = activation, w_up is not None, backend
 
 
 def _gradients(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing = (None,) * 4
     if dy is None:
         return nothing + nothing
-    x, w, w_up, slope, slope_up = ctx.saved_tensors
+    x, w, w_up, slope, slope_up, bias = ctx.saved_tensors
     x_grad, w_grad, bias_grad, w_up_grad = wanted = ctx.needs_input_grad[:4]
-    if (ctx.has_activation and slope is None and (x_grad or w_grad or bias_grad)) or (
+    if (ctx.activation is not None and slope is None and (x_grad or w_grad or bias_grad)) or (
         ctx.is_gated and slope_up is None and (x_grad or w_up_grad)
     ):
         raise RuntimeError(
             "fusemesh::linear_forward ran without save_slope or save_slope_up, which the gradients asked for need; "
             "call fused_linear, which sets them"
         )
-    gradients = linear_backward(dy, x, w, w_up, slope, slope_up, x_grad, w_grad, bias_grad, w_up_grad, ctx.backend)
+    gradients: tuple[Any, ...]
+    if ctx.backend == AUTO and torch.is_grad_enabled():
+        flags = {"activation": ctx.activation, "wanted": wanted}
+        gradients = formulas.differentiable_backward(dy, x, w, bias, w_up, **flags)
+    else:
+        gradients = linear_backward(dy, x, w, w_up, slope, slope_up, x_grad, w_grad, bias_grad, w_up_grad, ctx.backend)
     return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), *nothing)
 
 

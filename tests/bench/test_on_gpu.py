@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -161,6 +162,26 @@ def test_a_program_runs_on_targets_that_have_its_instructions() -> None:
         ]
         wanted = [n for n in (80, 89, 90, 100) if n == least or (n > least and not is_one_generation)]
         assert found == wanted, program.name
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_every_program_is_assembled(tmp_path: Path) -> None:
+    """All programs of a target in one module, each an entry of its own."""
+    from triton import knobs
+
+    groups: dict[str, list[str]] = {}
+    for n, program in enumerate(emulation.all_programs()):
+        head, entry = program.text(f"sm_{max(program.least, 90)}{program.target}").split(".visible", 1)
+        groups.setdefault(head, []).append(".visible" + entry.replace("program", f"program{n}"))
+    assert len(groups) >= 2
+    for head, entries in groups.items():
+        path, target = tmp_path / "programs.ptx", head.split(".target ")[1].split()[0]
+        path.write_text(head + "\n".join(entries))
+        assembler = knobs.nvidia.ptxas_blackwell if "sm_10" in target else knobs.nvidia.ptxas
+        command = [assembler.path, "-O0", f"-arch={target}", str(path), "-o", str(tmp_path / "programs.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:2000]
 
 
 def test_wrong_results_fail_correctness_after_they_were_written(

@@ -14,7 +14,7 @@ import numpy as np
 THREADS = 64
 _REGISTERS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
 # The least version of PTX for a target, by its number.
-_VERSIONS = {75: "7.0", 80: "7.0", 86: "7.1", 89: "8.1", 90: "8.6", 100: "8.7"}
+_VERSIONS = {75: "7.0", 80: "7.0", 86: "7.1", 89: "8.1", 90: "8.7", 100: "8.8"}
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ def _between_whole_and_float() -> Iterator[Program]:
             for mode in ("rn", "rz", "rm", "rp"):
                 if to == "f64" and (width == 64 and mode != "rn"):
                     continue
+                if to == "bf16" and width == 8:  # which ptxas refuses
+                    continue
                 want = [exact.write(x, to, mode) for x in numbers]
                 least = 90 if to == "bf16" else 80
                 yield _one(f"cvt.{mode}.{to}.{of}", inputs, want, exact.FORMATS[to].bits, least=least)
@@ -78,6 +80,8 @@ def _between_whole_and_float() -> Iterator[Program]:
         (inputs,) = every((*special(of), *bits), dtype=dtype)
         numbers = [exact.read(int(x), of) for x in inputs]
         for to in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"):
+            if of == "bf16" and to in ("u8", "s8"):
+                continue
             for irnd, mode in _ROUNDING.items():
                 want = [_to_whole(x, to, mode, of) for x in numbers]
                 least = 90 if of == "bf16" else 80
@@ -178,7 +182,7 @@ def _between_floats() -> Iterator[Program]:
             yield _float(f"cvt.{mode}.relu.{to}.f32", columns["f32"], to, "f32", mode, "relu")
             yield _float(f"cvt.{mode}.satfinite.{to}.f32", columns["f32"], to, "f32", mode, "satfinite", least=90)
     yield _float("cvt.rna.satfinite.tf32.f32", columns["f32"], "tf32", "f32", "rna", "satfinite", least=90)
-    yield _float("cvt.rn.satfinite.relu.tf32.f32", columns["f32"], "tf32", "f32", "rn", "satfinite.relu", least=90)
+    yield _float("cvt.rn.satfinite.relu.tf32.f32", columns["f32"], "tf32", "f32", "rn", "satfinite.relu", least=100)
     yield _float("cvt.rn.ftz.f16.f32", columns["f32"], "f16", "f32", "rn", "ftz")
     yield _float("cvt.rn.sat.f16.f32", columns["f32"], "f16", "f32", "rn", "sat")
     yield _float("cvt.rn.ftz.sat.f32.f64", columns["f64"], "f32", "f64", "rn", "ftz.sat")

@@ -110,6 +110,12 @@ def _near_ties() -> tuple[np.ndarray, ...]:
     c[256:384] = (c[256:384] & 0x807FFFFF) | (exponents << np.uint32(23))
     a[256:384] = (a[256:384] & 0x807FFFFF) | (np.uint32(110) << np.uint32(23))
     b[256:384] = (b[256:384] & 0x807FFFFF) | (np.uint32(110) << np.uint32(23))
+    # Sums 2**-70 below and above a tie, which fp64 rounds onto it: 1 - 2**-46 and 1 + 2**-46 are products.
+    below = np.array([0x33800001, 0x3F7FFFFE], np.uint32)
+    above = np.array([8384513 * 2.0**-47, 8392705 * 2.0**-23], np.float32).view(np.uint32)
+    for first, factors in ((384, below), (448, above)):
+        a[first : first + 64], b[first : first + 64] = factors
+        c[first : first + 64] = 0x3F800000 + np.arange(64) % 2
     return a, b, c
 
 

@@ -322,3 +322,46 @@ def test_ctas_that_share_an_output_without_order_race():
     assert error.kind == "race" and "CTA (0, 0, 0)" in str(error) and "CTA (1, 0, 0)" in str(error)
     read_first = store.replace("st.global", "setp.eq.u32 %p0, %r0, 1;\nld.global.b32 %r1, [%d0];\n@%p0 st.global")
     assert hazard(read_first, np.zeros(32, np.uint32), grid=(2, 1, 1)).kind == "race"
+
+
+# --- bytes and words of the same memory: the warps share each word, or each reads what the other writes
+
+HALVES = """mov.b32 %r0, global_smem;
+and.b32 %r4, %tid, 31;
+shr.u32 %r5, %tid, 5;
+mad.lo.s32 %r1, %r4, 4, %r0;
+mad.lo.s32 %r2, %r5, 2, %r1;
+cvt.u16.u32 %h0, %tid;
+st.shared.b16 [%r2], %h0;
+bar.sync 0;
+ld.shared.b32 %r3, [%r1];
+ld.shared.u16 %r6, [%r2];
+bar.sync 1;
+setp.ge.u32 %p0, %tid, 32;
+@%p0 bra END;
+mov.b32 %r7, 9999;
+st.shared.b32 [%r1], %r7;
+END:
+"""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bytes_and_words_of_the_same_memory(seed):
+    run(HALVES, threads=64, shared=128, seed=seed)
+    assert hazard(changed(HALVES, ("bar.sync 0;\n", "")), threads=64, shared=128, seed=seed).kind in (
+        "race",
+        "uninitialised",
+    )
+    word = changed(HALVES, ("ld.shared.u16 %r6, [%r2];\n", ""), ("bar.sync 1;\n", ""))
+    assert hazard(word, threads=64, shared=128, seed=seed).kind == "race"
+    half = changed(HALVES, ("ld.shared.b32 %r3, [%r1];\n", ""), ("bar.sync 1;\n", ""))
+    assert hazard(half, threads=64, shared=128, seed=seed).kind == "race"
+    # a half is written over what the other warp reads as a word
+    over = changed(HALVES, ("bar.sync 1;\n", ""), ("st.shared.b32 [%r1], %r7;", "st.shared.b16 [%r1 + 2], %h0;"))
+    assert hazard(over, threads=64, shared=128, seed=seed).kind == "race"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_equal_values_of_several_warps_in_any_order(seed):
+    same = "mov.b32 %r0, global_smem;\nmov.b32 %r1, 7;\nst.shared.b32 [%r0], %r1;\nbra NEXT;\nNEXT:\n"
+    run(same + "st.shared.b32 [%r0], %r1;", threads=128, shared=16, seed=seed)

@@ -152,6 +152,28 @@ def test_second_derivatives_are_refused() -> None:
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("trained", ["xwbu", "x", "wb", "xu"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_second_derivatives_under_auto_are_the_references(activation: str | None, trained: str) -> None:
+    """``auto`` never raises where the reference can compute; what is not trained is kept for them all the same."""
+    found = []
+    for backend, dtype in (("auto", torch.float32), ("reference", torch.float64)):
+        named = dict(zip("xwbu", make(), strict=True))
+        named = {n: t.detach().to(dtype).requires_grad_(n in trained) for n, t in named.items()}
+        x, w, bias, w_up = named.values()
+        up = w_up if activation else None
+        if backend == "auto":  # as on a GPU; here the interpreter runs the kernels
+            y = ops.linear(x, w, bias, up, activation, "auto")
+        else:
+            y = fused_linear(x, w, bias, activation=activation, w_up=up, backend=backend)
+        leaves = [t for n, t in named.items() if n in trained and (n != "u" or activation)]
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        found.append([*first, *second])
+    for ours, wanted in zip(*found, strict=True):
+        assert (ours.double() - wanted).norm() <= 5e-6 * wanted.norm()
+
+
 def test_autocast() -> None:
     x, w, bias, w_up = make()
     with torch.autocast("cpu", torch.bfloat16):
