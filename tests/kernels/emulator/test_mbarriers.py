@@ -51,7 +51,7 @@ BULK_FAULTS = {
         {"deadlock"},
         (SECOND_EXPECT, SECOND_EXPECT.replace("arrive.expect_tx", "expect_tx").replace("_, ", "")),
     ),
-    "no copy": ({"deadlock"}, (SECOND_COPY, SECOND_COPY.replace("%p0", "%p9"))),
+    "no copy": ({"deadlock"}, (f"{SECOND_COPY}, [%a0 + 512], 512, [%r0 + 8];", "")),
     "one arrival more": ({"deadlock"}, ("[%r0 + 8], 1;", "[%r0 + 8], 2;")),
     "two arrivals for one": (
         {"mbarrier"},
@@ -156,7 +156,8 @@ bar.sync 0;
 def words_of(program: str, count: int, **options) -> list[int]:
     """The words %r100, %r101, ... of thread 0 at the end of a program."""
     out = np.zeros((64, count), np.uint32)
-    run(PHASES + program + store(0, 100, count), out, threads=64, shared=256, **options)
+    given = "".join(f"mov.b32 %r{100 + n}, 0;\n" for n in range(count))
+    run(PHASES + given + program + store(0, 100, count), out, threads=64, shared=256, **options)
     return out[0].tolist()
 
 
