@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .clocks import Clocks
+from .clocks import Clocks, Lanes
 from .hazard import Hazard
-from .lanes import Lanes
 
 # What is known of a word. A word of which none of the bits that matter is set needs no further look.
 UNWRITTEN, LANDING, STREAMING = 1, 2, 4  # a byte was never written; a copy is under way to it; something reads it
