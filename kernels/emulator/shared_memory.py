@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .clocks import Clocks
+from .clocks import Clocks, Lanes
 from .hazard import Hazard
 
 # What is known of a word. A word of which none of the bits that matter is set needs no further look.
@@ -45,8 +45,7 @@ class Shared:
         self.streams = np.zeros(count, np.int16)  # so many operations under way read it
         self.was_atomic = np.zeros(count, bool)  # whether the last write was an atomic operation
         self.has_atomics = False
-        self.objects = np.zeros(count, bool)  # words of mbarriers
-        self.has_objects = False
+        self.objects, self.has_objects = np.zeros(count, bool), False  # words of mbarriers
         self.writer = np.zeros(count, np.int16)
         self.write_stamp = np.zeros(count, np.int32)  # the writer's clock at that time
         self.write_line = np.zeros(count, np.int32)
@@ -55,10 +54,8 @@ class Shared:
         self.byte_mark = np.zeros(0, np.int32)  # of the last write: 256 stamp + writer
         self.step = 2  # bytes that are watched together
         self.byte_read = np.zeros((warps, 0), np.int32)
-        # By lanes that had branched: thread + 1, and its warp's clock. Later accesses are compared with them.
         self.split: np.ndarray | None = None  # [W], which warps' lanes do not run together now
-        self.lane_write = self.lane_read = np.zeros((2, 0), np.int32)
-        self.watches_lanes = False
+        self.lanes = Lanes(count)
 
     def reset(self) -> None:
         """For the next CTA: memory is as undefined as at first (and filled with NaN)."""
@@ -69,7 +66,7 @@ class Shared:
         self.streams[:] = 0
         self.objects[:] = self.has_objects = False
         self.was_atomic[:] = self.has_atomics = False
-        self.split, self.watches_lanes = None, False
+        self.split, self.lanes.watches = None, False
 
     def release(self, warps: np.ndarray) -> np.ndarray:
         """Return what these warps have done and seen; their later accesses are not part of it."""
@@ -126,7 +123,7 @@ class Shared:
             self._check_read(words, warp, flags, suspect)
         self.flags[words] = flags | READ
         self.read_stamp[warp, words] = self.clock[warp, warp]
-        if self.watches_lanes or self.split is not None:
+        if self.lanes.watches or self.split is not None:
             self._lanes(words, warp, threads, False)
 
     def _check_proxy(self, words: np.ndarray, warp: np.ndarray, does: str) -> None:
@@ -195,13 +192,12 @@ class Shared:
                 bad &= self.words[words] != values
             if bad.any():
                 self._fail_write(words, warp, bad, reads)
-        if self.watches_lanes or self.split is not None:
-            self._lanes(words, warp, threads, True, values)
+        if self.lanes.watches or self.split is not None:
+            self._lanes(words, warp, threads, True, None if values is None else self.words[words] == values)
 
     def _check_under_way(self, words: np.ndarray, warp: np.ndarray, flags: np.ndarray) -> None:
         if (flags & STREAMING).any():
-            what = "writes what a wgmma or a bulk store under way reads"
-            self._fail("async", what, words, (flags & STREAMING) > 0, warp)
+            self._fail("async", "writes what a copy or wgmma under way reads", words, (flags & STREAMING) > 0, warp)
         self._fail("async", "writes what a copy under way writes", words, (flags & LANDING) > 0, warp)
 
     def _fail_write(self, words: np.ndarray, warp: np.ndarray, bad: np.ndarray, reads: np.ndarray) -> None:
@@ -256,7 +252,7 @@ class Shared:
                 self._fail("race", "reads what another warp wrote with no barrier between", words, bad, warp)
         self.flags[words] = flags | FINE_READ
         self.byte_read[warp[..., None], part] = self.clock[warp, warp][..., None]
-        if self.watches_lanes or self.split is not None:
+        if self.lanes.watches or self.split is not None:
             self._lanes(words, warp, threads, False)
 
     def _parts(self, at: np.ndarray, size: int) -> np.ndarray:
@@ -296,11 +292,11 @@ class Shared:
             bad = reads = late | ((self.read_stamp[:, words] > known).any(0) & ((flags & READ) > 0))
         if suspect & (RECENT | BY_COPY | FINE):
             bad = bad | self._unordered_bytes(words, part, warp, flags)
-        if bad.any() or self.watches_lanes or self.split is not None:
+        if bad.any() or self.lanes.watches or self.split is not None:
             same = (self.halves if size == 2 else self.raw)[at // size] == values
             if (bad & ~same).any():
                 self._fail_write(words, warp, bad & ~same, reads)
-            if self.watches_lanes or self.split is not None:
+            if self.lanes.watches or self.split is not None:
                 self._lanes(words, warp, threads, True, same)
 
     def wrote_bytes(self, at: np.ndarray, size: int, warp: np.ndarray) -> None:
@@ -329,10 +325,7 @@ class Shared:
 
     def _note_writers(self, warp: np.ndarray) -> None:
         self.all_fenced = False
-        if warp.size == self.warps * 32:
-            self.last_write[:] = self.clock.diagonal()
-        else:
-            self.last_write[warp] = self.clock[warp, warp]
+        self.last_write[warp] = self.clock[warp, warp]
 
     # --- what is asynchronous
 
@@ -363,7 +356,7 @@ class Shared:
                 self._check_read(words, warps, flags, suspect)
             if not self.all_fenced:
                 self._check_proxy(words, warps, "reads")
-            if self.watches_lanes or self.split is not None:
+            if self.lanes.watches or self.split is not None:
                 self._lanes(words, warps, None, False)
         self.streams[words] += 1
         self.flags[words] = flags | STREAMING
@@ -379,43 +372,18 @@ class Shared:
         if self.check:
             self.read_stamp[warps, words] = self.clock[warps, warps]
 
-    # --- lanes of one warp
-
     def _lanes(
         self,
         words: np.ndarray,
         warp: np.ndarray,
         threads: np.ndarray | None,
         writes: bool,
-        values: np.ndarray | None = None,
+        same: np.ndarray | None = None,
     ) -> None:
-        """Check an access against those of other lanes of the warp since they branched, and note it if they have.
-
-        ``values``: what is written, or where that changes nothing.
-        """
-        if not self.watches_lanes:
-            if not self.lane_write.shape[1]:
-                self.lane_write = np.zeros((2, len(self.words)), np.int32)
-                self.lane_read = np.zeros((2, len(self.words)), np.int32)
-            self.lane_write[:] = self.lane_read[:] = 0
-            self.watches_lanes = True
-        me = np.asarray(-1 if threads is None else threads + 1)
-        now = self.clock[warp, warp]
-        for what, (who, when) in (("wrote", self.lane_write), ("read", self.lane_read))[: 2 if writes else 1]:
-            other = who[words]
-            bad = (other != 0) & (other != me) & ((other - 1) // 32 == warp) & (when[words] == now)
-            if values is not None:
-                bad &= ~values if values.dtype == bool else self.words[words] != values
-            if bad.any():
-                does = "writes" if writes else "reads"
-                text = f"{does} what another lane of it {what} in a branch, with no bar.warp.sync between"
-                self._fail("race", text, words, bad, warp)
-        if self.split is not None and threads is not None:
-            apart = np.broadcast_to(self.split[warp], words.shape)
-            if apart.any():
-                who, when = self.lane_write if writes else self.lane_read
-                who[words[apart]] = np.broadcast_to(me, words.shape)[apart]
-                when[words[apart]] = np.broadcast_to(now, words.shape)[apart]
+        """Check an access against those of other lanes of the warp; ``same``: where it changes nothing."""
+        found = self.lanes.access(words, warp, threads, self.clock[warp, warp], self.split, writes, same)
+        if found is not None:
+            self._fail("race", found[1], words, found[0], warp)
 
     def _fail(self, kind: str, message: str, words: np.ndarray, bad: np.ndarray, warp: np.ndarray) -> None:
         words, bad, warp = np.broadcast_arrays(words, bad, warp)
@@ -423,9 +391,9 @@ class Shared:
         word, who = int(words[at]), int(warp[at])
         text = f"warp {who} {message}: shared byte {word * 4 - self.BASE} ({int(bad.sum())} words)"
         if kind in ("race", "proxy"):
-            last = int(self.writer[word])
-            by = f"warp {last}" if last < self.warps else f"a copy of mbarrier {last - self.warps}"
-            text += f", last written by {by} (PTX line {int(self.write_line[word])})"
+            by = int(self.writer[word])
+            text += f", last written by {f'warp {by}' if by < self.warps else f'a copy of mbarrier {by - self.warps}'}"
+            text += f" (PTX line {int(self.write_line[word])})"
             readers = [w for w in range(self.warps) if w != who and self.read_stamp[w, word] > self.clock[who, w]]
             text += f", read since by warps {readers}" if readers and "read" in message else ""
         raise Hazard(kind, text)

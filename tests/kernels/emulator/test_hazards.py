@@ -365,3 +365,47 @@ def test_bytes_and_words_of_the_same_memory(seed):
 def test_equal_values_of_several_warps_in_any_order(seed):
     same = "mov.b32 %r0, global_smem;\nmov.b32 %r1, 7;\nst.shared.b32 [%r0], %r1;\nbra NEXT;\nNEXT:\n"
     run(same + "st.shared.b32 [%r0], %r1;", threads=128, shared=16, seed=seed)
+
+
+OF_LAST_WRITER = changed(
+    HALVES.split("bar.sync 1;")[0] + "END:\n",
+    ("bar.sync 0;\n", "setp.lt.u32 %p0, %tid, 32;\n@%p0 bra END;\n"),
+)
+
+
+def test_the_last_writer_of_a_word_did_not_write_all_of_it():
+    """Warp 1 writes its halves last, and reads the other's without a barrier: as words, or as halves."""
+    assert hazard(OF_LAST_WRITER, threads=64, shared=128).kind == "race"
+    half = changed(OF_LAST_WRITER, ("ld.shared.b32 %r3, [%r1];\n", ""))
+    run(half, threads=64, shared=128)
+    assert hazard(changed(half, ("%r6, [%r2];", "%r6, [%r1];")), threads=64, shared=128).kind == "race"
+
+
+def test_a_read_is_remembered_while_halves_are_written():
+    """Warp 0 reads words; warp 1, which knows, writes the first halves; warp 2, which does not, the second."""
+    program = """mov.b32 %r0, global_smem;
+and.b32 %r4, %tid, 31;
+mad.lo.s32 %r1, %r4, 4, %r0;
+cvt.u16.u32 %h0, 4660;
+st.shared.b32 [%r1], %tid;
+bar.sync 0;
+setp.ge.u32 %p0, %tid, 64;
+@%p0 bra SECOND;
+setp.ge.u32 %p1, %tid, 32;
+@%p1 bra FIRST;
+ld.shared.b32 %r3, [%r1];
+bar.sync 1, 64;
+bra END;
+FIRST:
+bar.sync 1, 64;
+st.shared.b16 [%r1], %h0;
+bra END;
+SECOND:
+st.shared.b16 [%r1 + 2], %h0;
+END:
+"""
+    program = changed(program, ("st.shared.b32 [%r1], %tid;", "st.shared.b32 [%r1], 7;"))
+    assert hazard(program, threads=96, shared=128).kind == "race"
+    run(changed(program, ("SECOND:\n", "SECOND:\nbar.sync 1, 96;\n"), ("ld.shared.b32 %r3, [%r1];\nbar.sync 1, 64;",
+        "ld.shared.b32 %r3, [%r1];\nbar.sync 1, 96;"), ("FIRST:\nbar.sync 1, 64;", "FIRST:\nbar.sync 1, 96;")),
+        threads=96, shared=128)  # fmt: skip
