@@ -262,7 +262,8 @@ def _others() -> Iterator[Program]:
         "infinite": math.isinf,
         "number": lambda x: not math.isnan(x),
         "notanumber": math.isnan,
-        "normal": lambda x: math.isfinite(x) and abs(x) >= 2.0**-126,
+        # PTX ISA, testp: "positive and negative zero are considered normal numbers".
+        "normal": lambda x: math.isfinite(x) and (x == 0 or abs(x) >= 2.0**-126),
         "subnormal": lambda x: 0 < abs(x) < 2.0**-126,
     }
     one = every(special("f32"), dtype="u4")

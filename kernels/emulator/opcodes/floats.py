@@ -234,7 +234,7 @@ def compile_testp(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
         "infinite": lambda: np.isinf(a),
         "number": lambda: a == a,
         "notanumber": lambda: a != a,
-        "normal": lambda: np.isfinite(a) & (np.abs(a) >= smallest),
+        "normal": lambda: np.isfinite(a) & ((a == 0) | (np.abs(a) >= smallest)),  # zero counts as normal
         "subnormal": lambda: (a != 0) & (np.abs(a) < smallest),
     }
     return cta.put(o[0], None, tests[p[1]])
