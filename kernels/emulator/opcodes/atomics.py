@@ -28,6 +28,11 @@ _ENDING = f"{_OPERATION} noftz? (L2::cache_hint)? (v2|v4|v8)? {_TYPES}"
 _FLOATS = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64")
 
 
+def within_cta(p: list[str]) -> bool:
+    """Return whether the scope of an access is its CTA alone; a cluster holds no other."""
+    return "cta" in p or "cluster" in p
+
+
 def _told(cta: Cta, addr: np.ndarray, threads: np.ndarray, scoped: bool) -> Iterator[tuple[int, int]]:
     """Yield each warp with an address that it accesses, once; check that the scope of both sides reaches the other."""
     memory = cta.memory
@@ -38,7 +43,8 @@ def _told(cta: Cta, addr: np.ndarray, threads: np.ndarray, scoped: bool) -> Iter
         if other is not None and other != cta.number:
             place = memory.order.place(other)
             raise Hazard(
-                "race", f"warp {warp} and CTA {place} meet at {memory.name(a)}, where an access has .cta scope"
+                "race",
+                f"warp {warp} and CTA {place} meet at {memory.name(a)}, where an access has .cta or .cluster scope",
             )
         yield warp, a
 
@@ -127,7 +133,7 @@ def compile_atom(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -
     change = _change(operation, kind, shared)
     addr = cta.address(where, 32 if shared else 64)
     sem = next((x for x in p if x in ("relaxed", "acquire", "release", "acq_rel")), "relaxed")
-    apply = _in_shared(cta, size, change) if shared else _in_global(cta, ins, size, change, sem, "cta" in p)
+    apply = _in_shared(cta, size, change) if shared else _in_global(cta, ins, size, change, sem, within_cta(p))
     floats = kind in _FLOATS and operation == "add"
 
     def step(mask: Mask) -> None:

@@ -13,7 +13,7 @@ from ..numbers import FILES, TYPES
 from ..ptx import Addr, Instruction, Reg, Sym, Vec
 from ..state import WARP, Cta, Mask, Step, as_register
 from . import opcode
-from .atomics import strong_load, strong_store
+from .atomics import strong_load, strong_store, within_cta
 
 _TYPES = "b8|b16|b32|b64|u8|u16|u32|u64|s8|s16|s32|s64|f32|f64"
 _SPACE = "(global|shared(::cta)?|local)"
@@ -105,7 +105,7 @@ def _fetch(cta: Cta, ins: Instruction, p: list[str], space: str, size: int, coun
         return lambda addr, threads: load_shared(cta, addr, threads, size, count)
     order = next((x for x in p if x in ("relaxed", "acquire", "volatile")), None)
     if order is not None:
-        return strong_load(cta, ins, order == "acquire", "cta" in p, size, count)
+        return strong_load(cta, ins, order == "acquire", within_cta(p), size, count)
 
     def fetch(addr: np.ndarray, threads: np.ndarray) -> np.ndarray:
         if cta.count_stats:
@@ -164,7 +164,7 @@ def _put(cta: Cta, ins: Instruction, p: list[str], space: str) -> Put:
         return lambda addr, values, threads: store_shared(cta, addr, threads, values)
     order = next((x for x in p if x in ("relaxed", "release", "volatile")), None)
     if order is not None:
-        return strong_store(cta, ins, order == "release", "cta" in p)
+        return strong_store(cta, ins, order == "release", within_cta(p))
 
     def put(addr: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
         if cta.count_stats:

@@ -22,7 +22,7 @@ BARRIERS = 16
 
 @opcode("fence proxy async shared::cta|shared::cluster?")
 @opcode("fence proxy tensormap::generic acquire|release cta|cluster|gpu|sys")
-@opcode("fence acq_rel|sc cluster|gpu|sys", "membar gl|sys")
+@opcode("fence acq_rel|sc gpu|sys", "membar gl|sys")
 def compile_fence(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
     if "tensormap::generic" in p:
         return lambda mask: None
@@ -48,12 +48,10 @@ def compile_fence(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
 
 @opcode("bar warp sync", "barrier warp sync")
 def compile_warp_barrier(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
-    is_all = isinstance(o[0], Imm) and number(o[0].text) & 0xFFFFFFFF == 0xFFFFFFFF
-    check = None if is_all else partners(cta, o[0])
+    check = partners(cta, o[0])
 
     def together(mask: Mask) -> None:
-        if check is not None:
-            check(mask)
+        check(mask)
         warps = np.arange(cta.W) if mask is None else np.unique(cta.warp[mask])
         cta.shared.clocks.known[warps, warps] += 1
 

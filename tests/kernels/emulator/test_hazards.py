@@ -258,6 +258,8 @@ def test_ctas_hear_of_each_other_by_release_and_acquire(seed):
         ("st.release.gpu.global", "st.volatile.global"),
         ("st.release.gpu.global.b32 [%a0], %r1;", "st.global.b32 [%a0], %r1;"),
         ("ld.acquire.gpu", "ld.acquire.cta"),
+        # A kernel without clusters runs in clusters of one CTA, so that this scope reaches no other (PTX ISA, Scope).
+        ("st.release.gpu", "st.release.cluster"),
     ],
 )
 def test_a_weaker_order_between_ctas_is_a_race(change, seed):
