@@ -15,7 +15,7 @@ from .opcodes.sync import Barrier, compile_barrier
 from .opcodes.wgmma import check_fence
 from .pointers import written_parameters
 from .ptx import Block, Instruction, Kernel, meeting, synchronises
-from .schedule import Code, Leave, Threads, compile_end, execute
+from .schedule import ENDED, Code, Leave, Threads, compile_end, execute
 from .state import Cta, Step
 
 
@@ -84,6 +84,10 @@ class Machine(Cta):
             raise UnknownInstruction(f"{self.kernel.name}, {self.place()}: {reason}") from error
         step = self.guarded(ins.guard, self.definedness.wrap(ins, step))
         return self.definedness.wrap_guard(ins, step)
+
+    def ended(self) -> np.ndarray:
+        """Return which threads have ended [T]: no instruction waits for them."""
+        return self.threads.state == ENDED
 
     def place(self) -> str:
         """Return the current instruction, and where it stands in the PTX and in the kernel's source."""

@@ -272,7 +272,7 @@ def compile_end(cta: Machine, at: int, block: Block) -> Leave | None:
     if kind == "bra":
         return _branch(cta, at, end)
     if kind == "brx":
-        return _indexed_branch(cta, end)
+        return _indexed_branch(cta, at, end)
     if kind in ("ret", "exit"):
         return _return(cta, at, end)
     assert kind == "mbarrier", end.text
@@ -288,7 +288,7 @@ def _branch(cta: Machine, at: int, end: Instruction) -> Leave:
     target = cta.kernel.labels[end.operands[0].name]
     if end.guard is None:
         return lambda mask: target
-    holds = _holds(cta, end.guard)
+    holds, uniform = _holds(cta, end.guard), "uni" in end.parts
 
     def leave(mask: Mask) -> int | None:
         taken = holds()
@@ -297,6 +297,8 @@ def _branch(cta: Machine, at: int, end: Instruction) -> Leave:
             return target
         if not active.any():
             return at + 1
+        if uniform:
+            _check_uniform(cta, mask, taken)
         pc = cta.threads.pc
         if mask is None:
             pc[:] = at + 1
@@ -309,12 +311,27 @@ def _branch(cta: Machine, at: int, end: Instruction) -> Leave:
     return leave
 
 
-def _indexed_branch(cta: Machine, end: Instruction) -> Leave:
+def _check_uniform(cta: Machine, mask: Mask, goes: np.ndarray) -> None:
+    """Check that the lanes of a warp that execute a branch with .uni all go the same way."""
+    ways = goes.astype(np.int64)
+    most = np.where(True if mask is None else mask, ways, -1).reshape(-1, WARP).max(1)
+    other = (ways != np.repeat(most, WARP)) & (True if mask is None else mask)
+    if other.any():
+        raise Hazard("convergence", f"the lanes of warp {cta.warp[np.argmax(other)]} part at a branch with .uni")
+
+
+def _indexed_branch(cta: Machine, at: int, end: Instruction) -> Leave:
     table = np.array(cta.kernel.tables[end.operands[1].name])
-    index = cta.row(end.operands[0])
+    index, uniform = cta.row(end.operands[0]), "uni" in end.parts
+    holds = None if end.guard is None else _holds(cta, end.guard)
 
     def leave(mask: Mask) -> None:
         live = cta.threads.everyone if mask is None else mask
+        if holds is not None:
+            cta.threads.pc[live] = at + 1
+            live = live & holds()
+        if uniform:
+            _check_uniform(cta, mask, np.where(live, index, -1))
         bad = live & (index >= len(table))
         if bad.any():
             raise Hazard("address", f"brx.idx takes target {index[bad][0]} of {len(table)}")
@@ -324,7 +341,7 @@ def _indexed_branch(cta: Machine, end: Instruction) -> Leave:
 
 
 def _return(cta: Machine, at: int, end: Instruction) -> Leave:
-    holds = None if end.guard is None else _holds(cta, end.guard)
+    holds, uniform = None if end.guard is None else _holds(cta, end.guard), "uni" in end.parts
 
     def leave(mask: Mask) -> int | None:
         threads = cta.threads
@@ -333,6 +350,8 @@ def _return(cta: Machine, at: int, end: Instruction) -> Leave:
             gone = gone & holds()
             if not gone.any():
                 return at + 1
+            if uniform:
+                _check_uniform(cta, mask, gone)
             threads.pc[slice(None) if mask is None else mask] = at + 1
         threads.state[gone] = ENDED
         return None

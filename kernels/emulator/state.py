@@ -238,6 +238,10 @@ class Cta:
 
         return under_guard
 
+    def ended(self) -> np.ndarray:
+        """Return which threads have ended [T]: no instruction waits for them."""
+        return np.zeros(self.T, bool)
+
     def whole_warps(self, mask: Mask) -> None:
         """Check that of each warp all lanes execute, or none."""
         if mask is not None and (mask.reshape(-1, WARP).all(1) != mask.reshape(-1, WARP).any(1)).any():

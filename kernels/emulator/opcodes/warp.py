@@ -20,13 +20,15 @@ Partners = Any
 
 
 def partners(cta: Cta, op: Any) -> Callable[[Mask], Partners]:
-    """Return a function of the executing lanes and their member masks; a lane outside its own mask is an error."""
+    """Return a function of the executing lanes and their member masks.
+
+    A lane outside its own mask is an error, and so is one that is named, has not ended, and does not execute.
+    """
     members = cta.src(op, "u32")
     is_all = isinstance(op, Imm) and number(op.text) & _ALL == _ALL
 
     def find(mask: Mask) -> Partners:
-        if is_all:
-            cta.whole_warps(mask)
+        if is_all and (mask is None or (np.add.reduce(mask.reshape(-1, WARP), axis=1) % WARP == 0).all()):
             return None
         lanes = np.broadcast_to(members, cta.T).reshape(-1, WARP)
         if mask is None and (lanes == _ALL).all():
@@ -39,6 +41,13 @@ def partners(cta: Cta, op: Any) -> Callable[[Mask], Partners]:
             raise Hazard(
                 "convergence",
                 f"warp {warp}, lane {lane}: its member mask {int(lanes[warp, lane]):#x} lacks the lane itself",
+            )
+        gone = cta.ended().reshape(-1, WARP)
+        absent = named & runs[:, :, None] & ~(runs | gone)[:, None, :]
+        if absent.any():
+            warp, lane, other = np.argwhere(absent)[0]
+            raise Hazard(
+                "convergence", f"warp {warp}: lane {lane} names lane {other}, which does not execute the instruction"
             )
         together = named & runs[:, None, :]
         unlike = together & runs[:, :, None] & (lanes[:, :, None] != lanes[:, None, :])

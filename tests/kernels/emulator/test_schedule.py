@@ -119,6 +119,79 @@ bar.warp.sync -1;
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("exchange", "wanted"),
+    [
+        ("shfl.sync.bfly.b32 %r1, %tid, 1, 31, -1;", lambda t: t ^ 1),
+        ("vote.sync.ballot.b32 %r1, %p1, -1;", lambda t: 0 * t + 0xFFF8),
+        ("redux.sync.add.u32 %r1, %tid, -1;", lambda t: 0 * t + 120),
+        ("bar.warp.sync -1;\nmov.b32 %r1, %tid;", lambda t: t),
+    ],
+)
+def test_nobody_waits_for_lanes_that_ended(exchange, wanted, seed):
+    """PTX ISA, shfl.sync (likewise vote, redux, bar.warp): it waits for all *non-exited* threads of the mask."""
+    program = f"""setp.ge.u32 %p0, %tid, 16;
+setp.ge.u32 %p1, %tid, 3;
+@%p0 ret;
+{exchange}
+mul.wide.u32 %d0, %tid, 4;
+add.s64 %d0, %d0, %a0;
+st.global.b32 [%d0], %r1;
+"""
+    out = np.zeros(16, np.uint32)
+    run(program, out, seed=seed)
+    assert (out == wanted(np.arange(16))).all()
+    # The lanes stay, but do not execute it; and to read an ended lane gives nothing that is defined.
+    guarded = changed(program, (exchange, f"@!%p0 {exchange}"), ("@%p0 ret;\n", ""))
+    for fault in (guarded, program.replace("%tid, 1, 31", "%tid, 16, 31")):
+        if fault != program:
+            assert hazard(fault, np.zeros(32, np.uint32), seed=seed).kind == "convergence"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_indexed_branch_under_a_guard(seed):
+    program = """setp.lt.u32 %p0, %tid, 5;
+and.b32 %r0, %tid, 1;
+mov.b32 %r1, 1;
+TARGETS: .branchtargets EVEN, ODD;
+@%p0 brx.idx %r0, TARGETS;
+bra END;
+EVEN:
+mov.b32 %r1, 2;
+bra END;
+ODD:
+mov.b32 %r1, 3;
+END:
+mul.wide.u32 %d0, %tid, 4;
+add.s64 %d0, %d0, %a0;
+st.global.b32 [%d0], %r1;
+"""
+    out = np.zeros(32, np.uint32)
+    run(program, out, seed=seed)
+    assert out.tolist() == [2, 3, 2, 3, 2] + [1] * 27
+
+
+UNIFORM = """setp.lt.u32 %p0, %tid, 32;
+mov.b32 %r0, 0;
+TARGETS: .branchtargets END, END;
+BRANCH
+END:
+"""
+
+
+@pytest.mark.parametrize("branch", ["@%p0 bra.uni END;", "@%p0 ret.uni;", "@%p0 brx.idx.uni %r0, TARGETS;"])
+def test_lanes_part_at_no_branch_with_uni(branch):
+    """PTX ISA, bra: with .uni all active threads of a warp have the same guard and the same target."""
+    program = UNIFORM.replace("BRANCH", branch)
+    for seed in SEEDS:
+        run(program, threads=64, seed=seed)
+        assert hazard(program.replace("%tid, 32", "%tid, 40"), threads=64, seed=seed).kind == "convergence"
+    apart = program.replace("mov.b32 %r0, 0", "and.b32 %r0, %tid, 1")
+    if "brx" in branch:
+        assert hazard(apart, threads=64).kind == "convergence"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_some_lanes_meet_by_a_mask(seed):
     program = """setp.ge.u32 %p0, %tid, 8;
 @%p0 bra END;
