@@ -152,7 +152,7 @@ def test_the_command_without_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wrong_requests(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--tune: expected it" in _call(capfd)[2]
+    assert "--tune: expected one of --tune, --compare and --forget" in _call(capfd)[2]
     for minutes in ("0", "-1", "nan"):
         status, _, err = _call(capfd, "--tune", "--minutes", minutes)
         assert status == 2 and f"--minutes: expected more than 0, received {minutes}" in err

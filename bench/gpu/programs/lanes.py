@@ -70,6 +70,9 @@ def _float_reductions() -> Iterator[Program]:
     """Yield redux of fp32, which ignores NaN unless it is asked to spread it."""
     values = np.resize(np.array(special("f32"), np.uint32), _N)
     values[::7] = np.arange(len(values[::7]), dtype=np.uint32) + 0x40000000
+    # Zeros of both signs, and in half of the warps of one alone.
+    zeros = _RNG.integers(0, 2, _N, dtype=np.uint32) << np.uint32(31)
+    zeros[: _N // 4], zeros[_N // 4 : _N // 2] = 0, 0x80000000
     for name in ("min", "max"):
         for magnitude in ("", ".abs"):
             for nan in ("", ".NaN"):
@@ -82,8 +85,10 @@ def _float_reductions() -> Iterator[Program]:
                     )
 
                 opcode = f"redux.sync.{name}{magnitude}{nan}.f32"
-                for one in _under_masks(opcode, f"{opcode} %d0, %a0, MASK;", over, values):
-                    yield replace(one, nan="f32", least=100, target="a")
+                # PTX ISA, redux.sync: "For .f32 instruction type, if the input value is 0.0 then +0.0 > -0.0."
+                for title, given in ((opcode, values), (f"{opcode} of zeros", zeros)):
+                    for one in _under_masks(title, f"{opcode} %d0, %a0, MASK;", over, given):
+                        yield replace(one, nan="f32", least=100, target="a")
 
 
 def _votes() -> Iterator[Program]:

@@ -79,9 +79,20 @@ class Barrier:
     expected: int
     arrived: np.ndarray  # [T]
     known: np.ndarray
+    all_threads: bool  # no count was given
     lines: set[int] = field(default_factory=set)
     done: bool = False
     counted: int = 0  # of those who arrived by barrier.red, whose predicate holds
+
+    def total(self, ended: np.ndarray) -> int:
+        """Return how many threads have arrived, where nobody waits for those that have ``ended``.
+
+        A warp arrives without them, and a barrier of all threads needs no warp whose threads have all ended.
+        """
+        there = self.arrived | ended
+        if not self.all_threads:
+            there &= np.repeat(self.arrived.reshape(-1, WARP).any(1), WARP)
+        return int(there.sum())
 
 
 def compile_barrier(cta: Machine, at: int, block: Block) -> Leave:
@@ -115,7 +126,7 @@ def compile_barrier(cta: Machine, at: int, block: Block) -> Leave:
         numbers, counts = np.broadcast_to(which, cta.T), np.broadcast_to(count, cta.T)
         for each in np.unique(numbers[live]):
             group = live & (numbers == each)
-            bar = _arrive(cta, end, int(each), np.unique(counts[group]), group)
+            bar = _arrive(cta, end, int(each), np.unique(counts[group]), group, not has_count)
             if holds is not None:
                 bar.counted += int((holds[group] ^ operands[-1].negated).sum())
             if p[1] != "arrive":
@@ -127,7 +138,9 @@ def compile_barrier(cta: Machine, at: int, block: Block) -> Leave:
     return leave
 
 
-def _arrive(cta: Machine, end: Instruction, which: int, counts: np.ndarray, group: np.ndarray) -> Barrier:
+def _arrive(
+    cta: Machine, end: Instruction, which: int, counts: np.ndarray, group: np.ndarray, all_threads: bool
+) -> Barrier:
     """Count a group of threads at a barrier."""
     expected = int(counts[0])
     if which >= BARRIERS:
@@ -136,7 +149,8 @@ def _arrive(cta: Machine, end: Instruction, which: int, counts: np.ndarray, grou
         raise Hazard("barrier", f"barrier {which} of {', '.join(map(str, counts))} threads in a CTA of {cta.T}")
     bar = cta.barriers.get(which)
     if bar is None:
-        bar = cta.barriers[which] = Barrier(which, expected, np.zeros(cta.T, bool), cta.shared.clocks.nothing())
+        nothing = cta.shared.clocks.nothing()
+        bar = cta.barriers[which] = Barrier(which, expected, np.zeros(cta.T, bool), nothing, all_threads)
     if bar.expected != expected:
         raise Hazard("barrier", f"barrier {which} is asked for {expected} threads while others ask for {bar.expected}")
     again = bar.arrived & group
@@ -145,7 +159,7 @@ def _arrive(cta: Machine, end: Instruction, which: int, counts: np.ndarray, grou
     bar.arrived |= group
     bar.lines.add(end.line)
     bar.known = np.maximum(bar.known, cta.shared.release(np.unique(cta.warp[group])))
-    total = int(bar.arrived.sum())
+    total = bar.total(cta.ended())
     if total > expected:
         raise Hazard("barrier", f"{total} threads arrive at barrier {which} of {expected}")
     bar.done = total == expected
@@ -158,11 +172,17 @@ def _arrive(cta: Machine, end: Instruction, which: int, counts: np.ndarray, grou
 def _wait(cta: Machine, bar: Barrier, reduction: Instruction | None) -> Any:
     from ..schedule import Wait
 
+    def ready() -> bool:
+        if not bar.done and bar.total(cta.ended()) == bar.expected:  # the last ones it waited for have ended
+            bar.done = True
+            del cta.barriers[bar.number]
+        return bar.done
+
     def wake(threads: np.ndarray) -> None:
         cta.shared.acquire(np.unique(cta.warp[threads]), bar.known)
         if reduction is not None:
             out, how = cta.row(reduction.operands[0]), next(x for x in reduction.parts if x in ("popc", "and", "or"))
-            out[threads] = {"popc": bar.counted, "and": bar.counted == bar.expected, "or": bar.counted > 0}[how]
+            out[threads] = {"popc": bar.counted, "and": bar.counted == bar.arrived.sum(), "or": bar.counted > 0}[how]
 
     missing = f"barrier {bar.number} of {bar.expected} threads"
-    return Wait(missing, lambda: bar.done, wake)
+    return Wait(missing, ready, wake)

@@ -154,7 +154,7 @@ def compile_redux(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
 
 @opcode("redux sync min|max abs? NaN? f32")
 def compile_float_redux(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) -> Step:
-    """Of the numbers among them, or with .NaN NaN where there is one."""
+    """Of the numbers among them, or with .NaN NaN where there is one; of zeros +0 is the larger."""
     a, who, keep = cta.src(o[1], "f32"), partners(cta, o[2]), put_row(cta, o[0], "f32")
     largest, spreads = p[2] == "max", "NaN" in p
     function = (np.maximum if spreads else np.fmax) if largest else (np.minimum if spreads else np.fmin)
@@ -162,7 +162,15 @@ def compile_float_redux(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, 
 
     def step(mask: Mask) -> None:
         x = np.broadcast_to(np.abs(a) if "abs" in p else a, cta.T)
-        r = reduced(function, x, start, who(mask))
+        here = who(mask)
+        r = reduced(function, x, start, here)
+        if np.count_nonzero(r == 0):
+            minus = np.signbit(x)
+            if largest:
+                minus = reduced(np.logical_and, minus | (x != 0), True, here)
+            else:
+                minus = reduced(np.logical_or, minus & (x == 0), False, here)
+            r = np.where(r == 0, np.where(minus, np.float32(-0.0), np.float32(0)), r)
         keep(mask, np.where(r != r, NAN, r))
 
     return step

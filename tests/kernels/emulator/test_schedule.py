@@ -290,11 +290,42 @@ def test_a_fault_in_named_barriers_is_found(change, kinds, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_thread_that_ended_is_missed_at_a_barrier(seed):
-    program = "setp.ge.u32 %p0, %tid, 32;\n@%p0 ret;\nbar.sync 0;\n"
-    error = hazard(program, threads=64, seed=seed)
-    assert error.kind == "deadlock" and "warp 0: barrier 0 of 64 threads; 32 threads have ended" in str(error)
+def test_threads_that_ended_are_missed_only_where_a_barrier_counts(seed):
+    """PTX ISA, exit: a barrier of all threads is released where exiting threads alone hold it up; barrier: a warp
+    arrives when its non-exited threads do."""
+    program = "setp.ge.u32 %p0, %tid, 20;\n@%p0 ret;\nbar.sync 0;\n"
+    run(program, threads=64, seed=seed)
+    error = hazard(program.replace("bar.sync 0;", "bar.sync 0, 64;"), threads=64, seed=seed)
+    assert error.kind == "deadlock" and "barrier 0 of 64 threads; 44 threads have ended" in str(error)
     run(program.replace("bar.sync 0;", "bar.sync 0, 32;"), threads=64, seed=seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("how", "wanted"), [("popc", 16), ("and", 0), ("or", 1)])
+def test_a_barrier_is_released_by_threads_that_end_later(how, wanted, seed):
+    """Warp 0 waits while warp 1 works, which then ends; of warp 0 the odd lanes have ended before."""
+    program = f"""and.b32 %r0, %tid, 1;
+setp.eq.u32 %p0, %r0, 1;
+setp.ge.u32 %p1, %tid, 32;
+@%p1 bra WORK;
+@%p0 ret;
+setp.lt.u32 %p2, %tid, {32 if how == "popc" else 9};
+{"bar.red.popc.u32 %r1, 0, %p2;" if how == "popc" else f"bar.red.{how}.pred %p3, 0, %p2;"}
+{"" if how == "popc" else "selp.b32 %r1, 1, 0, %p3;"}
+mul.wide.u32 %d0, %tid, 4;
+add.s64 %d0, %d0, %a0;
+st.global.b32 [%d0], %r1;
+ret;
+WORK:
+mov.b32 %r5, 0;
+AGAIN:
+add.s32 %r5, %r5, 1;
+setp.lt.u32 %p3, %r5, 9;
+@%p3 bra AGAIN;
+"""
+    out = np.full(32, 99, np.uint32)
+    run(program, out, threads=64, seed=seed)
+    assert out.tolist() == [wanted, 99] * 16
 
 
 @pytest.mark.parametrize("seed", SEEDS)
