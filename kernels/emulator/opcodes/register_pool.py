@@ -41,8 +41,15 @@ def compile_setmaxnreg(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, .
 
 
 def check_pool(cta: Cta) -> None:
-    """Check at the end of a CTA that nobody took registers which nobody gave: an increase waits for them."""
+    """Check at the end of a CTA that nobody took registers which nobody gave: an increase waits for them.
+
+    And that the warps of each warpgroup have as many: all of them must execute the same setmaxnreg.
+    """
     flight = cta.in_flight
+    for first in range(0, len(flight.held), 4):
+        held = flight.held[first : first + 4]
+        if (held != held[0]).any():
+            raise Hazard("registers", f"warps {first} to {first + 3} of a warpgroup have {held.tolist()} registers")
     if flight.over is not None:
         cta.current = flight.over
         total, there = int(flight.held.sum()) * WARP, at_launch(cta) * cta.T

@@ -176,7 +176,10 @@ def compile_wgmma(cta: Cta, ins: Instruction, p: list[str], o: tuple[Any, ...]) 
             for _, words in uses:
                 s.begin_stream(words[None], (np.arange(4) + 4 * g)[:, None])
             a_words = R[a_index][:, t] if a_index is not None else None
-            product = Product(form, int(g), uses, [view] * len(uses), accumulate[t] ^ negated, a_words)
+            adds = accumulate[t] ^ negated
+            if adds.any() and not adds.all():
+                raise Hazard("convergence", "the scale of a wgmma's accumulator differs within its warpgroup")
+            product = Product(form, int(g), uses, [view] * len(uses), adds, a_words)
             if not flight.late():
                 product.read()
             flight.products[g].append(product)
