@@ -33,6 +33,9 @@ _PARAMETER = re.compile(r"\.param\s+((?:\.\w+\s+|\d+\s+)*)([$%\w]+)\s*(?:\[(\d+)
 _VARIABLE = re.compile(
     r"(?:\.extern\s+)?\.(shared|local|global)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([$\w]+)(?:\[(\d*)\])?"
 )
+# What tl.device_assert and tl.device_print say, and the result of the latter's call.
+_TEXT = re.compile(r"(assertFunc|assertFile|assertMessage|printfFormat|printfPrefix)_")
+_RESULT = re.compile(r"ld\.param\.b32 %\w+, \[retval0(\+0)?\]")
 # Opcodes whose first operand is no destination although it is no address either.
 _NO_DESTINATION = (
     *("bar.", "barrier.", "bra", "brx", "call", "cp.", "exit", "fence", "membar", "nanosleep", "ret", "setmaxnreg"),
@@ -74,6 +77,7 @@ class _Parser:
         self.labels: dict[str, int] = {}
         self.tables: dict[str, list[str]] = {}
         self.variables: dict[str, Variable] = {}
+        self.texts: dict[str, tuple[int, str]] = {}
         self.last_label, self.source = "", ""
 
     def kernel(self) -> Kernel:
@@ -106,6 +110,7 @@ class _Parser:
             int(threads[1]),
             tables,
             self.variables,
+            self.texts,
             int(limit[1]) if limit else None,
         )
 
@@ -165,6 +170,8 @@ class _Parser:
             self.declare(text)
         elif text.startswith(".branchtargets"):
             self.tables[self.last_label] = [x.strip() for x in text.split(" ", 1)[1].split(",")]
+        elif text.startswith(".param ") or _RESULT.match(text):
+            pass  # the arguments of a call, and its result, which nothing uses
         elif text.startswith("."):
             if not self.variable(text):
                 raise ValueError(f"PTX line {line}: a directive that is not known: {text}")
@@ -197,7 +204,10 @@ class _Parser:
         space, align, many = m[1], int(m[2] or BITS[m[3]] // 8), m[5]
         size = BITS[m[3]] // 8 * int(many or (0 if many is not None else 1))
         end = max((v.offset + v.size for v in self.variables.values() if v.space == space), default=0)
-        self.variables[m[4]] = Variable(space, -(-end // align) * align, size)
+        variable = self.variables[m[4]] = Variable(space, -(-end // align) * align, size)
+        if space == "global" and _TEXT.match(m[4]) and "{" in text:
+            raw = bytes(number(x) for x in text.split("{")[1].split("}")[0].split(","))
+            self.texts[m[4]] = variable.offset, raw.rstrip(b"\0").decode("utf-8", "replace")
         return True
 
     def reg(self, name: str) -> Reg | None:

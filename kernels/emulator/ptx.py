@@ -111,6 +111,7 @@ class Kernel:
     threads: int
     tables: dict[str, list[int]]  # of brx.idx: label -> blocks
     variables: dict[str, Variable]
+    texts: dict[str, tuple[int, str]] = field(default_factory=dict)  # of variables with bytes: offset, text
     max_registers: int | None = None  # of a thread, where the kernel limits them
 
     def size(self, space: str) -> int:

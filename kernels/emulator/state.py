@@ -20,6 +20,7 @@ Mask = Any  # the threads that execute: a boolean array [T], or None for all of 
 Step = Callable[[Mask], None]
 Values = Callable[[], Any]
 WARP = 32
+TEXTS = 0x7D000000  # the address of the module's texts, which no other memory has
 # Registers that differ whenever they are read, and the bits that they show.
 CLOCKS = {
     **{name: 0xFFFFFFFF for name in ("%clock", "%clock_hi", "%globaltimer_lo", "%globaltimer_hi")},
@@ -72,6 +73,7 @@ class Cta:
         self.ctaid = [np.zeros((), np.uint32) for _ in range(3)]
         self.nctaid = [np.zeros((), np.uint32) for _ in range(3)]
         self.param: dict[str, bytes] = {}
+        self.arguments: dict[str, np.ndarray] = {}  # of a call
         self.current: Instruction | None = None
         self.stats = {"bank": 0, "bank_ideal": 0, "sectors": 0, "sectors_ideal": 0, "instructions": 0, "ctas": 0}
         self.stats["float_atomics"] = 0  # sums whose bits depend on an order that a GPU leaves open
@@ -133,6 +135,8 @@ class Cta:
             return np.array(constant(op.text, type_), TYPES[type_])
         if isinstance(op, Sym):
             value = self._symbol(op.name)
+            if value is not None and op.name in self.kernel.variables:  # whose addresses may be widened
+                return value.astype(TYPES[type_])
             if value is not None:
                 return value.astype(TYPES[type_]) if value.dtype != np.uint32 else value.view(TYPES[type_])
         raise UnknownInstruction(f"operand {op}")
@@ -170,6 +174,8 @@ class Cta:
         variable = self.kernel.variables.get(name)
         if variable is not None and variable.space in ("shared", "local"):
             return np.array(variable.offset + (Shared.BASE if variable.space == "shared" else 0), np.uint32)
+        if name in self.kernel.texts:
+            return np.array(TEXTS + self.kernel.texts[name][0], np.uint64)
         return None
 
     def clock(self, name: str) -> np.ndarray:

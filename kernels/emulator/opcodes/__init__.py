@@ -27,6 +27,7 @@ FORMS: dict[str, Compile] = {}
 _FAMILIES = (
     "atomics",
     "bulk",
+    "calls",
     "conversions",
     "copies",
     "floats",

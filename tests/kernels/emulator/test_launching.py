@@ -238,6 +238,27 @@ def product_kernel(p_x, p_y, p_out, SIZE: tl.constexpr):
     tl.store(p_out + at, tl.dot(tl.load(p_x + at), tl.load(p_y + at)))
 
 
+@triton.jit
+def speaking_kernel(p_x, p_out, SIZE: tl.constexpr):
+    o = tl.arange(0, SIZE)
+    x = tl.load(p_x + o)
+    tl.device_assert(x > -100, "too small")
+    tl.device_print("seen", x, o)
+    tl.store(p_out + o, x)
+
+
+def test_device_assert_is_a_trap_and_device_print_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    x, out = torch.arange(32) - 1.5, torch.zeros(32)
+    with fusemesh.emulate("sm_90"):
+        speaking_kernel[(1,)](x, out, SIZE=32, num_warps=1, debug=True)
+    assert torch.equal(out, x)
+    printed = capsys.readouterr().out
+    assert "seen" in printed and "-1.5" in printed and "29.5" in printed
+    x[7] = -1000
+    with fusemesh.emulate("sm_90"), pytest.raises(Hazard, match=r"trap: .* in 1 threads, first in 7: too small"):
+        speaking_kernel[(1,)](x, out, SIZE=32, num_warps=1, debug=True)
+
+
 def test_clusters_are_refused_by_name() -> None:
     x, out = torch.zeros(64, 64, dtype=torch.float16), torch.zeros(64, 64)
     with (
