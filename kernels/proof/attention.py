@@ -85,12 +85,18 @@ class Lengths:
     Hkv: int
     block_m: int
     block_n: int
-    aligned_at_end: bool
+    has_empty_rows: bool  # whether the first queries stand before all keys
 
     @property
     def most(self) -> tuple[int, int]:
         """The longest of both."""
         return max(self.q), max(self.k)
+
+    @property
+    def shift(self) -> int:
+        """The first query's position: the last one stands at the last key, or the first ones before all keys."""
+        shift = self.most[1] - self.most[0]
+        return min(shift, 0) - 5 if self.has_empty_rows else shift
 
 
 def trials(real: Real, exactly: bool) -> Iterator[Trial]:
@@ -102,10 +108,10 @@ def trials(real: Real, exactly: bool) -> Iterator[Trial]:
     D, Dv = real.q.shape[-1], real.v.shape[-1]
     if not exactly and (D % small.ALIGNMENT or Dv % small.ALIGNMENT or real.sums_bias):
         return
-    for at_end, lengths in enumerate(_lengths(real, exactly)):
+    for seed, lengths in enumerate(_lengths(real, exactly)):
         if real.call.mask is not None:
             yield from _mask_trials(real, lengths)
-        yield _trial(real, lengths, small.Maker(real.q.device, 20260 + at_end))
+        yield _trial(real, lengths, small.Maker(real.q.device, 20260 + seed))
 
 
 def limit(real: Real) -> str:
@@ -184,7 +190,7 @@ def _lengths(real: Real, exactly: bool) -> Iterator[Lengths]:
     wanted = [(19, 3 * n + 33), (m + 17, 2 * n + 17)]
     # The log-sum-exp of one query has strides of 1 that no other has.
     wanted += [(1, 2 * n + 17)] if Sq == 1 and real.packed is None else []
-    for at_end, (sq, sk) in enumerate(wanted):
+    for index, (sq, sk) in enumerate(wanted):
         if user:
             sq, sk = min(sq, Sq), min(sk, Sk)
         elif exactly and sq > 1:
@@ -192,11 +198,14 @@ def _lengths(real: Real, exactly: bool) -> Iterator[Lengths]:
         of_q, of_k = (sq,) * batch, (sk,) * batch
         if real.packed is not None and B > 1:
             of_q, of_k = (sq, 0, 1, m // 2 + 5), (sk, 9, min(sk, 65), m // 2 + 5)
+            if index:
+                # No keys at all, and fewer than queries.
+                of_q, of_k = (sq, 5, *of_q[2:]), (sk, 0, of_k[2], m // 4 + 1)
             of_q, of_k = of_q[: min(B, 4)], of_k[: min(B, 4)]
             if user:
                 of_q, of_k = tuple(min(x, sq) for x in of_q), tuple(min(x, sk) for x in of_k)
             of_q, of_k = (x + (0,) * (batch - len(x)) for x in (of_q, of_k))
-        yield Lengths(of_q, of_k, h, kv, m, n, bool(at_end))
+        yield Lengths(of_q, of_k, h, kv, m, n, index == 1)
 
 
 def _trial(real: Real, lengths: Lengths, maker: small.Maker) -> Trial:
@@ -277,8 +286,7 @@ def _small_call(real: Real, lengths: Lengths, maker: small.Maker) -> Call:
     origin = call.origin
     if origin is not None and not real.has_user_mods:
         spec = dataclasses.replace(spec, origin_q=0, origin_k=0, origin_head=0, origin_batch=0)
-        shift = lengths.most[1] - lengths.most[0] if lengths.aligned_at_end else 0
-        origin = maker.holding(origin, torch.tensor([5 + shift, 5, 1, 2], device=device))
+        origin = maker.holding(origin, torch.tensor([5 + lengths.shift, 5, 1, 2], device=device))
     descale = None
     if call.descale is not None:
         # Powers of two, so that bf16 holds the products exactly.
@@ -329,12 +337,11 @@ def _small_spec(real: Real, spec: AttentionSpec, lengths: Lengths) -> AttentionS
     """Return windows that end within the small lengths, and positions; a user's mods keep those of the call."""
     if real.has_user_mods:
         return spec
-    at_end = lengths.most[1] - lengths.most[0] if lengths.aligned_at_end and real.packed is None else 0
     return dataclasses.replace(
         spec,
         window_left=None if spec.window_left is None else min(spec.window_left, lengths.block_n // 2 + 3),
         window_right=None if spec.window_right is None else min(spec.window_right, 7),
-        origin_q=at_end,
+        origin_q=lengths.shift if real.packed is None else 0,
         origin_k=0,
         origin_head=1,
         origin_batch=2,

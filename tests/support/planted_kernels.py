@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
 from tests.support.interpreted_device import Spoil
 
@@ -33,11 +35,18 @@ def add(argument: str, at: int | None = None, value: float = 1.0, where: Any = -
     return spoil
 
 
+def no_number_without_keys(args: dict[str, Any]) -> None:
+    """Make a forward divide zero by zero in rows without a key."""
+    out, lse = args["views"][12], args["p_lse"]
+    out[(lse == -torch.inf).view(out.shape[:3])] = torch.nan
+
+
 # Each kernel, a call that launches it, a fault of it, and the results that the fault makes wrong.
 FAULTS: dict[str, tuple[str, Case, Spoil]] = {
     "forward": ("attention_forward_kernel", DENSE, add("views", 12)),
     "forward's lse": ("attention_forward_kernel", DENSE, add("p_lse", where=0)),
     "forward, NaN": ("attention_forward_kernel", MASKED, add("views", 12, float("nan"), 0)),
+    "forward, NaN without keys": ("attention_forward_kernel", DENSE, no_number_without_keys),
     "forward, packed": ("attention_forward_kernel", PACKED, add("views", 12, where=(0, 0, 4, 1))),
     "delta": ("attention_delta_kernel", DENSE, lambda args: args["values"].p_delta.add_(0.5)),
     "dk and dv": ("attention_dkdv_kernel", DENSE, add("views", 20)),
