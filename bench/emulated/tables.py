@@ -81,7 +81,8 @@ def featured_attention() -> Iterator[AttentionCase]:
     """Yield each feature alone in bf16, some in every dtype, and features that meet."""
     for case in attention_cases.FEATURES.values():
         is_placed = case.Sq == case.Sk or case.align or case.device_origin or any(case.origin)
-        align = "top_left" if (case.causal or case.window) and not is_placed else case.align
+        has_positions = case.causal or case.window or case.alibi or case.mod
+        align = "top_left" if has_positions and not is_placed else case.align
         yield dataclasses.replace(case, dtype="bf16", align=align)
     for dtype in ("fp32", "fp16"):
         for feature in tables.FEATURES:

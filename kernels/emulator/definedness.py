@@ -14,7 +14,7 @@ import numpy as np
 
 from . import opcodes
 from .hazard import Hazard
-from .ptx import Instruction, Kernel, Reg, registers
+from .ptx import Imm, Instruction, Kernel, Reg, number, registers
 from .state import Cta, Mask, Step
 
 # Values only go from register to register, within a thread.
@@ -26,6 +26,18 @@ _FLOWS = frozenset(
         *("sin", "slct", "sqrt", "sub", "tanh", "testp", "xor"),
     )
 )
+
+
+def _used(ins: Instruction) -> frozenset[str]:
+    """Return the registers on which an instruction's effect depends: prmt with a constant may select of one alone."""
+    if ins.parts[0] != "prmt" or len(ins.parts) > 2 or not isinstance(ins.operands[3], Imm):
+        return ins.reads
+    chosen = number(ins.operands[3].text)
+    # Of each nibble, bit 2 says from which operand its byte comes.
+    sources = {chosen >> 4 * byte + 2 & 1 for byte in range(4)}
+    unused = {r.name for n in {0, 1} - sources for r in registers(ins.operands[1 + n])}
+    used = {r.name for n in sources for r in registers(ins.operands[1 + n])}
+    return ins.reads - (unused - used)
 
 
 def unproven_reads(kernel: Kernel) -> dict[int, frozenset[str]]:
@@ -46,7 +58,7 @@ def unproven_reads(kernel: Kernel) -> dict[int, frozenset[str]]:
         return found
 
     code: list[list[Instruction]] = [[*block.body, *([block.end] if block.end else [])] for block in kernel.blocks]
-    sets = [[(bits(ins.reads), 0 if ins.guard else bits(ins.writes)) for ins in block] for block in code]
+    sets = [[(bits(_used(ins)), 0 if ins.guard else bits(ins.writes)) for ins in block] for block in code]
     written = []
     for block in sets:
         total = 0
@@ -94,7 +106,7 @@ class Definedness:
         while grown:
             before = len(followed)
             for ins in cta.kernel.instructions:
-                if ins.parts[0] in _FLOWS and not followed.isdisjoint(ins.reads):
+                if ins.parts[0] in _FLOWS and not followed.isdisjoint(_used(ins)):
                     followed |= ins.writes
             grown = len(followed) != before
         self.undefined = {name: np.ones(cta.T, bool) for name in followed}
@@ -126,7 +138,7 @@ class Definedness:
     def wrap(self, ins: Instruction, step: Step) -> Step:
         """Return the step of an instruction, within its guard, with what it does to the followed registers."""
         guard = {ins.guard.name} if ins.guard is not None else set()
-        reads = {x for x in ins.reads - guard if x in self.undefined}
+        reads = {x for x in _used(ins) - guard if x in self.undefined}
         if ins.opcode.startswith("wgmma.mma_async"):
             return self._product(ins, step)
         writes = [self.undefined[x] for x in ins.writes if x in self.undefined]

@@ -37,8 +37,13 @@ FAULTS = {
     "an address": ("st.global.b32 [%d3]", "mul.wide.s32 %d4, %r3, 0;\nadd.s64 %d3, %d3, %d4;\nst.global.b32 [%d3]"),
     "a register that is never written": ("[%d3], %r4", "[%d3], %r9"),
     "a member mask": ("0, 31, -1", "0, 31, %r3"),
+    "bytes that are chosen": ("st.global.b32 [%d3], %r4", "prmt.b32 %r5, %r4, %r9, 0x7210;\nst.global.b32 [%d3], %r5"),
 }
 HARMLESS = {
+    "bytes that are not chosen": (
+        "st.global.b32 [%d3], %r4",
+        "prmt.b32 %r5, %r4, %r9, 0x3210;\nprmt.b32 %r6, %r9, %r5, 0x7654;\nst.global.b32 [%d3], %r6",
+    ),
     "a choice that leaves it": (
         "shfl.sync.idx.b32 %r4, %r3, 0, 31, -1;",
         "selp.b32 %r4, %r3, 7, %p1;",
