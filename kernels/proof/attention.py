@@ -120,7 +120,7 @@ def limit(real: Real) -> str:
         return ""
     m, n = _blocks(real)
     Sq, Sk = real.sizes[3:]
-    return "" if Sq >= m + 17 and Sk >= 3 * n + 33 else f" {Sq} x {Sk}"
+    return "" if Sq >= _many_queries(real, m) and Sk >= 3 * n + 33 else f" {Sq} x {Sk}"
 
 
 def _mask_trials(real: Real, lengths: Lengths) -> Iterator[Trial]:
@@ -176,6 +176,11 @@ def _blocks(real: Real) -> tuple[int, int]:
     return max(tile.block_m for tile in chosen), max(tile.block_n for tile in chosen)
 
 
+def _many_queries(real: Real, block_m: int) -> int:
+    """Return how many queries are several blocks; a backward goes over them in a loop, too."""
+    return (1 if real.saved is None else 3) * block_m + 17
+
+
 def _lengths(real: Real, exactly: bool) -> Iterator[Lengths]:
     """Yield the sizes of the trials: several tiles, ragged ends, and another number of steps of each loop."""
     B, H, Hkv, Sq, Sk = real.sizes
@@ -187,7 +192,7 @@ def _lengths(real: Real, exactly: bool) -> Iterator[Lengths]:
     h, kv = small.heads(H, Hkv, user, exactly)
     # The sums of a bias's gradient over batches are compiled for their number.
     batch = small.like(B, 2) if real.sums_bias and B % small.ALIGNMENT == 0 else min(B, 2)
-    wanted = [(19, 3 * n + 33), (m + 17, 2 * n + 17)]
+    wanted = [(19, 3 * n + 33), (_many_queries(real, m), 2 * n + 17)]
     # The log-sum-exp of one query has strides of 1 that no other has.
     wanted += [(1, 2 * n + 17)] if Sq == 1 and real.packed is None else []
     for index, (sq, sk) in enumerate(wanted):

@@ -41,6 +41,12 @@ def no_number_without_keys(args: dict[str, Any]) -> None:
     out[(lse == -torch.inf).view(out.shape[:3])] = torch.nan
 
 
+def wrong_over_many_blocks(args: dict[str, Any]) -> None:
+    """Make dk wrong where the loop over queries takes more than two steps of 32."""
+    if args["Sq"] > 64:
+        add("views", 20)(args)
+
+
 # Each kernel, a call that launches it, a fault of it, and the results that the fault makes wrong.
 FAULTS: dict[str, tuple[str, Case, Spoil]] = {
     "forward": ("attention_forward_kernel", DENSE, add("views", 12)),
@@ -50,6 +56,7 @@ FAULTS: dict[str, tuple[str, Case, Spoil]] = {
     "forward, packed": ("attention_forward_kernel", PACKED, add("views", 12, where=(0, 0, 4, 1))),
     "delta": ("attention_delta_kernel", DENSE, lambda args: args["values"].p_delta.add_(0.5)),
     "dk and dv": ("attention_dkdv_kernel", DENSE, add("views", 20)),
+    "dk and dv of many queries": ("attention_dkdv_kernel", DENSE, wrong_over_many_blocks),
     "dq": ("attention_dq_kernel", DENSE, add("views", 16)),
     "dq, packed": ("attention_dq_kernel", PACKED, add("views", 16, where=(0, 0, 4, 1))),
     "dbias": ("attention_dbias_kernel", MASKED, add("views", 16, 4.0)),
