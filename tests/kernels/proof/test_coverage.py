@@ -38,7 +38,7 @@ def every_result_is_right(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made(run, lambda found: [], *rest)
 
     made = trial.Trial
-    monkeypatch.setattr(attention, "_expected", expected)
+    monkeypatch.setattr(attention, "expected", expected)
     for module in ("attention", "decode", "linear"):
         monkeypatch.setattr(f"fusemesh.kernels.proof.{module}.Trial", quiet)
     monkeypatch.setattr(store, "_default", Store(None))
