@@ -14,7 +14,7 @@ import numpy as np
 
 from . import opcodes
 from .hazard import Hazard
-from .ptx import Imm, Instruction, Kernel, Reg, number, registers
+from .ptx import Imm, Instruction, Kernel, Reg, Vec, number, registers
 from .state import Cta, Mask, Step
 
 # Values only go from register to register, within a thread.
@@ -91,6 +91,16 @@ def unproven_reads(kernel: Kernel) -> dict[int, frozenset[str]]:
     return found
 
 
+def _packed(kernel: Kernel) -> dict[str, int]:
+    """Return the registers that are written by movs of so many parts alone."""
+    found: dict[str, set[int]] = {}
+    for ins in kernel.instructions:
+        packs = ins.parts[0] == "mov" and isinstance(ins.operands[0], Reg) and isinstance(ins.operands[1], Vec)
+        for name in ins.writes:
+            found.setdefault(name, set()).add(len(ins.operands[1].items) if packs else 0)
+    return {name: min(counts) for name, counts in found.items() if len(counts) == 1 and min(counts)}
+
+
 class Definedness:
     """Follows, thread by thread, those registers of a kernel that are not proven to be written before they are read.
 
@@ -110,10 +120,12 @@ class Definedness:
                     followed |= ins.writes
             grown = len(followed) != before
         self.undefined = {name: np.ones(cta.T, bool) for name in followed}
+        # Registers that are only ever packed of parts, which may be taken apart again: [parts, T].
+        self.parts = {name: np.ones((n, cta.T), bool) for name, n in _packed(cta.kernel).items() if name in followed}
 
     def start(self) -> None:
         """Forget what was written."""
-        for row in self.undefined.values():
+        for row in (*self.undefined.values(), *self.parts.values()):
             row[:] = True
 
     def _of(self, names: Any) -> np.ndarray:
@@ -141,6 +153,10 @@ class Definedness:
         reads = {x for x in _used(ins) - guard if x in self.undefined}
         if ins.opcode.startswith("wgmma.mma_async"):
             return self._product(ins, step)
+        if ins.parts[0] == "mov" and not self.parts.keys().isdisjoint(ins.reads | ins.writes):
+            parted = self._parted(ins, step)
+            if parted is not None:
+                return parted
         writes = [self.undefined[x] for x in ins.writes if x in self.undefined]
         if not reads and not writes:
             return step
@@ -163,6 +179,34 @@ class Definedness:
                 np.copyto(row, value, where=True if mask is None else mask)
 
         return followed
+
+    def _parted(self, ins: Instruction, step: Step) -> Step | None:
+        """Return the step of a mov that packs or takes apart a register whose parts are followed; None for others."""
+        to, of = ins.operands[:2]
+        if isinstance(of, Vec) and isinstance(to, Reg):
+            whole, parts = self.undefined[to.name], self.parts[to.name]
+
+            def packed(mask: Mask) -> None:
+                found = np.stack([self._of([r.name for r in registers(x)]) for x in of.items])
+                step(mask)
+                where: Any = True if mask is None else mask
+                np.copyto(parts, found, where=where)
+                np.copyto(whole, found.any(0), where=where)
+
+            return packed
+        if not (isinstance(to, Vec) and isinstance(of, Reg)) or len(to.items) != len(self.parts[of.name]):
+            return None
+        source = self.parts[of.name]
+        pairs = [(self.undefined.get(x.name), k) for k, x in enumerate(to.items) if isinstance(x, Reg)]
+
+        def taken_apart(mask: Mask) -> None:
+            found = source.copy()
+            step(mask)
+            for row, k in pairs:
+                if row is not None:
+                    np.copyto(row, found[k], where=True if mask is None else mask)
+
+        return taken_apart
 
     def _chosen(self, ins: Instruction) -> np.ndarray:
         """Return where selp's result is undefined: by the operand that is chosen, and by the choice."""

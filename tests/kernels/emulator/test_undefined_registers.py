@@ -17,6 +17,11 @@ shfl.sync.idx.b32 %r4, %r3, 0, 31, -1;
 st.global.b32 [%d3], %r4;
 """
 FAULTS = {
+    "a half that is packed and used": (
+        "st.global.b32 [%d3], %r4",
+        "mov.b32 {%h1, %h2}, %r4;\nmov.b32 %r5, {%h1, %h3};\nmov.b32 {%h4, %h5}, %r5;\n"
+        "mov.b32 %r7, {%h4, %h5};\nst.global.b32 [%d3], %r7",
+    ),
     "a lane that has no number": ("%r3, 0, 31, -1", "%r3, 1, 31, -1"),
     "a store of the sum": ("[%d3], %r4", "[%d3], %r3"),
     "a store of the register": ("[%d3], %r4", "[%d3], %r2"),
@@ -40,6 +45,11 @@ FAULTS = {
     "bytes that are chosen": ("st.global.b32 [%d3], %r4", "prmt.b32 %r5, %r4, %r9, 0x7210;\nst.global.b32 [%d3], %r5"),
 }
 HARMLESS = {
+    "a half that is packed and not used": (
+        "st.global.b32 [%d3], %r4",
+        "mov.b32 {%h1, %h2}, %r4;\nmov.b32 %r5, {%h1, %h3};\nmov.b32 %r6, {%h2, %h3};\n"
+        "mov.b32 {%h4, _}, %r5;\nmov.b32 {%h5, _}, %r6;\nmov.b32 %r7, {%h4, %h5};\nst.global.b32 [%d3], %r7",
+    ),
     "bytes that are not chosen": (
         "st.global.b32 [%d3], %r4",
         "prmt.b32 %r5, %r4, %r9, 0x3210;\nprmt.b32 %r6, %r9, %r5, 0x7654;\nst.global.b32 [%d3], %r6",
