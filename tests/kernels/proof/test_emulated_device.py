@@ -6,8 +6,6 @@ Every row of the support matrix that backend triton's record allows: ``auto`` pr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +13,12 @@ import pytest
 import fusemesh
 from fusemesh.kernels import backends
 from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
-from fusemesh.kernels.proof import first_use, store
-from fusemesh.kernels.proof.store import Store
+from fusemesh.kernels.proof import store
 from fusemesh.kernels.runtime import launch
 from tests.support.interpreted_device import Spoil
 from tests.support.planted_kernels import FAULTS
+
+pytestmark = pytest.mark.usefixtures("nothing_is_known")
 
 SMALL: dict[str, Any] = {"B": 1, "H": 2, "Hkv": 1, "Sq": 20, "Sk": 20, "D": 64, "Dv": 64}
 
@@ -56,16 +55,6 @@ ROWS: dict[str, Case] = {
     "gated": LinearCase("fp32", 20, 32, 32, "silu", gated=True),
 }
 QUICK = ("linear", "cache")
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(store, "_default", Store(tmp_path / "proofs"))
-    monkeypatch.setattr(first_use, "_mode", first_use.ON)
-    first_use.forget()
-    backends.reset_call_counts()
-    yield
-    first_use.forget()
 
 
 @pytest.mark.parametrize("row", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in ROWS])

@@ -10,8 +10,7 @@ import logging
 import shlex
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,22 +27,12 @@ from fusemesh.kernels.runtime.launch import execute_on
 from tests.support.interpreted_device import InterpretedDevice
 from tests.support.planted_kernels import DENSE, FAULTS, GATED, LAYER, MASKED, PACKED, STEP, add
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("nothing_is_known")]
 
 
 def slow(value: Any) -> Any:
     """Return a parameter that only ``make test-all`` tries."""
     return pytest.param(value, marks=pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(store, "_default", Store(tmp_path / "proofs"))
-    monkeypatch.setattr(first_use, "_mode", first_use.ON)
-    first_use.forget()
-    backends.reset_call_counts()
-    yield
-    first_use.forget()
 
 
 QUICK = ("forward's lse", "dk and dv", "append", "linear", "wgrad")
