@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .options import Outcome
-from .ranks import add_checks
+from .ranks import add_checks, run_of
 
 NAME = "merge"
 SUMMARY = "write a run's last checkpoint as one safetensors file"
@@ -27,12 +27,6 @@ def run(options: argparse.Namespace) -> Outcome:
     from fusemesh.hybrid.checkpoint import merge
     from fusemesh.run.setup import checkpoint_of
 
-    output = options.out or _run_of(Path(options.target)) / "model.safetensors"
+    output = options.out or run_of(Path(options.target)) / "model.safetensors"
     result = merge(checkpoint_of(options.target, options.from_step), output, verify=not options.no_verify)
     return Outcome(result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}")
-
-
-def _run_of(target: Path) -> Path:
-    """Return the run directory of a folder of checkpoints or of one checkpoint; any other folder is one itself."""
-    whole = target.absolute()
-    return next((folder.parent for folder in (whole, whole.parent) if folder.name == "checkpoints"), target)
