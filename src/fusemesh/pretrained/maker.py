@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusemesh.models.base import ModelMaker
+from fusemesh.tasks.names import PRETRAINED_TASKS
 
 from . import folder
 from .defaults import say_defaults
@@ -48,13 +49,10 @@ class PretrainedModel(ModelMaker):
         return 2**20 if found is None else found
 
     def check(self) -> None:
-        from fusemesh.tasks.registry import task_class
-
         config = self.config
-        able = [name for name in folder.AUTO_CLASSES if task_class(name).takes_pretrained]
-        if config.task not in able:
+        if config.task not in PRETRAINED_TASKS:
             raise ValueError(
-                f"{folder.KEY}: expected task {' or '.join(able)}, whose texts a pretrained model's tokenizer can "
+                f"{folder.KEY}: expected task {' or '.join(PRETRAINED_TASKS)}, whose texts a pretrained model's tokenizer can "
                 f"read, received {config.task}; leave it out to train a new model"
             )
         folder.check_task(folder.config_of(self.path), self.path, config.task)

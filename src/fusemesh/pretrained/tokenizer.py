@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fusemesh.tasks.tokens import Tokens
 
 from .folder import KEY, check_version, config_of
 
+_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "merges.txt", "tekken.json")
 _BATCH = 256  # documents that are encoded together
 
 
@@ -107,6 +109,12 @@ def load(path: str) -> Any:
     from transformers import AutoTokenizer
 
     config = config_of(path)
+    if not any(any(Path(path).glob(pattern)) for pattern in _FILES):
+        # transformers would make an empty one of the model's type.
+        raise ValueError(
+            f"{KEY}: expected the files of a tokenizer beside the weights in {path!r}, received none; copy the model's "
+            "tokenizer.json and tokenizer_config.json (or vocab and merges files) into the folder"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:

@@ -64,7 +64,6 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
     config = given if how is None else maker_of(given).found_in(given.run.directory)
     settings = dataclasses.replace(settings, config=config)
     settings.check(world_size)
-    maker_of(config).check()
     check_free(config.run.directory)
     folder = Path(config.run.directory) / "checkpoints"
     state: dict[str, Any] = {}

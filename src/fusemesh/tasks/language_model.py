@@ -79,7 +79,6 @@ class LanguageModel(Task):
     """See the module. Without a metric of predictions: the loss says all."""
 
     continues_texts = True
-    takes_pretrained = True
 
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         if config.data.columns:
