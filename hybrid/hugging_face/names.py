@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face folder each tensor of a model is: prefixes, old names, tied names, what may be missing.
+"""Which tensor of a Hugging Face folder each tensor of a model is: prefixes, old names, tied names, what may miss.
 
 The rules are from_pretrained's: a folder of a base model serves a model with a head and the other way round; old names
 of norms are known; a class says which names may be missing or more. Where from_pretrained would go on with a part of
