@@ -19,7 +19,7 @@ from . import compat
 from .capabilities import Capabilities
 from .consistency import check_same_on_all_ranks
 from .data_parallel import shard_data_parallel
-from .hugging_face.export_names import remember_whole_names
+from .hugging_face.exports.names import remember_whole_names
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut

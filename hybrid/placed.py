@@ -20,10 +20,10 @@ from fusemesh.kernels import op_rules
 
 from . import compat
 from .consistency import agree, check_has_memory, check_same_on_all_ranks
-from .hugging_face.save import as_on_disk, save_slices
+from .hugging_face.exports.save import as_on_disk, save_slices
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
-from .tensor.modules import own_rows
+from .tensor.modules import own_slices
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds
@@ -83,23 +83,6 @@ def _part_like(own: Any, whole: Any) -> Any:
         return whole  # load_state_dict names the parameter and both shapes
     part = whole[own_slices(own)].to(own.to_local().device).contiguous()
     return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
-
-
-def own_slices(own: torch.Tensor) -> tuple[slice, ...]:
-    """Return the part of the whole tensor that this rank's part of ``own`` is, one slice a dimension."""
-    found = [slice(0, rows) for rows in own.shape]
-    if isinstance(own, DTensor):
-        place = own.device_mesh.get_coordinate()
-        assert place is not None
-        # tp has cut first, and fsdp its parts.
-        for axis in reversed(range(own.device_mesh.ndim)):
-            dim = getattr(own.placements[axis], "dim", None)  # of Shard, and of the class for parts of parts
-            if dim is not None:
-                start, stop = found[dim].start, found[dim].stop
-                rows = own_rows(stop - start, own.device_mesh.size(axis), place[axis])
-                found[dim] = slice(start + rows.start, start + rows.stop)
-        assert tuple(own.to_local().shape) == tuple(part.stop - part.start for part in found), (own.shape, found)
-    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -13,10 +13,9 @@ from torch import nn
 
 from ..checkpoint.together import on_every_rank, on_first_rank, rank
 from ..consistency import check_has_memory
-from . import documents
-from .export_names import is_hugging_face, names_on_disk, renamed, whole_names
-from .folder import Folder, read_folder
-from .shards import (
+from .exports import documents
+from .exports.names import is_hugging_face, names_on_disk, renamed, whole_names
+from .exports.shards import (
     MAX_SHARD_SIZE,
     Entry,
     Shard,
@@ -27,8 +26,9 @@ from .shards import (
     shards_of_size,
     weights_name,
 )
-from .slices import Box, Part, local_values, on_disk, own_box, whole_entries, writers
-from .target import Files, write_folder
+from .exports.slices import Box, Part, local_values, on_disk, own_box, whole_entries, writers
+from .exports.target import Files, write_folder
+from .folder import Folder, read_folder
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from ..checkpoint.checksums import check_files
 from ..checkpoint.chunks import StoredModel
 from ..checkpoint.folders import CheckpointError, damaged, latest, read_marker
 from ..checkpoint.together import on_every_rank
-from . import documents
 from .export import ExportReport, Options, Plan, plan, write_plan
-from .export_names import names_on_disk, whole_names
+from .exports import documents
+from .exports.names import names_on_disk, whole_names
+from .exports.shards import Entry, SourceFiles
+from .exports.slices import Box, on_disk
+from .exports.target import Files
 from .folder import Folder
-from .shards import Entry, SourceFiles
-from .slices import Box, on_disk
 from .sources import Source
-from .target import Files
 
 # In the ``metadata`` of a checkpoint's state.
 EXPORT = "export"
@@ -108,8 +108,8 @@ def export_of(state: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     found: dict[str, Any] | None = (state.get("metadata") or {}).get(EXPORT)
     if found is None:
         raise CheckpointError(
-            f"checkpoint {str(checkpoint)!r}: expected one of a model that was loaded from a Hugging Face folder, received "
-            "another's; write its weights as one file by fusemesh.hybrid.checkpoint.merge"
+            f"checkpoint {str(checkpoint)!r}: expected one of a model that was loaded from a Hugging Face folder, "
+            "received another's; write its weights as one file by fusemesh.hybrid.checkpoint.merge"
         )
     if found.get("format") != _FORMAT:
         raise CheckpointError(
@@ -143,12 +143,11 @@ def _places(stored: StoredModel, known: Mapping[str, Any], checkpoint: Path) -> 
     for name, (on, dim, start, length, transposed) in known["tensors"].items():
         first = tied.get(name, name)
         # Of tied names some checkpoints hold one alone.
-        others = [
-            other for other in (name, first, *(o for o, f in tied.items() if f == first)) if other in stored.tensors
-        ]
-        if not others:
+        names = (name, first, *(other for other, of in tied.items() if of == first))
+        held = next((other for other in names if other in stored.tensors), None)
+        if held is None:
             raise damaged(checkpoint, f"it holds no tensor {name!r}")
-        found[others[0]] = Source(on, dim, start, length, transposed)
+        found[held] = Source(on, dim, start, length, transposed)
     return found
 
 
@@ -166,10 +165,8 @@ def _wholes(stored: StoredModel, placed: Mapping[str, Source]) -> dict[str, Entr
 
 def _write(files: Files, made: Plan, source: Source, stored: StoredModel, name: str) -> int:
     """Write the stored parts of a tensor in their places; return the number of bytes."""
-    done = 0
+    done, called = 0, made.names.get(source.name, source.name)
     for start, part in stored.parts(name):
         values = part.transpose(0, 1) if source.transposed else part
-        done += files.write(
-            made.names.get(source.name, source.name), on_disk(Box(start, tuple(part.shape)), source), values
-        )
+        done += files.write(called, on_disk(Box(start, tuple(part.shape)), source), values)
     return done

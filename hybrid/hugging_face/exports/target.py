@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.folders import UNFINISHED, WRITER, CheckpointError, is_being_written
-from ..checkpoint.lock import Lock
-from ..checkpoint.together import on_every_rank, on_first_rank, seen_in_time
-from ..outputs import free_bytes, writing
+from ...checkpoint.folders import UNFINISHED, WRITER, CheckpointError, is_being_written
+from ...checkpoint.lock import Lock
+from ...checkpoint.together import on_every_rank, on_first_rank, seen_in_time
+from ...outputs import free_bytes, writing
 from .placing import write_all, write_box
 from .shards import Shard, index_name, weights_name
 from .slices import Box

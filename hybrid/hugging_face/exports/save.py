@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import compat
-from ..checkpoint.together import on_every_rank, on_first_rank
-from ..consistency import check_has_memory
-from ..outputs import cannot_write
-from .export import Options, export_state, save_configs
+from ... import compat
+from ...checkpoint.together import on_every_rank, on_first_rank
+from ...consistency import check_has_memory
+from ...outputs import cannot_write
+from ..export import Options, export_state, save_configs
+from ..sources import sources_of
 from .slices import Part, on_disk, own_box, whole_entries
-from .sources import sources_of
 
 
 def save_slices(model: nn.Module, target: str | os.PathLike[str], options: Mapping[str, Any], may_write: bool) -> bool:

@@ -9,11 +9,11 @@ import torch
 import transformers
 
 from fusemesh.hybrid.hugging_face.export import export_pretrained
-from fusemesh.hybrid.hugging_face.target import MARKER
+from fusemesh.hybrid.hugging_face.exports.target import MARKER
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.pretrained.folders import PRETRAINED, make_folder
-from tests.support.ranks import export as ranks
+from tests.support.ranks import pretrained_export as ranks
 
 EVERY = [(name, kind) for name, family in PRETRAINED.items() for kind in family.kinds]
 # Tied once; two names of one parameter; one key head; spans; two tied tables, and positions that are not saved.

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 import fusemesh
-from fusemesh.hybrid.hugging_face import placing
 from fusemesh.hybrid.hugging_face.export import ExportReport, export_pretrained
+from fusemesh.hybrid.hugging_face.exports import placing
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .. import compat
-from .sources import Source, sources_of
+from ... import compat
+from ..names import own_name
+from ..sources import Source, sources_of
 
 _WHOLE = "fusemesh_whole_names"
 
@@ -54,7 +55,7 @@ def _names_of(model: nn.Module) -> WholeNames:
     return WholeNames(order, tied)
 
 
-def names_on_disk(model: nn.Module, known: Container[str] = ()) -> dict[str, Source]:
+def names_on_disk(model: nn.Module, known: Iterable[str] = ()) -> dict[str, Source]:
     """Return where each tensor that is written stands on disk, by its name in this rank's state dict.
 
     Of tied names those are left out that from_pretrained ties again; if all are such, one stays.
@@ -64,6 +65,7 @@ def names_on_disk(model: nn.Module, known: Container[str] = ()) -> dict[str, Sou
     """
     whole, sources = whole_names(model), sources_of(model)
     left_out, prefix = compat.names_not_saved(model), getattr(model, "base_model_prefix", "")
+    held = renamed(whole.order, known, prefix)
     groups: dict[str, list[str]] = {}
     for name in whole.order:
         if name not in left_out:
@@ -73,22 +75,15 @@ def names_on_disk(model: nn.Module, known: Container[str] = ()) -> dict[str, Sou
         chosen = names
         if len(names) > 1:
             chosen = [name for name in names if not compat.is_tied_again(model, name)] or names[:1]
-            there = [name for name in names if known_as(name, known, prefix) is not None]
+            there = [name for name in names if name in held]
             if there and not any(name in there for name in chosen):
                 chosen = there[:1]
         kept.update(chosen)
     return {name: source for name, source in sources.items() if name in kept}
 
 
-def known_as(name: str, known: Container[str], prefix: str) -> str | None:
-    """Return what a folder calls a tensor, with the prefix of the base model or without; None if it has none."""
-    others = (name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else ()
-    return next((other for other in (name, *others) if other in known), None)
-
-
-def renamed(names: Iterable[str], known: Container[str], prefix: str) -> dict[str, str]:
+def renamed(names: Iterable[str], known: Iterable[str], prefix: str) -> dict[str, str]:
     """Return what the folder that a model came from calls each of its tensors; those that it has not are left out."""
-    found = {name: other for name in names if (other := known_as(name, known, prefix)) is not None}
-    # Of two that would be one the name itself counts.
-    taken = {name for name in found if name in known}
-    return {name: other for name, other in found.items() if other == name or other not in taken}
+    wanted = set(names)
+    found = {own_name(name, prefix, wanted): name for name in known}
+    return {name: found[name] for name in names if name in found}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..tensor.modules import own_rows
+from ...tensor.modules import own_rows, own_slices
+from ..sources import Source
 from .shards import Entry
-from .sources import Source
 
 # From this many bytes on, ranks that hold the same part write a share of its rows each.
 _SHARED_FROM = 1 << 20
@@ -54,19 +54,8 @@ class Part:
 
 def own_box(tensor: torch.Tensor) -> Box:
     """Return the part of the whole tensor that this rank's local one is; all of it for a plain tensor."""
-    start, size = [0] * tensor.dim(), list(tensor.shape)
-    if isinstance(tensor, DTensor):
-        place = tensor.device_mesh.get_coordinate()
-        assert place is not None
-        # tp has cut first, and fsdp its parts.
-        for axis in reversed(range(tensor.device_mesh.ndim)):
-            dim = getattr(tensor.placements[axis], "dim", None)  # of Shard, and of the class for parts of parts
-            if dim is not None:
-                rows = own_rows(size[dim], tensor.device_mesh.size(axis), place[axis])
-                start[dim] += rows.start
-                size[dim] = rows.stop - rows.start
-        assert tuple(size) == tensor.to_local().shape, (size, tensor.to_local().shape)
-    return Box(tuple(start), tuple(size))
+    found = own_slices(tensor)
+    return Box(tuple(part.start for part in found), tuple(part.stop - part.start for part in found))
 
 
 def on_disk(box: Box, source: Source) -> Box:

@@ -17,13 +17,13 @@ import torch
 import transformers
 
 from fusemesh.hybrid.checkpoint import CheckpointError
-from fusemesh.hybrid.hugging_face import placing, target
 from fusemesh.hybrid.hugging_face.export import export_pretrained
+from fusemesh.hybrid.hugging_face.exports import placing, target
 from fusemesh.hybrid.outputs import OutputError
 from fusemesh.hybrid.ranks.local import RankError
 from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.pretrained.folders import CAUSAL, make_folder, make_model
-from tests.support.ranks import export as ranks
+from tests.support.ranks import pretrained_export as ranks
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def test_a_disk_that_is_full(model: Any, source: Path, tmp_path: Path, monkeypat
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(target, "free_bytes", lambda path: 1000)
-        with pytest.raises(OutputError, match="no space is left on the device .*needed.*; make room"):
+        with pytest.raises(OutputError, match=r"no space is left on the device .*needed.*; make room"):
             export_pretrained(model, out, source)
     assert names(tmp_path) == []
-    with limited(20_000), pytest.raises(OutputError, match="limit on the size of files .*ulimit -f"):
+    with limited(20_000), pytest.raises(OutputError, match=r"limit on the size of files .*ulimit -f"):
         export_pretrained(model, out, source)
     assert names(tmp_path) == []
 
