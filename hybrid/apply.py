@@ -19,6 +19,7 @@ from .capabilities import Capabilities
 from .consistency import check_same_on_all_ranks
 from .data_parallel import shard_data_parallel
 from .hugging_face import families
+from .hugging_face.exports.names import remember_whole_names
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
@@ -96,6 +97,7 @@ def parallelize(
     if mesh.size() == dist.get_world_size():
         check_same_on_all_ranks([*model.named_parameters(), *model.named_buffers()], device)
 
+    remember_whole_names(model)
     # 1. Pipeline parallel: the rank keeps its stages alone, before anything else takes memory.
     mine = None
     if layout.pp > 1:

@@ -124,7 +124,7 @@ class PretrainedModel(ModelMaker):
         model.to_empty(device=device)
 
     def metadata(self) -> dict[str, Any]:
-        return {} if self.plan is None else {EXPORT: self.plan, _UNTIED: self.untied}
+        return {} if self.plan is None else {"export": self.plan, _UNTIED: self.untied}
 
     def found_in(self, checkpoints: str | os.PathLike[str]) -> Config:
         kept = folder.kept_in(checkpoints)
@@ -134,15 +134,17 @@ class PretrainedModel(ModelMaker):
         return dataclasses.replace(self.config, model=model)
 
     def keep(self, checkpoints: str | os.PathLike[str]) -> None:
+        from fusemesh.hybrid.hugging_face.exports.documents import keep_small_files
+
         keep_small_files(Path(self.path), Path(checkpoints))
 
     def export(self, model: Any, metadata: Mapping[str, Any], run: str | os.PathLike[str]) -> str | None:
-        from fusemesh.hybrid.hugging_face.export import export_as_planned
+        from .exporting import export_as_planned
 
         if not self.config.run.export:
             return None
         target = Path(run) / MODEL
-        export_as_planned(model, target, metadata[EXPORT], Path(run) / "checkpoints" / KEPT)
+        export_as_planned(model, target, metadata["export"], Path(run) / "checkpoints" / folder.KEPT)
         return str(target)
 
     def describe(self, task: Task) -> ModelDescription:
