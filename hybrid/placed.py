@@ -20,8 +20,8 @@ from fusemesh.kernels import op_rules
 
 from . import compat
 from .consistency import agree, check_has_memory, check_same_on_all_ranks
-from .hugging_face.sources import from_disk, sources_of, to_disk
 from .hugging_face.exports.save import as_on_disk, save_slices
+from .hugging_face.sources import from_disk, sources_of, to_disk
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
 from .tensor.modules import own_slices

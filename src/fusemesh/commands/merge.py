@@ -47,9 +47,8 @@ def _merge_pretrained(options: argparse.Namespace, checkpoint: Path) -> Outcome:
     output = Path(options.out or run_of(Path(options.target)) / "model")
     if output.suffix == ".safetensors":
         raise ValueError(
-            f"--out: expected the name of a folder, since {options.target!r} is of a pretrained model, which is written "
-            f"with its config and tokenizer for from_pretrained(), received {str(output)!r}; give "
-            f"{str(output.with_suffix(''))!r}"
+            f"--out: expected a folder for {options.target!r}, whose model is a pretrained one and is written with "
+            f"config and tokenizer for from_pretrained(), received {str(output)!r}; give {str(output.with_suffix(''))!r}"
         )
     report = merge_pretrained(checkpoint, output, verify=not options.no_verify)
     result = {

@@ -12,9 +12,7 @@ from fusemesh.hybrid.hugging_face.exports import documents
 from fusemesh.hybrid.hugging_face.exports.shards import SourceFiles
 
 
-def export_as_planned(
-    model: Any, target: Path, known: Mapping[str, Any], small: str | os.PathLike[str]
-) -> None:
+def export_as_planned(model: Any, target: Path, known: Mapping[str, Any], small: str | os.PathLike[str]) -> None:
     """Write a placed model as the folder that it was loaded from, with its new weights; every rank calls it.
 
     Args:

@@ -101,7 +101,7 @@ class PretrainedModel(ModelMaker):
         if matched.missing and self.config.task == "language_model":
             raise ValueError(
                 f"{folder.KEY}: expected all weights of a {type(model).__name__} in {self.path!r}, received none of "
-                f"{_some(matched.missing)}: a language model would begin with random ones; give the whole model's folder"
+                f"{_some(matched.missing)}: training would begin with random ones; give the whole model's folder"
             )
 
     def begin(self, model: Any) -> None:

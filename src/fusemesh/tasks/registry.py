@@ -41,7 +41,8 @@ def build_task(config: Config, metadata: Mapping[str, Any] | None = None) -> Tas
     """Return the configured task with its data; or, given the metadata of a trained model, without them.
 
     Raises:
-        ValueError: its model cannot be made, or the data cannot be used; names the key, or file and line, and the remedy.
+        ValueError: its model cannot be made, or the data cannot be used; names the key, or file and line, and the
+            remedy.
     """
     maker_of(config).check()
     return task_class(config.task)(config, metadata)

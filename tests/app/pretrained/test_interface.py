@@ -1,4 +1,4 @@
-"""A pretrained folder as the model of a run: keys, defaults, refusals, tokens. Layer: one process, before ranks start."""
+"""A pretrained folder as the model of a run: keys, defaults, refusals, tokens. Layer: one process, before ranks."""
 
 from __future__ import annotations
 
