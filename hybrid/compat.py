@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,10 @@ PRIVATE = {
     "._parameters": Private(
         "computing a module's own forward with local tensors where it holds DTensors: setattr takes no plain tensor",
         "in WholeModule, delete the parameters and set attributes of their names for the time of the forward",
+    ),
+    "._modules": Private(
+        "a stage of a Hugging Face model: its own forward with other children, parameters and buffers the same",
+        "in with_children, copy a module without its children in another way, such that both share what they hold",
     ),
     "._tp_plan": Private(
         "the plan by which a Hugging Face model says how its modules are split",
@@ -125,6 +129,16 @@ def import_before_fork() -> None:
 def parameters_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     """Return the dictionary in which a module keeps its own parameters; what is put there, the module computes with."""
     return module._parameters  # type: ignore[return-value]
+
+
+def with_children(
+    module: nn.Module, children: Mapping[str, nn.Module | None], constants: Mapping[str, Any]
+) -> nn.Module:
+    """Return a module of the same class that shares all with ``module`` but these children and plain attributes."""
+    made = object.__new__(type(module))
+    vars(made).update(vars(module))
+    vars(made).update(constants, _modules={**module._modules, **children})
+    return made
 
 
 def hugging_face_plan(model: nn.Module) -> dict[str, str] | None:

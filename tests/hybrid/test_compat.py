@@ -58,6 +58,18 @@ def test_parameters_of_a_module() -> None:
     assert module.weight is plain and torch.equal(module(x), 3 * x), gone(name, module(x))
 
 
+def test_a_module_with_other_children() -> None:
+    """Parameters and buffers are both modules', whichever is given others."""
+    module, name = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "._modules"
+    module.register_buffer("table", torch.zeros(2))
+    made = compat.with_children(module, {"1": nn.Identity()}, {"training": False})
+    x = torch.ones(1, 2)
+    assert torch.equal(made(x), module[0](x)) and made[0] is module[0], gone(name, made)
+    assert isinstance(module[1], nn.Linear) and module.training and not made.training, gone(name, module)
+    module.to_empty(device="meta")
+    assert made.table.is_meta, gone(name, made.table)
+
+
 def test_the_plan_of_a_hugging_face_model() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -1,0 +1,61 @@
+"""Layer: application. Hugging Face models of every family and kind learn as plain transformers does, in stages too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fusemesh.hybrid.hugging_face.stages import as_trainable
+from fusemesh.hybrid.pipeline_options import deal_blocks
+from tests.support.hugging_face import KeepDouble
+from tests.support.pretrained import training
+from tests.support.pretrained.folders import PRETRAINED
+
+FP64 = 1e-12
+ALL = [(name, kind) for name, family in PRETRAINED.items() for kind in family.kinds]
+
+
+def named(case: Any) -> str:
+    return str(case).removeprefix("AutoModelFor")
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+
+@pytest.mark.parametrize(("name", "kind"), ALL, ids=named)
+def test_a_padded_batch_teaches_what_its_texts_do_one_by_one(name: str, kind: str) -> None:
+    """In fp64, against plain transformers; each text alone has no padding that it could attend to or read."""
+    with KeepDouble():
+        plain = training.build(name, kind, torch.float64)
+        model = as_trainable(training.build(name, kind, torch.float64))
+        tokens, targets, inputs = training.batch(model)
+        number = training.count(targets)
+        want: Any = sum(training.losses_of_each(plain, tokens, targets, inputs))
+        (want / number).backward()
+        found = model.loss_and_gradients(tokens, targets, number, **inputs)
+    assert abs(found - want.detach()) <= FP64 * abs(want.detach())
+    wrong = {k: e for k, e in training.errors(gradients(model), gradients(plain)).items() if not e <= FP64}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize(("name", "kind"), ALL, ids=named)
+def test_stages_one_after_the_other_are_the_model(name: str, kind: str) -> None:
+    """In one process, to the bit: what acts on embeddings, and behind the blocks, does so once."""
+    model = as_trainable(training.build(name, kind, torch.float32))
+    tokens, _, inputs = training.batch(model)
+    given = model._complete(tokens, inputs)
+    shapes = {key: tuple(x.shape) for key, x in {"tokens": tokens, **given}.items()}
+    with torch.no_grad():
+        want = model.logits(tokens, **inputs)
+        for number in (2, 3, 4):
+            state: tuple[torch.Tensor, ...] = (tokens,)
+            for index, span in enumerate(deal_blocks(len(model.blocks), number)):
+                stage = model.stage(span, first=index == 0, last=index == number - 1)
+                assert stage.input_shapes(shapes) == [x.shape for x in state]
+                found = stage(*state, **given)
+                state = found if isinstance(found, tuple) else (found,)
+                assert stage.output_shapes(shapes) == [x.shape for x in state]
+            assert torch.equal(state[0], want), number
