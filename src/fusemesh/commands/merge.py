@@ -47,8 +47,8 @@ def _merge_pretrained(options: argparse.Namespace, checkpoint: Path) -> Outcome:
     output = Path(options.out or run_of(Path(options.target)) / "model")
     if output.suffix == ".safetensors":
         raise ValueError(
-            f"--out: expected a folder for {options.target!r}, whose model is a pretrained one and is written with "
-            f"config and tokenizer for from_pretrained(), received {str(output)!r}; give {str(output.with_suffix(''))!r}"
+            f"--out: expected a folder for {options.target!r}, whose model is a pretrained one and is written with its "
+            f"config.json and tokenizer, received {str(output)!r}; give {str(output.with_suffix(''))!r}"
         )
     report = merge_pretrained(checkpoint, output, verify=not options.no_verify)
     result = {

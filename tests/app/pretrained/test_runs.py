@@ -110,6 +110,17 @@ def test_a_run_in_fp64_is_that_of_plain_transformers_to_1e_12(
         assert (tensor - state[name]).norm() <= 1e-10 * state[name].norm(), name
 
 
+def test_every_layout_drops_what_one_process_drops(folder: Callable[..., Path], run: Run) -> None:
+    """The family's own dropout of 0.1, accumulated over two micro-batches, which no other run drops alike; recomputed."""
+    parts = {"training__accumulation": "2"}
+    alone = losses_of(run(folder("gpt2"), "single", **parts)[0])
+    found = losses_of(run(folder("gpt2"), "fsdp2 x tp2", training__recompute="full", **parts)[0])
+    assert found == pytest.approx(alone, rel=2e-5)
+    assert losses_of(run(folder("gpt2"), "pp2 x tp2")[0]) == pytest.approx(alone, rel=2e-5)
+    other = losses_of(run(folder("gpt2"), "single", training__seed="1", training__steps="1")[0])
+    assert abs(other[0] - alone[0]) > 1e-4
+
+
 def test_the_exported_folder_is_transformers_own(folder: Callable[..., Path], run: Run, tmp_path: Path) -> None:
     """And merging a checkpoint gives the same files, byte for byte, in a new place."""
     source = folder("qwen3")
