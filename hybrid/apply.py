@@ -15,16 +15,19 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh.kernels.attention.call.place import Place
 
-from . import compat
 from .capabilities import Capabilities
 from .consistency import check_same_on_all_ranks
 from .data_parallel import shard_data_parallel
+from .dropout import check_layers_stay
+from .hugging_face import families
 from .hugging_face.exports.names import remember_whole_names
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
 from .placed import PlacedPart, mark
-from .tensor.modules import ColumnParallelLinear, TensorParallelModule
+from .recompute import check_recompute, recompute_blocks
+from .tensor.fused import columns_of
+from .tensor.modules import TensorParallelModule
 from .tensor.table import convert, find_table
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,6 +42,7 @@ def parallelize(
     sequence_parallel: bool = True,
     dtype: torch.dtype | None = None,
     pipeline: PipelineOptions | None = None,
+    recompute: str = "none",
 ) -> Model:
     """Place ``model`` on ``mesh``, in place, and return it.
 
@@ -69,19 +73,27 @@ def parallelize(
             layers are called with are cast to it, those in lists, dicts and dataclasses too, of which a copy is then
             passed; a container in which nothing is to be cast is passed itself, so that a layer may write into it.
         pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
+        recompute: "full": in training each layer keeps its inputs alone, and backward computes it again; a Hugging Face
+            model then fills no cache. See :mod:`fusemesh.hybrid.recompute`.
 
     Raises:
         ValueError: the model is on a mesh already, the layout has an axis that is not built yet or other degrees than
             the mesh, a module cannot be split over tp, the plan does not fit the model, or the model cannot be cut for
-            pp; raised before any communication. Or the ranks' models differ, which the first one finds.
+            pp, or it leaves out layers by chance (layerdrop) with fsdp or pp; raised before any communication. Or the
+            ranks' models differ, which the first one finds.
     """
     _check_whole(model)
     options = pipeline or PipelineOptions()
+    check_recompute(recompute, len(_blocks(model)))
+    check_layers_stay(model, layout)
     capabilities_of(model, plan).check(layout)
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
+    if layout.tp > 1 and plan is None:
+        families.prepare(model)
     table = find_table(model, plan, layout.tp)
     if table is not None:
         sequence_parallel = convert(model, table, layout.tp, sequence_parallel=sequence_parallel)
+        families.share_heads(model, layout.tp)
     parts = _parts(model)
     for module in parts:
         module.check(layout.tp)
@@ -113,6 +125,8 @@ def parallelize(
         shard_data_parallel(
             root, mesh, blocks=_blocks(root), prepare=split, dtype=dtype, keep_gathered=mine is not None
         )
+        if recompute == "full":
+            recompute_blocks(_blocks(root))
     # 4. What attends knows its heads and samples, so that dropout is that of one process.
     for root in roots:
         _set_places(root, layout.replica_of(mesh.get_rank()))
@@ -144,13 +158,13 @@ def _check_whole(model: nn.Module) -> None:
 def capabilities_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> Capabilities:
     """Return the axes over which :func:`parallelize` can split ``model``, with the ``plan`` or without one."""
     parts = _parts(model)
-    has_table = plan is not None or bool(compat.hugging_face_plan(model))
+    has_table = plan is not None or families.has_table(model)
     plain = [] if has_table else _plain_parameters(model, parts)
     return Capabilities(
         type(model).__name__,
         tp=not plain,
         pp=isinstance(model, PipelinedModel),
-        # transformers' plans, which find_table() translates, have no style for parts of the sequence.
+        # Hugging Face's models have no table with parts of the sequence.
         sequence_parallel="sequence" in (plan or {}).values() if has_table else not plain,
         without_table=plain[0] if plain and parts else "",
     )
@@ -171,8 +185,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 def _set_places(model: nn.Module, replica: int) -> None:
     """Set on every module that contains others which part of the heads and samples is its own."""
     for module in model.modules():
-        columns = [child for child in module.children() if isinstance(child, ColumnParallelLinear)]
-        heads = next((column.rank for column in columns if not column.gather_output), 0)
+        heads = next((column.rank for column in columns_of(module) if not column.gather_output), 0)
         if any(True for _ in module.children()):
             vars(module)["fusemesh_place"] = Place(heads, replica)
 

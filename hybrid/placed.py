@@ -20,7 +20,8 @@ from fusemesh.kernels import op_rules
 
 from . import compat
 from .consistency import agree, check_has_memory, check_same_on_all_ranks
-from .hugging_face.exports.save import as_on_disk, save_slices
+from .hugging_face.exports.save import save_slices
+from .hugging_face.sources import from_disk, sources_of, to_disk
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
 from .tensor.modules import own_slices
@@ -34,7 +35,8 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return on rank 0 the parameters and buffers of a parallelized model, whole, on the CPU; on other ranks {}.
 
     Every rank calls it. The names are those of the whole model, and tied parameters share memory, as in the state
-    dict of a model in one process, where ``load_state_dict`` takes the result.
+    dict of a model in one process, where ``load_state_dict`` takes the result. Projections that
+    :func:`fusemesh.hybrid.hugging_face.families.prepare` cut are one tensor again.
 
     Args:
         model: from :func:`fusemesh.hybrid.apply.parallelize`, in any layout; or a part of one.
@@ -59,6 +61,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         found[name] = wholes[id(value)]
     if not keeps:
         return {}
+    found = to_disk(found, sources_of(model))
     if group is None:
         return found
     stages: list[Any] = [None] * dist.get_world_size(group)
@@ -224,6 +227,8 @@ class PlacedModel(PlacedPart):
         if not assign or not all(isinstance(x, DTensor) for x in state_dict.values()):
             check_has_memory("load_state_dict", self)
         own = _own_state(self)
+        if not any(isinstance(x, DTensor) for x in state_dict.values()):
+            state_dict = from_disk(state_dict, sources_of(self))
         plain = [
             (name, x.detach())
             for name, x in state_dict.items()
@@ -301,7 +306,6 @@ class PlacedHuggingFaceModel(PlacedModel):
         error: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                state_dict = as_on_disk(self, state_dict)
                 super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
             except Exception as raised:
                 error, failure = raised, [f"{type(raised).__name__}: {raised}"]
