@@ -74,14 +74,9 @@ PRIVATE = {
         "the names that from_pretrained ties again, with versions of transformers that have no all_tied_weights_keys",
         "drop it with the last such version in is_tied_again()",
     ),
-    ".hf_quantizer": Private(
-        "telling models whose save_pretrained does more than write tensors: quantised, adapters, code of their own",
-        "see what save_pretrained does then; such a model may be saved in files that cannot be loaded",
-    ),
-    "._hf_peft_config_loaded": Private("the same", "as above"),
-    "transformers.core_model_loading.revert_weight_conversion": Private(
-        "under which names a Hugging Face model's save_pretrained writes its tensors",
-        "see names_when_saved(); without it names are the model's own, which from_pretrained takes, too",
+    "._hf_peft_config_loaded": Private(
+        "telling a Hugging Face model with adapters, of which save_pretrained writes these alone",
+        "see what save_pretrained does then; else such a model's slices are written as a whole model's",
     ),
     "._is_hf_initialized": Private(
         "letting a Hugging Face model set one parameter and leave others as they are",
@@ -320,13 +315,13 @@ def names_when_saved(model: nn.Module, names: Iterable[str]) -> dict[str, str] |
     if known.is_remote_code() if hasattr(model, "is_remote_code") else False:
         return None
     tensors = {name: torch.empty(1, device="meta") for name in names}
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 writes them as they are
+    # The model's own library has imported it, if it has it.
+    revert = getattr(sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None)
+    if revert is None:  # transformers 4 writes them as they are
         return {name: name for name in tensors}
     own = {id(tensor): name for name, tensor in tensors.items()}
     try:
-        written = revert_weight_conversion(known, dict(tensors))
+        written = revert(known, dict(tensors))
     except Exception:  # it cannot change tensors that have no values
         return None
     found = {own[id(tensor)]: name for name, tensor in written.items() if id(tensor) in own}

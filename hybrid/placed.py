@@ -20,7 +20,7 @@ from fusemesh.kernels import op_rules
 
 from . import compat
 from .consistency import agree, check_has_memory, check_same_on_all_ranks
-from .hugging_face.exports.save import as_on_disk, save_slices
+from .hugging_face.exports.save import save_slices
 from .hugging_face.sources import from_disk, sources_of, to_disk
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
@@ -306,7 +306,6 @@ class PlacedHuggingFaceModel(PlacedModel):
         error: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                state_dict = as_on_disk(self, state_dict)
                 super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
             except Exception as raised:
                 error, failure = raised, [f"{type(raised).__name__}: {raised}"]

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ... import compat
@@ -16,8 +15,6 @@ from ...checkpoint.together import on_every_rank, on_first_rank
 from ...consistency import check_has_memory
 from ...outputs import cannot_write
 from ..export import Options, export_state, save_configs
-from ..sources import sources_of
-from .slices import Part, on_disk, own_box, whole_entries
 
 
 def save_slices(model: nn.Module, target: str | os.PathLike[str], options: Mapping[str, Any], may_write: bool) -> bool:
@@ -47,25 +44,3 @@ def save_slices(model: nn.Module, target: str | os.PathLike[str], options: Mappi
     made = Options(max_shard_size=options.get("max_shard_size"), variant=options.get("variant"), into=True, names=names)
     export_state(model, folder, made, lambda place: save_configs(model, place))
     return True
-
-
-def as_on_disk(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return whole tensors as they stand on disk: those of projections that were cut before tp as one again.
-
-    Others than the model's stay as they are.
-    """
-    found = dict(state)
-    parts: dict[str, list[tuple[Any, torch.Tensor]]] = {}
-    for name, source in sources_of(model).items():
-        if (source.length is not None or source.transposed) and isinstance(found.get(name), torch.Tensor):
-            parts.setdefault(source.name, []).append((source, found.pop(name)))
-    for name, several in parts.items():
-        boxes = [on_disk(own_box(value), source) for source, value in several]
-        held = [Part(name, box, value.dtype) for box, (_, value) in zip(boxes, several, strict=True)]
-        entry = whole_entries([held])[name]
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
-        for box, (source, value) in zip(boxes, several, strict=True):
-            place = tuple(slice(start, end) for start, end in zip(box.start, box.end, strict=True))
-            whole[place] = value.transpose(0, 1) if source.transposed else value
-        found[name] = whole
-    return found

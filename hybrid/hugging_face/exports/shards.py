@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _METADATA = {"format": "pt"}
 # As safetensors calls them, and in the order in which it writes them: the widest first, so that each tensor is aligned.
 DTYPE_NAMES = {
@@ -171,7 +174,7 @@ def _same(found: Mapping[str, Entry], others: Mapping[str, Entry]) -> bool:
 
 
 def shards_of_size(entries: Mapping[str, Entry], limit: int | str, *, variant: str | None = None) -> list[Shard]:
-    """Return the files of an export, each of at most ``limit`` bytes or of one tensor, as save_pretrained cuts them.
+    """Return the files of an export, each of at most ``limit`` bytes or of one tensor, cut as save_pretrained cuts.
 
     Args:
         entries: in the order of the model's state dict.
@@ -179,24 +182,36 @@ def shards_of_size(entries: Mapping[str, Entry], limit: int | str, *, variant: s
         variant: as of save_pretrained: "fp16" makes it ``model.fp16.safetensors``.
 
     Raises:
-        ValueError: the limit is none, or huggingface_hub is not installed.
+        ValueError: the limit is none.
     """
-    try:
-        from huggingface_hub import split_state_dict_into_shards_factory
-    except ImportError as error:
-        raise ValueError("export needs huggingface_hub; install it with: pip install huggingface_hub") from error
-    sizes: dict[str, Any] = {name: entry.nbytes for name, entry in entries.items()}
-    pattern = f"model{'.' + variant if variant else ''}{{suffix}}.safetensors"
-    try:
-        found = split_state_dict_into_shards_factory(
-            sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=limit
-        )
-    except ValueError as error:
-        raise ValueError(f"max_shard_size: expected bytes, or text such as '5GB', received {limit!r}") from error
-    return [
-        Shard(file, _ordered({name: entries[name] for name in names}))
-        for file, names in found.filename_to_tensors.items()
-    ]
+    most = _bytes_in(limit)
+    large: list[dict[str, Entry]] = []
+    last: dict[str, Entry] = {}
+    size = 0
+    for name, entry in entries.items():
+        if entry.nbytes > most:
+            large.append({name: entry})
+            continue
+        if size + entry.nbytes > most:
+            large.append(last)
+            last, size = {}, 0
+        last[name] = entry
+        size += entry.nbytes
+    parts = [*large, last] if last or not large else large
+    begin, end = weights_name(variant).split(".safetensors")[0], ".safetensors"
+    suffixes = [f"-{n:05d}-of-{len(parts):05d}" for n in range(1, len(parts) + 1)] if len(parts) > 1 else [""]
+    return [Shard(begin + suffix + end, _ordered(part)) for suffix, part in zip(suffixes, parts, strict=True)]
+
+
+def _bytes_in(limit: int | str) -> int:
+    """Return a number of bytes that may be given as text: "5GB"."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?B)\s*", limit, re.IGNORECASE) if isinstance(limit, str) else None
+    if isinstance(limit, str) and found is not None:
+        with suppress(ValueError):
+            return int(float(found[1]) * _UNITS[found[2].upper()])
+    if isinstance(limit, int) and limit > 0:
+        return limit
+    raise ValueError(f"max_shard_size: expected bytes, or text such as '5GB', received {limit!r}")
 
 
 def weights_name(variant: str | None = None) -> str:

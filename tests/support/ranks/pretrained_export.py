@@ -12,8 +12,12 @@ import torch
 import transformers
 
 import fusemesh
+from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.hugging_face.export import ExportReport, export_pretrained
 from fusemesh.hybrid.hugging_face.exports import placing
+from fusemesh.hybrid.hugging_face.exports.documents import keep_small_files
+from fusemesh.hybrid.hugging_face.folder import read_folder
+from fusemesh.hybrid.hugging_face.merge import EXPORT, export_plan
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
 
@@ -105,3 +109,16 @@ def saving_refused(world: World, folder: str, target: str) -> dict[str, str]:
         except ValueError as error:
             found[option] = str(error)
     return found
+
+
+def checkpointed(world: World, text: str, kind: str, folder: str, run: str, target: str) -> None:
+    """Change every weight of a folder's model, in fp32, save it as a run's checkpoint, and export it."""
+    model, source = loaded(world, text, kind, folder, torch.float32), read_folder(folder)
+    with torch.no_grad():
+        for parameter in dict.fromkeys(model.parameters()):
+            parameter.mul_(1.37)
+    state = {"metadata": {EXPORT: export_plan(model, source)}}
+    checkpoint.save(run, model, None, state, step=1)
+    if world.rank == 0:
+        keep_small_files(source.path, Path(run))
+    export_pretrained(model, target, source)
