@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fusemesh.hybrid.layout import Layout
     from fusemesh.hybrid.planner.model import ModelDescription
     from fusemesh.tasks.base import Task
+    from fusemesh.tasks.tokens import Tokens
 
 
 class ModelMaker(ABC):
@@ -40,6 +41,10 @@ class ModelMaker(ABC):
     @abstractmethod
     def longest(self) -> int:
         """The most tokens that the model takes at once: of a prompt and its continuation together."""
+
+    @abstractmethod
+    def tokens(self) -> Tokens:
+        """Return how texts become the model's tokens."""
 
     def check(self) -> None:  # noqa: B027 (a new model can always be made)
         """Check in one process, before ranks start, that the model can be made for the configured task.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fusemesh.hybrid.layout import Layout
     from fusemesh.hybrid.planner.model import ModelDescription
     from fusemesh.tasks.base import Task
+    from fusemesh.tasks.tokens import Tokens
 
 logger = logging.getLogger("fusemesh")
 
@@ -59,6 +60,11 @@ class PretrainedModel(ModelMaker):
 
         found = longest(folder.config_of(self.path))
         return 2**20 if found is None else found
+
+    def tokens(self) -> Tokens:
+        from .tokenizer import FolderTokens
+
+        return FolderTokens(self.path)
 
     def check(self) -> None:
         config = self.config

@@ -21,7 +21,6 @@ from .corpus import Corpus, files_of, in_order, library_version, read_documents,
 from .corpus import load_corpus as load_corpus
 from .corpus import standard_library as standard_library
 from .tokens import bits_per_byte as bits_per_byte
-from .tokens import tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +85,8 @@ class LanguageModel(Task):
                 "data.columns: expected nothing with task language_model, whose text has no records, received "
                 f"{config.data.columns!r}"
             )
-        self.tokens, self.maker = tokens_of(config), maker_of(config)
+        self.maker = maker_of(config)
+        self.tokens = self.maker.tokens()
         super().__init__(config, metadata)
 
     @staticmethod

@@ -6,16 +6,12 @@ import codecs
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .base import PAD, decode, encode, shortened
 from .corpus import in_bytes
 from .encodings import check_characters
-
-if TYPE_CHECKING:
-    from fusemesh.config import Config
 
 
 class Tokens(ABC):
@@ -82,12 +78,3 @@ class Bytes(Tokens):
 def bits_per_byte(loss: float) -> float:
     """Convert a mean loss per byte from nats to bits."""
     return loss / math.log(2)
-
-
-def tokens_of(config: Config) -> Tokens:
-    """Return the tokens of a configuration's model."""
-    if config.model.pretrained:
-        from fusemesh.pretrained.tokenizer import FolderTokens
-
-        return FolderTokens(config.model.pretrained)
-    return Bytes()

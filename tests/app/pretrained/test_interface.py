@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fusemesh import cli, config
 from fusemesh.config import Config, TrainingConfig
+from fusemesh.hybrid.hugging_face.exports.documents import keep_small_files
 from fusemesh.hybrid.layout import Layout
 from fusemesh.models.registry import maker_of
 from fusemesh.pretrained import folder as folders
@@ -302,10 +303,7 @@ def test_characters_of_several_tokens_are_told_whole(qwen: Path, tmp_path: Path)
 
 def test_settings_check_reads_no_weights(qwen: Path, tmp_path: Path) -> None:
     """As an evaluation of a run whose source has gone."""
-    small = tmp_path / "small"
-    small.mkdir()
-    for file in folders.small_files(qwen):
-        shutil.copyfile(file, small / file.name)
+    small = keep_small_files(qwen, tmp_path)
     found = configured(small, training__dtype="float32", data__sequence_length="16", layout="tp2")
     Settings.of(found).check(2)
     assert maker_of(found).entries().keys() == {"model.pretrained"}

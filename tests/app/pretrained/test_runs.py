@@ -111,7 +111,7 @@ def test_a_run_in_fp64_is_that_of_plain_transformers_to_1e_12(
 
 
 def test_every_layout_drops_what_one_process_drops(folder: Callable[..., Path], run: Run) -> None:
-    """The family's own dropout of 0.1, accumulated over two micro-batches, which no other run drops alike; recomputed."""
+    """The family's own dropout of 0.1, also where a step is accumulated, or backward computes blocks again."""
     parts = {"training__accumulation": "2"}
     alone = losses_of(run(folder("gpt2"), "single", **parts)[0])
     found = losses_of(run(folder("gpt2"), "fsdp2 x tp2", training__recompute="full", **parts)[0])
