@@ -46,6 +46,10 @@ class ModelMaker(ABC):
     def tokens(self) -> Tokens:
         """Return how texts become the model's tokens."""
 
+    def labels(self) -> list[str]:
+        """Return the labels that a classifier's head has already, in its order; [] if it is new."""
+        return []
+
     def check(self) -> None:  # noqa: B027 (a new model can always be made)
         """Check in one process, before ranks start, that the model can be made for the configured task.
 

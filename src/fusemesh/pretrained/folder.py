@@ -27,11 +27,12 @@ AUTO_CLASSES = {
     "question_answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
     "translation": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
 }
+CLASSIFIER = "ForSequenceClassification"
 # The task that the head of a folder's architecture was trained for, by the end of its name.
 _HEADS = {
     "ForCausalLM": "language_model",
     "LMHeadModel": "language_model",
-    "ForSequenceClassification": "text_classification",
+    CLASSIFIER: "text_classification",
     "ForQuestionAnswering": "question_answering",
     "ForConditionalGeneration": "translation",
     "MTModel": "translation",

@@ -66,6 +66,11 @@ class PretrainedModel(ModelMaker):
 
         return FolderTokens(self.path)
 
+    def labels(self) -> list[str]:
+        config = folder.config_of(self.path)
+        made = (list(getattr(config, "architectures", None) or []) or [""])[0]
+        return [config.id2label[n] for n in sorted(config.id2label)] if made.endswith(folder.CLASSIFIER) else []
+
     def check(self) -> None:
         config = self.config
         if config.task not in PRETRAINED_TASKS:
@@ -92,7 +97,12 @@ class PretrainedModel(ModelMaker):
         from .build import build
 
         dtype = torch.float64 if self.config.training.dtype == "float64" else torch.float32
-        model, self.untied = build(self.path, self.config.task, dtype=dtype, untied=task.metadata.get(_UNTIED))
+        untied, changed = task.metadata.get(_UNTIED), task.pretrained_config()
+        model, self.untied = build(self.path, self.config.task, dtype=dtype, untied=untied, **changed)
+        if changed and model.config.pad_token_id is None:
+            # transformers asks for it where texts are classified together. The embedding is there already: told before,
+            # it would never train that row.
+            model.config.pad_token_id = self.tokens().pad
         return model
 
     def check_beginning(self, task: Task) -> None:

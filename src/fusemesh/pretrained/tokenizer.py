@@ -60,6 +60,15 @@ class FolderTokens(Tokens):
         found: list[list[int]] = self._tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
         return [row if row and row[-1] in self.ends else [*row, self.end] for row in found]
 
+    def whole(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        if not texts:
+            return [], []
+        uncut = self._tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+        # Tokens that begin and end a text stay where its end is cut.
+        rows = self._tokenizer(list(texts), truncation=True, max_length=most, return_attention_mask=False)["input_ids"]
+        # What the tokenizer makes nothing of is one token, too: each text has a last one.
+        return [row or [self.end] for row in rows], [len(row) for row in uncut]
+
     def _beginning(self, text: str) -> list[int]:
         """Return the tokens of a text that goes on: without those that the tokenizer adds to end it."""
         row: list[int] = self._tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]

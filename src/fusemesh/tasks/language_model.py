@@ -15,7 +15,7 @@ import numpy as np
 
 from fusemesh.models.registry import maker_of
 
-from .base import IGNORED, PAD, VOCAB_SIZE, Batch, Examples, Indices, Task
+from .base import IGNORED, PAD, VOCAB_SIZE, Batch, Examples, Indices, Task, padded_rows
 from .corpus import SEPARATOR as SEPARATOR  # public here
 from .corpus import Corpus, files_of, in_order, library_version, read_documents, some_of, source_of
 from .corpus import load_corpus as load_corpus
@@ -153,15 +153,13 @@ class LanguageModel(Task):
         """Return lines as beginnings of a text; half of the sequence length is kept for the continuation."""
         length = self.config.data.sequence_length // 2
         found = [self.tokens.line(line, length) for line in lines]
-        tokens = np.full((len(lines), length), self.tokens.pad, np.int64)
-        for row, (beginning, _) in zip(tokens, found, strict=True):
-            row[: len(beginning)] = beginning
+        tokens, lengths = padded_rows([beginning for beginning, _ in found], length, self.tokens.pad)
         # Uncut, a line takes as much again for its continuation.
         return Examples(
             tokens,
             np.full((len(lines), 1), IGNORED, np.int64),
             whole=[2 * size for _, size in found],
-            lengths=np.array([len(beginning) for beginning, _ in found], np.int64),
+            lengths=lengths,
         )
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,9 @@ from .encodings import check_characters
 
 
 class Tokens(ABC):
-    """``pad`` fills samples up; ``line_ends`` are the tokens each of which ends the continuation of a line."""
+    """Texts of a task as tokens, and back.
+
+    ``pad`` fills samples up; ``line_ends`` are the tokens each of which ends the continuation of a line."""
 
     pad: int
     line_ends: Sequence[int]
@@ -23,6 +25,11 @@ class Tokens(ABC):
     @abstractmethod
     def stream(self, documents: Sequence[bytes]) -> np.ndarray:
         """Return documents in UTF-8 as one stream [tokens], each with the token that ends it."""
+
+    @abstractmethod
+    def whole(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        """Return the tokens of texts that are each seen as a whole, at most ``most`` a text, and how many each takes
+        uncut."""
 
     @abstractmethod
     def line(self, text: str, most: int) -> tuple[list[int], int]:
@@ -54,6 +61,10 @@ class Bytes(Tokens):
 
     def stream(self, documents: Sequence[bytes]) -> np.ndarray:
         return in_bytes(documents)
+
+    def whole(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        data = [encode(text) for text in texts]
+        return [list(shortened(text, most)) for text in data], [len(text) for text in data]
 
     def line(self, text: str, most: int) -> tuple[list[int], int]:
         data = encode(text)

@@ -15,13 +15,16 @@ import pytest
 import torch
 import transformers
 
-from fusemesh import cli
+from fusemesh import cli, config
 from fusemesh.config import Config
 from fusemesh.hybrid.layout import Layout
 from fusemesh.run.metrics import read_metrics
+from fusemesh.run.predictor import answer_rank
+from fusemesh.run.setup import config_of as values_of
+from fusemesh.tasks.registry import build_task
 from tests.support import tiny_run
 from tests.support.pretrained import runs
-from tests.support.pretrained.folders import make_folder
+from tests.support.pretrained.folders import CLASSES, make_folder
 
 pytestmark = pytest.mark.distributed
 Run = Callable[..., tuple[Config, dict[str, Any]]]
@@ -195,6 +198,62 @@ def test_a_run_is_continued_by_transformers_generate(
     assert found["log_likelihood"] == pytest.approx(score, rel=1e-4)
     assert cli.main([*asked[:3], "pp2 x tp2", *asked[4:]]) == 2
     assert "give --layout tp2" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
+    kinds = {"good": "fox jumps over the dog", "bad": "five dozen jugs", "so-so": "black quartz"}
+    lines = [f"{text} {n},{kind}" for n in range(30) for kind, text in kinds.items()]
+    path.write_text("text,label\n" + "\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("family", ["bert", pytest.param("qwen3", marks=pytest.mark.slow)])
+def test_a_classifier_is_trained_on_a_folder_with_a_new_head(
+    family: str, folder: Callable[..., Path], run: Run, reviews: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a language model, or of an encoder's; the layouts begin with one head, and export its labels."""
+    source, asked = folder(family), {"task": "text_classification", "data__path": reviews, "training__steps": "8"}
+    alone, first = run(source, "single", **asked)
+    other, second = run(source, "fsdp2 x tp2", **asked)
+    assert losses_of(other) == pytest.approx(losses_of(alone), rel=1e-4)
+    assert second["held_out"]["loss"] == pytest.approx(first["held_out"]["loss"], rel=1e-4)
+    if family == "qwen3":
+        third = run(source, "pp2 x tp2", **asked)[0]
+        assert losses_of(third) == pytest.approx(losses_of(alone), rel=1e-4)
+    said = json.loads(Path(second["exported"], "config.json").read_text())
+    assert said["id2label"] == {"0": "bad", "1": "good", "2": "so-so"} and "pad_token_id" in said
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(second["exported"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(second["exported"])
+    lines = ["black quartz 3", "five dozen jugs"]
+    with torch.no_grad():
+        wanted = model(**tokenizer(lines, return_tensors="pt", padding=True)).logits.softmax(-1)
+    found = answers(other.run.directory, lines)
+    for row, scores in zip(wanted.tolist(), found, strict=True):
+        assert list(scores["probabilities"].values()) == pytest.approx(row, rel=1e-3)
+
+
+def answers(target: str, lines: list[str]) -> list[dict[str, Any]]:
+    """What the model of a run says of lines, in one process."""
+    values = runs.as_values(
+        config.load(base=values_of(target)), layout="single", model__pretrained=f"{target}/checkpoints/pretrained"
+    )
+    return [answer.scores for answer in answer_rank(target, values, lines)]
+
+
+def test_a_head_that_has_the_labels_keeps_their_order(
+    folder: Callable[..., Path], reviews: str, tmp_path: Path
+) -> None:
+    source = folder("bert", kind=CLASSES, num_labels=3)
+    path = Path(shutil.copytree(source, tmp_path / "source"))
+    content = json.loads((path / "config.json").read_text())
+    content["id2label"] = {"0": "so-so", "1": "good", "2": "bad"}
+    (path / "config.json").write_text(json.dumps(content))
+    asked = {"task": "text_classification", "training__dtype": "float32"}
+    found = build_task(runs.settings(path, reviews, tmp_path / "run", **asked))
+    assert found.metadata["labels"] == ["so-so", "good", "bad"]
+    assert build_task(runs.settings(folder("bert"), reviews, tmp_path / "run", **asked)).metadata["labels"][0] == "bad"
 
 
 def test_a_safetensors_name_is_refused_for_a_folder(
