@@ -6,6 +6,7 @@ Layers: one process; 4 gloo ranks. What is compared with is a loop of transforme
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.support.pretrained import runs
 from tests.support.pretrained.folders import CLASSES, make_folder
 
 pytestmark = pytest.mark.distributed
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 Run = Callable[..., tuple[Config, dict[str, Any]]]
 
 
@@ -262,3 +264,13 @@ def test_a_safetensors_name_is_refused_for_a_folder(
     configured, _ = run(folder("qwen3"), "fsdp2 x tp2")
     assert cli.main(["merge", configured.run.directory, "-o", str(tmp_path / "model.safetensors")]) == 2
     assert f"give '{tmp_path / 'model'}'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_example_runs_and_its_model_is_loaded_by_transformers(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(EXAMPLES / "fine_tune_pretrained.py"))
+    asked = ["--text", text, "--steps", "2", "--out", str(tmp_path / "run")]
+    assert script["main"](asked) == 0
+    assert "A layout" in capsys.readouterr().out
