@@ -8,17 +8,26 @@ import pytest
 import torch
 
 from fusemesh.hybrid.hugging_face.stages import as_trainable
-from fusemesh.hybrid.pipeline_options import deal_blocks
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.pipeline_options import PipelineOptions, deal_blocks
+from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.hugging_face import KeepDouble
 from tests.support.pretrained import training
 from tests.support.pretrained.folders import PRETRAINED
+from tests.support.ranks import pretrained as ranks
 
 FP64 = 1e-12
 ALL = [(name, kind) for name, family in PRETRAINED.items() for kind in family.kinds]
 
 
 def named(case: Any) -> str:
-    return str(case).removeprefix("AutoModelFor")
+    if isinstance(case, PipelineOptions):
+        return case.schedule
+    return str(case).removeprefix("AutoModelFor").replace(" ", "")
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -59,3 +68,35 @@ def test_stages_one_after_the_other_are_the_model(name: str, kind: str) -> None:
                 state = found if isinstance(found, tuple) else (found,)
                 assert stage.output_shapes(shapes) == [x.shape for x in state]
             assert torch.equal(state[0], want), number
+
+
+LOOPED = PipelineOptions(4, "interleaved1f1b", 2)
+
+
+def check(rank_pool: RankPool, layout: str, name: str, kind: str, options: PipelineOptions, **changed: Any) -> None:
+    """Losses, norms, every gradient and parameter, of all ranks together each of the whole model's."""
+    want = training.learned_alone(name, kind, **changed)
+    held: set[str] = set()
+    number = Layout.parse(layout).world_size
+    for found in rank_pool.run(ranks.learned, layout, name, kind, options, changed, ranks=number):
+        assert not (wrong := training.wrong(found, want, FP64)), wrong
+        held |= found["parameters"].keys()
+    assert held == want["parameters"].keys()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "name", "kind", "options"),
+    [
+        *(slow("pp2", name, kind, PipelineOptions()) for name, kind in ALL),
+        *(slow("pp4", name, kind, PipelineOptions()) for name, kind in ALL),
+        *(slow("pp2", name, kind, LOOPED) for name, kind in ALL),
+        *(slow("dp2 x pp2", name, kind, PipelineOptions()) for name, kind in ALL),
+        *(slow("fsdp2 x pp2", name, kind, PipelineOptions()) for name, kind in ALL),
+    ],
+    ids=named,
+)
+def test_stages_on_ranks_learn_as_one_process(
+    rank_pool: RankPool, layout: str, name: str, kind: str, options: PipelineOptions
+) -> None:
+    check(rank_pool, layout, name, kind, options)
