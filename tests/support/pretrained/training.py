@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fusemesh.hybrid.hugging_face.sources import sources_of
 from fusemesh.hybrid.hugging_face.stages import as_trainable
 from tests.support.hugging_face import KeepDouble
 from tests.support.pretrained.folders import VOCABULARY, make_model
@@ -164,3 +165,20 @@ def wrong(found: dict[str, Any], want: dict[str, Any], tolerance: float) -> dict
         total = float(torch.stack([x.norm() for x in want[key].values()]).norm())
         result |= {f"{key} {name}": e for name, e in errors(found[key], part, total).items()}
     return {key: e for key, e in result.items() if not e <= tolerance}
+
+
+def cut_as(want: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The same, of fused projections the parts that the model ``model``, in which they are cut, has in their places."""
+    sources = sources_of(model)
+
+    def part(whole: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        source = sources[name]
+        found = whole[source.name]
+        if source.length is not None:
+            found = found.narrow(source.dim, source.start, source.length)
+        return found.t() if source.transposed else found
+
+    names = dict(model.named_parameters())
+    tensors = ("gradients", "clipped", "parameters")
+    cut = {key: {n: part(want[key], n) for n in names if sources[n].name in want[key]} for key in tensors}
+    return {**want, **cut}
