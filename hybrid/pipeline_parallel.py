@@ -5,9 +5,8 @@ interleaved schedule several. Parameters keep the names they have in the whole m
 of stages. The loss that the last stage differentiates is already divided by the global token count, so micro-batches
 add up and nothing is scaled afterwards.
 
-A parameter that several stages hold (tied embeddings, T5's biases for relative positions) is a copy on each. The copies
-start equal, their gradients are summed among these ranks, in one order on all, and so they stay equal; the norm counts
-them once.
+A parameter that several stages hold (tied embeddings, T5's biases) is a copy on each. The copies start equal, their
+gradients are summed among these ranks, in one order on all, and so they stay equal; the norm counts them once.
 
 Sources: Huang et al., "GPipe" (2019); Narayanan et al., "PipeDream" (2019) for 1F1B and "Efficient Large-Scale Language
 Model Training on GPU Clusters" (2021) for the interleaved schedule and tied embeddings.
@@ -16,6 +15,7 @@ Model Training on GPU Clusters" (2021) for the interleaved schedule and tied emb
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from .dropout import dropout_of
 from .pipeline_options import PipelineOptions, check_holders, deal_blocks
 
 # Names in torch.distributed.pipelining, which only a pipeline imports: it takes a second.
@@ -77,8 +78,9 @@ class PipelinedModel(nn.Module):
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Return the loss summed over this replica's targets; with pp it has no gradient."""
-        # By the call, not by forward: fully_shard's hooks hang on it.
-        return self(tokens, targets, **inputs)
+        with dropout_of(self).forward(len(tokens)):
+            # By the call, not by forward: fully_shard's hooks hang on it.
+            return self(tokens, targets, **inputs)
 
     def loss_and_gradients(
         self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor
@@ -189,11 +191,6 @@ class Pipeline:
         """Return whether this rank holds the last stage."""
         return self.parts.num_stages - 1 in self.parts.stages
 
-    @property
-    def spans(self) -> list[range]:
-        """Return the blocks of every stage."""
-        return self.parts.spans
-
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Return the loss summed over targets [B, ...], on every rank; no gradient.
 
@@ -263,6 +260,7 @@ class Pipeline:
         self, call: Callable[..., Any], tokens: torch.Tensor, targets: torch.Tensor, inputs: dict[str, torch.Tensor]
     ) -> None:
         self._losses.clear()
+        dropout_of(self.parts.model).begin(len(tokens))
         call(
             *((tokens,) if self.has_first else ()),
             target=targets if self.has_last else None,
@@ -307,32 +305,24 @@ class Pipeline:
     def exchange(self, own: torch.Tensor, ranks: tuple[int, ...]) -> list[torch.Tensor]:
         """Return the tensors that these ranks of pp, this one among them, pass as ``own``, in their order."""
         own = own.contiguous()
-        found = [own if rank == self.rank else torch.empty_like(own) for rank in ranks]
-        messages = []
-        for rank, other in zip(ranks, found, strict=True):
-            if rank != self.rank:
-                messages.append(dist.P2POp(dist.isend, own, group=self.group, group_peer=rank))
-                messages.append(dist.P2POp(dist.irecv, other, group=self.group, group_peer=rank))
+        found = {rank: own if rank == self.rank else torch.empty_like(own) for rank in ranks}
+        messages = [
+            dist.P2POp(way, tensor, group=self.group, group_peer=rank)
+            for rank in ranks
+            if rank != self.rank
+            for way, tensor in ((dist.isend, own), (dist.irecv, found[rank]))
+        ]
         for work in dist.batch_isend_irecv(messages):
             work.wait()
-        return found
+        return list(found.values())
 
     def _sum_shared_gradients(self) -> None:
         for name, ranks in self.parts.shared.items():
             parameter = self.parts.model.get_parameter(name)
-            if not parameter.requires_grad:
-                continue
-            gradient = parameter.grad
-            assert gradient is not None, name
-            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            if own.numel() == 0:
-                continue
-            # In the same order everywhere: the same bits on all ranks.
-            first, *others = self.exchange(own, ranks)
-            total = first.clone()
-            for other in others:
-                total += other
-            own.copy_(total)
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            if parameter.grad is not None and (own := _own_part(parameter.grad)).numel() > 0:
+                # In the same order everywhere: the same bits on all ranks.
+                own.copy_(functools.reduce(torch.add, self.exchange(own, ranks)))
 
     def _schedule(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor], *, training: bool) -> tuple[Any, bool]:
         """Return torch's schedule for these shapes, which fix its buffers, and whether it has not run yet."""
@@ -341,8 +331,8 @@ class Pipeline:
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **inputs}.items()}
         key = (*sorted(shapes.items()), training)
         if is_new := key not in self._schedules:
-            while len(self._schedules) >= _MOST_SCHEDULES:
-                # Where every batch is as long as its longest text, each may have a shape of its own.
+            if len(self._schedules) == _MOST_SCHEDULES:
+                # Batches as long as their longest text may all differ.
                 del self._schedules[next(iter(self._schedules))]
             options = self.options if training else self.options.evaluating()
             number = options.microbatches_of(self.ranks, tokens.shape[0])
@@ -369,15 +359,11 @@ class Pipeline:
             tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
             for shapes in (stage.input_shapes(batch), stage.output_shapes(batch))
         )
-        return PipelineStage(
-            stage,
-            index,
-            self.parts.num_stages,
-            self.device,
-            input_args=tokens if index == 0 else entering,
-            output_args=leaving,
-            group=self.group,
+        taken = tokens if index == 0 else entering
+        made = PipelineStage(
+            stage, index, self.parts.num_stages, self.device, input_args=taken, output_args=leaving, group=self.group
         )
+        return dropout_of(self.parts.model).numbering(made, stage, len(tokens))
 
 
 def clip_gradients(model: nn.Module, max_norm: float, *, foreach: bool | None = None) -> torch.Tensor:
