@@ -204,11 +204,9 @@ class Trainer:
         # the same however they are cut.
         count = self._targets(step)
         parts = self.order.micro_batches(step, self.share.replica)
-        for number, indices in enumerate(parts):
-            # Dropout is that of these samples of this step, whatever computes them.
-            first = self.share.replica * parts.size + number * len(indices)
-            dropout_of(self.model).at(step, first, self.config.training.seed)
+        for number, indices in enumerate(parts, self.share.replica * len(parts)):
             tokens, targets, inputs = on_device(self.task.train.batch(indices), self.world.device)
+            dropout_of(self.model).at(step, number * len(indices), self.config.training.seed)
             total += self.model.loss_and_gradients(tokens, targets, count, **inputs).double()
         return total
 
