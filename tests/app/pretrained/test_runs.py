@@ -79,7 +79,7 @@ def losses_of(configured: Config) -> list[float]:
     return [line["loss"] for line in read_metrics(configured.run.directory) if "loss" in line]
 
 
-LAYOUTS = ["single", "fsdp2 x tp2", "pp2 x tp2"]
+LAYOUTS = ["single", "fsdp2 x tp2", pytest.param("pp2 x tp2", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -99,7 +99,8 @@ def test_a_run_is_what_plain_transformers_computes(
         assert (tensor - state[name]).norm() <= 2e-3 * state[name].norm(), name
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_in_fp64_is_that_of_plain_transformers_to_1e_12(
     layout: str, folder: Callable[..., Path], run: Run
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_run_in_fp64_is_that_of_plain_transformers_to_1e_12(
         assert (tensor - state[name]).norm() <= 1e-10 * state[name].norm(), name
 
 
+@pytest.mark.slow
 def test_every_layout_drops_what_one_process_drops(folder: Callable[..., Path], run: Run) -> None:
     """The family's own dropout of 0.1, also where a step is accumulated, or backward computes blocks again."""
     parts = {"training__accumulation": "2"}
@@ -150,7 +152,7 @@ def test_a_run_goes_on_in_another_layout_where_its_source_has_gone(
     folder: Callable[..., Path], run: Run, rank_pool: Any, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(folder("qwen3"), tmp_path / "source"))
-    whole, _ = run(folder("qwen3"), "pp2 x tp2")
+    whole, _ = run(folder("qwen3"), "fsdp2 x tp2")
     configured, _ = run(source, "fsdp2 x tp2", training__steps="2", training__warmup_steps="1", run__export="false")
     assert not Path(configured.run.directory, "model").exists()
     shutil.rmtree(source)
@@ -158,14 +160,13 @@ def test_a_run_goes_on_in_another_layout_where_its_source_has_gone(
     summary = rank_pool.call(runs.train, again, True, ranks=4, timeout=120)[0]
     assert (summary["resumed_from"], summary["steps"]) == (2, 4)
     assert losses_of(configured)[:2] == pytest.approx(losses_of(whole)[:2], rel=1e-5)
-    # The rate of the first two steps was another: these end elsewhere, and are a whole run all the same.
     assert losses_of(configured)[3] < losses_of(configured)[0]
     assert runs.tensors(Path(summary["exported"])).keys() == runs.tensors(folder("qwen3")).keys()
     saved = json.loads(next(Path(configured.run.directory, "checkpoints").glob("step-*4/checkpoint.json")).read_text())
     assert saved["state"]["config"]["model"] == {"pretrained": str(source)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["single", "pp2 x tp2", pytest.param("tp2", marks=pytest.mark.slow)])
 def test_a_carried_run_is_evaluated_in_any_layout(
     layout: str, folder: Callable[..., Path], run: Run, text: str, tmp_path: Path, capsys: Any, rank_pool: Any
 ) -> None:
@@ -211,7 +212,8 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("family", ["bert", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
 def test_a_classifier_is_trained_on_a_folder_with_a_new_head(
     family: str, folder: Callable[..., Path], run: Run, reviews: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
