@@ -24,6 +24,8 @@ from fusemesh.kernels.emulator.launch.launching import Bound
 from fusemesh.kernels.emulator.machine import Machine
 from fusemesh.kernels.runtime.launch import TARGETS
 
+# Its name since triton 3.9, and the one before.
+store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 ROWS, KEYS, D, STAGES = 64, 64, 64, 2  # rows of a consumer, tile of keys, head dim, tiles under way
 CONSUMERS = 2
 
@@ -115,7 +117,7 @@ def _consumer(d_o, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_empty, scal
     acc = acc / gl.convert_layout(total, out_l)[:, None]
     q.store(acc.to(d_o.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(d_o, [gl.program_id(1) * S + i_m * rows, 0], q)
+    store_box(d_o, [gl.program_id(1) * S + i_m * rows, 0], q)
     tma.store_wait(0)
 
 
