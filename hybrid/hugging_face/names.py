@@ -187,7 +187,9 @@ def _renamed(name: str, prefix: str, wanted: set[str]) -> str:
             return f"{prefix}.{candidate}"
         if candidate in wanted:
             return candidate
-    return new
+    # Classes of one family may call their body by two names, as Llama's for spans; from_pretrained goes on without it.
+    other = f"{prefix}.{new.partition('.')[2]}"
+    return other if other in wanted else new
 
 
 def _check_missing(model: nn.Module, folder: Folder, names: list[str]) -> None:
