@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint import together
-from ..placed import own_slices
+from ..tensor.modules import own_slices
 from .folder import Folder
 from .names import Match, part_on_disk
 from .reading import Job, open_folder, read_all
