@@ -15,15 +15,20 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh.kernels.attention.call.place import Place
 
-from . import compat
 from .capabilities import Capabilities
 from .consistency import check_same_on_all_ranks
 from .data_parallel import shard_data_parallel
+from .dropout import check_layers_stay
+from .hugging_face import families
+from .hugging_face.exports.names import remember_whole_names
+from .hugging_face.stages import as_trainable, is_known, model_type_of
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
 from .placed import PlacedPart, mark
-from .tensor.modules import ColumnParallelLinear, TensorParallelModule
+from .recompute import check_recompute, recompute_blocks
+from .tensor.fused import columns_of
+from .tensor.modules import TensorParallelModule
 from .tensor.table import convert, find_table
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,6 +43,7 @@ def parallelize(
     sequence_parallel: bool = True,
     dtype: torch.dtype | None = None,
     pipeline: PipelineOptions | None = None,
+    recompute: str = "none",
 ) -> Model:
     """Place ``model`` on ``mesh``, in place, and return it.
 
@@ -54,7 +60,8 @@ def parallelize(
 
     With pp a rank keeps the parameters of its own stages, under the names of the whole model; forward and backward are
     one call, :meth:`~fusemesh.hybrid.pipeline_parallel.PipelinedModel.loss_and_gradients`, and clipping is
-    :func:`~fusemesh.hybrid.pipeline_parallel.clip_gradients`. Both work without pp too.
+    :func:`~fusemesh.hybrid.pipeline_parallel.clip_gradients`. Both work without pp too. A Hugging Face model of a known
+    family gets these methods with pp; without, :func:`~fusemesh.hybrid.hugging_face.stages.as_trainable` gives them.
 
     Args:
         model: its layers, which are sharded one by one, are the members of its outermost ``nn.ModuleList``s.
@@ -68,19 +75,29 @@ def parallelize(
             layers are called with are cast to it, those in lists, dicts and dataclasses too, of which a copy is then
             passed; a container in which nothing is to be cast is passed itself, so that a layer may write into it.
         pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
+        recompute: "full": in training each layer keeps its inputs alone, and backward computes it again; a Hugging Face
+            model then fills no cache. See :mod:`fusemesh.hybrid.recompute`.
 
     Raises:
         ValueError: the model is on a mesh already, the layout has an axis that is not built yet or other degrees than
             the mesh, a module cannot be split over tp, the plan does not fit the model, or the model cannot be cut for
-            pp; raised before any communication. Or the ranks' models differ, which the first one finds.
+            pp, or it leaves out layers by chance (layerdrop) with fsdp or pp; raised before any communication. Or the
+            ranks' models differ, which the first one finds.
     """
     _check_whole(model)
     options = pipeline or PipelineOptions()
+    check_recompute(recompute, len(_blocks(model)))
+    check_layers_stay(model, layout)
     capabilities_of(model, plan).check(layout)
+    if layout.pp > 1:
+        as_trainable(model)
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
+    if layout.tp > 1 and plan is None:
+        families.prepare(model)
     table = find_table(model, plan, layout.tp)
     if table is not None:
         sequence_parallel = convert(model, table, layout.tp, sequence_parallel=sequence_parallel)
+        families.share_heads(model, layout.tp)
     parts = _parts(model)
     for module in parts:
         module.check(layout.tp)
@@ -92,6 +109,7 @@ def parallelize(
     if mesh.size() == dist.get_world_size():
         check_same_on_all_ranks([*model.named_parameters(), *model.named_buffers()], device)
 
+    remember_whole_names(model)
     # 1. Pipeline parallel: the rank keeps its stages alone, before anything else takes memory.
     mine = None
     if layout.pp > 1:
@@ -111,6 +129,8 @@ def parallelize(
         shard_data_parallel(
             root, mesh, blocks=_blocks(root), prepare=split, dtype=dtype, keep_gathered=mine is not None
         )
+        if recompute == "full":
+            recompute_blocks(_blocks(root))
     # 4. What attends knows its heads and samples, so that dropout is that of one process.
     for root in roots:
         _set_places(root, layout.replica_of(mesh.get_rank()))
@@ -142,13 +162,14 @@ def _check_whole(model: nn.Module) -> None:
 def capabilities_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> Capabilities:
     """Return the axes over which :func:`parallelize` can split ``model``, with the ``plan`` or without one."""
     parts = _parts(model)
-    has_table = plan is not None or bool(compat.hugging_face_plan(model))
+    has_table = plan is not None or families.has_table(model)
     plain = [] if has_table else _plain_parameters(model, parts)
     return Capabilities(
         type(model).__name__,
         tp=not plain,
-        pp=isinstance(model, PipelinedModel),
-        # transformers' plans, which find_table() translates, have no style for parts of the sequence.
+        pp=isinstance(model, PipelinedModel) or is_known(model),
+        family=model_type_of(model),
+        # Hugging Face's models have no table with parts of the sequence.
         sequence_parallel="sequence" in (plan or {}).values() if has_table else not plain,
         without_table=plain[0] if plain and parts else "",
     )
@@ -162,15 +183,15 @@ def _parts(model: nn.Module) -> list[TensorParallelModule]:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Return the layers. Lists inside a layer are left out: a module in one may run on some ranks and not on others."""
     if isinstance(model, nn.ModuleList):
-        return list(model)
+        # What stands in the place of another stage's layer has no parameters.
+        return [block for block in model if any(True for _ in block.parameters())]
     return [block for child in model.children() for block in _blocks(child)]
 
 
 def _set_places(model: nn.Module, replica: int) -> None:
     """Set on every module that contains others which part of the heads and samples is its own."""
     for module in model.modules():
-        columns = [child for child in module.children() if isinstance(child, ColumnParallelLinear)]
-        heads = next((column.rank for column in columns if not column.gather_output), 0)
+        heads = next((column.rank for column in columns_of(module) if not column.gather_output), 0)
         if any(True for _ in module.children()):
             vars(module)["fusemesh_place"] = Place(heads, replica)
 

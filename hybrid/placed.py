@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from fusemesh.kernels import op_rules
 
 from . import compat
 from .consistency import agree, check_has_memory, check_same_on_all_ranks
+from .hugging_face.exports.save import save_slices
+from .hugging_face.sources import from_disk, sources_of, to_disk
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
-from .tensor.modules import own_rows
+from .tensor.modules import own_slices
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds
@@ -32,7 +35,8 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return on rank 0 the parameters and buffers of a parallelized model, whole, on the CPU; on other ranks {}.
 
     Every rank calls it. The names are those of the whole model, and tied parameters share memory, as in the state
-    dict of a model in one process, where ``load_state_dict`` takes the result.
+    dict of a model in one process, where ``load_state_dict`` takes the result. Projections that
+    :func:`fusemesh.hybrid.hugging_face.families.prepare` cut are one tensor again.
 
     Args:
         model: from :func:`fusemesh.hybrid.apply.parallelize`, in any layout; or a part of one.
@@ -57,6 +61,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         found[name] = wholes[id(value)]
     if not keeps:
         return {}
+    found = to_disk(found, sources_of(model))
     if group is None:
         return found
     stages: list[Any] = [None] * dist.get_world_size(group)
@@ -79,18 +84,7 @@ def _part_like(own: Any, whole: Any) -> Any:
         return whole
     if own.shape != whole.shape:
         return whole  # load_state_dict names the parameter and both shapes
-    part, place = whole, own.device_mesh.get_coordinate()
-    assert place is not None
-    # tp has cut first, and fsdp its parts.
-    for axis in reversed(range(own.device_mesh.ndim)):
-        placement, ranks = own.placements[axis], own.device_mesh.size(axis)
-        dim = getattr(placement, "dim", None)  # of Shard, and of the class for parts of parts
-        if dim is not None:
-            rows = own_rows(part.shape[dim], ranks, place[axis])
-            part = part.narrow(dim, rows.start, rows.stop - rows.start)
-    local = own.to_local()
-    assert part.shape == local.shape, (part.shape, local.shape)
-    part = part.to(local.device).contiguous()
+    part = whole[own_slices(own)].to(own.to_local().device).contiguous()
     return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
 
 
@@ -148,27 +142,13 @@ class PlacedPart(nn.Module):
     def to_empty(self, *, device: str | torch.device | int | None, recurse: bool = True) -> Any:
         """Give memory to parameters and buffers as torch does; buffers that no state dict holds have their values.
 
-        Those that were on meta are computed as Hugging Face's from_pretrained does; those with values keep them.
+        Those that were on meta are computed as Hugging Face's from_pretrained does; those with values keep them. What
+        was tied stays so.
 
         Raises:
             ValueError: it is on meta, and its model does not compute it.
         """
-        loaded = self.state_dict().keys()
-        before = {name: x for name, x in self.named_buffers(remove_duplicate=False) if name not in loaded}
-        super().to_empty(device=device, recurse=recurse)
-        after = dict(self.named_buffers(remove_duplicate=False))
-        with torch.no_grad():
-            for name, buffer in before.items():
-                if not buffer.is_meta and buffer is not after[name]:
-                    after[name].copy_(buffer)
-        lost = _not_computed(self, [name for name, x in before.items() if x.is_meta and not after[name].is_meta])
-        if lost:
-            raise ValueError(
-                f"to_empty: expected values of the buffers that no state dict holds, received {', '.join(lost)} on "
-                f"meta, which {type(self).__name__} does not compute again; give them values before parallelize(), "
-                "as by building the modules that hold them outside torch.device('meta'): to_empty() keeps those"
-            )
-        return self
+        return make_empty(self, lambda: super(PlacedPart, self).to_empty(device=device, recurse=recurse))
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise ValueError(
@@ -182,6 +162,40 @@ class PlacedPart(nn.Module):
             "save fusemesh.whole_state_dict(model), which every rank calls and rank 0 gets, or all of a training by "
             "fusemesh.hybrid.checkpoint.save"
         )
+
+
+def make_empty(model: Any, to_empty: Callable[[], Any]) -> Any:
+    """Give memory to ``model`` by ``to_empty``; see :meth:`PlacedPart.to_empty`, which is for whole models, too."""
+    loaded = model.state_dict().keys()
+    before = {name: x for name, x in model.named_buffers(remove_duplicate=False) if name not in loaded}
+    tied = _tied(model)
+    to_empty()
+    for (first, name), *others in tied:
+        for module, other in others:
+            # Those that fully_shard manages are the first holder's.
+            compat.parameters_of(module)[other] = compat.parameters_of(first)[name]
+    after = dict(model.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, buffer in before.items():
+            if not buffer.is_meta and buffer is not after[name]:
+                after[name].copy_(buffer)
+    lost = _not_computed(model, [name for name, x in before.items() if x.is_meta and not after[name].is_meta])
+    if lost:
+        raise ValueError(
+            f"to_empty: expected values of the buffers that no state dict holds, received {', '.join(lost)} on "
+            f"meta, which {type(model).__name__} does not compute again; give them values before parallelize(), "
+            "as by building the modules that hold them outside torch.device('meta'): to_empty() keeps those"
+        )
+    return model
+
+
+def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Return the holders of each parameter that several modules hold, in the order of the modules."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append((module, name))
+    return [found for found in holders.values() if len(found) > 1]
 
 
 @torch.no_grad()
@@ -213,6 +227,8 @@ class PlacedModel(PlacedPart):
         if not assign or not all(isinstance(x, DTensor) for x in state_dict.values()):
             check_has_memory("load_state_dict", self)
         own = _own_state(self)
+        if not any(isinstance(x, DTensor) for x in state_dict.values()):
+            state_dict = from_disk(state_dict, sources_of(self))
         plain = [
             (name, x.detach())
             for name, x in state_dict.items()
@@ -228,8 +244,27 @@ class PlacedModel(PlacedPart):
         return super().load_state_dict(parts, strict, assign)
 
 
+def _check_saving(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what save_pretrained of a model on a mesh does not do."""
+    if options.get("push_to_hub"):
+        raise ValueError(
+            "save_pretrained: expected push_to_hub=False for a model on a mesh, received True; save it, then upload "
+            "the folder once: hf upload NAME FOLDER"
+        )
+    if options.get("distributed_checkpoint"):
+        raise ValueError(
+            "save_pretrained: expected distributed_checkpoint=False for a model on a mesh, received True; save a "
+            "checkpoint for any layout by fusemesh.hybrid.checkpoint.save"
+        )
+    if not options.get("safe_serialization", True):
+        raise ValueError(
+            "save_pretrained: expected safe_serialization=True for a model on a mesh, received False; save it, load it "
+            "in one process by from_pretrained, and save that"
+        )
+
+
 class PlacedHuggingFaceModel(PlacedModel):
-    """In front of a Hugging Face model's class: it saves its whole weights, from rank 0, when every rank calls it."""
+    """In front of a Hugging Face model's class: it saves its whole weights when every rank calls it."""
 
     def save_pretrained(
         self,
@@ -241,17 +276,31 @@ class PlacedHuggingFaceModel(PlacedModel):
     ) -> None:
         """Save the model as transformers does, for ``from_pretrained`` in one process or many; every rank calls it.
 
-        Rank 0 writes; the others return when the files are there.
+        Each rank writes its own slices, so that nobody holds a whole model; all return when the files are there, and
+        until then the folder has no weights that could be taken for whole. Models of which transformers saves more than
+        their tensors (quantised, adapters, experts that are stored apart) are gathered, and rank 0 writes.
 
         Args:
             save_directory, args, kwargs: of transformers' own save_pretrained.
-            is_main_process: whether rank 0 may write.
-            state_dict: on rank 0, of whole tensors; None gathers the model's own.
+            is_main_process: whether rank 0, and with it all others, may write.
+            state_dict: on rank 0, of whole tensors, which rank 0 writes; None: the model's own.
 
         Raises:
-            RuntimeError: on the other ranks, when rank 0 has raised its own error.
+            OSError: on every rank, the folder cannot be written.
+            ValueError: ``push_to_hub``, ``distributed_checkpoint`` or ``safe_serialization=False`` is asked for.
+            RuntimeError: on the other ranks, when rank 0 writes and has raised its own error.
         """
+        given = inspect.signature(super().save_pretrained).bind(  # type: ignore[misc]
+            save_directory, is_main_process, state_dict, *args, **kwargs
+        )
+        given.apply_defaults()
+        options = {**given.arguments, **given.arguments.get("kwargs", {})}
+        _check_saving(options)
         if state_dict is None:
+            with _told_while_alone("whole_state_dict() or save_pretrained()"):
+                dist.barrier()
+            if save_slices(self, save_directory, options, is_main_process):
+                return
             state_dict = whole_state_dict(self)
         failure: list[Any] = [None]
         error: Exception | None = None

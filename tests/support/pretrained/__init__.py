@@ -1,0 +1,1 @@
+"""Small pretrained folders of every family, made on the spot."""
