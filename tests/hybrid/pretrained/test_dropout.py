@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import dropout as imported
 from fusemesh.hybrid.dropout import DropoutByPosition, check_layers_stay, dropout_of
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.testing import RankPool
+from fusemesh.hybrid.recompute import recompute_blocks
 from tests.support.pretrained import training
 from tests.support.pretrained.folders import PRETRAINED
 from tests.support.ranks import dropout as ranks
@@ -185,6 +187,47 @@ def test_each_call_without_at_is_a_step_of_its_own() -> None:
     with dropout.forward(4):
         model.eval()
         assert torch.equal(model.first(torch.ones(4, 64)), torch.ones(4, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_compiled_before", [False, True])
+@pytest.mark.parametrize("part", ["", "first"])
+def test_what_is_compiled_drops_the_same(part: str, is_compiled_before: bool) -> None:
+    """torch.compile runs what drops by position as it is."""
+    found = []
+    for compiled in (False, True):
+        model: Any = Calls(0.5)
+        if compiled and part:
+            setattr(model, part, torch.compile(getattr(model, part), backend="eager"))
+        elif compiled:
+            model = torch.compile(model, backend="eager")
+        if compiled and is_compiled_before:
+            model(torch.ones(4, 64))
+        dropout = DropoutByPosition(model)
+        for step in range(3):
+            dropout.at(step, 4)
+            with dropout.forward(4):
+                found.append(torch.stack(model(torch.ones(4, 64))))
+    assert all(map(torch.equal, found[:3], found[3:]))
+
+
+def test_what_is_computed_again_in_another_thread_drops_the_same() -> None:
+    """As on a GPU, whose part of backward runs in one of autograd's threads."""
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64)))
+        if again:
+            recompute_blocks([model[1]])
+        dropout = DropoutByPosition(model)
+        dropout.at(3, 4)
+        with dropout.forward(4):
+            value = model(torch.ones(4, 64)).square().sum()
+        thread = threading.Thread(target=value.backward)
+        thread.start()
+        thread.join()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 class Draws(nn.Module):
