@@ -126,5 +126,6 @@ TRITON = Backend(
     unavailable=_unavailable,
     automatic=_automatic,
     least_head_dim=HEAD_DIMS[0],
+    keeps_rest=True,
     proves=launch.has_compiled_kernels,
 )
