@@ -15,15 +15,16 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh.kernels.attention.call.place import Place
 
-from . import compat
 from .capabilities import Capabilities
 from .consistency import check_same_on_all_ranks
 from .data_parallel import shard_data_parallel
+from .hugging_face import families
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
 from .placed import PlacedPart, mark
-from .tensor.modules import ColumnParallelLinear, TensorParallelModule
+from .tensor.fused import columns_of
+from .tensor.modules import TensorParallelModule
 from .tensor.table import convert, find_table
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,9 +79,12 @@ def parallelize(
     options = pipeline or PipelineOptions()
     capabilities_of(model, plan).check(layout)
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
+    if layout.tp > 1 and plan is None:
+        families.prepare(model)
     table = find_table(model, plan, layout.tp)
     if table is not None:
         sequence_parallel = convert(model, table, layout.tp, sequence_parallel=sequence_parallel)
+        families.share_heads(model, layout.tp)
     parts = _parts(model)
     for module in parts:
         module.check(layout.tp)
@@ -142,13 +146,13 @@ def _check_whole(model: nn.Module) -> None:
 def capabilities_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> Capabilities:
     """Return the axes over which :func:`parallelize` can split ``model``, with the ``plan`` or without one."""
     parts = _parts(model)
-    has_table = plan is not None or bool(compat.hugging_face_plan(model))
+    has_table = plan is not None or families.has_table(model)
     plain = [] if has_table else _plain_parameters(model, parts)
     return Capabilities(
         type(model).__name__,
         tp=not plain,
         pp=isinstance(model, PipelinedModel),
-        # transformers' plans, which find_table() translates, have no style for parts of the sequence.
+        # Hugging Face's models have no table with parts of the sequence.
         sequence_parallel="sequence" in (plan or {}).values() if has_table else not plain,
         without_table=plain[0] if plain and parts else "",
     )
@@ -169,8 +173,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 def _set_places(model: nn.Module, replica: int) -> None:
     """Set on every module that contains others which part of the heads and samples is its own."""
     for module in model.modules():
-        columns = [child for child in module.children() if isinstance(child, ColumnParallelLinear)]
-        heads = next((column.rank for column in columns if not column.gather_output), 0)
+        heads = next((column.rank for column in columns_of(module) if not column.gather_output), 0)
         if any(True for _ in module.children()):
             vars(module)["fusemesh_place"] = Place(heads, replica)
 

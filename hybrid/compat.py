@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -64,6 +64,27 @@ PRIVATE = {
     "._init_weights": Private(
         "computing buffers that no state dict holds, such as rotary frequencies, of a Hugging Face model built on meta",
         "see how from_pretrained computes them; without it PlacedPart.to_empty() refuses such models by name",
+    ),
+    "._is_hf_initialized": Private(
+        "letting a Hugging Face model set one parameter and leave others as they are",
+        "see how from_pretrained tells its class so; others are on meta then, and what is drawn may differ by layout",
+    ),
+    "._buffers": Private(
+        "the same of persistent buffers that a folder lacks, while the model's class sets their values",
+        "set the attribute, which takes a plain tensor, for the time of the call",
+    ),
+    "._keep_in_fp32_modules": Private(
+        "modules that a Hugging Face model keeps in fp32 when it is loaded in fp16",
+        "see how from_pretrained tells them apart; without it they are loaded as the rest is",
+    ),
+    "._keep_in_fp32_modules_strict": Private("the same in bf16, too", "as above"),
+    "._keys_to_ignore_on_load_missing": Private(
+        "names that a Hugging Face model's class does not save, because it computes them",
+        "see how from_pretrained tells them apart; without it they are reported as missing",
+    ),
+    "._keys_to_ignore_on_load_unexpected": Private(
+        "names in old folders that a Hugging Face model's class does without",
+        "see how from_pretrained tells them apart; without it they are reported as unexpected",
     ),
     "TORCHELASTIC_USE_AGENT_STORE": Private(
         "whether the launcher serves the store where ranks meet, which rank 0 must then not do",
@@ -160,22 +181,98 @@ def initialize_hugging_face(model: nn.Module, name: str) -> None:
     """
     import torch
 
+    holder = _initializer(model, name)
+    if holder is not None:
+        module = model.get_submodule(name)
+        parameters = parameters_of(module)
+        held = dict(parameters)
+        # They would be drawn anew.
+        parameters.update(
+            {key: torch.empty(p.shape, dtype=p.dtype, device="meta") for key, p in held.items() if p is not None}
+        )
+        try:
+            holder(module)
+        finally:
+            parameters.update(held)
+
+
+def _initializer(model: nn.Module, name: str) -> Callable[[nn.Module], None] | None:
+    """Return by which method the innermost Hugging Face model around the module ``name`` sets its values."""
     parts = name.split(".") if name else []
     for end in range(len(parts), -1, -1):
-        initialize = getattr(model.get_submodule(".".join(parts[:end])), "_init_weights", None)
-        if initialize is not None:
-            module = model.get_submodule(name)
-            parameters = parameters_of(module)
-            held = dict(parameters)
-            # They would be drawn anew.
-            parameters.update(
-                {key: torch.empty(p.shape, dtype=p.dtype, device="meta") for key, p in held.items() if p is not None}
-            )
-            try:
-                initialize(module)
-            finally:
-                parameters.update(held)
-            return
+        found = getattr(model.get_submodule(".".join(parts[:end])), "_init_weights", None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    return None
+
+
+def initial_value(model: nn.Module, name: str, value: torch.Tensor, stand_ins: Mapping[str, nn.Module]) -> None:
+    """Let a Hugging Face model set ``value``, which takes the place of its parameter or buffer ``name``.
+
+    As from_pretrained does with what a folder lacks: by the module that holds it, then by those around it, of which
+    some set what their children hold. Of these only ``value`` has memory; ``stand_ins`` take modules' places.
+    """
+    import torch
+
+    holder, _, own = name.rpartition(".")
+    parts = holder.split(".") if holder else []
+    for end in range(len(parts), -1, -1):
+        path = ".".join(parts[:end])
+        initialize = _initializer(model, path)
+        if initialize is None:
+            continue
+        module = model.get_submodule(path)
+        tensors: list[dict[str, Any]] = [held for m in module.modules() for held in (m._parameters, m._buffers)]
+        kept = [(held, dict(held)) for held in tensors]
+        for held, _ in kept:
+            for key, x in held.items():
+                if x is not None:
+                    held[key] = torch.empty(x.shape, dtype=x.dtype, device="meta")
+                    held[key]._is_hf_initialized = True
+        try:
+            leaf: Any = model.get_submodule(holder)
+            for held in (leaf._parameters, leaf._buffers):
+                if own in held:
+                    held[own] = value
+            stand_in = stand_ins.get(path)
+            if stand_in is not None:
+                parameters_of(stand_in).update(parameters_of(module))
+            initialize(module if stand_in is None else stand_in)
+        finally:
+            for held, before in kept:
+                held.update(before)
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Return the names that a Hugging Face model ties, each with the name under which it is saved."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def untie(model: nn.Module, name: str) -> None:
+    """Let a Hugging Face model know that ``name`` is tied no more."""
+    known = getattr(model, "all_tied_weights_keys", None)
+    if known is not None:
+        known.pop(name, None)
+
+
+def may_be_missing(model: nn.Module) -> list[str]:
+    """Return regular expressions of the names that a Hugging Face model's class does not save."""
+    return list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def may_be_unexpected(model: nn.Module) -> list[str]:
+    """Return regular expressions of the names in a folder that a Hugging Face model's class does without."""
+    return list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
+def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Return the ends of names of modules that a Hugging Face model keeps in fp32 when the rest is in ``dtype``."""
+    import torch
+
+    found = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype == torch.float16:
+        found += getattr(model, "_keep_in_fp32_modules", None) or ()
+    return found if dtype in (torch.float16, torch.bfloat16) else []
 
 
 def agent_serves_store() -> bool:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fusemesh.kernels import op_rules
 
 from . import compat
 from .consistency import agree, check_has_memory, check_same_on_all_ranks
+from .hugging_face.sources import from_disk, sources_of, to_disk
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
 from .tensor.modules import own_rows
@@ -32,7 +33,8 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return on rank 0 the parameters and buffers of a parallelized model, whole, on the CPU; on other ranks {}.
 
     Every rank calls it. The names are those of the whole model, and tied parameters share memory, as in the state
-    dict of a model in one process, where ``load_state_dict`` takes the result.
+    dict of a model in one process, where ``load_state_dict`` takes the result. Projections that
+    :func:`fusemesh.hybrid.hugging_face.families.prepare` cut are one tensor again.
 
     Args:
         model: from :func:`fusemesh.hybrid.apply.parallelize`, in any layout; or a part of one.
@@ -57,6 +59,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         found[name] = wholes[id(value)]
     if not keeps:
         return {}
+    found = to_disk(found, sources_of(model))
     if group is None:
         return found
     stages: list[Any] = [None] * dist.get_world_size(group)
@@ -79,19 +82,25 @@ def _part_like(own: Any, whole: Any) -> Any:
         return whole
     if own.shape != whole.shape:
         return whole  # load_state_dict names the parameter and both shapes
-    part, place = whole, own.device_mesh.get_coordinate()
-    assert place is not None
-    # tp has cut first, and fsdp its parts.
-    for axis in reversed(range(own.device_mesh.ndim)):
-        placement, ranks = own.placements[axis], own.device_mesh.size(axis)
-        dim = getattr(placement, "dim", None)  # of Shard, and of the class for parts of parts
-        if dim is not None:
-            rows = own_rows(part.shape[dim], ranks, place[axis])
-            part = part.narrow(dim, rows.start, rows.stop - rows.start)
-    local = own.to_local()
-    assert part.shape == local.shape, (part.shape, local.shape)
-    part = part.to(local.device).contiguous()
+    part = whole[own_slices(own)].to(own.to_local().device).contiguous()
     return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
+
+
+def own_slices(own: torch.Tensor) -> tuple[slice, ...]:
+    """Return the part of the whole tensor that this rank's part of ``own`` is, one slice a dimension."""
+    found = [slice(0, rows) for rows in own.shape]
+    if isinstance(own, DTensor):
+        place = own.device_mesh.get_coordinate()
+        assert place is not None
+        # tp has cut first, and fsdp its parts.
+        for axis in reversed(range(own.device_mesh.ndim)):
+            dim = getattr(own.placements[axis], "dim", None)  # of Shard, and of the class for parts of parts
+            if dim is not None:
+                start, stop = found[dim].start, found[dim].stop
+                rows = own_rows(stop - start, own.device_mesh.size(axis), place[axis])
+                found[dim] = slice(start + rows.start, start + rows.stop)
+        assert tuple(own.to_local().shape) == tuple(part.stop - part.start for part in found), (own.shape, found)
+    return tuple(found)
 
 
 @contextlib.contextmanager
@@ -148,27 +157,13 @@ class PlacedPart(nn.Module):
     def to_empty(self, *, device: str | torch.device | int | None, recurse: bool = True) -> Any:
         """Give memory to parameters and buffers as torch does; buffers that no state dict holds have their values.
 
-        Those that were on meta are computed as Hugging Face's from_pretrained does; those with values keep them.
+        Those that were on meta are computed as Hugging Face's from_pretrained does; those with values keep them. What
+        was tied stays so.
 
         Raises:
             ValueError: it is on meta, and its model does not compute it.
         """
-        loaded = self.state_dict().keys()
-        before = {name: x for name, x in self.named_buffers(remove_duplicate=False) if name not in loaded}
-        super().to_empty(device=device, recurse=recurse)
-        after = dict(self.named_buffers(remove_duplicate=False))
-        with torch.no_grad():
-            for name, buffer in before.items():
-                if not buffer.is_meta and buffer is not after[name]:
-                    after[name].copy_(buffer)
-        lost = _not_computed(self, [name for name, x in before.items() if x.is_meta and not after[name].is_meta])
-        if lost:
-            raise ValueError(
-                f"to_empty: expected values of the buffers that no state dict holds, received {', '.join(lost)} on "
-                f"meta, which {type(self).__name__} does not compute again; give them values before parallelize(), "
-                "as by building the modules that hold them outside torch.device('meta'): to_empty() keeps those"
-            )
-        return self
+        return make_empty(self, lambda: super(PlacedPart, self).to_empty(device=device, recurse=recurse))
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise ValueError(
@@ -182,6 +177,40 @@ class PlacedPart(nn.Module):
             "save fusemesh.whole_state_dict(model), which every rank calls and rank 0 gets, or all of a training by "
             "fusemesh.hybrid.checkpoint.save"
         )
+
+
+def make_empty(model: Any, to_empty: Callable[[], Any]) -> Any:
+    """Give memory to ``model`` by ``to_empty``; see :meth:`PlacedPart.to_empty`, which is for whole models, too."""
+    loaded = model.state_dict().keys()
+    before = {name: x for name, x in model.named_buffers(remove_duplicate=False) if name not in loaded}
+    tied = _tied(model)
+    to_empty()
+    for (first, name), *others in tied:
+        for module, other in others:
+            # Those that fully_shard manages are the first holder's.
+            compat.parameters_of(module)[other] = compat.parameters_of(first)[name]
+    after = dict(model.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, buffer in before.items():
+            if not buffer.is_meta and buffer is not after[name]:
+                after[name].copy_(buffer)
+    lost = _not_computed(model, [name for name, x in before.items() if x.is_meta and not after[name].is_meta])
+    if lost:
+        raise ValueError(
+            f"to_empty: expected values of the buffers that no state dict holds, received {', '.join(lost)} on "
+            f"meta, which {type(model).__name__} does not compute again; give them values before parallelize(), "
+            "as by building the modules that hold them outside torch.device('meta'): to_empty() keeps those"
+        )
+    return model
+
+
+def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Return the holders of each parameter that several modules hold, in the order of the modules."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append((module, name))
+    return [found for found in holders.values() if len(found) > 1]
 
 
 @torch.no_grad()
@@ -213,6 +242,8 @@ class PlacedModel(PlacedPart):
         if not assign or not all(isinstance(x, DTensor) for x in state_dict.values()):
             check_has_memory("load_state_dict", self)
         own = _own_state(self)
+        if not any(isinstance(x, DTensor) for x in state_dict.values()):
+            state_dict = from_disk(state_dict, sources_of(self))
         plain = [
             (name, x.detach())
             for name, x in state_dict.items()

@@ -109,7 +109,7 @@ def check_rope(config: Mapping[str, Any], name: str) -> None:
             continue
         if not isinstance(rope, Mapping):
             raise ValueError(
-                f"{name}: expected an object at {key!r}, received {rope!r}; take config.json from the model's own folder"
+                f"{name}: expected an object at {key!r}, received {rope!r}; take config.json from the model's folder"
             )
         layers = {*_LAYER_TYPES, *(config.get("layer_types") or ())}
         nested = {kind: value for kind, value in rope.items() if kind in layers}
@@ -127,9 +127,7 @@ def check_rope(config: Mapping[str, Any], name: str) -> None:
 def _check_rope_of(config: Mapping[str, Any], rope: Any, name: str) -> None:
     """Raise ValueError if one set of rope parameters is not known whole."""
     if not isinstance(rope, Mapping):
-        raise ValueError(
-            f"{name}: expected an object, received {rope!r}; take config.json from the model's own folder"
-        )
+        raise ValueError(f"{name}: expected an object, received {rope!r}; take config.json from the model's own folder")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if config.get("model_type") == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # as Phi3Config reads old folders

@@ -6,8 +6,11 @@ tensors that are parts of one on disk, or transposed; it says so in its attribut
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -27,6 +30,11 @@ class Source:
     length: int | None = None
     transposed: bool = False
 
+    def of(self, disk: torch.Tensor) -> torch.Tensor:
+        """Return the model's tensor, a view of the one on disk."""
+        part = disk if self.length is None else disk.narrow(self.dim, self.start, self.length)
+        return part.t() if self.transposed else part
+
 
 def sources_of(model: nn.Module) -> dict[str, Source]:
     """Return for each name of the model's state dict where its values stand on disk.
@@ -41,3 +49,38 @@ def sources_of(model: nn.Module) -> dict[str, Source]:
             assert start + name in found, (start, name)
             found[start + name] = replace(source, name=start + source.name)
     return found
+
+
+def to_disk(state: Mapping[str, Any], sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Return whole tensors of a model under the names and in the shapes that they have on disk.
+
+    Args:
+        state: of all parts of each tensor on disk, or of none.
+        sources: from :func:`sources_of`.
+    """
+    found: dict[str, Any] = {}
+    parts: dict[str, list[tuple[Source, torch.Tensor]]] = {}
+    for name, value in state.items():
+        source = sources.get(name, Source(name))
+        if source == Source(name):
+            found[name] = value
+        else:
+            parts.setdefault(source.name, []).append((source, value.t() if source.transposed else value))
+            found[source.name] = None  # its place in the order
+    for name, pieces in parts.items():
+        pieces.sort(key=lambda piece: piece[0].start)
+        found[name] = torch.cat([value for _, value in pieces], pieces[0][0].dim).contiguous()
+    return found
+
+
+def from_disk(state: Mapping[str, Any], sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Return whole tensors as they are on disk, under the model's names and in its shapes.
+
+    What has the model's own names already, all of them, is returned as it is.
+    """
+    if sources.keys() <= state.keys():
+        return dict(state)
+    changed = {name: source for name, source in sources.items() if source != Source(name) and source.name in state}
+    cut = {source.name for source in changed.values()}
+    found = {name: value for name, value in state.items() if name not in cut}
+    return found | {name: source.of(state[source.name]) for name, source in changed.items()}

@@ -22,7 +22,7 @@ FAMILIES = {
     "llama": Capabilities("LlamaForCausalLM", tp=True, pp=False, sequence_parallel=False),
     "mistral": Capabilities("MistralForCausalLM", tp=True, pp=False, sequence_parallel=False),
     "qwen2": Capabilities("Qwen2ForCausalLM", tp=True, pp=False, sequence_parallel=False),
-    "gpt2": Capabilities("GPT2LMHeadModel", tp=False, pp=False, sequence_parallel=False),
+    "gpt2": Capabilities("GPT2LMHeadModel", tp=True, pp=False, sequence_parallel=False),
 }
 
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from .. import compat
 from .modules import ColumnParallelLinear, RowParallelLinear, TensorParallelModule, VocabParallelEmbedding
@@ -94,6 +95,53 @@ class WholeModule(TensorParallelModule):
             parameters.update(held)
 
 
+def features(table: nn.Embedding) -> None:
+    """Split the columns of ``table``; it stays the same object, and a rank looks up its own."""
+    kind: Any = type(table)
+    table.__class__ = derived(kind, SplitFeatures)
+    vars(table).update(group=None, sequence_parallel=False, is_partial=False)
+
+
+class SplitFeatures(WholeModule):
+    """In front of the class of an embedding: a rank has some of its columns, and y is those."""
+
+    def placements(self) -> dict[str, tuple[Placement, Placement]]:
+        return {"weight": (Shard(1), Shard(1))}
+
+
+def holder(module: nn.Module, tied: dict[str, tuple[TensorParallelModule, str]]) -> None:
+    """Let ``module`` hold its own parameters as the layers do that compute with them; it stays the same object.
+
+    Args:
+        tied: for the name of each, the layer that holds it, too, and its name there.
+    """
+    kind: Any = type(module)
+    module.__class__ = derived(kind, TiedHolder)
+    vars(module).update(group=None, sequence_parallel=False, tied=tied)
+
+
+class TiedHolder(TensorParallelModule):
+    """In front of a class whose own parameters are second names of other modules', with which it does not compute."""
+
+    tied: dict[str, tuple[TensorParallelModule, str]]
+
+    def placements(self) -> dict[str, tuple[Placement, Placement]]:
+        return {name: layer.placements()[there] for name, (layer, there) in self.tied.items()}
+
+    def distribute(
+        self,
+        mesh: DeviceMesh,
+        sequence_parallel: bool,
+        device: torch.device,
+        shared: dict[nn.Parameter, nn.Parameter | None],
+    ) -> None:
+        # Placements depend on the number of ranks, which the layers must know first.
+        for layer, _ in self.tied.values():
+            if layer.group is None:
+                layer.distribute(mesh, sequence_parallel, device, shared)
+        super().distribute(mesh, sequence_parallel, device, shared)
+
+
 @functools.cache
 def derived(kind: Any, other: Any, *, behind: bool = False) -> Any:
     """Return a class of both, named as ``kind``; ``other`` comes first, or ``behind`` it, where super() finds it."""
@@ -103,4 +151,6 @@ def derived(kind: Any, other: Any, *, behind: bool = False) -> Any:
 def _with_parameters_of(plain: nn.Module, made: Made) -> Made:
     for name, parameter in plain.named_parameters(recurse=False):
         made.register_parameter(name, parameter)
+    if hasattr(plain, "sources"):  # of a layer that was cut: where its tensors stand on disk
+        vars(made)["sources"] = plain.sources
     return made

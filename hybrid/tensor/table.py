@@ -13,44 +13,38 @@ sequence      any module, held by every rank and applied to the rank's part of t
               summed over tp. One of these switches sequence parallel on: rows and embeddings leave parts of the
               sequence, columns and heads gather it
 whole         any module, held by every rank and applied to whole activations: what a module that no pattern names is
+features      torch.nn.Embedding, whose columns are split and whose output is the rank's columns: biases of its heads
+tied          any module that holds parameters of the table's layers under second names and does not compute with them
 ============  ==========================================================================================================
 
 Modules must take head counts from the tensors they are given (``view(batch, length, -1, head_dim)``), because a rank
-has only its share of the heads. Where a parent of columns has an attribute ``head_dim``, no head is cut, and key and
-value heads fewer than the ranks are repeated.
+has only its share of the heads. Where a parent of columns has an attribute ``head_dim``, ``attention_head_size`` or
+``key_value_proj_dim``, no head is cut, and key and value heads fewer than the ranks are repeated.
 
-A Hugging Face model brings its table along (``model._tp_plan``, from its config's ``base_model_tp_plan``); its styles
-are translated into these. Source of the styles: Shoeybi et al., "Megatron-LM" (2019), section 3.
+For Hugging Face's models there is a table where :mod:`fusemesh.hybrid.hugging_face.families` has one; others bring a
+plan along (``model._tp_plan``, from their config's ``base_model_tp_plan``), whose styles are translated into these.
+Source of the styles: Shoeybi et al., "Megatron-LM" (2019), section 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from .. import compat
-from .converted import check_free, column, embedding, row, whole
+from ..hugging_face.families import find_family, tensor_table
+from ..hugging_face.plans import translated_plan
+from .converted import check_free, column, embedding, features, holder, row, whole
 from .modules import TensorParallelModule
+from .patterns import matches
 
-STYLES = ("column", "row", "row_of_whole", "vocab", "heads", "sequence", "whole")
+STYLES = ("column", "row", "row_of_whole", "vocab", "heads", "sequence", "whole", "features", "tied")
 _LAYERS = ("column", "row", "row_of_whole", "vocab")
-# transformers' names, of 4.57 and of 5: what they mean here.
-HUGGING_FACE = {
-    "colwise": "column",
-    "rowwise": "row",
-    "colwise_rep": "vocab",
-    "colwise_gather_output": "vocab",
-    "rowwise_rep": "row_of_whole",
-    "rowwise_split_input": "row_of_whole",
-    "embedding_rowwise": "vocab",
-    "replicated_with_grad_allreduce": "heads",
-    "replicate": "whole",
-}
+# Attributes by which parents of columns say the size of a head.
+_HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Table:
 
 
 def find_table(model: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> Table | None:
-    """Return the table for ``model``: the user's, or with several ranks the one that a Hugging Face model brings along.
+    """Return the table for ``model``: the user's, or with several ranks that of its family, or its own plan.
 
     Raises:
         ValueError: a style that is not known.
@@ -76,19 +70,13 @@ def find_table(model: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> 
                     "fusemesh.hybrid.tensor.table"
                 )
         return Table(dict(plan))
-    found = compat.hugging_face_plan(model) if ranks > 1 else None
-    if not found:
+    if ranks == 1:
         return None
-    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    # A plan serves all sizes of a family: what names nothing in this model does not matter.
-    used = {pattern: style for pattern, style in found.items() if any(_matches(pattern, name) for name in names)}
-    for pattern, style in used.items():
-        if style not in HUGGING_FACE:
-            raise ValueError(
-                f"model._tp_plan: expected styles out of {', '.join(HUGGING_FACE)}, received {style!r} for "
-                f"{pattern!r}; pass a table of your own by plan=, or use tp1"
-            )
-    return Table({p: HUGGING_FACE[style] for p, style in used.items()}, "model._tp_plan", is_users=False)
+    family = find_family(model)
+    if family is not None and family.table is not None:
+        return Table(tensor_table(model) or {}, f"fusemesh's table of {family.name}", is_users=False)
+    found = translated_plan(model)
+    return None if found is None else Table(found, "model._tp_plan", is_users=False)
 
 
 def convert(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bool) -> bool:
@@ -112,6 +100,7 @@ def convert(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bo
     heads = _heads(table, modules, styles, ranks)
     layers: dict[nn.Module, TensorParallelModule] = {}
     tables: list[nn.Embedding] = []
+    columns: list[nn.Embedding] = []
     others: dict[nn.Module, bool] = {}  # whether its gradients on a rank are parts of a sum
     for name, module in modules.items():
         style = styles.get(name)
@@ -128,6 +117,9 @@ def convert(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bo
         elif style == "vocab" and isinstance(module, nn.Embedding):
             _check_table(table, name, module)
             tables.append(module)
+        elif style == "features":
+            _check_features(table, name, module, ranks)
+            columns.append(module)
         elif style in _LAYERS:
             layers[module] = _split(table, name, module, style, heads.get(name), ranks)
             layers[module].check(ranks)
@@ -136,28 +128,29 @@ def convert(model: nn.Module, table: Table, ranks: int, *, sequence_parallel: bo
                 _check_unnamed(table, name, styles, splits_sequence)
             check_free(module)
             others[module] = style == "heads" or (style == "sequence" and splits_sequence)
-    _check_ties(modules, layers, others)
+    ties = {x: _ties(x, layers) for x in (modules[name] for name in styles if styles[name] == "tied") if x in others}
+    _check_ties({name: module for name, module in modules.items() if not ties.get(module)}, layers, others)
     for parent in modules.values():
         for name, child in list(parent.named_children()):
             if child in layers:
                 parent.register_module(name, layers[child].train(child.training))
     for module in tables:
         embedding(module)
+    for module in columns:
+        features(module)
     for module, is_partial in others.items():
-        whole(module, is_partial)
+        if ties.get(module):
+            holder(module, ties[module])
+        else:
+            whole(module, is_partial)
     _repeat_heads(modules, heads, ranks)
     return splits_sequence
-
-
-def _matches(pattern: str, name: str) -> bool:
-    wanted, parts = pattern.split("."), name.split(".")
-    return len(wanted) == len(parts) and all(fnmatchcase(part, want) for part, want in zip(parts, wanted, strict=True))
 
 
 def _styles_by_name(table: Table, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     styles: dict[str, str] = {}
     for pattern, style in table.styles.items():
-        found = [name for name in modules if _matches(pattern, name)]
+        found = [name for name in modules if matches(pattern, name)]
         if not found and table.is_users:
             known = [name for name, module in modules.items() if not list(module.children())][:5]
             raise ValueError(
@@ -187,7 +180,7 @@ def _heads(table: Table, modules: Mapping[str, nn.Module], styles: Mapping[str, 
     by_parent: dict[str, dict[str, int]] = {}
     for name, style in styles.items():
         parent = name.rpartition(".")[0]
-        dim = getattr(modules[parent], "head_dim", None)
+        dim = next((d for d in (getattr(modules[parent], key, None) for key in _HEAD_DIMS) if d is not None), None)
         out = getattr(modules[name], "out_features", None)
         if style == "column" and isinstance(dim, int) and isinstance(out, int) and out % dim == 0:
             by_parent.setdefault(parent, {})[name] = out // dim
@@ -241,6 +234,26 @@ def _check_table(table: Table, name: str, module: nn.Embedding) -> None:
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         remedy = "these need the whole table at once; leave them off, or use tp1"
         raise _wrong(table, name, "an embedding without max_norm, scale_grad_by_freq and sparse", module, remedy)
+
+
+def _check_features(table: Table, name: str, module: nn.Module, ranks: int) -> None:
+    if not isinstance(module, nn.Embedding):
+        raise _wrong(table, name, "a torch.nn.Embedding for 'features'", module, "give it another style")
+    _check_table(table, name, module)
+    if module.embedding_dim % ranks != 0:
+        raise ValueError(
+            f"{table.argument}: expected columns that tp{ranks} divides for {name}, received {module.embedding_dim}; "
+            f"use a tp that divides them"
+        )
+
+
+def _ties(
+    module: nn.Module, layers: Mapping[nn.Module, TensorParallelModule]
+) -> dict[str, tuple[TensorParallelModule, str]]:
+    """Return where each parameter of ``module`` stands in one of ``layers``, too; {} unless all do."""
+    held = {id(p): (layer, name) for layer in layers.values() for name, p in layer.named_parameters(recurse=False)}
+    own = dict(module.named_parameters(recurse=False))
+    return {name: held[id(p)] for name, p in own.items()} if all(id(p) in held for p in own.values()) else {}
 
 
 def _check_unnamed(table: Table, name: str, styles: Mapping[str, str], splits_sequence: bool) -> None:

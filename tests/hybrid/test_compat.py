@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from fusemesh.hybrid import compat
+from fusemesh.hybrid.hugging_face.plans import HUGGING_FACE
 from fusemesh.hybrid.ranks.testing import RankPool
-from fusemesh.hybrid.tensor.table import HUGGING_FACE
 from tests.support.private_names import private_names
 from tests.support.ranks import compat as ranks
 

@@ -145,7 +145,7 @@ def test_editable_installs(mode: str, tmp_path: Path) -> None:
     first = run(python, "-c", ask, cwd=tmp_path).stdout.strip()
     assert re.fullmatch("[0-9a-f]{16}", first)
     assert (tree / "csrc" / "libfusemesh.so").exists()
-    with (tree / "csrc" / "api.cpp").open("a") as source:
+    with (tree / "csrc" / "abi" / "api.cpp").open("a") as source:
         source.write("// changed\n")
     run(*install, cwd=tmp_path)
     second = run(python, "-c", ask, cwd=tmp_path).stdout.strip()

@@ -55,7 +55,9 @@ def build(name: str, kind: str, dtype: torch.dtype, **changed: Any) -> Any:
 
     Where tokens are alike the gradients of queries are differences of almost equal terms, and rounding is all they are.
     """
-    wide: dict[str, Any] = {} if name == "t5" else {"init_std" if name in ("bart", "marian") else "initializer_range": 0.1}
+    wide: dict[str, Any] = (
+        {} if name == "t5" else {"init_std" if name in ("bart", "marian") else "initializer_range": 0.1}
+    )
     model = make_model(name, kind, **wide, **changed).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import fusemesh
 from fusemesh.hybrid.data_parallel import sum_over_replicas
+from fusemesh.hybrid.hugging_face.sources import sources_of, to_disk
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner.published import FAMILIES as PLANNED
 from fusemesh.hybrid.planner.published import PublishedDecoder
@@ -97,6 +98,8 @@ def on_layout(
             placements[parameter_name] = str(parameter.placements[-1])
         backends.reset_call_counts()
         found = learned(model, lambda m: loss(m, ids, labels), lambda x: sum_over_replicas(x, mesh))
+        # What is fused in one process is cut for tp.
+        found = to_disk(found, sources_of(model))
     return found, backends.call_counts(), placements
 
 
@@ -177,7 +180,8 @@ def saved(world: World, text: str, name: str, changed: dict[str, Any], folder: s
     optimizer.step()
     model.save_pretrained(folder, is_main_process=world.rank == 0, max_shard_size="30KB")
     assert os.path.isfile(os.path.join(folder, "model.safetensors.index.json")), "a rank went on too early"
-    return {name: whole(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    weights = {name: whole(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return to_disk(weights, sources_of(model))
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
