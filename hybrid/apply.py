@@ -18,11 +18,13 @@ from fusemesh.kernels.attention.call.place import Place
 from .capabilities import Capabilities
 from .consistency import check_same_on_all_ranks
 from .data_parallel import shard_data_parallel
+from .dropout import check_layers_stay
 from .hugging_face import families
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
 from .placed import PlacedPart, mark
+from .recompute import check_recompute, recompute_blocks
 from .tensor.fused import columns_of
 from .tensor.modules import TensorParallelModule
 from .tensor.table import convert, find_table
@@ -39,6 +41,7 @@ def parallelize(
     sequence_parallel: bool = True,
     dtype: torch.dtype | None = None,
     pipeline: PipelineOptions | None = None,
+    recompute: str = "none",
 ) -> Model:
     """Place ``model`` on ``mesh``, in place, and return it.
 
@@ -69,14 +72,19 @@ def parallelize(
             layers are called with are cast to it, those in lists, dicts and dataclasses too, of which a copy is then
             passed; a container in which nothing is to be cast is passed itself, so that a layer may write into it.
         pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
+        recompute: "full": in training each layer keeps its inputs alone, and backward computes it again; a Hugging Face
+            model then fills no cache. See :mod:`fusemesh.hybrid.recompute`.
 
     Raises:
         ValueError: the model is on a mesh already, the layout has an axis that is not built yet or other degrees than
             the mesh, a module cannot be split over tp, the plan does not fit the model, or the model cannot be cut for
-            pp; raised before any communication. Or the ranks' models differ, which the first one finds.
+            pp, or it leaves out layers by chance (layerdrop) with fsdp or pp; raised before any communication. Or the
+            ranks' models differ, which the first one finds.
     """
     _check_whole(model)
     options = pipeline or PipelineOptions()
+    check_recompute(recompute, len(_blocks(model)))
+    check_layers_stay(model, layout)
     capabilities_of(model, plan).check(layout)
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
     if layout.tp > 1 and plan is None:
@@ -115,6 +123,8 @@ def parallelize(
         shard_data_parallel(
             root, mesh, blocks=_blocks(root), prepare=split, dtype=dtype, keep_gathered=mine is not None
         )
+        if recompute == "full":
+            recompute_blocks(_blocks(root))
     # 4. What attends knows its heads and samples, so that dropout is that of one process.
     for root in roots:
         _set_places(root, layout.replica_of(mesh.get_rank()))

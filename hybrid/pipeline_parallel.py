@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from .dropout import dropout_of
 from .pipeline_options import PipelineOptions, check_holders, deal_blocks
 
 # Names in torch.distributed.pipelining, which only a pipeline imports: it takes a second.
@@ -74,8 +75,9 @@ class PipelinedModel(nn.Module):
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Return the loss summed over this replica's targets; with pp it has no gradient."""
-        # By the call, not by forward: fully_shard's hooks hang on it.
-        return self(tokens, targets, **inputs)
+        with dropout_of(self).forward(len(tokens)):
+            # By the call, not by forward: fully_shard's hooks hang on it.
+            return self(tokens, targets, **inputs)
 
     def loss_and_gradients(
         self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor
@@ -264,6 +266,7 @@ class Pipeline:
         self, call: Callable[..., Any], tokens: torch.Tensor, targets: torch.Tensor, inputs: dict[str, torch.Tensor]
     ) -> None:
         self._losses.clear()
+        dropout_of(self.parts.model).begin(len(tokens))
         call(
             *((tokens,) if self.has_first else ()),
             target=targets if self.has_last else None,
@@ -357,15 +360,11 @@ class Pipeline:
             tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
             for shapes in (stage.input_shapes(batch), stage.output_shapes(batch))
         )
-        return PipelineStage(
-            stage,
-            index,
-            self.parts.num_stages,
-            self.device,
-            input_args=tokens if index == 0 else entering,
-            output_args=leaving,
-            group=self.group,
+        taken = tokens if index == 0 else entering
+        made = PipelineStage(
+            stage, index, self.parts.num_stages, self.device, input_args=taken, output_args=leaving, group=self.group
         )
+        return dropout_of(self.parts.model).numbering(made, stage, len(tokens))
 
 
 def clip_gradients(model: nn.Module, max_norm: float, *, foreach: bool | None = None) -> torch.Tensor:

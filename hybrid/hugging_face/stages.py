@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dropout import dropout_of
 from ..pipeline_parallel import PipelinedModel, StageModule
 from . import heads
 from .anatomy import ANATOMIES, Anatomy, base_name, kind_of, model_type_of, within
@@ -149,8 +150,10 @@ class TrainableModel(PipelinedModel):
         given = self._complete(tokens, inputs)
         if self.pipeline is not None:
             return self.pipeline.loss(tokens, targets, **given)
-        # By the call, not by forward: fully_shard's hooks hang on it.
-        return heads.summed_loss(self(Batch(tokens, given)), targets)
+        with dropout_of(self).forward(len(tokens)):
+            # By the call, not by forward: fully_shard's hooks hang on it.
+            logits = self(Batch(tokens, given))
+        return heads.summed_loss(logits, targets)
 
     def loss_and_gradients(
         self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor
