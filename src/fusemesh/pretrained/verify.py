@@ -7,10 +7,12 @@ one that differs.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,15 +51,15 @@ class Difference:
 class Verification:
     """The outcome of :func:`verify_rank`.
 
-    compared: modules with outputs of one shape in both; modules: of the plain model that have an output. largest: of
-    all differences. first: the first module in the order of the forward that differs by more than :data:`TOLERANCE`,
-    None where none does. loss, plain_loss: means over the targets. new: weights that the folder lacks and that are
-    drawn. tokenizer: problems, empty where there are none; None without a tokenizer.
+    names: of the modules compared, with outputs of one shape in both; modules: how many of the plain model have an
+    output. largest: of all differences. first: the first module in the order of the forward that differs by more than
+    :data:`TOLERANCE`, None where none does. loss, plain_loss: means over the targets. new: weights that the folder
+    lacks and that are drawn. tokenizer: problems, empty where there are none; None without a tokenizer.
     """
 
     layout: str
     model: str
-    compared: int
+    names: list[str]
     modules: int
     largest: Difference
     first: Difference | None
@@ -81,7 +83,7 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON."""
-        return {**asdict(self), "problems": self.problems}
+        return {**asdict(self), "compared": len(self.names), "problems": self.problems}
 
 
 def task_of(path: str) -> str:
@@ -110,20 +112,22 @@ def verify_rank(path: str, task: str, layout: str, device: str = "cpu") -> dict[
         ValueError: the folder cannot be loaded, or the layout is none for it.
     """
     with distributed(device) as world:
-        return _verify(path, task, Layout.parse(layout), world)
+        return verify(world, path, task, Layout.parse(layout))
 
 
-def _verify(path: str, task: str, layout: Layout, world: World) -> dict[str, Any]:
+def verify(world: World, path: str, task: str, layout: Layout) -> dict[str, Any]:
+    """Do :func:`verify_rank` on ranks that have joined."""
     mesh = build_mesh(layout, world)
     model = build(path, task, dtype=torch.float32).eval()
     name, kind = type(model).__name__, model.kind
     parallelize(model, mesh, layout)
     report = load_pretrained(model, folder.read(path))
-    samples = _samples(path, model, layout.replicas)
+    # A pipeline cuts a replica's samples into micro-batches.
+    samples = _samples(path, model, layout.replicas * layout.pp)
     with _recorded(model) as own:
         model.logits(*samples.first(world.device), **samples.inputs(slice(1), world.device))
     replica = layout.replica_of(world.rank)
-    at = slice(replica, replica + 1)
+    at = slice(replica * layout.pp, (replica + 1) * layout.pp)
     tokens, targets = (x[at].to(world.device) for x in (samples.tokens, samples.targets))
     with torch.no_grad():
         loss = sum_over_replicas(model.loss(tokens, targets, **samples.inputs(at, world.device)).double(), mesh)
@@ -135,7 +139,7 @@ def _verify(path: str, task: str, layout: Layout, world: World) -> dict[str, Any
         plain = _plain(path, task, {name: x for _, found in gathered for name, x in found.items()})
         losses = []
         theirs: dict[str, torch.Tensor] = {}
-        for row in range(layout.replicas):
+        for row in range(len(samples.tokens)):
             at = slice(row, row + 1)
             with _recorded(plain) as outputs:
                 logits = _logits(plain, kind, samples.tokens[at], samples.target_tokens[at])
@@ -147,7 +151,7 @@ def _verify(path: str, task: str, layout: Layout, world: World) -> dict[str, Any
         return Verification(
             layout=str(layout),
             model=name,
-            compared=len(found),
+            names=[one.module for one in found],
             modules=len(theirs),
             largest=max(found, key=lambda one: _order(one.relative)),
             first=next((one for one in found if not one.relative <= TOLERANCE), None),
@@ -162,7 +166,7 @@ def _verify(path: str, task: str, layout: Layout, world: World) -> dict[str, Any
 
 @dataclass(frozen=True)
 class _Samples:
-    """tokens int64 [R, S], a row a replica; targets as the model's head takes them; target_tokens [R, S] or [0, 0]."""
+    """tokens int64 [R, S]; targets as the model's head takes them; target_tokens [R, S] or [0, 0]."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -175,19 +179,23 @@ class _Samples:
         return {"target_tokens": self.target_tokens[rows].to(device)} if len(self.target_tokens) else {}
 
 
-def _samples(path: str, model: Any, replicas: int) -> _Samples:
-    """Return a row of tokens for each replica: of a text where the folder has a tokenizer, else drawn."""
+def _samples(path: str, model: Any, count: int) -> _Samples:
+    """Return this many rows of tokens: of a text where the folder has a tokenizer, else drawn."""
     most = longest(model.config)
     length = LENGTH if most is None else min(LENGTH, most)
     vocabulary = model.get_input_embeddings().num_embeddings
     special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
-    tokenizer = _tokenizer(path)
+    try:
+        tokenizer = _tokenizer(path)
+    except Exception:
+        # It is reported as a problem.
+        tokenizer = None
     ids = [] if tokenizer is None else tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     ids = [x for x in ids if x < vocabulary and x not in special]
     if len(ids) < 2:
         drawn = torch.randint(vocabulary, (4 * length,), generator=torch.Generator().manual_seed(0)).tolist()
         ids = [x for x in drawn if x not in special] or drawn
-    rows = [[ids[(3 * row + column) % len(ids)] for column in range(length)] for row in range(replicas)]
+    rows = [[ids[(3 * row + column) % len(ids)] for column in range(length)] for row in range(count)]
     tokens, kind = torch.tensor(rows), model.kind
     end = getattr(model.config, "eos_token_id", None)
     if model.anatomy.is_pair and isinstance(end, int):
@@ -199,8 +207,8 @@ def _samples(path: str, model: Any, replicas: int) -> _Samples:
     if kind == "pair":
         return _Samples(tokens, tokens.flip(1), tokens.roll(1, 1))
     if kind == "class":
-        return _Samples(tokens, (torch.arange(replicas) % model.config.num_labels)[:, None], none)
-    return _Samples(tokens, torch.tensor([[1, length // 2]]).expand(replicas, 2).contiguous(), none)
+        return _Samples(tokens, (torch.arange(count) % model.config.num_labels)[:, None], none)
+    return _Samples(tokens, torch.tensor([[1, length // 2]]).expand(count, 2).contiguous(), none)
 
 
 def _logits(plain: Any, kind: str, tokens: torch.Tensor, target_tokens: torch.Tensor) -> torch.Tensor:
@@ -219,7 +227,14 @@ def _plain(path: str, task: str, drawn: Mapping[str, torch.Tensor]) -> Any:
     import transformers
 
     auto = getattr(transformers, folder.AUTO_CLASSES[task][0])
-    plain = auto.from_pretrained(path, local_files_only=True, dtype=torch.float32, attn_implementation="eager").eval()
+    options = {"local_files_only": True, "dtype": torch.float32, "attn_implementation": "eager"}
+    shows = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        plain = auto.from_pretrained(path, **options).eval()
+    finally:
+        if shows:
+            transformers.utils.logging.enable_progress_bar()
     own = plain.state_dict()
     with torch.no_grad():
         for name, value in drawn.items():
@@ -275,13 +290,21 @@ def _order(relative: float) -> float:
 
 
 def _tokenizer(path: str) -> Any:
-    """Return the tokenizer of a folder; None where it has none."""
+    """Return the tokenizer of a folder; None where it has no files of one.
+
+    Raises:
+        Exception: whatever transformers raises for files that it cannot read.
+    """
     import transformers
 
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
+    # Of none transformers makes an empty one for some families.
+    if not any(file.suffix in _VOCABULARIES and _IS_TOKENIZER.match(file.name) for file in Path(path).iterdir()):
         return None
+    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+_VOCABULARIES = (".json", ".txt", ".model", ".spm")
+_IS_TOKENIZER = re.compile("tokenizer|vocab|merges|spiece|source|target|sentencepiece")
 
 
 def tokenizer_problems(path: str, rows: int) -> list[str] | None:
@@ -293,7 +316,10 @@ def tokenizer_problems(path: str, rows: int) -> list[str] | None:
     Args:
         rows: of the embedding.
     """
-    tokenizer = _tokenizer(path)
+    try:
+        tokenizer = _tokenizer(path)
+    except Exception as error:
+        return [f"the tokenizer cannot be read: {type(error).__name__}: {error}"]
     if tokenizer is None:
         return None
     found = []
