@@ -147,7 +147,7 @@ def find_target(options: argparse.Namespace) -> Target:
         key, old, new = change
         raise ValueError(f"{key}: expected {old!r}, as the model was trained, received {new!r}; leave it out")
     # What of a pretrained model the run has kept, wherever the run is now.
-    settings = Settings.of(config if merged else maker_of(config).found_in(run_of(path)))
+    settings = Settings.of(config if merged else maker_of(config).found_in(path.parent))
     ranks = find_ranks(options, settings.layout)
     settings.check(ranks.count)
     return Target(path, state, given, settings, ranks, not options.no_verify)

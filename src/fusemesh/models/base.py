@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fusemesh.hybrid.layout import Layout
     from fusemesh.hybrid.planner.model import ModelDescription
     from fusemesh.tasks.base import Task
+    from fusemesh.tasks.tokens import Tokens
 
 
 class ModelMaker(ABC):
@@ -41,6 +42,14 @@ class ModelMaker(ABC):
     def longest(self) -> int:
         """The most tokens that the model takes at once: of a prompt and its continuation together."""
 
+    @abstractmethod
+    def tokens(self) -> Tokens:
+        """Return how texts become the model's tokens."""
+
+    def labels(self) -> list[str]:
+        """Return the labels that a classifier's head has already, in its order; [] if it is new."""
+        return []
+
     def check(self) -> None:  # noqa: B027 (a new model can always be made)
         """Check in one process, before ranks start, that the model can be made for the configured task.
 
@@ -63,6 +72,13 @@ class ModelMaker(ABC):
         On the CPU with the values that it begins with, or on meta.
         """
 
+    def check_beginning(self, task: Task) -> None:  # noqa: B027 (a new model has its own weights)
+        """Check in one process, before ranks start, the weights with which a new run begins.
+
+        Raises:
+            ValueError: they are another model's, or not all of them are there.
+        """
+
     def begin(self, model: Any) -> None:  # noqa: B027 (a new model has its values when it is built)
         """Give a placed model the weights with which a new run begins; every rank calls it.
 
@@ -70,25 +86,32 @@ class ModelMaker(ABC):
             ValueError: they cannot be read, or are another model's.
         """
 
-    def give_memory(self, model: Any, device: torch.device) -> None:  # noqa: B027 (a new model has memory when it is built)
+    def give_memory(self, model: Any, device: torch.device) -> None:  # noqa: B027 (a new model has it when it is built)
         """Give a placed model memory for the weights of a checkpoint; every rank calls it."""
 
-    def state(self) -> dict[str, Any]:
-        """Return, as JSON by name, what a checkpoint of the model says beside its weights and its configuration."""
+    def metadata(self) -> dict[str, Any]:
+        """Return, as JSON by name, what a new run's checkpoints say of the model beside its weights and configuration.
+
+        It joins the metadata of the task, by which the model of a checkpoint is built.
+        """
         return {}
 
-    def found_in(self, run: str | os.PathLike[str]) -> Config:
-        """Return the configuration by which the model finds what :meth:`keep` has written into a run's folder."""
+    def found_in(self, checkpoints: str | os.PathLike[str]) -> Config:
+        """Return the configuration by which the model finds what :meth:`keep` has written beside checkpoints."""
         return self.config
 
-    def keep(self, run: str | os.PathLike[str]) -> None:  # noqa: B027 (a configuration says all of a new model)
-        """Write into a run's folder what the model needs beside the weights; rank 0 calls it."""
+    def keep(self, checkpoints: str | os.PathLike[str]) -> None:  # noqa: B027 (a configuration says all of a new model)
+        """Write beside a run's checkpoints what the model needs beside the weights; rank 0 calls it."""
 
-    def export(self, model: Any, target: str | os.PathLike[str]) -> str | None:
-        """Write the placed model for other libraries, if it is one of theirs; every rank calls it.
+    def export(self, model: Any, metadata: Mapping[str, Any], run: str | os.PathLike[str]) -> str | None:
+        """Write the placed model of a run for other libraries, if it is one of theirs; every rank calls it.
+
+        Args:
+            metadata: of the run's checkpoints.
+            run: its folder.
 
         Returns:
-            The folder; None where there is nothing to write.
+            The folder within it; None where there is nothing to write.
         """
         return None
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from fusemesh.hybrid.planner.model import ModelDescription
     from fusemesh.tasks.base import Task
+    from fusemesh.tasks.tokens import Tokens
     from fusemesh.transformer import Transformer
 
 
@@ -31,6 +32,11 @@ class OwnModel(ModelMaker):
     @property
     def longest(self) -> int:
         return self.config.data.sequence_length
+
+    def tokens(self) -> Tokens:
+        from fusemesh.tasks.tokens import Bytes
+
+        return Bytes()
 
     def build(self, task: Task) -> Transformer:
         import torch

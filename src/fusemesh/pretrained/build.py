@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fusemesh.hybrid.hugging_face.families import prepare
 from fusemesh.hybrid.hugging_face.stages import as_trainable
+from fusemesh.hybrid.hugging_face.ties import untie, untie_as_saved
 from fusemesh.integrations.transformers import register
 
-from .folder import AUTO_CLASSES, config_of
+from .folder import AUTO_CLASSES, config_of, read
 
 _OURS = "fusemesh"  # of attn_implementation
 
 
-def build(path: str, task: str, *, dtype: torch.dtype, **changed: Any) -> Any:
+def build(
+    path: str, task: str, *, dtype: torch.dtype, untied: Sequence[str] | None = None, **changed: Any
+) -> tuple[Any, list[str]]:
     """Return the model of a folder for a task, on meta, as every layout has it before it is placed.
 
     Args:
         dtype: of the parameters, whatever the folder's is.
+        untied: names that the configuration ties and the folder's files do not; None: those files say.
         changed: of the configuration, such as the labels of a new head.
+
+    Returns:
+        The model, and the names that are untied.
     """
     import transformers
 
@@ -29,7 +38,12 @@ def build(path: str, task: str, *, dtype: torch.dtype, **changed: Any) -> Any:
     config.use_cache = False
     with torch.device("meta"):
         model = getattr(transformers, AUTO_CLASSES[task][0]).from_config(config, attn_implementation=_OURS, dtype=dtype)
-    return as_trainable(model)
+    prepare(model)
+    if untied is None:
+        untied = untie_as_saved(model, read(path))
+    else:
+        untie(model, untied)
+    return as_trainable(model), list(untied)
 
 
 def sizes_of(config: Any) -> dict[str, int]:

@@ -6,19 +6,18 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fusemesh.hybrid.hugging_face.exports import documents
 
 if TYPE_CHECKING:
     from fusemesh.hybrid.hugging_face.folder import Folder
 
 KEY = "model.pretrained"
 LEAST_VERSION = (5, 20)
-# The folder within a run's that keeps the small files: config.json, tokenizer, chat template.
-KEPT = "pretrained"
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack")
-_MOST_KEPT = 256 * 2**20  # bytes of a file; larger ones are no tokenizer
+# The small files of a run's folder, beside its checkpoints: config.json, tokenizer, chat template.
+KEPT = documents.KEPT
 # Encoders that transformers also has as decoders: config.json says which one a folder is.
 _ENCODERS = ("bert", "roberta")
 # Of each task transformers' auto class, and the mapping by which that finds a configuration's class.
@@ -28,11 +27,12 @@ AUTO_CLASSES = {
     "question_answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
     "translation": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
 }
+CLASSIFIER = "ForSequenceClassification"
 # The task that the head of a folder's architecture was trained for, by the end of its name.
 _HEADS = {
     "ForCausalLM": "language_model",
     "LMHeadModel": "language_model",
-    "ForSequenceClassification": "text_classification",
+    CLASSIFIER: "text_classification",
     "ForQuestionAnswering": "question_answering",
     "ForConditionalGeneration": "translation",
     "MTModel": "translation",
@@ -156,9 +156,10 @@ def fingerprint(path: str) -> dict[str, Any]:
     Of small files alone, as a run has kept them, those.
     """
     digest = hashlib.sha256()
-    for file in small_files(path):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        digest.update(file.read_bytes())
+    for file in [Path("config.json"), *documents.small_files(Path(path))]:
+        content = Path(path, file).read_bytes()
+        digest.update(f"{file}\0{len(content)}\0".encode())
+        digest.update(content)
     found: dict[str, Any] = {"small_files": digest.hexdigest()}
     if any(Path(path).glob("*.safetensors")):
         tensors = read(path).tensors
@@ -170,31 +171,7 @@ def fingerprint(path: str) -> dict[str, Any]:
     return found
 
 
-def small_files(path: str | os.PathLike[str]) -> list[Path]:
-    """Return the files of a folder that are no weights: what a model needs beside them, and what users expect back."""
-    return [
-        file
-        for file in sorted(Path(path).iterdir())
-        if file.is_file()
-        and not file.name.startswith(".")
-        and not file.name.endswith(_WEIGHTS)
-        and file.stat().st_size <= _MOST_KEPT
-    ]
-
-
-def keep(path: str | os.PathLike[str], run: str | os.PathLike[str]) -> None:
-    """Copy a folder's small files into a run's folder, byte for byte; those of an earlier run are replaced."""
-    target = Path(run, KEPT)
-    if target.absolute() == Path(path).absolute():
-        return
-    if target.is_dir():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
-    for file in small_files(path):
-        shutil.copyfile(file, target / file.name)
-
-
-def kept_in(run: str | os.PathLike[str]) -> Path | None:
-    """Return the folder of small files that a run has kept; None if there is none."""
-    target = Path(run, KEPT)
-    return target if (target / "config.json").is_file() else None
+def kept_in(checkpoints: str | os.PathLike[str]) -> Path | None:
+    """Return the small files that a run has kept beside its checkpoints, as a folder; None if there is none."""
+    found = Path(checkpoints, documents.KEPT)
+    return found if (found / documents.CONFIG).is_file() else None

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fusemesh.tasks.tokens import Tokens
 
 from .folder import KEY, check_version, config_of
 
+_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "merges.txt", "tekken.json")
 _BATCH = 256  # documents that are encoded together
 
 
@@ -57,6 +59,15 @@ class FolderTokens(Tokens):
         """Return the tokens of texts, each with one end token at its end."""
         found: list[list[int]] = self._tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
         return [row if row and row[-1] in self.ends else [*row, self.end] for row in found]
+
+    def whole(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        if not texts:
+            return [], []
+        uncut = self._tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+        # Tokens that begin and end a text stay where its end is cut.
+        rows = self._tokenizer(list(texts), truncation=True, max_length=most, return_attention_mask=False)["input_ids"]
+        # What the tokenizer makes nothing of is one token, too: each text has a last one.
+        return [row or [self.end] for row in rows], [len(row) for row in uncut]
 
     def _beginning(self, text: str) -> list[int]:
         """Return the tokens of a text that goes on: without those that the tokenizer adds to end it."""
@@ -107,6 +118,12 @@ def load(path: str) -> Any:
     from transformers import AutoTokenizer
 
     config = config_of(path)
+    if not any(any(Path(path).glob(pattern)) for pattern in _FILES):
+        # transformers would make an empty one of the model's type.
+        raise ValueError(
+            f"{KEY}: expected the files of a tokenizer beside the weights in {path!r}, received none; copy the model's "
+            "tokenizer.json and tokenizer_config.json (or vocab and merges files) into the folder"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:

@@ -61,12 +61,11 @@ def prepare(config: Config, world_size: int, *, resume: bool | Resume | None) ->
 def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | None) -> int:
     """Check as :func:`prepare` does, given the settings."""
     given, how = with_absolute_paths(settings.config), how_to_resume(resume)
-    config = given if how is None else maker_of(given).found_in(given.run.directory)
+    config = given if how is None else maker_of(given).found_in(checkpoints_of(given))
     settings = dataclasses.replace(settings, config=config)
     settings.check(world_size)
-    maker_of(config).check()
     check_free(config.run.directory)
-    folder = Path(config.run.directory) / "checkpoints"
+    folder = checkpoints_of(config)
     state: dict[str, Any] = {}
     if how is not None:
         state = checkpoint.read_state(how.checkpoint_in(folder))
@@ -82,6 +81,8 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
             if message := changed_data(state, fingerprint(config)):
                 raise ValueError(message)
     task = build_task(config, state.get("metadata"))
+    if how is None:
+        maker_of(task.config).check_beginning(task)
     order_of(settings, len(task.train))
     len(task.held_out)
     task.check_packages()
@@ -89,6 +90,11 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
         logger.warning("matplotlib is not installed (pip install 'fusemesh[app]'): the run will draw nothing")
     make_folder(config.run.directory, what="run.directory")
     return int(state.get("step", 0))
+
+
+def checkpoints_of(config: Config) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(config.run.directory) / "checkpoints"
 
 
 def how_to_resume(resume: bool | Resume | None) -> Resume | None:
@@ -140,7 +146,7 @@ def order_of(settings: Settings, num_samples: int) -> BatchOrder:
 def check_resumable(config: Config, state: dict[str, Any], how: Resume) -> None:
     """Check that a run can go on from the state of a checkpoint; raise ValueError if it is another's, or is done."""
     saved = configuration.load(base=state["config"])
-    if config.model == maker_of(saved).found_in(config.run.directory).model:
+    if config.model == maker_of(saved).found_in(checkpoints_of(config)).model:
         saved = dataclasses.replace(saved, model=config.model)
     if "data" in state or how.allow_changed_data:
         # The files' content is compared, not their places.

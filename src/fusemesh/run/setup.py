@@ -81,6 +81,7 @@ class Run:
             sequence_parallel=self.config.run.sequence_parallel,
             dtype=_computed_in(self.config),
             pipeline=self.settings.pipeline,
+            recompute=self.config.training.recompute,
         )
         return model, mesh
 

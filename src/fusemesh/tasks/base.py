@@ -95,7 +95,7 @@ class Task(ABC):
     ``metric`` names the first of the numbers that :meth:`score` makes of predictions; "" if the loss says all.
     ``stacks`` is 2 for an encoder-decoder, which has ``model.num_layers`` blocks in each. ``continues_texts`` says
     whether ``fusemesh generate`` can have the task's model continue a text; then :meth:`encode_prompt` and
-    :meth:`token_decoder` are defined. ``takes_pretrained`` says whether its texts can be given to a pretrained model.
+    :meth:`token_decoder` are defined.
     """
 
     metric = ""
@@ -103,7 +103,6 @@ class Task(ABC):
     old_metadata: Mapping[str, Any] | None = {}
     stacks = 1
     continues_texts = False
-    takes_pretrained = False
 
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         """Read all data and find the metadata in them; or take those of a trained model, and read nothing yet.
@@ -196,6 +195,10 @@ class Task(ABC):
         """Return the samples to evaluate on, in terms of the metadata, without the data to train on if they are in a
         file of their own; raise ValueError as the constructor does."""
 
+    def pretrained_config(self) -> dict[str, Any]:
+        """Return what of a pretrained model's configuration the metadata decide, such as the labels of its head."""
+        return {}
+
     @abstractmethod
     def model_config(self) -> TransformerConfig:
         """Return the sizes of the model, from the configuration and the metadata."""
@@ -285,6 +288,14 @@ def padded(rows: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
     for row, data in zip(found, rows, strict=True):
         row[: len(data)] = np.frombuffer(data, np.uint8)
     return found, np.array([len(data) for data in rows], np.int64)
+
+
+def padded_rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of tokens as int32 [n, length], filled up with ``pad``, and their lengths, int64 [n]."""
+    found = np.full((len(rows), length), pad, np.int32)
+    for row, tokens in zip(found, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return found, np.array([len(tokens) for tokens in rows], np.int64)
 
 
 def is_held_out(name: str) -> bool:

@@ -15,13 +15,12 @@ import numpy as np
 
 from fusemesh.models.registry import maker_of
 
-from .base import IGNORED, PAD, VOCAB_SIZE, Batch, Examples, Indices, Task
+from .base import IGNORED, PAD, VOCAB_SIZE, Batch, Examples, Indices, Task, padded_rows
 from .corpus import SEPARATOR as SEPARATOR  # public here
 from .corpus import Corpus, files_of, in_order, library_version, read_documents, some_of, source_of
 from .corpus import load_corpus as load_corpus
 from .corpus import standard_library as standard_library
 from .tokens import bits_per_byte as bits_per_byte
-from .tokens import tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +78,6 @@ class LanguageModel(Task):
     """See the module. Without a metric of predictions: the loss says all."""
 
     continues_texts = True
-    takes_pretrained = True
 
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         if config.data.columns:
@@ -87,7 +85,8 @@ class LanguageModel(Task):
                 "data.columns: expected nothing with task language_model, whose text has no records, received "
                 f"{config.data.columns!r}"
             )
-        self.tokens, self.maker = tokens_of(config), maker_of(config)
+        self.maker = maker_of(config)
+        self.tokens = self.maker.tokens()
         super().__init__(config, metadata)
 
     @staticmethod
@@ -154,15 +153,13 @@ class LanguageModel(Task):
         """Return lines as beginnings of a text; half of the sequence length is kept for the continuation."""
         length = self.config.data.sequence_length // 2
         found = [self.tokens.line(line, length) for line in lines]
-        tokens = np.full((len(lines), length), self.tokens.pad, np.int64)
-        for row, (beginning, _) in zip(tokens, found, strict=True):
-            row[: len(beginning)] = beginning
+        tokens, lengths = padded_rows([beginning for beginning, _ in found], length, self.tokens.pad)
         # Uncut, a line takes as much again for its continuation.
         return Examples(
             tokens,
             np.full((len(lines), 1), IGNORED, np.int64),
             whole=[2 * size for _, size in found],
-            lengths=np.array([len(beginning) for beginning, _ in found], np.int64),
+            lengths=lengths,
         )
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:

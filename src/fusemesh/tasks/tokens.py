@@ -6,7 +6,6 @@ import codecs
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,12 +13,11 @@ from .base import PAD, decode, encode, shortened
 from .corpus import in_bytes
 from .encodings import check_characters
 
-if TYPE_CHECKING:
-    from fusemesh.config import Config
-
 
 class Tokens(ABC):
-    """``pad`` fills samples up; ``line_ends`` are the tokens each of which ends the continuation of a line."""
+    """Texts of a task as tokens, and back.
+
+    ``pad`` fills samples up; ``line_ends`` are the tokens each of which ends the continuation of a line."""
 
     pad: int
     line_ends: Sequence[int]
@@ -27,6 +25,11 @@ class Tokens(ABC):
     @abstractmethod
     def stream(self, documents: Sequence[bytes]) -> np.ndarray:
         """Return documents in UTF-8 as one stream [tokens], each with the token that ends it."""
+
+    @abstractmethod
+    def whole(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        """Return the tokens of texts that are each seen as a whole, at most ``most`` a text, and how many each takes
+        uncut."""
 
     @abstractmethod
     def line(self, text: str, most: int) -> tuple[list[int], int]:
@@ -59,6 +62,10 @@ class Bytes(Tokens):
     def stream(self, documents: Sequence[bytes]) -> np.ndarray:
         return in_bytes(documents)
 
+    def whole(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        data = [encode(text) for text in texts]
+        return [list(shortened(text, most)) for text in data], [len(text) for text in data]
+
     def line(self, text: str, most: int) -> tuple[list[int], int]:
         data = encode(text)
         return list(shortened(data, most) or b"\n"), len(data)
@@ -82,12 +89,3 @@ class Bytes(Tokens):
 def bits_per_byte(loss: float) -> float:
     """Convert a mean loss per byte from nats to bits."""
     return loss / math.log(2)
-
-
-def tokens_of(config: Config) -> Tokens:
-    """Return the tokens of a configuration's model."""
-    if config.model.pretrained:
-        from fusemesh.pretrained.tokenizer import FolderTokens
-
-        return FolderTokens(config.model.pretrained)
-    return Bytes()
