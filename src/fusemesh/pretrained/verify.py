@@ -118,7 +118,7 @@ def verify_rank(path: str, task: str, layout: str, device: str = "cpu") -> dict[
 def verify(world: World, path: str, task: str, layout: Layout) -> dict[str, Any]:
     """Do :func:`verify_rank` on ranks that have joined."""
     mesh = build_mesh(layout, world)
-    model = build(path, task, dtype=torch.float32).eval()
+    model = build(path, task, dtype=torch.float32)[0].eval()
     name, kind = type(model).__name__, model.kind
     parallelize(model, mesh, layout)
     report = load_pretrained(model, folder.read(path))

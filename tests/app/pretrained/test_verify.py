@@ -35,9 +35,9 @@ def test_the_first_module_that_differs(tmp_path: Path, capsys: Any, monkeypatch:
     folder, build = make_folder(tmp_path / "llama", "llama"), verify.build
 
     def planted(*args: Any, **kwargs: Any) -> Any:
-        model = build(*args, **kwargs)
+        model, untied = build(*args, **kwargs)
         model.model.layers[2].mlp.act_fn = torch.nn.GELU()
-        return model
+        return model, untied
 
     monkeypatch.setattr(verify, "build", planted)
     status, found = run(capsys, str(folder))
