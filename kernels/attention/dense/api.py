@@ -101,8 +101,9 @@ def flash_attention(
     Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). fp8
     (torch.float8_e4m3fn, on GPUs from sm_89) for the forward alone: out is bf16, bias and sinks are bf16 or fp32. Under
     autocast q, k and v are cast as F.scaled_dot_product_attention's are. Triton takes D and Dv from 16 to 256, the
-    others any. Same inputs give the same bits. A second backward (create_graph=True) works in eager mode;
-    it costs the memory of the reference.
+    others any. In bf16 and fp16 on triton a call that autograd records keeps what rounding took from out for its
+    backward, 2 bytes an element of out. Same inputs give the same bits. A second backward (create_graph=True) works in
+    eager mode; it costs the memory of the reference.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype (bf16 for fp8); with return_lse also lse [B, H, Sq], natural log, fp32 (fp64 for

@@ -74,6 +74,20 @@ def test_gradients_of_saturated_rows(dtype: torch.dtype, backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(by_autograd, found[1], strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.0050), (torch.float16, 0.0006)], ids=str)
+def test_errors_at_every_size_of_logits(dtype: torch.dtype, most: float, backend: str) -> None:
+    """Of out alone they grow with the logits, in bf16 to 0.0070."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, 2, 256, 64, generator=generator) for _ in range(4))
+    for scale in (1, 2, 4, 8):
+        x = [part.to(dtype) for part in (q * scale, k, v + 1)]
+        leaves = [part.clone().requires_grad_() for part in x]
+        found = torch.autograd.grad(flash_attention(*leaves, backend=backend), leaves[:2], do.to(dtype))
+        assert max(errors(found, wanted(*x, do.to(dtype)))) <= most, scale
+
+
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_gradients_of_packed_sequences_take_their_own_rows(dtype: torch.dtype, backend: str) -> None:
@@ -200,3 +214,38 @@ def test_where_auto_falls_back_to_a_backend_without_one(monkeypatch: pytest.Monk
         assert all(x.isfinite().all() and x.any() for x in found)
         rests[name] = rest
     assert not rests["torch"].any() and rests["reference"].any()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("backend", [interpreted])
+def test_compiled_and_eager_training_give_equal_bits(backend: str, packed: bool) -> None:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        if packed:
+            cu = torch.tensor([0, 5, 19])
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            return flash_attention_varlen(q, k, v, cu, cu, 14, 14, backend=backend)
+        return flash_attention(q, k, v, backend=backend)
+
+    q, k, v, _ = drawn(torch.bfloat16, 19, 19)
+    found = []
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (q * 8, k, v)]
+        out = function(*leaves)
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", [interpreted])
+def test_gradients_of_gradients_and_of_many_outputs_at_once(backend: str) -> None:
+    q, k, v, do = drawn(torch.bfloat16, 9, 9)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = flash_attention(*leaves, backend=backend)
+    first = torch.autograd.grad(out, leaves, do, create_graph=True)
+    second = torch.autograd.grad(sum(x.float().square().sum() for x in first), leaves)
+    assert all(x.isfinite().all() and x.any() for x in second)
+    out = flash_attention(*leaves, backend=backend)
+    many = torch.autograd.grad(out, leaves, torch.stack([do, 2 * do]), is_grads_batched=True)
+    assert all(torch.equal(x[0], one.detach()) for x, one in zip(many, first, strict=True))
+    mapped = torch.func.vmap(lambda x: flash_attention(x, leaves[1], leaves[2], backend=backend))
+    pair = torch.autograd.grad(mapped(torch.stack([leaves[0], leaves[0]]))[0], leaves[:1], do)
+    assert torch.equal(pair[0], first[0].detach())
