@@ -21,6 +21,7 @@ from .data_parallel import shard_data_parallel
 from .dropout import check_layers_stay
 from .hugging_face import families
 from .hugging_face.exports.names import remember_whole_names
+from .hugging_face.stages import as_trainable, is_known, model_type_of
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
@@ -59,7 +60,8 @@ def parallelize(
 
     With pp a rank keeps the parameters of its own stages, under the names of the whole model; forward and backward are
     one call, :meth:`~fusemesh.hybrid.pipeline_parallel.PipelinedModel.loss_and_gradients`, and clipping is
-    :func:`~fusemesh.hybrid.pipeline_parallel.clip_gradients`. Both work without pp too.
+    :func:`~fusemesh.hybrid.pipeline_parallel.clip_gradients`. Both work without pp too. A Hugging Face model of a known
+    family gets these methods with pp; without, :func:`~fusemesh.hybrid.hugging_face.stages.as_trainable` gives them.
 
     Args:
         model: its layers, which are sharded one by one, are the members of its outermost ``nn.ModuleList``s.
@@ -87,6 +89,8 @@ def parallelize(
     check_recompute(recompute, len(_blocks(model)))
     check_layers_stay(model, layout)
     capabilities_of(model, plan).check(layout)
+    if layout.pp > 1:
+        as_trainable(model)
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
     if layout.tp > 1 and plan is None:
         families.prepare(model)
@@ -163,7 +167,8 @@ def capabilities_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> 
     return Capabilities(
         type(model).__name__,
         tp=not plain,
-        pp=isinstance(model, PipelinedModel),
+        pp=isinstance(model, PipelinedModel) or is_known(model),
+        family=model_type_of(model),
         # Hugging Face's models have no table with parts of the sequence.
         sequence_parallel="sequence" in (plan or {}).values() if has_table else not plain,
         without_table=plain[0] if plain and parts else "",
@@ -178,7 +183,8 @@ def _parts(model: nn.Module) -> list[TensorParallelModule]:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Return the layers. Lists inside a layer are left out: a module in one may run on some ranks and not on others."""
     if isinstance(model, nn.ModuleList):
-        return list(model)
+        # What stands in the place of another stage's layer has no parameters.
+        return [block for block in model if any(True for _ in block.parameters())]
     return [block for child in model.children() for block in _blocks(child)]
 
 

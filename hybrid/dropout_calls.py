@@ -249,6 +249,10 @@ def _dropout(
     return input.mul_(keep).mul_(factor) if inplace else input * keep * factor
 
 
+def _torch_dropout(state: Forward, input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    return _dropout(state, input, p, train)
+
+
 def _scaled_dot_product_attention(
     state: Forward,
     query: torch.Tensor,
@@ -277,7 +281,7 @@ def _rand(state: Forward, *size: Any, **kwargs: Any) -> torch.Tensor:
 
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
-    torch.dropout: _dropout,
+    torch.dropout: _torch_dropout,
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     torch.rand: _rand,
 }

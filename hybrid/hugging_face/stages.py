@@ -174,7 +174,7 @@ class TrainableModel(PipelinedModel):
             return self(Batch(tokens, given))
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **given}.items()}
         border = _border(self)
-        leaving = [_state_shapes(self, border, span.stop, shapes) for span in self.pipeline.spans[:-1]]
+        leaving = [_state_shapes(self, border, span.stop, shapes) for span in self.pipeline.parts.spans[:-1]]
         leaving.append([heads.shape(self.kind, self, shapes)])
         return self.pipeline.flow((tokens,), leaving, 0, **given)[0]
 
