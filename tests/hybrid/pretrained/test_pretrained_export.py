@@ -76,10 +76,10 @@ def test_a_whole_model_goes_back_to_the_byte(tmp_path: Path, name: str, kind: st
     ("layout", "families"),
     [
         ("dp2 x tp2", SOME[:1]),
-        ("fsdp4", SOME[2:]),
+        ("pp2 x fsdp2", SOME[2:]),
         *(
             pytest.param(layout, EVERY, marks=pytest.mark.slow)
-            for layout in ("single", "fsdp4", "tp4", "dp2 x tp2", "fsdp2 x tp2")
+            for layout in ("single", "fsdp4", "tp4", "dp2 x tp2", "fsdp2 x tp2", "pp2 x tp2", "pp4")
         ),
     ],
 )
@@ -100,7 +100,9 @@ def test_ranks_write_what_they_have_read_to_the_byte(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("dp2 x tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dp2 x tp2", "pp2 x tp2"))]
+)
 def test_a_save_is_what_transformers_saves_to_the_byte(rank_pool: RankPool, tmp_path: Path, layout: str) -> None:
     """Where there is no folder to follow: the same files, cut at the same places, under the same headers."""
     kinds = [("qwen3", CAUSAL, "40KB"), ("llama", CAUSAL, 3000), ("marian", PAIRS, "1.5MB")]
@@ -224,7 +226,10 @@ def test_names_of_the_folder_are_kept(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("layout", "families"),
-    [("fsdp2", SOME[:1]), pytest.param("dp2 x tp2", EVERY, marks=pytest.mark.slow)],
+    [
+        ("fsdp2", SOME[:1]),
+        *(pytest.param(layout, EVERY, marks=pytest.mark.slow) for layout in ("dp2 x tp2", "pp2 x tp2")),
+    ],
 )
 def test_a_checkpoint_is_merged_into_what_its_ranks_export(
     rank_pool: RankPool, tmp_path: Path, layout: str, families: list[tuple[str, str]]
