@@ -3,23 +3,23 @@
     python -m bench.pretrained_loading [--runs 3] [--ranks 1,2,4] [--folder DIR]
 
 The folder, random bf16 weights of Qwen3-0.6B's sizes in files of 300 MB, is made in a temporary directory and deleted,
-unless ``--folder`` names one. Its files are in the page cache: what is timed is the loading and not the disk.
-The contenders, each on a model that is built on meta anew:
+unless ``--folder`` names one. Its files are in the page cache: what is timed is the loading and not the disk. The
+contenders, each on a model that is built on meta anew:
 
 - fusemesh: ``load_pretrained`` of the path into the model on its mesh, memory for it included;
 - torch: ``to_empty`` and ``torch.distributed.checkpoint.load`` by its HuggingFaceStorageReader into the same;
 - transformers: ``from_pretrained``, which builds the model too, in every rank, whole.
 
-Each then reads every value once, which is when a memory map reads its file. They run in a shuffled order, on ranks whose
-large allocations are always fresh pages. Times are the slowest rank's from a barrier to the next; beside them the
-processors' time of all ranks, which other programs on the machine change less. Memory is the most by which a rank's peak
-resident set exceeds what it held before, file pages (maps) included and apart; ``bytes`` is what fusemesh asked of the
-files, all ranks, over their size.
+Each then reads every value once, which is when a memory map reads its file. They run in a shuffled order, on ranks
+whose large allocations are always fresh pages. Times are the slowest rank's from a barrier to the next; beside them the
+processors' time of all ranks, which other programs on the machine change less. Memory is the most by which a rank's
+peak resident set exceeds what it held before, file pages (maps) included and apart; ``bytes`` is what fusemesh asked of
+the files, all ranks, over their size.
 
 Prediction, written before the first run: one copy in the place of two, and no fresh memory for slices, makes it 2 to
 2.5 times as fast as torch's reader on every number of ranks, in processors' time as in the wall's; a rank's memory is
-its part of the folder and at most 20 MiB. from_pretrained, which maps the files and copies once, takes 1.3 times as long
-on one rank, and with 4 ranks 4 times, because each loads all.
+its part of the folder and at most 20 MiB. from_pretrained, which maps the files and copies once, takes 1.3 times as
+long on one rank, and with 4 ranks 4 times, because each loads all.
 """
 
 from __future__ import annotations
