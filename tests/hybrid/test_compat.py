@@ -84,7 +84,10 @@ def test_what_a_hugging_face_models_class_says_of_folders() -> None:
     sizes = {"vocab_size": 7, "d_model": 4, "d_kv": 2, "d_ff": 6, "num_layers": 1, "num_heads": 2}
     with torch.device("meta"):
         t5 = transformers.T5ForSequenceClassification(transformers.T5Config(**sizes, num_labels=3))
-        marian = transformers.MarianMTModel(transformers.MarianConfig(vocab_size=7, d_model=4, pad_token_id=0))
+        heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "decoder_start_token_id": 0}
+        marian = transformers.MarianMTModel(
+            transformers.MarianConfig(vocab_size=7, d_model=4, pad_token_id=0, eos_token_id=0, **heads)
+        )
     tied = compat.tied_weights(t5)
     name = "transformer.encoder.embed_tokens.weight"
     assert tied[name] == "transformer.shared.weight", gone(".all_tied_weights_keys", tied)
