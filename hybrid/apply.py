@@ -18,11 +18,15 @@ from fusemesh.kernels.attention.call.place import Place
 from .capabilities import Capabilities
 from .consistency import check_same_on_all_ranks
 from .data_parallel import shard_data_parallel
+from .dropout import check_layers_stay
 from .hugging_face import families
+from .hugging_face.exports.names import remember_whole_names
+from .hugging_face.stages import as_trainable, is_known, model_type_of
 from .layout import Layout
 from .pipeline_options import PipelineOptions
 from .pipeline_parallel import Pipeline, PipelinedModel, cut
 from .placed import PlacedPart, mark
+from .recompute import check_recompute, recompute_blocks
 from .tensor.fused import columns_of
 from .tensor.modules import TensorParallelModule
 from .tensor.table import convert, find_table
@@ -39,6 +43,7 @@ def parallelize(
     sequence_parallel: bool = True,
     dtype: torch.dtype | None = None,
     pipeline: PipelineOptions | None = None,
+    recompute: str = "none",
 ) -> Model:
     """Place ``model`` on ``mesh``, in place, and return it.
 
@@ -55,7 +60,8 @@ def parallelize(
 
     With pp a rank keeps the parameters of its own stages, under the names of the whole model; forward and backward are
     one call, :meth:`~fusemesh.hybrid.pipeline_parallel.PipelinedModel.loss_and_gradients`, and clipping is
-    :func:`~fusemesh.hybrid.pipeline_parallel.clip_gradients`. Both work without pp too.
+    :func:`~fusemesh.hybrid.pipeline_parallel.clip_gradients`. Both work without pp too. A Hugging Face model of a known
+    family gets these methods with pp; without, :func:`~fusemesh.hybrid.hugging_face.stages.as_trainable` gives them.
 
     Args:
         model: its layers, which are sharded one by one, are the members of its outermost ``nn.ModuleList``s.
@@ -69,15 +75,22 @@ def parallelize(
             layers are called with are cast to it, those in lists, dicts and dataclasses too, of which a copy is then
             passed; a container in which nothing is to be cast is passed itself, so that a layer may write into it.
         pipeline: micro-batches, schedule and virtual stages, with pp; None takes the defaults.
+        recompute: "full": in training each layer keeps its inputs alone, and backward computes it again; a Hugging Face
+            model then fills no cache. See :mod:`fusemesh.hybrid.recompute`.
 
     Raises:
         ValueError: the model is on a mesh already, the layout has an axis that is not built yet or other degrees than
             the mesh, a module cannot be split over tp, the plan does not fit the model, or the model cannot be cut for
-            pp; raised before any communication. Or the ranks' models differ, which the first one finds.
+            pp, or it leaves out layers by chance (layerdrop) with fsdp or pp; raised before any communication. Or the
+            ranks' models differ, which the first one finds.
     """
     _check_whole(model)
     options = pipeline or PipelineOptions()
+    check_recompute(recompute, len(_blocks(model)))
+    check_layers_stay(model, layout)
     capabilities_of(model, plan).check(layout)
+    if layout.pp > 1:
+        as_trainable(model)
     layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
     if layout.tp > 1 and plan is None:
         families.prepare(model)
@@ -96,6 +109,7 @@ def parallelize(
     if mesh.size() == dist.get_world_size():
         check_same_on_all_ranks([*model.named_parameters(), *model.named_buffers()], device)
 
+    remember_whole_names(model)
     # 1. Pipeline parallel: the rank keeps its stages alone, before anything else takes memory.
     mine = None
     if layout.pp > 1:
@@ -115,6 +129,8 @@ def parallelize(
         shard_data_parallel(
             root, mesh, blocks=_blocks(root), prepare=split, dtype=dtype, keep_gathered=mine is not None
         )
+        if recompute == "full":
+            recompute_blocks(_blocks(root))
     # 4. What attends knows its heads and samples, so that dropout is that of one process.
     for root in roots:
         _set_places(root, layout.replica_of(mesh.get_rank()))
@@ -151,7 +167,8 @@ def capabilities_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> 
     return Capabilities(
         type(model).__name__,
         tp=not plain,
-        pp=isinstance(model, PipelinedModel),
+        pp=isinstance(model, PipelinedModel) or is_known(model),
+        family=model_type_of(model),
         # Hugging Face's models have no table with parts of the sequence.
         sequence_parallel="sequence" in (plan or {}).values() if has_table else not plain,
         without_table=plain[0] if plain and parts else "",
@@ -166,7 +183,8 @@ def _parts(model: nn.Module) -> list[TensorParallelModule]:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Return the layers. Lists inside a layer are left out: a module in one may run on some ranks and not on others."""
     if isinstance(model, nn.ModuleList):
-        return list(model)
+        # What stands in the place of another stage's layer has no parameters.
+        return [block for block in model if any(True for _ in block.parameters())]
     return [block for child in model.children() for block in _blocks(child)]
 
 

@@ -17,6 +17,7 @@ class Capabilities:
         pp: whether it can be cut into stages.
         sequence_parallel: whether tp may split activations along the sequence between the matmuls.
         without_table: the first parameter that nothing splits, of a model that is split but for some; for errors.
+        family: what a Hugging Face model's config calls its family; for errors.
     """
 
     model: str = "Transformer"
@@ -24,6 +25,7 @@ class Capabilities:
     pp: bool = True
     sequence_parallel: bool = True
     without_table: str = ""
+    family: str = ""
 
     def check(self, layout: Layout) -> None:
         """Check that the model can be split over each axis of ``layout``.
@@ -39,9 +41,15 @@ class Capabilities:
             )
         if layout.pp > 1 and not self.pp:
             other = "fsdp or tp" if self.tp else "fsdp"
+            remedy = "derive it from fusemesh.hybrid.pipeline_parallel.PipelinedModel"
+            if self.family:
+                remedy = (
+                    f"add the family {self.family!r} with its head to fusemesh.hybrid.hugging_face.anatomy, which says "
+                    "where a model has its blocks"
+                )
             raise ValueError(
-                f"pp: {self.model} brings no stage(), by which it is cut into stages; derive it from "
-                f"fusemesh.hybrid.pipeline_parallel.PipelinedModel, or use {other} in the place of pp"
+                f"pp: {self.model} brings no stage(), by which it is cut into stages; {remedy}, or use {other} in the "
+                "place of pp"
             )
 
 

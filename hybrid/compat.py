@@ -13,8 +13,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -64,6 +65,18 @@ PRIVATE = {
     "._init_weights": Private(
         "computing buffers that no state dict holds, such as rotary frequencies, of a Hugging Face model built on meta",
         "see how from_pretrained computes them; without it PlacedPart.to_empty() refuses such models by name",
+    ),
+    "._keys_to_ignore_on_save": Private(
+        "the names of a Hugging Face model's state dict that save_pretrained leaves out, such as computed positions",
+        "see what save_pretrained leaves out then, in names_not_saved(); else they are written, and loading says so",
+    ),
+    "._tied_weights_keys": Private(
+        "the names that from_pretrained ties again, with versions of transformers that have no all_tied_weights_keys",
+        "drop it with the last such version in is_tied_again()",
+    ),
+    "._hf_peft_config_loaded": Private(
+        "telling a Hugging Face model with adapters, of which save_pretrained writes these alone",
+        "see what save_pretrained does then; else such a model's slices are written as a whole model's",
     ),
     "._is_hf_initialized": Private(
         "letting a Hugging Face model set one parameter and leave others as they are",
@@ -273,6 +286,46 @@ def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> list[str]:
     if dtype == torch.float16:
         found += getattr(model, "_keep_in_fp32_modules", None) or ()
     return found if dtype in (torch.float16, torch.bfloat16) else []
+
+
+def names_not_saved(model: nn.Module) -> set[str]:
+    """Return the names of a Hugging Face model's state dict that its save_pretrained leaves out."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def is_tied_again(model: nn.Module, name: str) -> bool:
+    """Return whether from_pretrained ties this parameter of a Hugging Face model to another one."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is not None:
+        return name in tied
+    patterns = getattr(model, "_tied_weights_keys", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def names_when_saved(model: nn.Module, names: Iterable[str]) -> dict[str, str] | None:
+    """Return under which name a Hugging Face model's save_pretrained writes each tensor of its state dict.
+
+    None: it does more than that: it changes the tensors, or writes adapters, quantised tensors or code.
+    """
+    import torch
+
+    known: Any = model
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    if known.is_remote_code() if hasattr(model, "is_remote_code") else False:
+        return None
+    tensors = {name: torch.empty(1, device="meta") for name in names}
+    # The model's own library has imported it, if it has it.
+    revert = getattr(sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None)
+    if revert is None:  # transformers 4 writes them as they are
+        return {name: name for name in tensors}
+    own = {id(tensor): name for name, tensor in tensors.items()}
+    try:
+        written = revert(known, dict(tensors))
+    except Exception:  # it cannot change tensors that have no values
+        return None
+    found = {own[id(tensor)]: name for name, tensor in written.items() if id(tensor) in own}
+    return found if len(found) == len(tensors) == len(written) else None
 
 
 def agent_serves_store() -> bool:

@@ -100,7 +100,7 @@ def check_holders(name: str, stages: Sequence[int], pp: int, virtual_stages: int
         raise ValueError(
             f"pipeline.virtual_stages: expected a number with which the stages that share {name} are on different "
             f"ranks, received {virtual_stages} on pp{pp}, whose stages {' and '.join(map(str, stages))} are on one; "
-            "use another, or do not tie the embeddings"
+            "use another, schedule 1f1b or gpipe, or do not tie the embeddings"
         )
 
 

@@ -5,8 +5,8 @@ interleaved schedule several. Parameters keep the names they have in the whole m
 of stages. The loss that the last stage differentiates is already divided by the global token count, so micro-batches
 add up and nothing is scaled afterwards.
 
-A parameter that two stages hold (tied embeddings) is a copy on each. The copies start equal, their gradients are summed
-between the two ranks, and so they stay equal; the norm counts them once.
+A parameter that several stages hold (tied embeddings, T5's biases) is a copy on each. The copies start equal, their
+gradients are summed among these ranks, in one order on all, and so they stay equal; the norm counts them once.
 
 Sources: Huang et al., "GPipe" (2019); Narayanan et al., "PipeDream" (2019) for 1F1B and "Efficient Large-Scale Language
 Model Training on GPU Clusters" (2021) for the interleaved schedule and tied embeddings.
@@ -15,6 +15,7 @@ Model Training on GPU Clusters" (2021) for the interleaved schedule and tied emb
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,10 +28,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from .dropout import dropout_of
 from .pipeline_options import PipelineOptions, check_holders, deal_blocks
 
 # Names in torch.distributed.pipelining, which only a pipeline imports: it takes a second.
 _SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved1f1b": "ScheduleInterleaved1F1B"}
+# For so many shapes of batches a pipeline keeps torch's schedule, with its buffers.
+_MOST_SCHEDULES = 4
 
 
 class StageModule(nn.Module):
@@ -74,8 +78,9 @@ class PipelinedModel(nn.Module):
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Return the loss summed over this replica's targets; with pp it has no gradient."""
-        # By the call, not by forward: fully_shard's hooks hang on it.
-        return self(tokens, targets, **inputs)
+        with dropout_of(self).forward(len(tokens)):
+            # By the call, not by forward: fully_shard's hooks hang on it.
+            return self(tokens, targets, **inputs)
 
     def loss_and_gradients(
         self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor
@@ -102,14 +107,14 @@ class Cut:
     """The part of ``model`` that one rank of pp keeps.
 
     ``stages`` maps the number of each of this rank's stages to its module; ``shared`` maps the names of parameters
-    that a stage on another rank holds too to the two ranks of pp, the one first whose copy the norm counts. ``spans``
+    that stages on other ranks hold too to all these ranks of pp, the one first whose copy the norm counts. ``spans``
     are the blocks of every stage.
     """
 
     model: PipelinedModel
     spans: list[range]
     stages: dict[int, StageModule]
-    shared: dict[str, tuple[int, int]]
+    shared: dict[str, tuple[int, ...]]
 
     @property
     def num_stages(self) -> int:
@@ -135,9 +140,9 @@ def cut(model: PipelinedModel, ranks: int, rank: int, virtual_stages: int) -> Cu
         found = holders.get(id(parameter), [])
         check_holders(name, found, ranks, virtual_stages)
         at = [index % ranks for index in found]
-        assert 1 <= len(at) <= 2, f"{name} is held by the ranks {at} of pp"
-        if len(at) == 2 and rank in at:
-            shared[name] = (at[0], at[1])
+        assert at, f"{name} is held by no stage"
+        if len(at) > 1 and rank in at:
+            shared[name] = tuple(at)
     own = {index: stage for index, stage in enumerate(stages) if index % ranks == rank}
     _drop_all_but(model, {id(module) for stage in own.values() for module in stage.modules()})
     return Cut(model, parts, own, shared)
@@ -185,11 +190,6 @@ class Pipeline:
     def has_last(self) -> bool:
         """Return whether this rank holds the last stage."""
         return self.parts.num_stages - 1 in self.parts.stages
-
-    @property
-    def spans(self) -> list[range]:
-        """Return the blocks of every stage."""
-        return self.parts.spans
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Return the loss summed over targets [B, ...], on every rank; no gradient.
@@ -260,6 +260,7 @@ class Pipeline:
         self, call: Callable[..., Any], tokens: torch.Tensor, targets: torch.Tensor, inputs: dict[str, torch.Tensor]
     ) -> None:
         self._losses.clear()
+        dropout_of(self.parts.model).begin(len(tokens))
         call(
             *((tokens,) if self.has_first else ()),
             target=targets if self.has_last else None,
@@ -301,27 +302,27 @@ class Pipeline:
         dist.broadcast(total, group=self.group, group_src=(self.parts.num_stages - 1) % self.ranks)
         return total
 
-    def exchange(self, own: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
-        """Return the tensor that the other rank of ``pair``, two ranks of pp, passes as ``own``; both call it."""
-        other = torch.empty_like(own, memory_format=torch.contiguous_format)
-        peer = pair[0] if pair[1] == self.rank else pair[1]
+    def exchange(self, own: torch.Tensor, ranks: tuple[int, ...]) -> list[torch.Tensor]:
+        """Return the tensors that these ranks of pp, this one among them, pass as ``own``, in their order."""
+        own = own.contiguous()
+        found = {rank: own if rank == self.rank else torch.empty_like(own) for rank in ranks}
         messages = [
-            dist.P2POp(dist.isend, own.contiguous(), group=self.group, group_peer=peer),
-            dist.P2POp(dist.irecv, other, group=self.group, group_peer=peer),
+            dist.P2POp(way, tensor, group=self.group, group_peer=rank)
+            for rank in ranks
+            if rank != self.rank
+            for way, tensor in ((dist.isend, own), (dist.irecv, found[rank]))
         ]
         for work in dist.batch_isend_irecv(messages):
             work.wait()
-        return other
+        return list(found.values())
 
     def _sum_shared_gradients(self) -> None:
-        for name, pair in self.parts.shared.items():
-            gradient = self.parts.model.get_parameter(name).grad
-            assert gradient is not None
-            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            if own.numel() == 0:
-                continue
-            # Of two terms, in either order: the same bits on both ranks.
-            own += self.exchange(own, pair)
+        for name, ranks in self.parts.shared.items():
+            parameter = self.parts.model.get_parameter(name)
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            if parameter.grad is not None and (own := _own_part(parameter.grad)).numel() > 0:
+                # In the same order everywhere: the same bits on all ranks.
+                own.copy_(functools.reduce(torch.add, self.exchange(own, ranks)))
 
     def _schedule(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor], *, training: bool) -> tuple[Any, bool]:
         """Return torch's schedule for these shapes, which fix its buffers, and whether it has not run yet."""
@@ -330,6 +331,9 @@ class Pipeline:
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **inputs}.items()}
         key = (*sorted(shapes.items()), training)
         if is_new := key not in self._schedules:
+            if len(self._schedules) == _MOST_SCHEDULES:
+                # Batches as long as their longest text may all differ.
+                del self._schedules[next(iter(self._schedules))]
             options = self.options if training else self.options.evaluating()
             number = options.microbatches_of(self.ranks, tokens.shape[0])
             micro = {name: (shape[0] // number, *shape[1:]) for name, shape in shapes.items()}
@@ -341,6 +345,8 @@ class Pipeline:
                 loss_fn=self._microbatch_loss,
                 scale_grads=False,
             )
+        # Behind the others: the one that was not used for longest goes first.
+        self._schedules[key] = self._schedules.pop(key)
         return self._schedules[key], is_new
 
     def _torch_stage(self, index: int, batch: dict[str, tuple[int, ...]]) -> Any:
@@ -353,15 +359,11 @@ class Pipeline:
             tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
             for shapes in (stage.input_shapes(batch), stage.output_shapes(batch))
         )
-        return PipelineStage(
-            stage,
-            index,
-            self.parts.num_stages,
-            self.device,
-            input_args=tokens if index == 0 else entering,
-            output_args=leaving,
-            group=self.group,
+        taken = tokens if index == 0 else entering
+        made = PipelineStage(
+            stage, index, self.parts.num_stages, self.device, input_args=taken, output_args=leaving, group=self.group
         )
+        return dropout_of(self.parts.model).numbering(made, stage, len(tokens))
 
 
 def clip_gradients(model: nn.Module, max_norm: float, *, foreach: bool | None = None) -> torch.Tensor:

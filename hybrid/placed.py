@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import logging
 import os
@@ -20,10 +21,11 @@ from fusemesh.kernels import op_rules
 
 from . import compat
 from .consistency import agree, check_has_memory, check_same_on_all_ranks
+from .hugging_face.exports.save import save_slices
 from .hugging_face.sources import from_disk, sources_of, to_disk
 from .pipeline_parallel import PipelinedModel
 from .tensor.converted import derived
-from .tensor.modules import own_rows
+from .tensor.modules import own_slices
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds
@@ -85,23 +87,6 @@ def _part_like(own: Any, whole: Any) -> Any:
         return whole  # load_state_dict names the parameter and both shapes
     part = whole[own_slices(own)].to(own.to_local().device).contiguous()
     return DTensor.from_local(part, own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
-
-
-def own_slices(own: torch.Tensor) -> tuple[slice, ...]:
-    """Return the part of the whole tensor that this rank's part of ``own`` is, one slice a dimension."""
-    found = [slice(0, rows) for rows in own.shape]
-    if isinstance(own, DTensor):
-        place = own.device_mesh.get_coordinate()
-        assert place is not None
-        # tp has cut first, and fsdp its parts.
-        for axis in reversed(range(own.device_mesh.ndim)):
-            dim = getattr(own.placements[axis], "dim", None)  # of Shard, and of the class for parts of parts
-            if dim is not None:
-                start, stop = found[dim].start, found[dim].stop
-                rows = own_rows(stop - start, own.device_mesh.size(axis), place[axis])
-                found[dim] = slice(start + rows.start, start + rows.stop)
-        assert tuple(own.to_local().shape) == tuple(part.stop - part.start for part in found), (own.shape, found)
-    return tuple(found)
 
 
 @contextlib.contextmanager
@@ -263,8 +248,27 @@ class PlacedModel(PlacedPart):
         return super().load_state_dict(parts, strict, assign)
 
 
+def _check_saving(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what save_pretrained of a model on a mesh does not do."""
+    if options.get("push_to_hub"):
+        raise ValueError(
+            "save_pretrained: expected push_to_hub=False for a model on a mesh, received True; save it, then upload "
+            "the folder once: hf upload NAME FOLDER"
+        )
+    if options.get("distributed_checkpoint"):
+        raise ValueError(
+            "save_pretrained: expected distributed_checkpoint=False for a model on a mesh, received True; save a "
+            "checkpoint for any layout by fusemesh.hybrid.checkpoint.save"
+        )
+    if not options.get("safe_serialization", True):
+        raise ValueError(
+            "save_pretrained: expected safe_serialization=True for a model on a mesh, received False; save it, load it "
+            "in one process by from_pretrained, and save that"
+        )
+
+
 class PlacedHuggingFaceModel(PlacedModel):
-    """In front of a Hugging Face model's class: it saves its whole weights, from rank 0, when every rank calls it."""
+    """In front of a Hugging Face model's class: it saves its whole weights when every rank calls it."""
 
     def save_pretrained(
         self,
@@ -276,17 +280,31 @@ class PlacedHuggingFaceModel(PlacedModel):
     ) -> None:
         """Save the model as transformers does, for ``from_pretrained`` in one process or many; every rank calls it.
 
-        Rank 0 writes; the others return when the files are there.
+        Each rank writes its own slices, so that nobody holds a whole model; all return when the files are there, and
+        until then the folder has no weights that could be taken for whole. Models of which transformers saves more than
+        their tensors (quantised, adapters, experts that are stored apart) are gathered, and rank 0 writes.
 
         Args:
             save_directory, args, kwargs: of transformers' own save_pretrained.
-            is_main_process: whether rank 0 may write.
-            state_dict: on rank 0, of whole tensors; None gathers the model's own.
+            is_main_process: whether rank 0, and with it all others, may write.
+            state_dict: on rank 0, of whole tensors, which rank 0 writes; None: the model's own.
 
         Raises:
-            RuntimeError: on the other ranks, when rank 0 has raised its own error.
+            OSError: on every rank, the folder cannot be written.
+            ValueError: ``push_to_hub``, ``distributed_checkpoint`` or ``safe_serialization=False`` is asked for.
+            RuntimeError: on the other ranks, when rank 0 writes and has raised its own error.
         """
+        given = inspect.signature(super().save_pretrained).bind(  # type: ignore[misc]
+            save_directory, is_main_process, state_dict, *args, **kwargs
+        )
+        given.apply_defaults()
+        options = {**given.arguments, **given.arguments.get("kwargs", {})}
+        _check_saving(options)
         if state_dict is None:
+            with _told_while_alone("whole_state_dict() or save_pretrained()"):
+                dist.barrier()
+            if save_slices(self, save_directory, options, is_main_process):
+                return
             state_dict = whole_state_dict(self)
         failure: list[Any] = [None]
         error: Exception | None = None

@@ -287,7 +287,7 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Any]) -> None:
         cause = _first_failure(error)
         if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or not isinstance(cause, Exception):
             raise cause from None
-        raise _unreadable(checkpoint, cause) from error
+        raise unreadable(checkpoint, cause) from error
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
@@ -300,7 +300,7 @@ def stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
         stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:
         # Whatever a broken pickle raises.
-        raise _unreadable(checkpoint, error) from error
+        raise unreadable(checkpoint, error) from error
     prefix = f"{MODEL}."
     return {
         key.removeprefix(prefix): value
@@ -309,7 +309,8 @@ def stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     }
 
 
-def _unreadable(checkpoint: Path, error: Exception) -> CheckpointError:
+def unreadable(checkpoint: Path, error: Exception) -> CheckpointError:
+    """Return the error for a checkpoint whose files cannot be read."""
     missing = Path(error.filename).name if isinstance(error, FileNotFoundError) and error.filename else ""
     text = (str(error).splitlines() or [""])[0][:120]
     return damaged(

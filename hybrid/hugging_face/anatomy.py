@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from .stand_ins import BiasAlone, BiasedSame, Embedded, OneOfTwo, Same, Zero, replaced
+from ..dropout_calls import OWN_CALLS
+from .stand_ins import BiasAlone, BiasedSame, Embedded, Same, Zero, replaced
 
 StandIn = Callable[[], nn.Module | None]
 
@@ -64,7 +65,8 @@ class Stack:
                 others |= {name: made() for name, made in ends.items() if _has(module, name)}
         if self.both_ends and not (first and last):
             dropout = module.get_submodule(self.both_ends)
-            others[self.both_ends] = OneOfTwo(dropout, 0 if first else 1) if first or last else Same()
+            own = {OWN_CALLS: frozenset([0] * first + [1] * last)}
+            others[self.both_ends] = replaced(dropout, {}, own)
         return replaced(module, others, {} if first else dict(self.constants))
 
 

@@ -10,8 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import compat
-from ..placed import own_slices
-from ..tensor.modules import ColumnParallelLinear, RowParallelLinear
+from ..tensor.modules import ColumnParallelLinear, RowParallelLinear, own_slices
 
 
 @torch.no_grad()

@@ -165,7 +165,7 @@ def _names_on_disk(model: nn.Module, folder: Folder, wanted: set[str]) -> dict[s
     prefix = getattr(model, "base_model_prefix", "")
     held: dict[str, str] = {}
     for name in folder.tensors:
-        own = _renamed(name, prefix, wanted)
+        own = own_name(name, prefix, wanted)
         if own in held and own in wanted:
             raise ValueError(
                 f"{folder.path}: expected one tensor for {own!r}, received {held[own]!r} and {name!r}, which are "
@@ -175,7 +175,7 @@ def _names_on_disk(model: nn.Module, folder: Folder, wanted: set[str]) -> dict[s
     return held
 
 
-def _renamed(name: str, prefix: str, wanted: set[str]) -> str:
+def own_name(name: str, prefix: str, wanted: set[str]) -> str:
     """Return the model's own name for a name of the folder; its prefix is left out, or put before, where that fits."""
     new = name
     for old, now in _OLD:

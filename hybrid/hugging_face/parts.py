@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from ..placed import own_slices
+from ..tensor.modules import own_slices
 from .folder import Folder
 from .names import Match, part_on_disk
 from .reading import open_folder

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dropout import dropout_of
 from ..pipeline_parallel import PipelinedModel, StageModule
 from . import heads
 from .anatomy import ANATOMIES, Anatomy, base_name, kind_of, model_type_of, within
@@ -149,8 +150,10 @@ class TrainableModel(PipelinedModel):
         given = self._complete(tokens, inputs)
         if self.pipeline is not None:
             return self.pipeline.loss(tokens, targets, **given)
-        # By the call, not by forward: fully_shard's hooks hang on it.
-        return heads.summed_loss(self(Batch(tokens, given)), targets)
+        with dropout_of(self).forward(len(tokens)):
+            # By the call, not by forward: fully_shard's hooks hang on it.
+            logits = self(Batch(tokens, given))
+        return heads.summed_loss(logits, targets)
 
     def loss_and_gradients(
         self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor
@@ -171,7 +174,7 @@ class TrainableModel(PipelinedModel):
             return self(Batch(tokens, given))
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **given}.items()}
         border = _border(self)
-        leaving = [_state_shapes(self, border, span.stop, shapes) for span in self.pipeline.spans[:-1]]
+        leaving = [_state_shapes(self, border, span.stop, shapes) for span in self.pipeline.parts.spans[:-1]]
         leaving.append([heads.shape(self.kind, self, shapes)])
         return self.pipeline.flow((tokens,), leaving, 0, **given)[0]
 

@@ -68,18 +68,6 @@ class BiasAlone(nn.Module):
         return h, self.attention.compute_bias(h.shape[1], h.shape[1], device=h.device), None
 
 
-class OneOfTwo(nn.Module):
-    """The dropout that T5 calls twice, before its blocks and behind them, in a stage that has one of these ends."""
-
-    def __init__(self, dropout: nn.Module, number: int) -> None:
-        super().__init__()
-        self.dropout, self.number, self.calls = dropout, number, 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        number, self.calls = self.calls, 1 - self.calls
-        return self.dropout(x) if number == self.number else x
-
-
 def replaced(
     module: nn.Module, others: Mapping[str, nn.Module | None], constants: Mapping[str, Any] | None = None
 ) -> nn.Module:

@@ -373,6 +373,23 @@ def own_rows(rows: int, ranks: int, rank: int) -> slice:
     return slice(min(rank * size, rows), min((rank + 1) * size, rows))
 
 
+def own_slices(own: torch.Tensor) -> tuple[slice, ...]:
+    """Return the part of the whole tensor that this rank's part of ``own`` is, one slice a dimension."""
+    found = [slice(0, rows) for rows in own.shape]
+    if isinstance(own, DTensor):
+        place = own.device_mesh.get_coordinate()
+        assert place is not None
+        # tp has cut first, and fsdp its parts.
+        for axis in reversed(range(own.device_mesh.ndim)):
+            dim = getattr(own.placements[axis], "dim", None)  # of Shard, and of the class for parts of parts
+            if dim is not None:
+                start, stop = found[dim].start, found[dim].stop
+                rows = own_rows(stop - start, own.device_mesh.size(axis), place[axis])
+                found[dim] = slice(start + rows.start, start + rows.stop)
+        assert tuple(own.to_local().shape) == tuple(part.stop - part.start for part in found), (own.shape, found)
+    return tuple(found)
+
+
 def leaves_none(rows: int, ranks: int) -> bool:
     """Return whether :func:`own_rows` leaves some rank no row.
 

@@ -71,9 +71,7 @@ def test_published_models_are_given_axes_that_their_class_can_be_split_over(
 ) -> None:
     _, found, _ = call(capfd, "plan", "--model", model, "--world", 64, "--gpu", "h100", "--recompute", "full")
     layouts = [Layout.parse(row["layout"]) for row in found["layouts"]]
-    assert any(layout.tp > 1 for layout in layouts) and all(layout.pp == 1 for layout in layouts)
-    whys = {row["why"] for row in found["rejected"] if Layout.parse(row["layout"]).pp > 1}
-    assert any("brings no stage()" in why for why in whys)
+    assert any(layout.tp > 1 for layout in layouts) and any(layout.pp > 1 for layout in layouts)
 
 
 def test_flags_change_what_is_planned(capfd: pytest.CaptureFixture[str]) -> None:
@@ -129,8 +127,10 @@ WRONG = [
     (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--memory", "0GB"], "--memory: expected a size such as"),
     (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--gpus-per-node", "0"], "--gpus-per-node: expected at"),
     (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--explain", "dp4"], "--explain: expected a layout of 8"),
-    (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--explain", "pp8"], "--explain: pp8 cannot run: pp: GPT2LM"),
-    (["--model", "llama3-8b", "--world", "8", "--gpu", "h100", "--explain", "pp8"], "pp: LlamaForCausalLM brings no"),
+    (
+        ["--model", "gpt2", "--world", "8", "--gpu", "h100", "--explain", "tp8"],
+        "--explain: tp8 cannot run: num_heads: 12",
+    ),
     (["--model", "gpt2", "--world", "8", "--gpu", "h100", "--dtype", "int4"], "dtype: expected one of"),
     (["--model", "gpt2", "--model.num_layers", "3"], "--model: expected it alone"),
     (["--gpu", "h100", "--world", "2", "--microbatches", "2"], "--microbatches: expected it with --model"),

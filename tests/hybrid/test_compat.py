@@ -98,6 +98,33 @@ def test_buffers_that_a_hugging_face_model_computes() -> None:
     compat.initialize_hugging_face(nn.Linear(1, 1), "")
 
 
+def test_what_a_hugging_face_model_saves_under_which_names() -> None:
+    """Names that are left out, names that loading ties again, and models of which other tensors are written."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 4, "decoder_ffn_dim": 4, "d_model": 4}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    config = transformers.MarianConfig(vocab_size=8, max_position_embeddings=8, pad_token_id=0, **sizes, **heads)
+    with torch.device("meta"):
+        model: Any = transformers.MarianMTModel(config)
+        mixtral = transformers.MixtralConfig(
+            vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+        )
+        experts: Any = transformers.MixtralForCausalLM(mixtral)
+    found = compat.names_not_saved(model)
+    assert "model.encoder.embed_positions.weight" in found, gone("._keys_to_ignore_on_save", found)
+    names = ("model.shared.weight", "model.encoder.embed_tokens.weight", "lm_head.weight")
+    assert [compat.is_tied_again(model, name) for name in names] == [False, True, True]
+    older: Any = nn.Module()
+    older._tied_weights_keys = [r"head\.weight"]
+    assert compat.is_tied_again(older, "head.weight") and not compat.is_tied_again(older, "body.weight")
+    written = compat.names_when_saved(model, model.state_dict())
+    assert written is not None and all(name == other for name, other in written.items())
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        assert compat.names_when_saved(experts, experts.state_dict()) is None
+    model._hf_peft_config_loaded = True
+    assert compat.names_when_saved(model, model.state_dict()) is None, gone("._hf_peft_config_loaded", written)
+
+
 def test_what_is_imported_before_ranks_are_forked() -> None:
     """Nothing without DTensor; with it the module that an operation would import, which starts no thread."""
     script = """

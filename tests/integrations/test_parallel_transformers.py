@@ -16,7 +16,6 @@ from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner import search
 from fusemesh.hybrid.planner.hardware import find_hardware
 from fusemesh.hybrid.planner.job import TrainingJob
-from fusemesh.hybrid.planner.published import FAMILIES
 from fusemesh.hybrid.ranks.testing import RankPool
 from fusemesh.transformer.description import describe
 from tests.support.ranks import hugging_face as ranks
@@ -198,7 +197,8 @@ def test_the_example_fine_tunes_saves_and_loads(rank_pool: RankPool, tmp_path: P
 def test_saving_that_fails_on_one_rank_fails_on_all(rank_pool: RankPool, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     first, second = rank_pool.run(ranks.not_saved, str(tmp_path / "file" / "model"), ranks=2)
-    assert first[0].startswith("NotADirectoryError") and "rank 0 could not save: NotADirectoryError" in second[0]
+    told = f"OutputError: cannot write {str(tmp_path / 'file' / 'model')!r}: a file stands where a folder is needed"
+    assert first[0].startswith(told) and second[0].startswith(told)
     assert "resize_token_embeddings: expected a whole model" in first[1] and "before parallelize()" in second[1]
 
 
@@ -214,7 +214,7 @@ def test_the_planner_leaves_out_what_parallelize_refuses_and_says_the_same(rank_
         found = search.consider(described[name], TrainingJob(8, 64), find_hardware("h100"), Layout.parse(text))
         assert (found.why if isinstance(found, search.Rejected) else "") == message, (name, text)
     refused = {key for key, message in verdicts.items() if message}
-    assert refused == {(name, "pp2") for name in FAMILIES}
+    assert not refused
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,13 @@ def test_the_planner_leaves_out_what_parallelize_refuses_and_says_the_same(rank_
             {},
             ["StableLmForCausalLM brings no tensor-parallel table; pass one", "plan=, or use fsdp"],
         ),
-        ("pp2", "llama", {}, {}, ["pp: LlamaForCausalLM brings no stage()", "use fsdp or tp in the place of pp"]),
+        (
+            "pp2",
+            "olmo2",
+            {},
+            {},
+            ["pp: Olmo2ForCausalLM brings no stage()", "add the family 'olmo2'", "use fsdp or tp in the place of pp"],
+        ),
     ],
     ids=["heads", "intermediate", "style", "wrapped", "no-plan", "pipeline"],
 )

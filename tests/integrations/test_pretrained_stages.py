@@ -7,25 +7,47 @@ from typing import Any
 import pytest
 import torch
 
+from fusemesh.hybrid.hugging_face import families
 from fusemesh.hybrid.hugging_face.stages import as_trainable
-from fusemesh.hybrid.pipeline_options import deal_blocks
+from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.pipeline_options import PipelineOptions, deal_blocks
+from fusemesh.hybrid.ranks.testing import RankPool
 from tests.support.hugging_face import KeepDouble
 from tests.support.pretrained import training
-from tests.support.pretrained.folders import PRETRAINED
+from tests.support.pretrained.folders import CAUSAL, CLASSES, PAIRS, PRETRAINED, SPANS
+from tests.support.ranks import pretrained as ranks
 
 FP64 = 1e-12
 ALL = [(name, kind) for name, family in PRETRAINED.items() for kind in family.kinds]
+# One of each way in which a family embeds, masks, or reads an output; the others are slow tests.
+QUICK = [
+    ("llama", CLASSES),
+    ("gemma3", CAUSAL),
+    ("gpt2", CLASSES),
+    ("roberta", SPANS),
+    ("bert", CAUSAL),
+    ("distilbert", CLASSES),
+    ("t5", PAIRS),
+    ("marian", PAIRS),
+    ("bart", CLASSES),
+]
 
 
 def named(case: Any) -> str:
-    return str(case).removeprefix("AutoModelFor")
+    if isinstance(case, PipelineOptions):
+        return case.schedule
+    return str(case).removeprefix("AutoModelFor").replace(" ", "")
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
 
 
-@pytest.mark.parametrize(("name", "kind"), ALL, ids=named)
+@pytest.mark.parametrize(("name", "kind"), [case if case in QUICK else slow(*case) for case in ALL], ids=named)
 def test_a_padded_batch_teaches_what_its_texts_do_one_by_one(name: str, kind: str) -> None:
     """In fp64, against plain transformers; each text alone has no padding that it could attend to or read."""
     with KeepDouble():
@@ -41,7 +63,7 @@ def test_a_padded_batch_teaches_what_its_texts_do_one_by_one(name: str, kind: st
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize(("name", "kind"), ALL, ids=named)
+@pytest.mark.parametrize(("name", "kind"), [case if case in QUICK else slow(*case) for case in ALL], ids=named)
 def test_stages_one_after_the_other_are_the_model(name: str, kind: str) -> None:
     """In one process, to the bit: what acts on embeddings, and behind the blocks, does so once."""
     model = as_trainable(training.build(name, kind, torch.float32))
@@ -59,3 +81,41 @@ def test_stages_one_after_the_other_are_the_model(name: str, kind: str) -> None:
                 state = found if isinstance(found, tuple) else (found,)
                 assert stage.output_shapes(shapes) == [x.shape for x in state]
             assert torch.equal(state[0], want), number
+
+
+LOOPED = PipelineOptions(4, "interleaved1f1b", 2)
+
+
+def check(rank_pool: RankPool, layout: str, name: str, kind: str, options: PipelineOptions, **changed: Any) -> None:
+    """Losses, norms, every gradient and parameter, of all ranks together each of the whole model's."""
+    want = training.learned_alone(name, kind, **changed)
+    if Layout.parse(layout).tp > 1:
+        families.prepare(model := training.build(name, kind, torch.float64, **changed))
+        want = training.cut_as(want, model)
+    held: set[str] = set()
+    number = Layout.parse(layout).world_size
+    for found in rank_pool.run(ranks.learned, layout, name, kind, options, changed, ranks=number):
+        assert not (wrong := training.wrong(found, want, FP64)), wrong
+        held |= found["parameters"].keys()
+    assert held == want["parameters"].keys()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "name", "kind", "options"),
+    [
+        ("pp4", "t5", PAIRS, PipelineOptions()),
+        ("pp2", "llama", CLASSES, LOOPED),
+        *(slow("pp2", name, kind, PipelineOptions()) for name, kind in ALL),
+        *(slow("pp4", name, kind, PipelineOptions()) for name, kind in ALL if (name, kind) != ("t5", PAIRS)),
+        *(slow("pp2", name, kind, LOOPED) for name, kind in ALL if (name, kind) != ("llama", CLASSES)),
+        *(slow("dp2 x pp2", name, kind, PipelineOptions()) for name, kind in ALL),
+        *(slow("fsdp2 x pp2", name, kind, PipelineOptions()) for name, kind in ALL),
+        *(slow("pp2 x tp2", name, kind, PipelineOptions()) for name, kind in ALL),
+    ],
+    ids=named,
+)
+def test_stages_on_ranks_learn_as_one_process(
+    rank_pool: RankPool, layout: str, name: str, kind: str, options: PipelineOptions
+) -> None:
+    check(rank_pool, layout, name, kind, options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import transformers
 from packaging.version import Version
 from torch.overrides import TorchFunctionMode
+
+from fusemesh.hybrid import recompute
 
 VOCABULARY = 48
 SIZES = {
@@ -114,6 +117,28 @@ class KeepDouble(TorchFunctionMode):
                 if kwargs.get("dtype") is torch.float32:
                     kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def keep_double() -> Iterator[None]:
+    """:class:`KeepDouble`, also for blocks that are computed again: backward runs with torch's modes off."""
+    original = recompute._contexts
+
+    @contextlib.contextmanager
+    def within(again: Any) -> Iterator[None]:
+        with KeepDouble(), again:
+            yield
+
+    def contexts() -> Any:
+        first, again = original()
+        return first, within(again)
+
+    recompute._contexts = contexts
+    try:
+        with KeepDouble():
+            yield
+    finally:
+        recompute._contexts = original
 
 
 def results(

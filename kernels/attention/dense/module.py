@@ -14,7 +14,7 @@ from ...autocast import autocast_dtype
 from ..call.errors import short
 from ..call.option_checks import checked_dropout, seed_tensor, without_keys
 from ..call.options import Options
-from ..call.place import place_of
+from ..call.place import dropping
 from ..call.scalars import as_integer, element
 from ..call.score_mods import checked_softcap
 from ..call.validation import broadcast_dims, check_flag, check_truth, normalise, window_sides, wrong
@@ -195,15 +195,18 @@ class MultiheadAttention(nn.Module):
             attn_mask = None
         q, k, v = self._project(query, key, value)
         mask, bias = self._mask_and_bias(attn_mask, key_padding_mask, q, S)
-        dropout_p, seed = self.dropout if self.training else 0.0, None
+        dropout_p = self.dropout if self.training else 0.0
+        seed: int | torch.Tensor | None = None
+        origin = None
         if dropout_p == 1:
             dropout_p, mask = 0.0, without_keys(q)
         if dropout_p > 0:
+            # Where other lengths need an alignment and have none, they are refused, which an origin would hide.
+            aligned = causal or self.window is not None or self.alibi_slopes is not None
+            if align is not None or q.shape[2] == k.shape[2] or not aligned:
+                seed, origin, align = dropping(self, q, k, align)
             # Drawn here, so that the weights lose what the output does.
-            seed = seed_tensor(None, q)
-        place, origin = place_of(self) if dropout_p > 0 else None, None
-        if place is not None and (align is not None or q.shape[2] == k.shape[2]):
-            origin, align = place.origin(q, k, align), None
+            seed = seed_tensor(seed, q)
         options: dict[str, Any] = {
             "causal": causal,
             "align": align,

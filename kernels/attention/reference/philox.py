@@ -25,11 +25,11 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (high >> 32 << 16) + (middle >> 16) & _MASK, (middle << 16 | low & 0xFFFF) & _MASK
 
 
-def philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
+def philox(seed: torch.Tensor | int, counter: tuple[torch.Tensor, ...], rounds: int = 10) -> tuple[torch.Tensor, ...]:
     """Four random words for each counter.
 
     Args:
-        seed: int64, one element.
+        seed: an int of 64 bits, or int64 with one element.
         counter: four int64 tensors that broadcast; their low 32 bits count.
 
     Returns:

@@ -204,9 +204,10 @@ def require(plan: RankedLayouts, job: TrainingJob, what: str) -> Choice:
     miss = plan.nearest_miss
     if miss is not None:
         reason = f"the nearest miss is {miss.layout}: {miss.why}"
-        # Our own trainer, which has its number of parts, recomputes nothing.
-        if job.recompute == "none" and job.accumulation is None and "most of it activations" in miss.why:
-            reason += "; --recompute full keeps fewer (gradient_checkpointing_enable() of a Hugging Face model)"
+        if job.recompute == "none" and "most of it activations" in miss.why:
+            # Our own trainer has its number of parts.
+            key = "--recompute" if job.accumulation is None else "--training.recompute"
+            reason += f"; {key} full keeps fewer (parallelize(..., recompute='full') in a script)"
     else:
         reason = "; ".join(dict.fromkeys(r.why for r in plan.rejected[:3]))
     raise NoLayoutError(f"no layout of {what} can run: {reason}", as_dict(plan, job))

@@ -18,6 +18,7 @@ from fusemesh import compat
 from fusemesh import config as configuration
 from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint, consistency
+from fusemesh.hybrid.dropout import dropout_of
 from fusemesh.hybrid.outputs import OutputError, make_folder, writing
 from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
@@ -188,8 +189,10 @@ class Trainer:
         # The global count, not this rank's: gradients are then summed over replicas and micro-batches, and the step is
         # the same however they are cut.
         count = self._targets(step)
-        for indices in self.order.micro_batches(step, self.share.replica):
+        parts = self.order.micro_batches(step, self.share.replica)
+        for number, indices in enumerate(parts, self.share.replica * len(parts)):
             tokens, targets, inputs = on_device(self.task.train.batch(indices), self.world.device)
+            dropout_of(self.model).at(step, number * len(indices), self.config.training.seed)
             total += self.model.loss_and_gradients(tokens, targets, count, **inputs).double()
         return total
 

@@ -165,7 +165,7 @@ class Transformer(TransformerStage, PipelinedModel):
     ) -> torch.Tensor:
         """This rank of tp's part of the logits, which the last stage computes, on every rank of pp."""
         config, at = self.config, self.config.memory_at
-        spans = pipeline.spans
+        spans = pipeline.parts.spans
         encoded = caches is not None and caches.encoded
         first = next(index for index, span in enumerate(spans) if at in span) if encoded and at is not None else 0
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **inputs}.items()}

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fusemesh.hybrid.hugging_face.sources import sources_of
+from fusemesh.hybrid.hugging_face.stages import as_trainable
+from tests.support.hugging_face import KeepDouble
 from tests.support.pretrained.folders import VOCABULARY, make_model
 
 BATCH, LENGTH, TARGETS = 8, 9, 7
@@ -89,13 +92,16 @@ def losses_of_each(model: Any, tokens: Any, targets: Any, inputs: dict[str, Any]
     return found
 
 
-def errors(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+def errors(
+    found: dict[str, torch.Tensor], want: dict[str, torch.Tensor], total: float | None = None
+) -> dict[str, float]:
     """The error of each gradient, relative to its own norm.
 
-    Gradients that vanish by cancellation, as those of keys' biases, are noise: relative to the norm of all, both.
+    Gradients that vanish by cancellation, as those of keys' biases, are noise: relative to ``total``, the norm of all.
     """
     assert found.keys() == want.keys(), found.keys() ^ want.keys()
-    total = float(torch.stack([x.norm() for x in want.values()]).norm())
+    if total is None:
+        total = float(torch.stack([x.norm() for x in want.values()]).norm())
     result = {}
     for name, x in want.items():
         scale = float(x.norm())
@@ -103,3 +109,76 @@ def errors(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dic
             scale = total
         result[name] = float((found[name] - x).norm()) / scale
     return result
+
+
+def learned_alone(name: str, kind: str, **changed: Any) -> dict[str, Any]:
+    """What two steps of plain transformers in one process in fp64 are, on texts one by one; see :func:`learned`."""
+    with KeepDouble():
+        model = build(name, kind, torch.float64, **changed)
+        tokens, targets, inputs = batch(as_trainable(build(name, kind, torch.float64, **changed)))
+
+        def step() -> torch.Tensor:
+            losses: Any = losses_of_each(model, tokens, targets, inputs)
+            (sum(losses) / count(targets)).backward()
+            return sum(losses).detach()
+
+        def clip() -> torch.Tensor:
+            return torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+
+        return learned(model, step, clip, lambda x: x)
+
+
+def learned(model: Any, step: Any, clip: Any, whole: Any) -> dict[str, Any]:
+    """Losses and norms of steps of AdamW, the gradients of the first before and after clipping, the parameters behind.
+
+    Args:
+        step: adds gradients, and returns the loss of all texts.
+        clip: clips them, and returns their norm.
+        whole: makes a parameter or a gradient whole.
+    """
+    # eps: what vanishes by cancellation must not be blown up to a step.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5, weight_decay=0.1, foreach=False)
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    for number in range(STEPS):
+        optimizer.zero_grad()
+        found["losses"].append(float(step()))
+        for when in ("gradients", "clipped"):
+            if when == "clipped":
+                found["norms"].append(float(clip()))
+            if number == 0:
+                named = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
+                found[when] = {key: whole(x).clone() for key, x in named.items()}
+        optimizer.step()
+    found["parameters"] = {key: whole(x.detach()).clone() for key, x in model.named_parameters()}
+    return found
+
+
+def wrong(found: dict[str, Any], want: dict[str, Any], tolerance: float) -> dict[str, float]:
+    """What differs by more than that, relative; of a stage, whose parameters are some of the whole model's."""
+    result: dict[str, float] = {}
+    for key in ("losses", "norms"):
+        for number, (mine, theirs) in enumerate(zip(found[key], want[key], strict=True)):
+            result[f"{key} {number}"] = abs(mine - theirs) / abs(theirs)
+    for key in ("gradients", "clipped", "parameters"):
+        assert found[key].keys() <= want[key].keys(), found[key].keys() - want[key].keys()
+        part = {name: want[key][name] for name in found[key]}
+        total = float(torch.stack([x.norm() for x in want[key].values()]).norm())
+        result |= {f"{key} {name}": e for name, e in errors(found[key], part, total).items()}
+    return {key: e for key, e in result.items() if not e <= tolerance}
+
+
+def cut_as(want: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The same, of fused projections the parts that the model ``model``, in which they are cut, has in their places."""
+    sources = sources_of(model)
+
+    def part(whole: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        source = sources[name]
+        found = whole[source.name]
+        if source.length is not None:
+            found = found.narrow(source.dim, source.start, source.length)
+        return found.t() if source.transposed else found
+
+    names = dict(model.named_parameters())
+    tensors = ("gradients", "clipped", "parameters")
+    cut = {key: {n: part(want[key], n) for n in names if sources[n].name in want[key]} for key in tensors}
+    return {**want, **cut}

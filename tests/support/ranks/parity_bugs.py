@@ -197,8 +197,8 @@ def _unequal_copies() -> list[Any]:
 
     def cut(model: Any, ranks: int, rank: int, virtual_stages: int) -> Any:
         parts = original(model, ranks, rank, virtual_stages)
-        for name, (_, other) in parts.shared.items():
-            if rank == other:
+        for name, ranks in parts.shared.items():
+            if rank == ranks[-1]:
                 parts.model.get_parameter(name).data *= 1.001
         return parts
 

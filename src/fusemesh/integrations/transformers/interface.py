@@ -29,7 +29,7 @@ import torch
 from fusemesh import compat
 from fusemesh.kernels.attention.call.errors import short
 from fusemesh.kernels.attention.call.option_checks import checked_dropout, checked_scale, without_keys
-from fusemesh.kernels.attention.call.place import place_of
+from fusemesh.kernels.attention.call.place import dropping
 from fusemesh.kernels.attention.call.scalars import as_integer, element
 from fusemesh.kernels.attention.call.score_mods import checked_softcap
 from fusemesh.kernels.attention.call.tensors import has_values
@@ -130,11 +130,10 @@ def attention(
     if dropout_p == 1:
         dropout_p, mask = 0.0, without_keys(query)
     align = "bottom_right" if causal or window is not None else None
-    place = place_of(module) if dropout_p > 0 else None
-    origin = None
-    if place is not None:
-        # The seed is drawn alike on every rank; a rank's heads and samples drop what they would in one process.
-        origin, align = place.origin(query, key, align), None
+    seed = origin = None
+    if dropout_p > 0:
+        # A rank's heads and samples drop what they would in one process.
+        seed, origin, align = dropping(module, query, key, align)
     out = flash_attention(
         query,
         key,
@@ -148,6 +147,7 @@ def attention(
         softcap=None if softcap is None else checked_softcap(element(softcap)),
         sinks=_in_dtype_of(query, s_aux),
         dropout_p=dropout_p,
+        seed=seed,
         scale=checked_scale(element(scaling), query, "scaling"),
     )
     assert isinstance(out, torch.Tensor)
