@@ -175,11 +175,15 @@ class Pipeline:
         self.group = mesh.get_group("pp")
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.parts, self.options = parts, options
-        parameter = next(parts.model.parameters())
-        self.device, self.dtype = parameter.device, dtype or parameter.dtype
+        self.dtype = dtype or next(parts.model.parameters()).dtype
         self._schedules: dict[tuple[Any, ...], Any] = {}
         self._losses: list[torch.Tensor] = []
         self._count: int | torch.Tensor = 1
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the parameters: meta until they have memory."""
+        return next(self.parts.model.parameters()).device
 
     @property
     def has_first(self) -> bool:
