@@ -99,26 +99,6 @@ def test_a_run_is_what_plain_transformers_computes(
         assert (tensor - state[name]).norm() <= 2e-3 * state[name].norm(), name
 
 
-def test_what_the_config_ties_and_the_files_do_not_stays_apart(
-    folder: Callable[..., Path], run: Run, tmp_path: Path
-) -> None:
-    """In training, in a run that goes on without its source, and in the export."""
-    source = Path(shutil.copytree(folder("llama"), tmp_path / "source"))
-    content = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**content, "tie_word_embeddings": True}))
-    configured, summary = run(source, "single", training__steps="1", run__backend="torch")
-    assert {"attention_forward: torch", "attention_backward: torch"} <= set(summary["backends"])
-    shutil.rmtree(source)
-    found = runs.train(runs.as_values(configured, training__steps="2"), True)
-    head, table = (
-        runs.tensors(Path(found["exported"]))[name] for name in ("lm_head.weight", "model.embed_tokens.weight")
-    )
-    assert not torch.allclose(head, table)
-    alone = transformers.AutoModelForCausalLM.from_pretrained(found["exported"])
-    assert torch.equal(alone.lm_head.weight, head) and torch.equal(alone.model.embed_tokens.weight, table)
-    assert summary["parameters"] == found["parameters"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_in_fp64_is_that_of_plain_transformers_to_1e_12(
