@@ -18,6 +18,7 @@ import transformers
 
 from fusemesh import cli, config
 from fusemesh.config import Config
+from fusemesh.hybrid.checkpoint.store import stored_tensors
 from fusemesh.hybrid.layout import Layout
 from fusemesh.run.metrics import read_metrics
 from fusemesh.run.predictor import answer_rank
@@ -25,9 +26,13 @@ from fusemesh.run.setup import config_of as values_of
 from fusemesh.tasks.registry import build_task
 from tests.support import tiny_run
 from tests.support.pretrained import runs
-from tests.support.pretrained.folders import CLASSES, make_folder
+from tests.support.pretrained.folders import CAUSAL, CLASSES, PRETRAINED, make_folder
 
 pytestmark = pytest.mark.distributed
+DROPOUTS = (
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+)
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 Run = Callable[..., tuple[Config, dict[str, Any]]]
 
@@ -97,6 +102,52 @@ def test_a_run_is_what_plain_transformers_computes(
     state = model.state_dict()
     for name, tensor in saved.items():
         assert (tensor - state[name]).norm() <= 2e-3 * state[name].norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name, made in PRETRAINED.items() if CAUSAL in made.kinds])
+@pytest.mark.parametrize("layout", ["fsdp2 x tp2", "pp2 x tp2"])
+def test_every_family_begins_where_plain_transformers_does(
+    family: str, layout: str, folder: Callable[..., Path], run: Run
+) -> None:
+    still = {name: 0.0 for name in PRETRAINED[family].make_config().to_dict() if name in DROPOUTS}
+    configured, _ = run(folder(family, **still), layout, training__steps="2", run__export="false")
+    wanted, *_ = runs.plain(configured)
+    found = losses_of(configured)
+    assert found[0] == pytest.approx(wanted[0], rel=5e-6)
+    assert found[1] == pytest.approx(wanted[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_weights_of_bf16_train_as_fp32_and_are_bf16_again(folder: Callable[..., Path], run: Run) -> None:
+    source = folder("llama", dtype=torch.bfloat16)
+    configured, summary = run(source, "fsdp2 x tp2", training__steps="2")
+    assert configured.training.dtype == "bfloat16"
+    stored = stored_tensors(Path(configured.run.directory, "checkpoints", "step-00000002"))
+    assert {value.properties.dtype for value in stored.values()} == {torch.float32}
+    before, after = runs.tensors(source), runs.tensors(Path(summary["exported"]))
+    assert before.keys() == after.keys() and {x.dtype for x in after.values()} == {torch.bfloat16}
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_the_config_ties_and_the_files_do_not_stays_apart(
+    folder: Callable[..., Path], run: Run, tmp_path: Path
+) -> None:
+    """In training, in a run that goes on without its source, and in the export."""
+    source = Path(shutil.copytree(folder("llama"), tmp_path / "source"))
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**content, "tie_word_embeddings": True}))
+    configured, summary = run(source, "single", training__steps="1", run__backend="torch")
+    assert "attention_forward: torch" in summary["backends"]
+    shutil.rmtree(source)
+    found = runs.train(runs.as_values(configured, training__steps="2"), True)
+    head, table = (
+        runs.tensors(Path(found["exported"]))[name] for name in ("lm_head.weight", "model.embed_tokens.weight")
+    )
+    assert not torch.allclose(head, table)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(found["exported"])
+    assert torch.equal(alone.lm_head.weight, head) and torch.equal(alone.model.embed_tokens.weight, table)
+    assert summary["parameters"] == found["parameters"]
 
 
 @pytest.mark.slow
