@@ -60,10 +60,11 @@ def _model_section() -> type:
 
 if TYPE_CHECKING:
 
+    @dataclass(frozen=True)
     class ModelConfig(TransformerConfig):
         """Some of the same fields, all with a default, and the folder of a pretrained model."""
 
-        pretrained: str
+        pretrained: str = ""
 
         def __init__(self, **sizes: Any) -> None: ...
 else:

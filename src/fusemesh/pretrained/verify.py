@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -242,13 +242,14 @@ def _plain(path: str, task: str, drawn: Mapping[str, torch.Tensor]) -> Any:
     return plain
 
 
-def _whole(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+def _whole(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Return those of a placed model's parameters that this rank holds a part of, whole, on the CPU."""
-    held = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in names}
-    wholes = {
-        name: held[name].full_tensor() if isinstance(held[name], DTensor) else held[name] for name in sorted(held)
-    }
-    return {name: x.detach().cpu() for name, x in wholes.items()}
+    found = {}
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        if name in names:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            found[name] = whole.detach().cpu()
+    return found
 
 
 @contextmanager
