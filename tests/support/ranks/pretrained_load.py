@@ -35,10 +35,10 @@ class Loaded:
 transformers.logging.disable_progress_bar()
 
 
-def on_meta(path: str, kind: str) -> Any:
+def on_meta(path: str, kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """The class and sizes of a folder, with no memory."""
     with torch.device("meta"):
-        return getattr(transformers, kind).from_config(transformers.AutoConfig.from_pretrained(path))
+        return getattr(transformers, kind).from_config(transformers.AutoConfig.from_pretrained(path), dtype=dtype)
 
 
 def tensors(model: Any) -> dict[str, torch.Tensor]:
