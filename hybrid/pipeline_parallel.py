@@ -176,7 +176,8 @@ class Pipeline:
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.parts, self.options = parts, options
         parameter = next(parts.model.parameters())
-        self.device, self.dtype = parameter.device, dtype or parameter.dtype
+        self.device = torch.device(mesh.device_type) if parameter.is_meta else parameter.device
+        self.dtype = dtype or parameter.dtype
         self._schedules: dict[tuple[Any, ...], Any] = {}
         self._losses: list[torch.Tensor] = []
         self._count: int | torch.Tensor = 1
@@ -321,7 +322,7 @@ class Pipeline:
             parameter = self.parts.model.get_parameter(name)
             assert (parameter.grad is not None) == parameter.requires_grad, name
             if parameter.grad is not None and (own := _own_part(parameter.grad)).numel() > 0:
-                # In the same order everywhere: the same bits on all ranks.
+                # In one order everywhere: the same bits.
                 own.copy_(functools.reduce(torch.add, self.exchange(own, ranks)))
 
     def _schedule(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor], *, training: bool) -> tuple[Any, bool]:
@@ -332,10 +333,9 @@ class Pipeline:
         key = (*sorted(shapes.items()), training)
         if is_new := key not in self._schedules:
             if len(self._schedules) == _MOST_SCHEDULES:
-                # Batches as long as their longest text may all differ.
                 del self._schedules[next(iter(self._schedules))]
             options = self.options if training else self.options.evaluating()
-            number = options.microbatches_of(self.ranks, tokens.shape[0])
+            number = options.microbatches_of(self.ranks, len(tokens))
             micro = {name: (shape[0] // number, *shape[1:]) for name, shape in shapes.items()}
             stages = [self._torch_stage(index, micro) for index in self.parts.stages]
             # The loss is divided by the global token count: the default would divide gradients by micro-batches again.
@@ -345,7 +345,7 @@ class Pipeline:
                 loss_fn=self._microbatch_loss,
                 scale_grads=False,
             )
-        # Behind the others: the one that was not used for longest goes first.
+        # Behind the others: the one that was not used for longest goes first. Batches of texts may all differ.
         self._schedules[key] = self._schedules.pop(key)
         return self._schedules[key], is_new
 
