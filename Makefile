@@ -17,6 +17,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.cpp csrc/
 
 # Ranks and test processes share the cores already: one thread of arithmetic each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+RUN_COMPILED := tests/kernels/emulator tests/kernels/proof
 SWEEP := $(PYTEST) $(if $(PART),--part $(PART))
 
 .DEFAULT_GOAL := help
@@ -46,7 +47,8 @@ test-all: $(STAMP) ## the long sweep: every test but those that need a GPU, and 
 $(TRITONS:%=test-triton-%): test-triton-%: .venvs/triton-%
 	PYTHONPATH=$< $(BIN)/python -c "import triton; print('triton', triton.__version__); assert triton.__version__ == '$*'"
 	PYTHONPATH=$< TRITON_INTERPRET=1 $(SWEEP) -m "interpreter and not slow"
-	PYTHONPATH=$< $(SWEEP) -m "aot and not slow"
+	PYTHONPATH=$< $(SWEEP) -m "aot and not slow" $(RUN_COMPILED:%=--ignore %)
+	PYTHONPATH=$< $(SWEEP) -m "not interpreter and not gpu and not slow" $(RUN_COMPILED)
 
 # mypy sees the package as users get it: installed whole. On the tree, and through a plain editable install, it would
 # not find fusemesh.kernels and fusemesh.hybrid, and report success on the few files it sees.

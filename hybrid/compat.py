@@ -10,6 +10,7 @@ Nothing is imported here at import time: the parent of local ranks needs the nam
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -57,6 +58,10 @@ PRIVATE = {
     "._modules": Private(
         "a stage of a Hugging Face model: its own forward with other children, parameters and buffers the same",
         "in with_children, copy a module without its children in another way, such that both share what they hold",
+    ),
+    "._orig_mod": Private(
+        "the name of a module within the one that torch.compile makes of it, so that both drop the same",
+        "strip the name that stands there then in without_compiled(); until then a compiled part drops other elements",
     ),
     "._tp_plan": Private(
         "the plan by which a Hugging Face model says how its modules are split",
@@ -173,6 +178,21 @@ def with_children(
     vars(made).update(vars(module))
     vars(made).update(constants, _modules={**module._modules, **children})
     return made
+
+
+def running_eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which what torch.compile has made runs as it was written."""
+    import torch
+
+    # Where its package is not imported, which takes seconds, nothing is compiled.
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+def without_compiled(name: str) -> str:
+    """Return a module's name without the parts that torch.compile's wrappers add."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def hugging_face_plan(model: nn.Module) -> dict[str, str] | None:

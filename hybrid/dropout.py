@@ -22,6 +22,7 @@ from torch import nn
 
 from fusemesh.kernels.attention.call.place import place_of
 
+from . import compat
 from .dropout_calls import USE_OURS, Forward, drawing
 from .layout import Layout
 
@@ -83,7 +84,7 @@ class DropoutByPosition:
                 yield
             return
         parts = (part.named_modules() for part in (*(stage.children() if stage is not None else ()), self.model))
-        names = {module: name for part in parts for name, module in part}
+        names = {module: compat.without_compiled(name) for part in parts for name, module in part}
         _check(names)
         state = Forward(f"{self.seed}/{self._step}", names, self._first + before, samples)
         with _no_other_draws(self.model), drawing(state):

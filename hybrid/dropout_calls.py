@@ -1,7 +1,8 @@
 """Calls of dropout in a model's forward: who calls, as how-manyth, with which part of the whole; and their answers.
 
 A mode of torch for functions sees the calls, so that modules and functions are the same; hooks on all modules tell who
-calls. A tensor's features are a rank's own part if the last tensor parallel layer that ran splits its output.
+calls. A tensor's features are a rank's own part if the last tensor parallel layer that ran splits its output. What is
+compiled runs as it was written meanwhile: compilers would keep one call's key as a constant.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fusemesh.kernels.attention.call.place import Place, drawings, place_of
 from fusemesh.kernels.attention.call.spec import dropout_threshold
 from fusemesh.kernels.attention.reference.philox import philox
 
+from . import compat
 from .tensor.modules import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -163,7 +165,7 @@ def drawing(state: Forward) -> Iterator[None]:
     drawings[thread] = state
     try:
         # Also where one is entered: backward runs with torch's modes off when it is called as a method of a tensor.
-        with _HOOKS, _Calls():
+        with _HOOKS, compat.running_eagerly(), _Calls():
             yield
     finally:
         if before is None:
@@ -225,11 +227,6 @@ class _Calls(TorchFunctionMode):
         answer = _ANSWERS.get(func)
         if answer is None or state is None or state.is_answering:
             return func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "torch.compile: expected a model that is not compiled where dropout is drawn by position, received one "
-                "that is; set its dropout to 0, or do not compile it"
-            )
         state.is_answering = True
         try:
             return answer(state, *args, **(kwargs or {}))
@@ -247,6 +244,10 @@ def _dropout(
         return input
     keep, factor = state.keeps(input, p, key), 1 / (1 - p)
     return input.mul_(keep).mul_(factor) if inplace else input * keep * factor
+
+
+def _torch_dropout(state: Forward, input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    return _dropout(state, input, p, train)
 
 
 def _scaled_dot_product_attention(
@@ -277,7 +278,7 @@ def _rand(state: Forward, *size: Any, **kwargs: Any) -> torch.Tensor:
 
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
-    torch.dropout: _dropout,
+    torch.dropout: _torch_dropout,
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     torch.rand: _rand,
 }

@@ -33,8 +33,7 @@ from .pipeline_options import PipelineOptions, check_holders, deal_blocks
 
 # Names in torch.distributed.pipelining, which only a pipeline imports: it takes a second.
 _SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved1f1b": "ScheduleInterleaved1F1B"}
-# For so many shapes of batches a pipeline keeps torch's schedule, with its buffers.
-_MOST_SCHEDULES = 4
+_MOST_SCHEDULES = 4  # kept, one for each shape of batches, with their buffers
 
 
 class StageModule(nn.Module):
@@ -106,9 +105,8 @@ class PipelinedModel(nn.Module):
 class Cut:
     """The part of ``model`` that one rank of pp keeps.
 
-    ``stages`` maps the number of each of this rank's stages to its module; ``shared`` maps the names of parameters
-    that stages on other ranks hold too to all these ranks of pp, the one first whose copy the norm counts. ``spans``
-    are the blocks of every stage.
+    ``stages``: this rank's, by their numbers. ``shared``: the names of parameters that stages on other ranks hold too,
+    with all these ranks of pp, first the one whose copy the norm counts. ``spans``: the blocks of every stage.
     """
 
     model: PipelinedModel
@@ -175,12 +173,15 @@ class Pipeline:
         self.group = mesh.get_group("pp")
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.parts, self.options = parts, options
-        parameter = next(parts.model.parameters())
-        self.device = torch.device(mesh.device_type) if parameter.is_meta else parameter.device
-        self.dtype = dtype or parameter.dtype
+        self.dtype = dtype or next(parts.model.parameters()).dtype
         self._schedules: dict[tuple[Any, ...], Any] = {}
         self._losses: list[torch.Tensor] = []
         self._count: int | torch.Tensor = 1
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the parameters: meta until they have memory."""
+        return next(self.parts.model.parameters()).device
 
     @property
     def has_first(self) -> bool:
@@ -295,7 +296,6 @@ class Pipeline:
 
     def _broadcast_loss(self) -> torch.Tensor:
         """Return the sum of the micro-batches' losses, which the last stage has, on every rank."""
-        # As the loss of tokens is, in its class.
         kind = torch.float64 if self.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=kind, device=self.device)
         if self.has_last:
@@ -329,7 +329,7 @@ class Pipeline:
         """Return torch's schedule for these shapes, which fix its buffers, and whether it has not run yet."""
         from torch.distributed import pipelining
 
-        shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **inputs}.items()}
+        shapes = {"tokens": tuple(tokens.shape), **{name: tuple(x.shape) for name, x in inputs.items()}}
         key = (*sorted(shapes.items()), training)
         if is_new := key not in self._schedules:
             if len(self._schedules) == _MOST_SCHEDULES:

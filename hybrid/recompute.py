@@ -19,8 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from .dropout_calls import again
 
 RECOMPUTE = ("none", "full")
-# Arguments of Hugging Face's blocks that hold earlier tokens, to which a second forward would add once more.
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 def check_recompute(recompute: str, blocks: int) -> None:
@@ -52,11 +50,17 @@ class _Recomputed:
         forward = type(self.block).forward
         if not (self.block.training and torch.is_grad_enabled()):
             return forward(self.block, *args, **kwargs)
-        given = {name: None if name in _CACHES else value for name, value in kwargs.items()}
+        args = tuple(_without_cache(value) for value in args)
+        given = {name: _without_cache(value) for name, value in kwargs.items()}
         if given.get("use_cache"):
             given["use_cache"] = False
         run = functools.partial(forward, self.block, **given)
         return checkpoint(run, *args, use_reentrant=False, context_fn=_contexts)
+
+
+def _without_cache(value: Any) -> Any:
+    """Return ``value``; None for Hugging Face's caches of keys and values, which a second forward would fill again."""
+    return None if hasattr(value, "get_seq_length") and hasattr(value, "update") else value
 
 
 def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

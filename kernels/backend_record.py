@@ -95,7 +95,8 @@ class Backend:
     Args:
         name: by which calls ask for it.
         implementations: for each operation that it computes, the module (or its absolute name). Attention: functions
-            ``forward(q, k, v, call)`` and ``backward(do, q, k, v, out, lse, dlse, call, *, bias_grad)``; decode:
+            ``forward(q, k, v, call)`` and ``backward(do, q, k, v, out, lse, dlse, call, *, bias_grad)`` (see also
+            ``keeps_rest``); decode:
             ``decode(call)``; linear: as ``matmul/reference.py`` and, through ops, ``matmul/gpu/linear.py``.
         limits: the refusal of a request whatever the machine, or None.
         unavailable: why it cannot run on tensors of a device on this machine, or None.
@@ -106,6 +107,8 @@ class Backend:
         instead: operations that another backend computes when this one is asked for.
         least_head_dim: smaller head dims are refused.
         stores_scores: whether attention takes memory of Sq * Sk.
+        keeps_rest: whether attention's forward takes ``keep_rest=True``, with which it also returns what rounding took
+            from out (:func:`attention.call.tensors.rest_of`), and its backward takes that as ``out_rest``.
         proves: whether its results on tensors of a device are proven at first use, which may fail: what ``auto`` takes
             then carries the name :data:`AUTO`, and the op decides when it runs.
     """
@@ -119,6 +122,7 @@ class Backend:
     instead: Mapping[str, str] = field(default_factory=dict)
     least_head_dim: int = 1
     stores_scores: bool = False
+    keeps_rest: bool = False
     proves: Callable[[torch.device], bool] = lambda device: False
 
     def computes(self, operation: str) -> bool:

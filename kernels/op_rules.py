@@ -66,8 +66,8 @@ def _no_rule(transform: str, name: str) -> ValueError:
 def by_sample(name: str) -> Callable[..., Any]:
     """Return the rule of the op ``name`` for torch.func.vmap: a call for each sample, whose results are stacked."""
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = _each_sample(name, info.batch_size, in_dims, arguments)
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        results = _each_sample(name, info.batch_size, in_dims, arguments, options)
         return results, tuple([0] * len(x) if isinstance(x, list) else 0 for x in results)
 
     return rule
@@ -79,7 +79,7 @@ def by_sample_of_gradients(name: str) -> Callable[..., Any]:
     It is there for ``is_grads_batched=True``, which ``torch.autograd.functional.jacobian(vectorize=True)`` asks for.
     """
 
-    def rule(*arguments: Any) -> tuple[Any, ...]:
+    def rule(*arguments: Any, **options: Any) -> tuple[Any, ...]:
         level = compat.older_vmap_level()
         if level != 1:
             raise ValueError(
@@ -90,7 +90,7 @@ def by_sample_of_gradients(name: str) -> Callable[..., Any]:
         inputs = [x if samples is None else samples for x, samples in zip(arguments, found, strict=True)]
         dims = tuple(None if samples is None else 0 for samples in found)
         count = next(len(samples) for samples in found if samples is not None)
-        results = _each_sample(name, count, dims, inputs)
+        results = _each_sample(name, count, dims, inputs, options)
         return tuple(
             [compat.as_mapped(part, level) for part in x] if isinstance(x, list) else compat.as_mapped(x, level)
             for x in results
@@ -99,12 +99,14 @@ def by_sample_of_gradients(name: str) -> Callable[..., Any]:
     return rule
 
 
-def _each_sample(name: str, count: int, dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
+def _each_sample(
+    name: str, count: int, dims: Sequence[Any], arguments: Sequence[Any], options: dict[str, Any]
+) -> tuple[Any, ...]:
     """Return the op's results for each of ``count`` samples, stacked; ``dims`` are those that a map goes over."""
     op = getattr(torch.ops.fusemesh, name).default
     # Of no sample the results have their sizes all the same.
     indices = range(max(count, 1))
-    calls = [op(*(_sample(x, dim, i) for x, dim in zip(arguments, dims, strict=True))) for i in indices]
+    calls = [op(*(_sample(x, dim, i) for x, dim in zip(arguments, dims, strict=True)), **options) for i in indices]
     return tuple(
         [torch.stack(of_one)[:count] for of_one in zip(*parts, strict=True)]
         if isinstance(parts[0], (list, tuple))

@@ -10,6 +10,8 @@ from fusemesh.kernels.emulator.mutations import Mutation
 from fusemesh.kernels.emulator.ptx import Instruction
 
 _ASYNC = r"wgmma\.mma_async|(@\S+ )?cp\.async\.bulk"
+# Accesses to shared memory through the generic proxy, those of cp.async where they are waited for.
+_GENERIC = r"(@\S+ )?(st|ld|atom|red)\.(\w+\.)*shared|(@\S+ )?(st|ld)matrix|cp\.async\.(wait_|mbarrier)|mbarrier\."
 
 
 def proof(machine: Machine, m: Mutation) -> str:
@@ -22,6 +24,8 @@ def proof(machine: Machine, m: Mutation) -> str:
         return "on every path another wgmma.fence lies behind the last access of each product's registers (check_fence)"
     if text.startswith("fence.proxy.async") and comes_first(machine, m, r"fence\.proxy\.async", _ASYNC):
         return "on every path the next such fence comes before the next access by the asynchronous proxy"
+    if text.startswith("fence.proxy.async") and comes_last(machine, m, r"fence\.proxy\.async", _GENERIC):
+        return "on every path the generic proxy accessed nothing since the last such fence"
     if m.kind == "commit deleted" and comes_first(machine, m, rf"{group}\.commit_group", rf"{group}\.wait_group"):
         return (
             "its copies join the next group, closed before the next wait; a wait for one without the other would show"
@@ -53,3 +57,30 @@ def firsts(machine: Machine, m: Mutation, pattern: str) -> Iterator[Instruction 
             if n not in seen:
                 seen.add(n)
                 todo.append((n, 0))
+
+
+def comes_last(machine: Machine, m: Mutation, wanted: str, unwanted: str) -> bool:
+    """Return whether on every path to a mutation's place ``wanted`` comes last, or none of the two."""
+    lasts_ = lasts(machine, m, f"{wanted}|{unwanted}")
+    return all(last is None or re.match(wanted, last.text) for last in lasts_)
+
+
+def lasts(machine: Machine, m: Mutation, pattern: str) -> Iterator[Instruction | None]:
+    """Yield, for every path to a mutation's place, the last statement before it that matches; None at the start."""
+    blocks = machine.kernel.blocks
+    seen: set[int] = set()
+    todo = [(m.block, blocks[m.block].body[: m.at])]
+    while todo:
+        block, body = todo.pop()
+        found = next((x for x in reversed(body) if re.match(pattern, x.text)), None)
+        if found is m.old:
+            continue  # once around a loop: what lies before it is looked at already
+        if found is not None:
+            yield found
+            continue
+        before = machine.before[block]
+        if not before:
+            yield None
+        for n in before - seen:
+            seen.add(n)
+            todo.append((n, blocks[n].body))

@@ -128,6 +128,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorOnDisk], int, dict[str, str
     with open(path, "rb") as file:
         begin = file.read(8)
         length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else 0
+        if begin == b"version ":
+            raise ValueError(
+                f"{path}: expected a safetensors file, received a pointer of git-lfs; `git lfs pull` fetches it"
+            )
         if not 0 < length <= min(_LONGEST_HEADER, size - 8):
             raise ValueError(
                 f"{path}: expected a safetensors file, which begins with the length of its header, received {size} "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,21 +80,21 @@ def load_pretrained(
     everywhere: Callable[[Callable[[], Any]], list[Any]] = together.on_every_rank if placed else (lambda act: [act()])
     if not placed:
         untie_as_saved(model, held)
-    found: list[Match] = []
+    found: list[tuple[Match, dict[str, torch.Tensor]]] = []
 
     def check() -> tuple[list[str], list[str], list[tuple[str, ...]], set[str]]:
-        matched = match(model, held)
         state = own_state(model)
+        matched = match(model, held, state)
         check_tied(model, state, matched.tied)
         check_tensors(held, matched, state)
-        found.append(matched)
+        found.append((matched, state))
         missing = [matched.sources[name].name for name in matched.missing]
         return missing, sorted(matched.ignored), matched.tied, set(matched.used)
 
     checked = everywhere(check)
-    matched = found[0]
-    _give_memory(model, dtype, device)
-    state = own_state(model)
+    matched, before = found[0]
+    _give_memory(model, before, dtype, device)
+    state = own_state(model, before)
     check_tied(model, state, matched.tied)
     rank = together.rank() if placed else 0
     parts = Parts(held, matched, state, _replica(model))
@@ -102,7 +102,7 @@ def load_pretrained(
     requested = everywhere(lambda: parts.read(shared, rank))[rank]
     parts.send(shared, rank)
     everywhere(lambda: set_initial_values(model, state, [*matched.missing, *matched.computed], seed))
-    check_tied(model, own_state(model), matched.tied)
+    check_tied(model, own_state(model, before), matched.tied)
     used = {name for part in checked for name in (*part[1], *part[3])}
     missing = tuple(dict.fromkeys(name for part in checked for name in part[0]))
     return LoadReport(
@@ -115,11 +115,15 @@ def load_pretrained(
     )
 
 
-def _give_memory(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+def _give_memory(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> None:
     """Give the model its dtype, and memory if it is on meta."""
     if dtype is not None:
         _cast(model, dtype)
-    state = own_state(model)
     if not any(value.is_meta for value in state.values()):
         return
     on_mesh = next((value for value in state.values() if isinstance(value, DTensor)), None)

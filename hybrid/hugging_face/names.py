@@ -50,15 +50,18 @@ class Match:
     ignored: frozenset[str] = frozenset()
 
 
-def match(model: nn.Module, folder: Folder) -> Match:
+def match(model: nn.Module, folder: Folder, state: Mapping[str, torch.Tensor] | None = None) -> Match:
     """Return how the names of ``model``, whole or on a mesh, fit the folder's.
+
+    Args:
+        state: from :func:`own_state`, where it is known.
 
     Raises:
         ValueError: two tensors of the folder are one of the model's, or tensors are missing without which it is not the
             model of the folder; all are named.
     """
+    state = own_state(model) if state is None else state
     sources = sources_of(model)
-    state = own_state(model)
     ties = tied_names(model, state)
     wanted = {source.name for source in sources.values()} | {name for group in ties for name in group}
     held = _names_on_disk(model, folder, wanted)
@@ -84,11 +87,14 @@ def match(model: nn.Module, folder: Folder) -> Match:
     return Match(found, sources, doubles, ties, missing, computed, frozenset(used), frozenset(ignored))
 
 
-def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what the state dict names: the parameters and buffers themselves, tied ones as one object."""
-    state = model.state_dict()
+def own_state(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Return what the state dict names: the parameters and buffers themselves, tied ones as one object.
+
+    Args:
+        names: the state dict's, where they are known: to make one of a model on a mesh takes a while.
+    """
     held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    return {name: held.get(name, value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: held[name] for name in (names or model.state_dict()) if name in held}
 
 
 def tied_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
@@ -187,7 +193,9 @@ def own_name(name: str, prefix: str, wanted: set[str]) -> str:
             return f"{prefix}.{candidate}"
         if candidate in wanted:
             return candidate
-    return new
+    # Classes of one family may call their body by two names, as Llama's for spans; from_pretrained goes on without it.
+    other = f"{prefix}.{new.partition('.')[2]}"
+    return other if other in wanted else new
 
 
 def _check_missing(model: nn.Module, folder: Folder, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from ..checkpoint import together
 from ..tensor.modules import own_slices
 from .folder import Folder
 from .names import Match, part_on_disk
-from .reading import open_folder
+from .reading import Job, open_folder, read_all
 from .ties import check_doubles
+
+_MOST_THREADS = 4
 
 
 class Part(NamedTuple):
@@ -23,6 +27,18 @@ class Part(NamedTuple):
     bounds: tuple[tuple[int, int], ...]
     transposed: bool
     dtype: str
+
+
+def _job(folder: Folder, part: Part, own: torch.Tensor) -> Job:
+    return Job(folder.tensors[part.tensor], tuple(slice(*bound) for bound in part.bounds), own, part.transposed)
+
+
+def _threads() -> int:
+    """Return how many threads this rank may read with: its share of the machine's cores, some at most."""
+    ranks = dist.get_world_size() if together.distributed() else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return max(1, min(_MOST_THREADS, cores // max(1, min(local, ranks))))
 
 
 class Parts:
@@ -77,13 +93,12 @@ class Parts:
         mine = [part for part in self.held if shared.get(part, [rank])[0] == rank]
         # In the order of the files.
         mine.sort(key=lambda part: (self.folder.tensors[part.tensor].file, self.folder.tensors[part.tensor].offset))
+        jobs = {part: _job(self.folder, part, self.held[part][1]) for part in mine}
+        requested = read_all(self.folder, jobs.values(), _threads())
         with open_folder(self.folder) as reader:
-            for part in mine:
-                name, local = self.held[part]
-                where = tuple(slice(*bound) for bound in part.bounds)
-                reader.read(self.folder.tensors[part.tensor], where, local, transposed=part.transposed)
-                check_doubles(self.folder, reader, self.matched, name, local, where)
-            return reader.requested
+            for part, job in jobs.items():
+                check_doubles(self.folder, reader, self.matched, self.held[part][0], job.own, job.part)
+            return requested + reader.requested
 
     def send(self, shared: Mapping[Part, list[int]], rank: int) -> None:
         """Send the parts that this rank has read for others, and receive those that others have read for it.

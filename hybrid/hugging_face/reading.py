@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .folder import Folder, TensorOnDisk
 
-STAGING = 2**23  # bytes: what fits a core's caches costs little to cast
+STAGING = 2**22  # bytes, of each thread: what fits a core's caches costs little to cast
+_PIECE = 2**25  # bytes of a job
 _LONGEST = 2**30  # bytes of one read; Linux reads 2 GiB at most
 
 
@@ -114,6 +117,48 @@ class Reader:
                     "load again when nobody writes to it"
                 )
         return self._files[name]
+
+
+class Job(NamedTuple):
+    """A part of a tensor on disk, and the tensor that it is to fill."""
+
+    tensor: TensorOnDisk
+    part: tuple[slice, ...]
+    own: torch.Tensor
+    transposed: bool
+
+
+def read_all(folder: Folder, jobs: Iterable[Job], threads: int) -> int:
+    """Do all of ``jobs`` in so many threads; return the bytes that were asked for."""
+    waiting = iter([piece for job in jobs for piece in _split(job)])
+    lock = threading.Lock()
+
+    def work() -> int:
+        with open_folder(folder) as reader:
+            while True:
+                with lock:
+                    job = next(waiting, None)
+                if job is None:
+                    return reader.requested
+                reader.read(job.tensor, job.part, job.own, transposed=job.transposed)
+
+    if threads == 1:
+        return work()
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(done.result() for done in [pool.submit(work) for _ in range(threads)])
+
+
+def _split(job: Job) -> Iterator[Job]:
+    """Yield a large job as several of some rows each, which threads share."""
+    rows = job.own.shape[0] if job.own.dim() > 1 and not job.transposed else 0
+    step = max(1, rows * _PIECE // max(1, job.own.nbytes))
+    if rows <= step:
+        yield job
+        return
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        first = slice(job.part[0].start + start, job.part[0].start + stop)
+        yield job._replace(part=(first, *job.part[1:]), own=job.own[start:stop])
 
 
 @contextmanager

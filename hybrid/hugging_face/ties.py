@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -29,8 +31,8 @@ def untie_as_saved(model: nn.Module, folder: Folder) -> list[str]:
             for other in others:
                 own = _own_name(matched, name, other, folder)
                 if own is not None and own not in untied and _differ(reader, base, folder.tensors[other]):
-                    _untie(model, own)
                     untied.append(own)
+    untie(model, untied)
     return untied
 
 
@@ -68,9 +70,11 @@ def _differ(reader: Reader, one: TensorOnDisk, two: TensorOnDisk) -> bool:
     return False
 
 
-def _untie(model: nn.Module, name: str) -> None:
-    holder, _, own = name.rpartition(".")
-    module = model.get_submodule(holder)
-    tied = getattr(module, own)
-    setattr(module, own, nn.Parameter(torch.empty_like(tied) if tied.is_meta else tied.clone(), tied.requires_grad))
-    compat.untie(model, name)
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Give these names of a whole model, of tied weights, a weight each of their own."""
+    for name in names:
+        holder, _, own = name.rpartition(".")
+        module = model.get_submodule(holder)
+        tied = getattr(module, own)
+        setattr(module, own, nn.Parameter(torch.empty_like(tied) if tied.is_meta else tied.clone(), tied.requires_grad))
+        compat.untie(model, name)

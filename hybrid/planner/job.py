@@ -43,7 +43,7 @@ class TrainingJob:
         sequence_parallel: whether tp also splits activations along the sequence between the matmuls.
         pipeline: schedule and virtual stages, with a pipeline.
         recompute: the part that backward computes again instead of keeping it: ``none``, ``selective`` (attention's
-            core) or ``full`` (each layer). Our trainer does ``none``.
+            core, which is planned alone) or ``full`` (each layer, as :mod:`fusemesh.hybrid.recompute` does).
         fused_attention: False charges for scores that travel through memory, as before FlashAttention.
         fused_accumulation: whether a weight's gradient is added to what is there within its matmul, as in Megatron, and
             not by an operation of its own, as torch does.

@@ -164,7 +164,7 @@ def _stage(
     samples, device = job.samples(layout, split), hardware.device
     at = Local.of(model, job, layout.tp, samples)
     flying = in_flight(job, layout, stage, split.microbatches)
-    activations = _activations(model, share, job, layout.tp, device, samples, flying)
+    activations = sum(kept_by_layers(model, share, job, layout.tp, device, samples, flying))
     activations += saved_around(model, share, job, layout.tp, samples, device)
     # softmax in fp32 forward; then its backward's exponential, product and gradient.
     logits = 3 * max(4, job.item) * at.outputs if share.is_last else 0
@@ -204,7 +204,7 @@ def _full(weights: Iterable[Weight], layout: Layout) -> int:
     )
 
 
-def _activations(
+def kept_by_layers(
     model: ModelDescription,
     share: Share,
     job: TrainingJob,
@@ -212,8 +212,11 @@ def _activations(
     device: str,
     samples: int,
     microbatches: float,
-) -> int:
-    """Return the bytes that all layers of a rank keep for backward, of so many microbatches at once."""
+) -> tuple[int, int]:
+    """Return the bytes that all layers of a rank keep for backward, of so many microbatches at once.
+
+    And those that one of them saves while it is computed again.
+    """
     at = Local.of(model, job, tp, samples)
     total = largest = 0
     for layer, count in share.layers:
@@ -224,6 +227,10 @@ def _activations(
         total, largest = total + count * size, max(largest, size)
     if job.recompute == "full":
         # Each layer keeps its input; one layer at a time is computed again.
-        kept = share.num_layers * job.item * at.own_tokens * model.hidden_size
-        return math.ceil(microbatches * kept) + largest
-    return math.ceil(microbatches * total)
+        inputs = share.num_layers
+        if share.has_memory and job.sequence_parallel and tp > 1:
+            # The memory before it is gathered, which saved_around() has of no gathering alone.
+            inputs += 1
+        kept = inputs * job.item * at.own_tokens * model.hidden_size
+        return math.ceil(microbatches * kept), largest
+    return math.ceil(microbatches * total), 0

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from .. import backends, op_rules
-from ..backend_record import AUTO, AUTO_AGAIN, implementation
+from ..backend_record import AUTO, AUTO_AGAIN, implementation, records
 from .call.op_fields import OpFields
 from .call.options import Call
 from .call.packed import as_batch, as_packed
-from .call.tensors import empty_laid_out_like
+from .call.tensors import empty_laid_out_like, has_rest
 
 PROVEN = ("triton", AUTO, AUTO_AGAIN)  # what an op is given where Triton's kernels are proven before their first result
 
@@ -31,17 +31,19 @@ def register_attention(operation: str, fields: OpFields, reference: Callable[[],
         reference: returns the module of the reference, whose formulas are the second derivatives.
     """
     ops = _AttentionOps(operation, fields, reference)
+    # out_rest is what rounding took from out, laid out as out, and of shape [0] where it is not kept.
     op_rules.define(
         f"{operation}_forward",
-        f"(Tensor q, Tensor k, Tensor v, {fields.schema}, str backend) -> (Tensor out, Tensor lse)",
+        f"(Tensor q, Tensor k, Tensor v, {fields.schema}, str backend, *, bool keep_rest=False)"
+        " -> (Tensor out, Tensor lse, Tensor out_rest)",
         ops.forward,
         ops.forward_fake,
     )
     # dbias is a tensor of shape [0] unless bias_grad, and so is dsinks without sinks; daux is empty unless aux_grad.
     op_rules.define(
         f"{operation}_backward",
-        f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, {fields.schema},"
-        " bool bias_grad, bool aux_grad, str backend)"
+        "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, Tensor? out_rest,"
+        f" {fields.schema}, bool bias_grad, bool aux_grad, str backend)"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks, Tensor[] daux)",
         ops.backward,
         ops.backward_fake,
@@ -82,45 +84,56 @@ class _AttentionOps:
         self.operation, self.fields, self.reference = operation, fields, reference
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        *values, backend = rest
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, keep_rest: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        *values, backend = others
         call, name = self.fields.unpack(values), f"{self.operation}_forward"
+        keep_rest = keep_rest and has_rest(q.dtype)
         if backend in PROVEN:
             from ..proof import calls
 
-            found = calls.attention_forward(self.operation, q, k, v, call, values, backend == "triton")
+            found = calls.attention_forward(self.operation, (q, k, v), call, values, keep_rest, backend == "triton")
             backend = "triton"
             if found is None:
                 from . import other
 
-                backend, found = other.forward(self.operation, q, k, v, call)
+                backend, found = other.forward(self.operation, q, k, v, call, keep_rest)
         else:
-            found = implementation(backend, self.operation).forward(q, k, v, call)
+            options = {"keep_rest": True} if keep_rest and records()[backend].keeps_rest else {}
+            found = implementation(backend, self.operation).forward(q, k, v, call, **options)
         backends.count(name, backend)
-        out, lse = found
-        return laid_out_like(out, q), lse.contiguous()
+        out, lse, *rest = found
+        out = laid_out_like(out, q)
+        if not keep_rest:
+            return out, lse.contiguous(), q.new_empty(0)
+        # Of a backend that has none it is 0: the gradients are then those of the rounded output.
+        return out, lse.contiguous(), laid_out_like(rest[0], q) if rest else torch.zeros_like(out)
 
     def forward_fake(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _empty_like(q, v.shape[-1]), lse_like(q)
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, keep_rest: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rest = _empty_like(q, v.shape[-1]) if keep_rest and has_rest(q.dtype) else q.new_empty(0)
+        return _empty_like(q, v.shape[-1]), lse_like(q), rest
 
     def backward(self, *arguments: Any) -> tuple[Any, ...]:
-        do, q, k, v, out, lse, dlse, *values, bias_grad, aux_grad, backend = arguments
+        do, q, k, v, out, lse, dlse, out_rest, *values, bias_grad, aux_grad, backend = arguments
         call, name = self.fields.unpack(values), f"{self.operation}_backward"
         tensors = (do, q, k, v, out, lse, dlse)
         if backend in PROVEN:
             from ..proof import calls
 
-            found = calls.attention_backward(self.operation, tensors, call, bias_grad, values, backend == "triton")
+            found = calls.attention_backward(
+                self.operation, (*tensors, out_rest), call, bias_grad, values, backend == "triton"
+            )
             recomputes, backend = backend == AUTO_AGAIN, "triton"
             if found is None:
                 from . import other
 
-                backend, found = other.backward(self.operation, tensors, call, bias_grad, recomputes)
+                backend, found = other.backward(self.operation, (*tensors, out_rest), call, bias_grad, recomputes)
         else:
             options = {"bias_grad": bias_grad, "aux_grad": True} if aux_grad else {"bias_grad": bias_grad}
+            if out_rest is not None and records()[backend].keeps_rest:
+                options["out_rest"] = out_rest
             found = implementation(backend, self.operation).backward(*tensors, call, **options)
         backends.count(name, backend)
         dq, dk, dv = (laid_out_like(x, like) for x, like in zip(found[:3], (q, k, v), strict=True))
@@ -128,20 +141,26 @@ class _AttentionOps:
         return dq, dk, dv, dbias, dsinks, [x.contiguous() for x in found[5]] if aux_grad else []
 
     def backward_fake(self, *arguments: Any) -> tuple[Any, ...]:
-        _, q, k, v, _, _, _, *values, bias_grad, aux_grad, _ = arguments
+        _, q, k, v, _, _, _, _, *values, bias_grad, aux_grad, _ = arguments
         call = self.fields.unpack(values)
         dbias = call.bias.new_empty(call.bias.shape) if bias_grad and call.bias is not None else q.new_empty(0)
         dsinks = q.new_empty(0) if call.sinks is None else call.sinks.new_empty(call.sinks.shape)
         daux = [x.new_empty(x.shape) for x in call.aux] if aux_grad else []
         return *(_empty_like(x, x.shape[-1]) for x in (q, k, v)), dbias, dsinks, daux
 
-    def save_for_gradients(self, ctx: Any, inputs: tuple[Any, ...], output: Sequence[torch.Tensor]) -> None:
+    def save_for_gradients(
+        self, ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Sequence[torch.Tensor]
+    ) -> None:
         q, k, v, *values, ctx.backend = inputs
-        self._save(ctx, (q, k, v, *output), values)
+        out, lse, rest = output
+        ctx.mark_non_differentiable(rest)
+        self._save(
+            ctx, (q, k, v, out, lse, rest if keyword_only_inputs["keep_rest"] and has_rest(q.dtype) else None), values
+        )
 
-    def gradients(self, ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
+    def gradients(self, ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
         """The gradients of the forward op's arguments."""
-        (q, k, v, out, lse), values = self._saved(ctx)
+        (q, k, v, out, lse, out_rest), values = self._saved(ctx)
         if do is None and dlse is None:
             return None, None, None, *self.fields.gradients({}, values), None
         call = self.fields.unpack(values)
@@ -153,7 +172,7 @@ class _AttentionOps:
         aux_grad = any(needs["aux"])
         backward = getattr(torch.ops.fusemesh, f"{self.operation}_backward")
         flags = (needs["bias"] and not is_shift, aux_grad, AUTO_AGAIN if ctx.backend == AUTO else ctx.backend)
-        dq, dk, dv, dbias, dsinks, daux = backward(do, q, k, v, out, lse, dlse, *values, *flags)
+        dq, dk, dv, dbias, dsinks, daux = backward(do, q, k, v, out, lse, dlse, out_rest, *values, *flags)
         if is_shift:
             dbias = _gradient_of_row_shifts(call, lse, dlse)
         found = {"bias": dbias if needs["bias"] else None, "sinks": dsinks if needs["sinks"] else None}
@@ -162,13 +181,14 @@ class _AttentionOps:
         return dq, dk, dv, *self.fields.gradients(found, values), None
 
     def save_for_second_gradients(self, ctx: Any, inputs: tuple[Any, ...], output: Sequence[Any]) -> None:
-        do, q, k, v, _, _, dlse, *values, ctx.bias_grad, ctx.aux_grad, _ = inputs
+        do, q, k, v, _, _, dlse, _, *values, ctx.bias_grad, ctx.aux_grad, _ = inputs
         self._save(ctx, (do, q, k, v, dlse), values)
 
     def second_gradients(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """The gradients of the backward op's arguments by the reference's formulas, with their memory of Sq * Sk.
 
-        out and lse are functions of q, k, v, bias and sinks here, so no gradient goes to those that were passed in.
+        out and lse are functions of q, k, v, bias and sinks here, so no gradient goes to those that were passed in;
+        what rounding takes from out is a constant.
         """
         originals, values = self._saved(ctx)
         call = self.fields.unpack(values)
@@ -182,8 +202,8 @@ class _AttentionOps:
             aux = tuple(x.view_as(x) for x in call.aux) if ctx.aux_grad else call.aux
             call = call.replace(bias=tensors["bias"], sinks=tensors["sinks"], aux=aux)
             do, q, k, v, dlse = (tensors[name] for name in ("do", "q", "k", "v", "dlse"))
-            out, lse = reference.forward(q, k, v, call)
-            flags = {"bias_grad": ctx.bias_grad, "aux_grad": ctx.aux_grad}
+            out, lse, *rest = reference.forward(q, k, v, call, keep_rest=has_rest(q.dtype))
+            flags = {"bias_grad": ctx.bias_grad, "aux_grad": ctx.aux_grad, "out_rest": rest[0] if rest else None}
             first = reference.backward(do, q, k, v, out, lse, dlse, call, **flags)
         *of_first, of_aux = grads
         daux = first.daux or ()
@@ -199,6 +219,7 @@ class _AttentionOps:
             None,
             None,
             found.get("dlse"),
+            None,
             *of_call,
             *[None] * 3,
         )

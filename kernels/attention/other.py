@@ -20,11 +20,14 @@ from .reference import dense as reference
 MOST_SCORES = 2**26  # of a block of queries, where the log-sum-exp alone is computed
 
 
-def forward(operation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[str, Any]:
-    """Return the name of the backend, and out and lse by it."""
+def forward(
+    operation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, keep_rest: bool
+) -> tuple[str, Any]:
+    """Return the name of the backend, and out and lse by it, with out's rest if that is to be kept and it has one."""
     record = backends.instead_of("triton", _request(operation, q, k, v, call, needs_grad=False))
-    out, lse = implementation(record.name, operation).forward(q, k, v, call)
-    return record.name, (out, log_sum_exp(q, k, call) if lse is None else lse)
+    options = {"keep_rest": True} if keep_rest and record.keeps_rest else {}
+    out, lse, *rest = implementation(record.name, operation).forward(q, k, v, call, **options)
+    return record.name, (out, log_sum_exp(q, k, call) if lse is None else lse, *rest)
 
 
 def backward(
@@ -33,17 +36,19 @@ def backward(
     """Return the name of the backend, and dq, dk, dv, dbias and dsinks by it.
 
     Args:
-        tensors: do, q, k, v, out, lse, dlse.
+        tensors: do, q, k, v, out, lse, dlse, out_rest.
         recomputes: whether ``out`` and ``lse`` are of these very keys, so that the forward may be computed again.
     """
-    _, q, k, v, _, _, dlse = tensors
+    *tensors_of_all, out_rest = tensors
+    _, q, k, v, _, _, dlse = tensors_of_all
     # Without the log-sum-exp PyTorch's kernel cannot take those of others.
     needs_lse = dlse is not None or not recomputes
     record = backends.instead_of("triton", _request(operation, q, k, v, call, needs_grad=True, needs_lse=needs_lse))
     module = implementation(record.name, operation)
     if operation in record.differentiable and not hasattr(module, "backward"):
         return record.name, _by_autograd(module, tensors, call, bias_grad)
-    return record.name, module.backward(*tensors, call, bias_grad=bias_grad)[:5]
+    options = {"out_rest": out_rest} if out_rest is not None and record.keeps_rest else {}
+    return record.name, module.backward(*tensors_of_all, call, bias_grad=bias_grad, **options)[:5]
 
 
 def _request(

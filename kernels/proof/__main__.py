@@ -48,12 +48,15 @@ def main(arguments: list[str] | None = None, device: torch.device | None = None)
 
     op = getattr(torch.ops.fusemesh, operation).default
     values = made(described, torch.device("cuda") if device is None else device)
-    if operation.startswith("attention") and operation.endswith("_backward"):
+    options = {}
+    if operation in ("attention_backward", "attention_varlen_backward"):
         values.append(False)  # aux_grad
+    elif operation in ("attention_forward", "attention_varlen_forward"):
+        options["keep_rest"] = values.pop()
     first_use.forget()
     try:
         with first_use.mode(first_use.ALWAYS), torch.no_grad():
-            op(*values, "triton")
+            op(*values, "triton", **options)
     except first_use.NotProven as error:
         print(error)
         return 1

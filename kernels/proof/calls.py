@@ -44,16 +44,18 @@ class _Attention:
 
 
 def attention_forward(
-    operation: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, values: list[Any], by_name: bool
+    operation: str, tensors: tuple[Any, ...], call: Call, values: list[Any], keep_rest: bool, by_name: bool
 ) -> Any:
-    """Return out and lse by Triton's kernels, or None: see :func:`first_use.run`.
+    """Return out, lse and, if it is to be kept, out's rest by Triton's kernels, or None: see :func:`first_use.run`.
 
     Args:
         operation: ``attention`` or ``attention_varlen``.
+        tensors: q, k, v.
         values: what the op carries of ``call``.
     """
-    real = attention.Real(implementation("triton", operation), q, k, v, call)
-    return first_use.run(_Attention(f"{operation}_forward", (q, k, v, *values), real), by_name)
+    q, k, v = tensors
+    real = attention.Real(implementation("triton", operation), q, k, v, call, keep_rest=keep_rest)
+    return first_use.run(_Attention(f"{operation}_forward", (*tensors, *values, keep_rest), real), by_name)
 
 
 def attention_backward(
@@ -63,11 +65,11 @@ def attention_backward(
 
     Args:
         operation: ``attention`` or ``attention_varlen``.
-        tensors: do, q, k, v, out, lse, dlse.
+        tensors: do, q, k, v, out, lse, dlse, out_rest.
         values: what the op carries of ``call``.
     """
-    do, q, k, v, out, lse, dlse = tensors
-    real = attention.Real(implementation("triton", operation), q, k, v, call, (do, out, lse, dlse), bias_grad)
+    do, q, k, v, *saved = tensors
+    real = attention.Real(implementation("triton", operation), q, k, v, call, (do, *saved), bias_grad)
     return first_use.run(_Attention(f"{operation}_backward", (*tensors, *values, bias_grad), real), by_name)
 
 

@@ -35,6 +35,8 @@ SHORT_NAMES = {
     "training.learning_rate": "--lr",
     "run.directory": "--out",
 }
+SCHEDULES_OF_RATE = ("cosine", "linear")
+RECOMPUTE = ("none", "full")
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
@@ -48,6 +50,8 @@ def _model_section() -> type:
     made = [
         (name, kind, _doc(default, meta["doc"], least=meta["least"])) for name, kind, default, meta in user_fields()
     ]
+    doc = "folder of a Hugging Face model to fine-tune, with its tokenizer, in the place of a new model of these sizes"
+    made.insert(0, ("pretrained", str, _doc("", doc)))
     section = dataclasses.make_dataclass("ModelConfig", made, frozen=True, namespace={"__doc__": "The model's shape."})
     # So that it can be pickled.
     section.__module__ = __name__
@@ -57,7 +61,9 @@ def _model_section() -> type:
 if TYPE_CHECKING:
 
     class ModelConfig(TransformerConfig):
-        """Some of the same fields, all with a default."""
+        """Some of the same fields, all with a default, and the folder of a pretrained model."""
+
+        pretrained: str
 
         def __init__(self, **sizes: Any) -> None: ...
 else:
@@ -92,13 +98,17 @@ class TrainingConfig:
     global_batch_size: int = _doc(32, "samples per step over all ranks", least=1)
     accumulation: int = _doc(1, "micro-batches that each rank's part of a step is cut into", least=1)
     learning_rate: float = _doc(3e-3, "peak of AdamW's learning rate", least=0.0)
-    min_learning_rate: float = _doc(3e-4, "where the cosine ends; lower for a peak below it", least=0.0)
+    min_learning_rate: float = _doc(3e-4, "where the schedule ends; lower for a peak below it", least=0.0)
+    schedule: str = _doc("cosine", "by which the learning rate falls from its peak", choices=SCHEDULES_OF_RATE)
     warmup_steps: int = _doc(20, "steps over which the learning rate rises linearly", least=0)
     weight_decay: float = _doc(0.1, "decoupled, of matrices only", least=0.0)
     beta1: float = _doc(0.9, "AdamW's decay of the mean gradient", least=0.0)
     beta2: float = _doc(0.95, "AdamW's decay of the mean squared gradient", least=0.0)
     clip_norm: float = _doc(1.0, "gradients are scaled down to this norm; 0: never", least=0.0)
     dtype: str = _doc("float32", "of compute; parameters stay float32 unless float64", choices=DTYPES)
+    recompute: str = _doc(
+        "none", "full: keep each block's input alone, and compute the block again in the backward", choices=RECOMPUTE
+    )
     seed: int = _doc(0, "of weights and data order", least=0)
 
     def __post_init__(self) -> None:
@@ -146,6 +156,7 @@ class RunConfig:
     check_replicas_every: int = _doc(100, "steps between comparisons of replicated parameters; 0: never", least=0)
     record_samples: bool = _doc(False, "each rank writes the samples that it consumed to samples/")
     keep_checkpoints: int = _doc(2, "newest checkpoints kept; 0: all", least=0)
+    export: bool = _doc(True, "with model.pretrained: at the end write the model as a Hugging Face folder, model/")
 
 
 @dataclass(frozen=True)
@@ -248,9 +259,21 @@ def _parse(key: str, spec: Field, text: str) -> Any:
         raise ValueError(f"--{key}: expected {kind}, received {text!r}") from None
 
 
+def _is_size(key: str) -> bool:
+    """Return whether a key is a size of a new model."""
+    return key.startswith("model.") and key != "model.pretrained"
+
+
 def _build(values: Mapping[str, Any]) -> Config:
     """Return a configuration from dotted keys, with defaults for the rest."""
     known = fields_of(Config)
+    if values.get("model.pretrained"):
+        sizes = [key for key in values if _is_size(key) and key in known]
+        if sizes:
+            raise ValueError(
+                f"{sizes[0]}: expected nothing with model.pretrained, whose config.json has the sizes, received "
+                f"{values[sizes[0]]!r}; leave {' and '.join(sizes)} out"
+            )
     for key in values:
         if key not in known:
             short = {name.lstrip("-").replace("-", "_"): full for full, name in SHORT_NAMES.items()}
@@ -308,7 +331,7 @@ def load(
     overrides: Mapping[str, str] | None = None,
     *,
     base: Mapping[str, Any] | None = None,
-    defaults: Callable[[str], Mapping[str, Any]] | None = None,
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Config:
     """Return the configuration of a file with command-line values over it.
 
@@ -318,8 +341,7 @@ def load(
         path: a TOML file; None for the defaults.
         overrides: dotted key to text, as ``{"training.steps": "100"}``.
         base: a configuration as :func:`as_dict` gives it, beneath the file.
-        defaults: given the name of the task, dotted key to value, beneath all others; a length of samples is that of
-            the task's own corpus, and left out where there is a data.path.
+        defaults: given the values by dotted key, more such values, which stand beneath all others.
 
     Raises:
         ValueError: an unknown key or an illegal value, named by its key; or the file cannot be read.
@@ -332,10 +354,7 @@ def load(
     for key, text in (overrides or {}).items():
         values[key] = _parse(key, known[key], text) if key in known else text
     if defaults is not None:
-        beneath = dict(defaults(values.get("task", known["task"].default)))
-        if values.get("data.path"):
-            beneath.pop("data.sequence_length", None)
-        values = {**beneath, **values}
+        values = {**defaults(values), **values}
     return _with_falling_rate(_build(values), is_given)
 
 
@@ -349,8 +368,14 @@ def _with_falling_rate(config: Config, is_given: bool) -> Config:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Return nested plain values, as JSON, TOML and the ``base`` of :func:`load` hold them."""
-    return dataclasses.asdict(config)
+    """Return nested plain values, as JSON, TOML and the ``base`` of :func:`load` hold them.
+
+    Of a pretrained model its folder alone, which has the sizes.
+    """
+    found = dataclasses.asdict(config)
+    if config.model.pretrained:
+        found["model"] = {"pretrained": config.model.pretrained}
+    return found
 
 
 def to_toml(config: Config) -> str:

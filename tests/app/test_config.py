@@ -65,6 +65,7 @@ def test_the_models_section_is_made_of_the_transformers_fields():
     """A field and its default are stated once; what the data says is no key."""
     sizes = dataclasses.fields(TransformerConfig)
     section = {field.name: field for field in dataclasses.fields(config.ModelConfig)}
+    assert section.pop("pretrained").default == ""
     assert section.keys() < {field.name for field in sizes} and not section.keys() & {"vocab_size", "num_classes"}
     for field in sizes:
         if field.name in section and field.default is not dataclasses.MISSING:
@@ -79,7 +80,7 @@ WRONG_OVERRIDES = [
         {"trainin.steps": "3"},
         r"trainin\.steps: not a key of the configuration; did you mean training\.steps\?",
     ),
-    ({"optimizer.foo": "3"}, r"not a key of the configuration; the keys are: task, layout, model\.hidden_size"),
+    ({"optimizer.foo": "3"}, r"not a key of the configuration; the keys are: task, layout, model\.pretrained"),
     ({"steps": "3"}, r"steps: not a key .*; did you mean training\.steps\?"),
     ({"training.steps": "many"}, r"--training\.steps: expected a whole number, received 'many'"),
     ({"training.steps": "1.5"}, r"--training\.steps: expected a whole number, received '1\.5'"),

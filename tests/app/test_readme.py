@@ -24,9 +24,10 @@ from fusemesh import cli, config
 from fusemesh.commands.options import overrides
 from fusemesh.hybrid.layout import Layout
 from fusemesh.kernels import aot, backends, env
-from fusemesh.run.settings import load_config
+from fusemesh.run.settings import Settings, load_config
 from fusemesh.tasks.names import TASKS
 from fusemesh.tasks.registry import task_class
+from tests.support.pretrained.folders import make_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
@@ -117,13 +118,25 @@ def test_a_wrong_block_is_noticed(tmp_path: Path) -> None:
         imported("assert 1 + 1 == 3\n", tmp_path)
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder in the place of one that the pages name."""
+    return str(make_folder(tmp_path_factory.mktemp("pretrained"), "qwen3"))
+
+
 @pytest.mark.parametrize("arguments", of("fusemesh"), ids=" ".join)
-def test_commands(arguments: list[str]) -> None:
+def test_commands(arguments: list[str], request: pytest.FixtureRequest) -> None:
     options = parsed(arguments)
     if options.name not in ("train", "eval", "predict", "generate", "scaling"):
         return
     options.layout = None if options.layout == "auto" else options.layout
-    found = load_config(_in_the_clone(getattr(options, "config", None)), overrides(options))
+    given = overrides(options)
+    if "model.pretrained" in given:
+        given["model.pretrained"] = request.getfixturevalue("pretrained")
+    found = load_config(_in_the_clone(getattr(options, "config", None)), given)
+    if found.model.pretrained:
+        Settings.of(found).check(Layout.parse(found.layout).world_size)
+        return
     Layout.parse(found.layout).validate(
         num_layers=found.model.num_layers,
         num_heads=found.model.num_heads,

@@ -36,7 +36,16 @@ def test_private_names_stand_in_compat_alone_and_in_its_table() -> None:
     found = private_names(HYBRID)
     assert [use for use in found if use.file != "compat.py"] == []
     used = {use.name for use in found}
-    assert used and used | {"functools._lru_cache_wrapper"} == set(compat.PRIVATE)
+    # In code both are strings.
+    assert used and used | {"functools._lru_cache_wrapper", "._orig_mod"} == set(compat.PRIVATE)
+
+
+def test_names_within_compiled_modules() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    want = [name for name, _ in model.named_modules()]
+    model[0] = torch.compile(model[0])  # type: ignore[assignment]
+    found = list(dict.fromkeys(compat.without_compiled(name) for name, _ in torch.compile(model).named_modules()))
+    assert found == want, gone("._orig_mod", found)
 
 
 def test_the_oldest_torch_that_is_allowed_was_tried() -> None:

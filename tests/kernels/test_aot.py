@@ -14,8 +14,10 @@ import triton.language as tl
 
 from fusemesh.kernels import aot, compat
 from fusemesh.kernels.attention.gpu import tiles
+from fusemesh.kernels.runtime import fences
 from fusemesh.kernels.runtime.launch import TARGETS, Target, launch
 from fusemesh.kernels.runtime.launches import attention_launches
+from fusemesh.kernels.runtime.named_target import NamedTarget
 from tests.support.ptxas_log import ptxas_log
 
 pytestmark = pytest.mark.aot
@@ -103,6 +105,14 @@ def test_report_of_a_clean_kernel(target: str, opcode: str) -> None:
     assert 2 * 64 * 64 * 2 <= report.shared_memory <= report.shared_memory_limit and report.fits
     assert report.tensor_core and all(name.startswith(opcode) for name in report.tensor_core)
     assert report.atomics == {}
+
+
+def test_the_versions_that_leave_fences_out_are_those_said() -> None:
+    (item,) = aot.record_launches(product(), TARGETS["sm_90"])
+    with compat.driver(NamedTarget(TARGETS["sm_90"])):
+        ptx = compat.compile_launch(item.kernel, item.grid, item.args, item.kwargs).asm["ptx"]
+    assert "cp.async" in ptx and "wgmma.mma_async" in ptx
+    assert ("fence.proxy.async" in ptx) != fences.LEFT_OUT.value
 
 
 UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}

@@ -316,3 +316,17 @@ def test_a_compiled_call_warns_too(warned: None) -> None:
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     assert len(caught(lambda: compiled(torch.ones(2)))) == 1
     assert caught(lambda: compiled(torch.ones(3))) == []
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("is_left_out", [True, False])
+def test_no_blackwell_by_a_triton_that_leaves_fences_out(
+    target: str, is_left_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from fusemesh.kernels.runtime import fences
+
+    monkeypatch.setattr(fences, "LEFT_OUT", fences.tl.constexpr(is_left_out))
+    with fusemesh.emulate(target):
+        reason = backends.why_unavailable("triton", "cpu")
+    assert ("pip install 'triton>=3.7.1'" in str(reason)) == (is_left_out and target == "sm_100")

@@ -47,6 +47,12 @@ def wrong_over_many_blocks(args: dict[str, Any]) -> None:
         add("views", 20)(args)
 
 
+def delta_of_out_alone(args: dict[str, Any]) -> None:
+    """Make delta what it would be without the rest of the output."""
+    do, rest = args["views"][0], args["views"][8]
+    args["values"].p_delta[:, :, : do.shape[2]] -= (do.float() * rest.float()).sum(-1)
+
+
 # Each kernel, a call that launches it, a fault of it, and the results that the fault makes wrong.
 FAULTS: dict[str, tuple[str, Case, Spoil]] = {
     "forward": ("attention_forward_kernel", DENSE, add("views", 12)),
@@ -54,6 +60,8 @@ FAULTS: dict[str, tuple[str, Case, Spoil]] = {
     "forward, NaN": ("attention_forward_kernel", MASKED, add("views", 12, float("nan"), 0)),
     "forward, NaN without keys": ("attention_forward_kernel", DENSE, no_number_without_keys),
     "forward, packed": ("attention_forward_kernel", PACKED, add("views", 12, where=(0, 0, 4, 1))),
+    "forward's rest": ("attention_forward_kernel", MASKED, lambda args: args["views"][16].zero_()),
+    "delta without the rest": ("attention_delta_kernel", MASKED, delta_of_out_alone),
     "delta": ("attention_delta_kernel", DENSE, lambda args: args["values"].p_delta.add_(0.5)),
     "dk and dv": ("attention_dkdv_kernel", DENSE, add("views", 20)),
     "dk and dv of many queries": ("attention_dkdv_kernel", DENSE, wrong_over_many_blocks),

@@ -50,19 +50,23 @@ Function = Callable[..., Any]
 def by_batch(forward: Function, backward: Function) -> tuple[Function, Function]:
     """Return the forward and backward of packed tensors, from those that take them as one batch [1, H, total, D]."""
 
-    def packed_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Any) -> tuple[Any, Any]:
+    def packed_forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Any, *, keep_rest: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Attention of each sequence; arguments and results are those of the reference."""
-        out, lse = forward(as_batch(q), as_batch(k), as_batch(v), call)
-        return as_packed(out), lse.squeeze(0)
+        options = {"keep_rest": True} if keep_rest else {}
+        out, lse, *rest = forward(as_batch(q), as_batch(k), as_batch(v), call, **options)
+        return as_packed(out), lse.squeeze(0), *(as_packed(x) for x in rest)
 
-    def packed_backward(*tensors: Any, bias_grad: bool) -> tuple[Any, ...]:
+    def packed_backward(*tensors: Any, bias_grad: bool, out_rest: torch.Tensor | None = None) -> tuple[Any, ...]:
         """The gradients; arguments and results are those of the reference."""
         do, q, k, v, out, lse, dlse, call = tensors
         # Kernels find a sequence's rows in these by total_q alone.
         rows = [None if x is None else x.contiguous().unsqueeze(0) for x in (lse, dlse)]
         inputs = [as_batch(x) for x in (do, q, k, v, out)]
-        dq, dk, dv, *rest = backward(*inputs, *rows, call, bias_grad=bias_grad)
-        return as_packed(dq), as_packed(dk), as_packed(dv), *rest
+        options = {} if out_rest is None else {"out_rest": as_batch(out_rest)}
+        dq, dk, dv, *others = backward(*inputs, *rows, call, bias_grad=bias_grad, **options)
+        return as_packed(dq), as_packed(dk), as_packed(dv), *others
 
     return packed_forward, packed_backward
 

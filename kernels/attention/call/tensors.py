@@ -8,6 +8,8 @@ import torch
 
 from ... import compat
 from ...autocast import autocast_dtype
+from ...backend_record import Backend, needs_gradient
+from .options import Call
 from .spec import out_dtype
 
 
@@ -33,6 +35,30 @@ def has_values(x: torch.Tensor) -> bool:
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last stride is 1, else a contiguous copy, which autograd sees."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def has_rest(dtype: torch.dtype) -> bool:
+    """Return whether attention on q of ``dtype`` rounds an output that has gradients to 16 bits."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def rest_is_needed(record: Backend, q: torch.Tensor, k: torch.Tensor, call: Call) -> bool:
+    """Return whether a forward op is to keep what rounding takes from its output, because a backward will read it.
+
+    An exported program keeps none: most are for inference, and which one is not known while it is traced.
+    """
+    if not record.keeps_rest or not has_rest(q.dtype) or torch.compiler.is_exporting():
+        return False
+    return needs_gradient(q, k, *call.differentiable)
+
+
+def rest_of(exact: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return what rounding took from ``exact`` to make ``out`` of it, in out's dtype; no gradient goes through it.
+
+    The backward's delta = rowsum(do * out) cancels against other sums of the same products. Of out and its rest it has
+    16 bits at least, from bf16, where out alone has 8.
+    """
+    return (exact.detach() - out.detach().to(exact.dtype)).to(out.dtype)
 
 
 def empty_laid_out_like(tensor: torch.Tensor, last: int) -> torch.Tensor:

@@ -130,8 +130,8 @@ def normalise(q: torch.Tensor, k: torch.Tensor, options: Options) -> Call:
     )
 
 
-def check_saved(q: torch.Tensor, v: torch.Tensor, do: Any, out: Any, lse: Any, dlse: Any) -> None:
-    """Raise unless do, out, lse and dlse are those of a forward of q, k, v."""
+def check_saved(q: torch.Tensor, v: torch.Tensor, do: Any, out: Any, lse: Any, dlse: Any, out_rest: Any) -> None:
+    """Raise unless do, out, lse, dlse and out_rest are those of a forward of q, k, v."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if q.dtype == FP8:
         raise wrong("q", "a dtype with gradients", q.dtype, "fp8 is for the forward; train in bfloat16")
@@ -141,8 +141,9 @@ def check_saved(q: torch.Tensor, v: torch.Tensor, do: Any, out: Any, lse: Any, d
         ("out", out, (*rows, v.shape[3]), q.dtype),
         ("lse", lse, rows, lse_dtype),
         ("dlse", dlse, rows, lse_dtype),
+        ("out_rest", out_rest, (*rows, v.shape[3]), q.dtype),
     ):
-        if name == "dlse" and x is None:
+        if name in ("dlse", "out_rest") and x is None:
             continue
         if not isinstance(x, torch.Tensor):
             raise wrong(name, "a torch.Tensor", type(x).__name__, "pass what the forward returned or its gradient")

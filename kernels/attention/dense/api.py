@@ -22,7 +22,7 @@ from ...backends import choose, count
 from ..call.option_checks import check_seed
 from ..call.options import Call, Options
 from ..call.spec import Origin
-from ..call.tensors import autocast, unit_last_stride
+from ..call.tensors import autocast, has_rest, rest_is_needed, unit_last_stride
 from ..call.validation import check_flag, check_qkv, check_saved, normalise, wrong
 from .ops import FIELDS
 
@@ -101,8 +101,9 @@ def flash_attention(
     Dtypes: fp32, bf16, fp16, and fp64 on reference and torch; sums run in fp32 (fp64 for fp64). fp8
     (torch.float8_e4m3fn, on GPUs from sm_89) for the forward alone: out is bf16, bias and sinks are bf16 or fp32. Under
     autocast q, k and v are cast as F.scaled_dot_product_attention's are. Triton takes D and Dv from 16 to 256, the
-    others any. Same inputs give the same bits. A second backward (create_graph=True) works in eager mode;
-    it costs the memory of the reference.
+    others any. In bf16 and fp16 on triton a call that autograd records keeps what rounding took from out for its
+    backward, 2 bytes an element of out. Same inputs give the same bits. A second backward (create_graph=True) works in
+    eager mode; it costs the memory of the reference.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype (bf16 for fp8); with return_lse also lse [B, H, Sq], natural log, fp32 (fp64 for
@@ -139,7 +140,7 @@ def flash_attention(
     check_qkv(q, k, v)
     call = normalise(q, k, options)
     record = _choose(backend, (q, k, v), call, needs_lse=return_lse)
-    out, lse = _forward(record, q, k, v, call)
+    out, lse, _ = _forward(record, q, k, v, call, rest_is_needed(record, q, k, call))
     return (out, lse) if return_lse else out
 
 
@@ -162,17 +163,24 @@ def attention_forward(
     scale: float | None = None,
     origin: Origin | None = None,
     descale: Any = None,
+    return_rest: bool = False,
     deterministic: bool = True,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Any, ...]:
     """:func:`flash_attention` without autograd, for those who keep their own tape (ring attention, checkpointing).
 
     Arguments and errors are those of :func:`flash_attention`, except that backend ``torch`` is refused (it has no
     log-sum-exp) and autocast is not applied.
 
+    Args:
+        return_rest: also return what rounding took from out, by which :func:`attention_backward` computes gradients as
+            accurate as flash_attention's.
+
     Returns:
-        out [B, H, Sq, Dv] in q's dtype and lse [B, H, Sq]; neither requires a gradient.
+        out [B, H, Sq, Dv] in q's dtype and lse [B, H, Sq]; with return_rest also out's rest, of its shape and dtype, or
+        None where out is not rounded to 16 bits, is of fp8, or the backend has none. None of them requires a gradient.
     """
+    check_flag("return_rest", return_rest)
     check_qkv(q, k, v)
     check_flag("deterministic", deterministic)
     check_seed(dropout_p, seed)
@@ -195,7 +203,10 @@ def attention_forward(
     _check_no_gradient("attention_forward", q, k, v, options)
     with torch.no_grad():
         call = normalise(q, k, options)
-        return _forward(_choose(backend, (q, k, v), call, needs_lse=True), q, k, v, call)
+        record = _choose(backend, (q, k, v), call, needs_lse=True)
+        has = return_rest and record.keeps_rest and has_rest(q.dtype)
+        out, lse, rest = _forward(record, q, k, v, call, has)
+    return (out, lse, rest if has else None) if return_rest else (out, lse)
 
 
 def attention_backward(
@@ -207,6 +218,7 @@ def attention_backward(
     lse: torch.Tensor,
     dlse: torch.Tensor | None = None,
     *,
+    out_rest: torch.Tensor | None = None,
     bias_grad: bool = False,
     causal: bool = False,
     align: str | None = None,
@@ -235,6 +247,8 @@ def attention_backward(
         q, k, v, mask, bias and all options: as passed to the forward.
         out, lse: as the forward returned them.
         dlse: gradient of lse, [B, H, Sq], lse's dtype; None means zero.
+        out_rest: what rounding took from out, as the forward (or merge_attention) returned it beside out: in bf16 and
+            fp16 dq, dk, dbias and dsinks are more accurate with it where the softmax is nearly one-hot.
         bias_grad: also compute the gradient of bias.
         backend: as in :func:`flash_attention`; ``torch`` is refused.
 
@@ -246,7 +260,7 @@ def attention_backward(
     check_qkv(q, k, v)
     check_flag("bias_grad", bias_grad)
     check_flag("deterministic", deterministic)
-    check_saved(q, v, do, out, lse, dlse)
+    check_saved(q, v, do, out, lse, dlse, out_rest)
     check_seed(dropout_p, seed)
     if bias_grad and bias is None:
         raise wrong("bias_grad", "False without bias", True, "pass the bias of the forward")
@@ -266,11 +280,11 @@ def attention_backward(
         origin=origin,
         descale=descale,
     )
-    _check_no_gradient("attention_backward", q, k, v, options, do, out, lse, dlse)
+    _check_no_gradient("attention_backward", q, k, v, options, do, out, lse, dlse, out_rest)
     with torch.no_grad():
         call = normalise(q, k, options)
         record = _choose(backend, (q, k, v), call, needs_lse=True, is_backward=True)
-        gradients = _backward(record, (do, q, k, v, out, lse, dlse), call, bias_grad)
+        gradients = _backward(record, (do, q, k, v, out, lse, dlse), out_rest, call, bias_grad)
     dbias = gradients.dbias
     if dbias is not None:
         assert bias is not None
@@ -307,7 +321,7 @@ def _check_no_gradient(function: str, q: Any, k: Any, v: Any, options: Options, 
     if compat.GRADIENT not in compat.transforms():
         return
     named = {"q": q, "k": k, "v": v, "bias": options.bias, "sinks": options.sinks}
-    named |= dict(zip(("do", "out", "lse", "dlse"), others, strict=False))
+    named |= dict(zip(("do", "out", "lse", "dlse", "out_rest"), others, strict=False))
     for name, x in named.items():
         if isinstance(x, torch.Tensor) and needs_gradient(x):
             what = TRANSFORMS[compat.GRADIENT]
@@ -316,25 +330,34 @@ def _check_no_gradient(function: str, q: Any, k: Any, v: Any, options: Options, 
 
 
 def _forward(
-    record: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor]:
+    record: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, keep_rest: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return out, lse and what rounding took from out; the last is None or empty unless it is to be kept."""
+    # An argument that is not there leaves exported programs as they are.
+    options = {"keep_rest": True} if keep_rest else {}
     if "attention" in record.differentiable:
         count("attention_forward", record.name)
-        found: tuple[torch.Tensor, torch.Tensor] = implementation(record.name, "attention").forward(q, k, v, call)
-        return found
+        # Autograd goes through the formula itself, and needs none.
+        options = {} if needs_gradient(q, k, v, *call.differentiable) else options
+        out, lse, *rest = implementation(record.name, "attention").forward(q, k, v, call, **options)
+        return out, lse, rest[0] if rest else None
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
-    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *FIELDS.pack(call), record.name)
-    return out, lse
+    out, lse, out_rest = torch.ops.fusemesh.attention_forward(q, k, v, *FIELDS.pack(call), record.name, **options)
+    return out, lse, out_rest
 
 
-def _backward(record: Backend, tensors: tuple[Any, ...], call: Call, bias_grad: bool) -> AttentionGradients:
+def _backward(
+    record: Backend, tensors: tuple[Any, ...], out_rest: torch.Tensor | None, call: Call, bias_grad: bool
+) -> AttentionGradients:
     if "attention" in record.differentiable:
         count("attention_backward", record.name)
-        found = implementation(record.name, "attention").backward(*tensors, call, bias_grad=bias_grad)
+        options: dict[str, Any] = {"out_rest": out_rest} if out_rest is not None and record.keeps_rest else {}
+        found = implementation(record.name, "attention").backward(*tensors, call, bias_grad=bias_grad, **options)
         return AttentionGradients(*found[:5])
     do, q, k, v, out, lse, dlse = tensors
     do, q, k, v, out = (unit_last_stride(x) for x in (do, q, k, v, out))
+    out_rest = None if out_rest is None else unit_last_stride(out_rest)
     dq, dk, dv, dbias, dsinks, _ = torch.ops.fusemesh.attention_backward(
-        do, q, k, v, out, lse, dlse, *FIELDS.pack(call), bias_grad, False, record.name
+        do, q, k, v, out, lse, dlse, out_rest, *FIELDS.pack(call), bias_grad, False, record.name
     )
     return AttentionGradients(dq, dk, dv, dbias if bias_grad else None, None if call.sinks is None else dsinks)

@@ -16,12 +16,17 @@ from typing import Any
 
 import torch
 
+from ..call.tensors import has_rest, rest_of
 from ..call.validation import wrong
 
 
 def merge_attention(
-    outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], sinks: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    outs: Sequence[torch.Tensor],
+    lses: Sequence[torch.Tensor],
+    sinks: torch.Tensor | None = None,
+    *,
+    out_rests: Sequence[torch.Tensor | None] | None = None,
+) -> tuple[Any, ...]:
     """Attention over the union of disjoint sets of keys, from its results over each of them.
 
     Differentiable, any number of times, in outs, lses and sinks; the sums run in fp32 (fp64 for fp64) in the order of
@@ -32,15 +37,19 @@ def merge_attention(
         lses: as many [B, H, Sq], natural log, fp32 (fp64 for fp64 outs); or packed, [H, total]. -inf where a row sees
             no key of the part; what out holds there does not matter.
         sinks: [H], one logit for each head, fp32 or the dtype of outs; or None.
+        out_rests: what rounding took from each of outs, as attention_forward(return_rest=True) returns it, None for
+            none. The merged out is then of the whole outputs, and its own rest is returned, too.
 
     Returns:
         out in the shape and dtype of each of ``outs``, and lse in those of each of ``lses``, without the sinks. A row
-        that sees no key in any part has out 0 and lse -inf, and no gradient comes from it.
+        that sees no key in any part has out 0 and lse -inf, and no gradient comes from it. With out_rests also the rest
+        of out, for attention_backward: in its shape and dtype, None unless these are bf16 or fp16; without gradient.
 
     Raises:
         ValueError: an argument is wrong; with its name, what was expected, what was received and what to change.
     """
     _check(outs, lses, sinks)
+    rests = [None] * len(outs) if out_rests is None else _checked_rests(out_rests, outs)
     is_packed = outs[0].dim() == 3
     dtype = torch.promote_types(outs[0].dtype, torch.float32)
     # [parts, ..., queries by heads as in outs]
@@ -57,10 +66,32 @@ def merge_attention(
     # softmax and not exp(lse_i - lse): the rounding of a large lse would be that of the weights.
     weights = torch.softmax(logits, 0)
     out = torch.zeros_like(outs[0], dtype=dtype)
-    for part, weight, is_unseen in zip(outs, weights[: len(outs)], unseen, strict=True):
-        out = out + weight.unsqueeze(-1) * part.to(dtype).masked_fill(is_unseen.unsqueeze(-1), 0.0)
+    for part, rest, weight, is_unseen in zip(outs, rests, weights[: len(outs)], unseen, strict=True):
+        whole = part.to(dtype) if rest is None else part.to(dtype) + rest.to(dtype)
+        out = out + weight.unsqueeze(-1) * whole.masked_fill(is_unseen.unsqueeze(-1), 0.0)
     out = out.masked_fill(empty.unsqueeze(-1), 0.0)
-    return out.to(outs[0].dtype), (lse.t() if is_packed else lse).to(lses[0].dtype)
+    rounded, lse = out.to(outs[0].dtype), (lse.t() if is_packed else lse).to(lses[0].dtype)
+    if out_rests is None:
+        return rounded, lse
+    return rounded, lse, rest_of(out, rounded) if has_rest(rounded.dtype) else None
+
+
+def _checked_rests(rests: Any, outs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    """Return the rests; raise unless there is one, or None, for each of ``outs``."""
+    remedy = "pass the third result of attention_forward(return_rest=True) of each part"
+    if not isinstance(rests, (tuple, list)) or len(rests) != len(outs):
+        received = f"{len(rests)} of them" if isinstance(rests, (tuple, list)) else type(rests).__name__
+        raise wrong("out_rests", f"a tuple or list of {len(outs)}, one for each of outs", received, remedy)
+    for i, (x, out) in enumerate(zip(rests, outs, strict=True)):
+        if x is None:
+            continue
+        expected = f"None or a tensor like outs[{i}], shape {tuple(out.shape)}, {out.dtype} on {out.device}"
+        if not isinstance(x, torch.Tensor):
+            raise wrong(f"out_rests[{i}]", expected, type(x).__name__, remedy)
+        if x.shape != out.shape or x.dtype != out.dtype or x.device != out.device:
+            received = f"shape {tuple(x.shape)}, {x.dtype} on {x.device}"
+            raise wrong(f"out_rests[{i}]", expected, received, remedy)
+    return rests
 
 
 def _check(outs: Any, lses: Any, sinks: Any) -> None:

@@ -31,6 +31,19 @@ def _takes_fp8(device: torch.device) -> bool:
 compat.assume_constant_result(_takes_fp8)
 
 
+def _lacks_fences(device: torch.device) -> bool:
+    """Return whether Triton compiles kernels for this device without fences that they need; see runtime/fences.py."""
+    target = launch.target_of(device)
+    if target.vendor != "cuda" or not 100 <= int(target.arch) < 120:
+        return False
+    from ...runtime import fences
+
+    return bool(fences.LEFT_OUT.value)
+
+
+compat.assume_constant_result(_lacks_fences)
+
+
 def _limits(request: Request) -> Refusal | None:
     if request.operation == "linear":
         if request.dtype == torch.float64:
@@ -105,6 +118,11 @@ def _unavailable(device: torch.device) -> str | None:
             "Triton compiles for GPUs and these tensors are on the CPU; to run the kernels in Triton's interpreter "
             "set TRITON_INTERPRET=1 before Python starts"
         )
+    if launch.has_compiled_kernels(device) and _lacks_fences(device):
+        return (
+            "Triton before 3.7.1 leaves fences out of kernels for GPUs of sm_100 to sm_110 (Blackwell); pip install "
+            "'triton>=3.7.1'"
+        )
     return None
 
 
@@ -126,5 +144,6 @@ TRITON = Backend(
     unavailable=_unavailable,
     automatic=_automatic,
     least_head_dim=HEAD_DIMS[0],
+    keeps_rest=True,
     proves=launch.has_compiled_kernels,
 )

@@ -3,7 +3,8 @@
 With the scores s, mask and p = exp(s - lse) recomputed tile by tile (Dao, "FlashAttention-2", arXiv:2307.08691,
 algorithm 2, split in two passes so that nothing is added atomically):
 
-    delta = rowsum(do * out) - dlse          ds = p * (do v^T - delta)
+    delta = rowsum(do * (out + out_rest)) - dlse
+    ds = p * (do v^T - delta)
     dv = p^T do      dk = scale * ds^T q     one program a block of keys, over the queries of every head of its group
     dq = scale * ds k                        one program a block of queries, over the keys
     dbias = ds                               summed to the bias's shape
@@ -52,12 +53,13 @@ def attention_delta_kernel(
 ):
     """One program: the row values of BLOCK_M queries of one head, and of the padding beyond the last query.
 
-    ``views``: do and out, each with its strides of batches, heads and rows; ``lse``, ``dlse``: likewise, the latter's
-    pointer None without.
+    ``views``: do, out and what rounding took from out, each with its strides of batches, heads and rows; ``lse``,
+    ``dlse``: likewise. The pointers of the rest and of dlse are None without.
     Grid: padded(Sq) / BLOCK_M * B * H. Packed (with p_cu_q): Sq is that of the longest sequence, and lse, dlse and
     dsink are contiguous [H, total_q].
     """
-    do, out = views[0:4], views[4:8]
+    do, out, rest = views[0:4], views[4:8], views[8:12]
+    HAS_REST: tl.constexpr = rest[0] is not None
     HAS_DLSE: tl.constexpr = dlse[0] is not None
     blocks = padded(Sq) // BLOCK_M
     i_m = tl.program_id(0) % blocks * BLOCK_M
@@ -66,6 +68,8 @@ def attention_delta_kernel(
     i_h = i_bh % H
     p_do = at_head(do[0], do[1], do[2], i_b, i_h)
     p_out = at_head(out[0], out[1], out[2], i_b, i_h)
+    if HAS_REST:
+        p_rest = at_head(rest[0], rest[1], rest[2], i_b, i_h)
     p_lse = at_head(lse[0], lse[1], lse[2], i_b, i_h)
     if HAS_DLSE:
         p_dlse = at_head(dlse[0], dlse[1], dlse[2], i_b, i_h)
@@ -78,6 +82,8 @@ def attention_delta_kernel(
             return
         p_do += first_q * do[3]
         p_out += first_q * out[3]
+        if HAS_REST:
+            p_rest += first_q * rest[3]
         i_dsink = tl.cast(i_h, tl.int64) * total_q + first_q
         p_lse += i_dsink
         if HAS_DLSE:
@@ -85,9 +91,11 @@ def attention_delta_kernel(
         i_values = packed_row_value(i_b, i_h, H, Sq, first_q)
     # [M, Dv]
     b_do = load_rows((p_do, do[3]), i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
-    b_out = load_rows((p_out, out[3]), i_m, Sq, BLOCK_M, DV, BLOCK_DV, True)
+    b_out = load_rows((p_out, out[3]), i_m, Sq, BLOCK_M, DV, BLOCK_DV, True).to(tl.float32)
+    if HAS_REST:
+        b_out += load_rows((p_rest, rest[3]), i_m, Sq, BLOCK_M, DV, BLOCK_DV, True).to(tl.float32)
     # [M]
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out, 1)
     o_m = i_m + tl.arange(0, BLOCK_M)
     o_m64 = o_m.to(tl.int64)
     b_lse = tl.load(p_lse + o_m64 * lse[3], mask=o_m < Sq, other=float("-inf"))
@@ -135,6 +143,7 @@ def backward(
     call: Call,
     *,
     bias_grad: bool,
+    out_rest: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of :func:`forward.forward`, the same bits on every run.
 
@@ -148,6 +157,7 @@ def backward(
         dlse: gradient of lse, [B, H, Sq] fp32, any strides, or None.
         call: as the forward takes it; lse and dlse of a packed call are contiguous.
         bias_grad: whether dbias is wanted.
+        out_rest: what rounding took from out, as ``out`` is taken, or None.
 
     Returns:
         dq, dk, dv in the shapes, dtypes and memory order of q, k, v; dbias in shape and dtype of bias, or None where
@@ -161,8 +171,9 @@ def backward(
     gpu = describe_call(q, k, v, call, needs_grad=True)
     bias, sinks = call.bias, call.sinks
     do, out = unit_last_stride(do), unit_last_stride(out)
+    rest = None if out_rest is None else unit_last_stride(out_rest)
     bias_grad = bias_grad and bias is not None
-    values, dsink_rows = _row_values(gpu, do, out, lse, dlse)
+    values, dsink_rows = _row_values(gpu, do, (out, rest), lse, dlse)
     # Bias gradients that are constant over keys or queries need only sums that the other passes have at hand.
     has_rows = bias_grad and bias is not None and bias.shape[3] == 1
     has_columns = bias_grad and bias is not None and bias.shape[2] == 1 and not has_rows
@@ -210,9 +221,16 @@ def backward(
 
 
 def _row_values(
-    call: GpuCall, do: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
+    call: GpuCall,
+    do: torch.Tensor,
+    outs: tuple[torch.Tensor, torch.Tensor | None],
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
 ) -> tuple[RowValues, torch.Tensor | None]:
-    """Return the numbers of each query for the passes, and with sinks each row's part of their gradient, [B, H, Sq]."""
+    """Return the numbers of each query for the passes, and with sinks each row's part of their gradient, [B, H, Sq].
+
+    ``outs``: the output, and what rounding took from it.
+    """
     B, H, Sq = do.shape[:3]
     rows_padded = triton.cdiv(call.seq_q, ROW_PADDING.value) * ROW_PADDING.value
     room = rows_padded
@@ -230,7 +248,7 @@ def _row_values(
     launch(
         attention_delta_kernel,
         (rows_padded // block.block_m * call.batch * call.heads,),
-        call.views(do, out),
+        call.views(do, *outs),
         (lse, *((0, 0, 1) if is_packed else lse.stride())),
         (dlse, *((0, 0, 1) if is_packed else (0, 0, 0) if dlse is None else dlse.stride())),
         call.softmax.p_sinks,

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...runtime.fences import fence_copies
 from .device.loads import at_head
 from .device.place import Place
 from .device.scores import modify_scores
@@ -90,7 +91,9 @@ def _load_columns(p_rows, b_offsets, m_rows, FROM: tl.constexpr, D: tl.constexpr
     m_tile = m_rows[:, None]
     if D != BLOCK_D:
         m_tile = m_tile & (o_d < D)[None, :]
-    return tl.load(p_tile, mask=m_tile, other=0.0)
+    b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
+    fence_copies()
+    return b_tile
 
 
 @triton.jit(do_not_specialize=["added", "capacity", "pages"])

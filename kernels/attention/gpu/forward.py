@@ -102,10 +102,11 @@ def attention_forward_kernel(
 ):
     """One program: block_m queries of one head. Grid: cdiv(Sq, block_m) * B * H, the blocks of a head side by side.
 
-    ``views``: q, k, v and out, each with its strides of batches, heads and rows; ``heads``: H and GROUP.
+    ``views``: q, k, v and out, each with its strides of batches, heads and rows, and the pointer of what rounding takes
+    from out, laid out as out is, None if that is not kept; ``heads``: H and GROUP.
     Packed (MODE.has_lengths): Sq and Sk are those of the longest sequence, and lse is [H, total_q].
     """
-    q, k, v, out = views[0:4], views[4:8], views[8:12], views[12:16]
+    q, k, v, out, p_rest = views[0:4], views[4:8], views[8:12], views[12:16], views[16]
     H, GROUP = heads
     blocks = tl.cdiv(Sq, BLOCK_M)
     i_block = tl.program_id(0) % blocks
@@ -166,12 +167,19 @@ def attention_forward_kernel(
         b_out *= softmax.keep_scale
     if MODE.has_descale:
         b_out *= descale_v
+    if p_rest is not None:
+        # Before out, which needs fewer registers.
+        rest_rows = (first_row((p_rest, out[1], out[2], out[3]), place, i_h, place.first_q, MODE), out[3])
+        b_rest = b_out - b_out.to(out[0].dtype.element_ty).to(tl.float32)
+        store_rows(rest_rows, b_rest, i_m, place.Sq, BLOCK_M, MODE.dv, MODE.block_dv)
     store_rows(out_rows, b_out, i_m, place.Sq, BLOCK_M, MODE.dv, MODE.block_dv)
     o_m = i_m + tl.arange(0, BLOCK_M)
     tl.store(p_lse + i_row + o_m, b_lse, mask=o_m < place.Sq)
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, *, keep_rest: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Attention and its log-sum-exp on the GPU that holds the tensors (or in Triton's interpreter).
 
     Args:
@@ -180,10 +188,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         v: [B, Hkv, Sk, Dv].
         call: everything else. Packed tensors have B = 1; mask and bias are then for the batch of their sequences and
             the longest lengths.
+        keep_rest: also return what rounding took from out, in as much memory; for fp16 and bf16.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype (bf16 for fp8) and order of dimensions in memory, and lse [B, H, Sq], natural
-        log, fp32.
+        log, fp32; with ``keep_rest`` also the rest of out, laid out as out is.
 
     q, k or v whose last stride is not 1 is copied; nothing else is.
 
@@ -192,21 +201,24 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
     """
     gpu = describe_call(q, k, v, call)
     out = empty_laid_out_like(q, v.shape[-1])
+    rest = empty_laid_out_like(q, v.shape[-1]) if keep_rest else None
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if call.packed is not None:
         # Rows that belong to no sequence are padding.
         out.zero_()
+        if rest is not None:
+            rest.zero_()
         lse.fill_(float("-inf"))
     mode = gpu.mode
-    tile = tiles.choose_forward(gpu.target, q.dtype, mode.block_d, mode.block_dv, *mode.tile_dims)
+    tile = tiles.choose_forward(gpu.target, q.dtype, mode.block_d, mode.block_dv, *mode.tile_dims, keep_rest=keep_rest)
     launch(
         attention_forward_kernel,
         (triton.cdiv(gpu.seq_q, tile.block_m) * gpu.batch * gpu.heads,),
-        gpu.views(gpu.q, gpu.k, gpu.v, out),
+        (*gpu.views(gpu.q, gpu.k, gpu.v, out), rest),
         lse,
         *gpu.arguments(tile, along_keys=True),
         q.shape[2],
         MODE=gpu.mode,
         **tile.launch_arguments(),
     )
-    return out, lse
+    return (out, lse) if rest is None else (out, lse, rest)

@@ -43,14 +43,14 @@ class GpuCall:
     seq_k: int
     packed: Packed | None
 
-    def views(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
-        """Of each tensor itself and its strides of batches, heads and rows, in one flat tuple.
+    def views(self, *tensors: torch.Tensor | None) -> tuple[Any, ...]:
+        """Of each tensor itself and its strides of batches, heads and rows, in one flat tuple; of none None and zeros.
 
         Packed sequences are told apart by their rows alone.
         """
         views: list[Any] = []
         for x in tensors:
-            b, h, row = x.stride()[:3]
+            b, h, row = (0, 0, 0) if x is None else x.stride()[:3]
             views += (x, b if self.packed is None else 0, h, row)
         return tuple(views)
 

@@ -122,6 +122,7 @@ def shown_tiles(scores: Scores, block_m: int, block_n: int, *, along_keys: bool)
         BLOCK_COLUMNS=block_columns,
         TILES=max(1, _STEP // (block_rows * block_columns)) if block_columns > 1 else 1,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return Shown(
         tiles,

@@ -83,5 +83,6 @@ def run(
         MODE=mode,
         IS_TRANSPOSED=is_transposed,
         HAS_BACKWARD=has_backward,
+        enable_fp_fusion=True,
     )
     return out, dx if has_backward else None

@@ -28,7 +28,7 @@ class Tile:
 
 # For each family of targets, size of an element and op: a pair of tiles for each class of HEAD_DIMS. The first is for
 # calls that read no block of a mask or bias beside each tile of scores, the second for calls that do, which takes
-# registers.
+# registers. "forward and rest" stands where the forward needs others while what rounding takes is written as well.
 Pair = tuple[Tile, Tile]
 TABLE: dict[tuple[str, int, str], tuple[Pair, Pair, Pair]] = {
     ("sm_80", 2, "forward"): (
@@ -115,6 +115,11 @@ TABLE: dict[tuple[str, int, str], tuple[Pair, Pair, Pair]] = {
         (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
         (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
         (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    ),
+    ("sm_100", 2, "forward and rest"): (
+        (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
+        (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     ),
     ("sm_100", 2, "dkdv"): (
         (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),

@@ -61,7 +61,14 @@ def force(tile: Tile) -> Iterator[None]:
         _forced = before
 
 
-def choose_forward(target: Target, dtype: torch.dtype, block_d: int, block_dv: int, *score_dims: str | None) -> Tile:
+def choose_forward(
+    target: Target,
+    dtype: torch.dtype,
+    block_d: int,
+    block_dv: int,
+    *score_dims: str | None,
+    keep_rest: bool = False,
+) -> Tile:
     """The tile of the forward.
 
     Args:
@@ -69,8 +76,9 @@ def choose_forward(target: Target, dtype: torch.dtype, block_d: int, block_dv: i
         dtype: of q, k and v.
         block_d, block_dv: D and Dv, padded to powers of two.
         score_dims: ``dims`` (scores.py) of the mask and of the bias.
+        keep_rest: what rounding takes from the output is written, too.
     """
-    return _choose("forward", target, dtype, block_d, block_dv, "mn" in score_dims)
+    return _choose("forward", target, dtype, block_d, block_dv, "mn" in score_dims, keep_rest)
 
 
 def choose_dkdv(target: Target, dtype: torch.dtype, block_d: int, block_dv: int, *score_dims: str | None) -> Tile:
@@ -95,17 +103,27 @@ def choose_delta(target: Target, block_dv: int) -> RowTile:
     return RowTile(max(16, min(64, 4096 // block_dv)), 4)
 
 
-def _choose(op: str, target: Target, dtype: torch.dtype, block_d: int, block_dv: int, has_tiles: bool) -> Tile:
-    return _forced or _fitting(op, target, dtype, block_d, block_dv, has_tiles)
+def _choose(
+    op: str,
+    target: Target,
+    dtype: torch.dtype,
+    block_d: int,
+    block_dv: int,
+    has_tiles: bool,
+    keep_rest: bool = False,
+) -> Tile:
+    return _forced or _fitting(op, target, dtype, block_d, block_dv, has_tiles, keep_rest)
 
 
 @functools.cache
-def _fitting(op: str, target: Target, dtype: torch.dtype, block_d: int, block_dv: int, has_tiles: bool) -> Tile:
+def _fitting(
+    op: str, target: Target, dtype: torch.dtype, block_d: int, block_dv: int, has_tiles: bool, keep_rest: bool
+) -> Tile:
     """The table's entry, or where it does not fit the best of the smaller tiles that do.
 
     Entries are for each family's largest GPU; others have less shared memory (99 KiB on sm_86, sm_89 and sm_120).
     """
-    entry = get(op, target, dtype, block_d, block_dv, has_tiles)
+    entry = get(op, target, dtype, block_d, block_dv, has_tiles, keep_rest)
     if is_valid(entry, op, target, dtype, block_d, block_dv, has_tiles):
         return entry
     best = Tile(16, 16, 4, 1)
@@ -128,13 +146,23 @@ def _worth(tile: Tile, op: str) -> tuple[int, ...]:
     return (m * n * min(tile.num_stages, 2), min(m, n), n if op == "dkdv" else m, tile.num_stages)
 
 
-def get(op: str, target: Target, dtype: torch.dtype, block_d: int, block_dv: int, has_tiles: bool) -> Tile:
+def get(
+    op: str,
+    target: Target,
+    dtype: torch.dtype,
+    block_d: int,
+    block_dv: int,
+    has_tiles: bool,
+    keep_rest: bool = False,
+) -> Tile:
     """The table's entry; ``has_tiles``: a block of a mask or bias is read beside each tile of scores."""
     if target.vendor == "interpreter":
         return _INTERPRETER
     head_dim = next(i for i, limit in enumerate(HEAD_DIMS) if max(block_d, block_dv) <= limit)
     # fp8 takes the tiles of bf16, into which its values are turned before they meet the probabilities.
-    return TABLE[_family(target), max(dtype.itemsize, 2), op][head_dim][has_tiles]
+    family, size = _family(target), max(dtype.itemsize, 2)
+    entries = TABLE.get((family, size, "forward and rest")) if keep_rest else None
+    return (entries or TABLE[family, size, op])[head_dim][has_tiles]
 
 
 def shipped(targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")) -> Iterator[tuple[Any, ...]]:

@@ -15,4 +15,5 @@ REFERENCE = Backend(
     automatic=lambda request: f"the plain formula on {request.device.type}",
     differentiable=frozenset({"attention", "attention_varlen", "linear"}),
     stores_scores=True,
+    keeps_rest=True,
 )

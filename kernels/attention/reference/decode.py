@@ -24,7 +24,8 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     """
     with dense.without_autocast(call.q.device.type):
         append(call)
-        return dense.forward(*as_dense(call))
+        out, lse = dense.forward(*as_dense(call))
+        return out, lse
 
 
 def append(call: DecodeCall) -> None:

@@ -6,7 +6,8 @@ arXiv:2307.08691, without the tiling):
 
     lse = log sum_k exp(s)          all = log(exp(lse) + exp(sink))          p = exp(s - all)          out = (p * d) v
 
-    dv = (p * d)^T do     dp = d * do v^T     delta = rowsum(do * out)     ds = p * (dp - delta) + dlse * exp(s - lse)
+    dv = (p * d)^T do     dp = d * do v^T     delta = rowsum(do * (out + out_rest))
+    ds = p * (dp - delta) + dlse * exp(s - lse)
     dbias = ds, summed to bias     dsink = -exp(sink - all) * delta, summed to sinks
     dx = ds through the mods       dq = scale * dx k       dk = scale * dx^T q
 
@@ -30,6 +31,7 @@ from ...autocast import autocast_dtype
 from ..call.options import Call
 from ..call.score_mods import split
 from ..call.spec import out_dtype
+from ..call.tensors import rest_of
 from . import philox
 
 P = ParamSpec("P")
@@ -66,7 +68,9 @@ class Gradients(NamedTuple):
 
 
 @_in_own_precision
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, *, keep_rest: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Attention and its log-sum-exp, differentiable (any number of times) in q, k, v and the tensors of the call.
 
     Args:
@@ -74,9 +78,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         k: [B, Hkv, Sk, D], H a multiple of Hkv: query head h uses key head h // (H / Hkv).
         v: [B, Hkv, Sk, Dv].
         call: everything else.
+        keep_rest: also return what rounding took from out.
 
     Returns:
-        out [B, H, Sq, Dv] in q's dtype, and lse [B, H, Sq], natural log, fp32 (fp64 for fp64 inputs), without the sink.
+        out [B, H, Sq, Dv] in q's dtype, and lse [B, H, Sq], natural log, fp32 (fp64 for fp64 inputs), without the sink;
+        with ``keep_rest`` also the rest of out, in its shape and dtype.
     """
     groups = _groups(q, k)
     result = out_dtype(q.dtype)
@@ -97,8 +103,10 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
     kept = kept_by_dropout(s.shape, call, s.device)
     if kept is not None:
         p = p.masked_fill(~kept, 0.0) / (1 - call.spec.dropout_p)
-    out = p @ _repeat_heads(v.to(dtype), groups)
-    return out.to(result), lse.masked_fill(empty, -math.inf).squeeze(-1)
+    exact = p @ _repeat_heads(v.to(dtype), groups)
+    out = exact.to(result)
+    rest = (rest_of(exact, out),) if keep_rest else ()
+    return out, lse.masked_fill(empty, -math.inf).squeeze(-1), *rest
 
 
 @_in_own_precision
@@ -114,6 +122,7 @@ def backward(
     *,
     bias_grad: bool,
     aux_grad: bool = False,
+    out_rest: torch.Tensor | None = None,
 ) -> Gradients:
     """The gradients of :func:`forward`, by the formulas above; itself differentiable in all its tensors.
 
@@ -127,6 +136,7 @@ def backward(
         dlse: gradient of lse, [B, H, Sq], or None.
         bias_grad: whether dbias is wanted.
         aux_grad: whether the gradients of the score mods' tensors are wanted.
+        out_rest: what rounding took from out, or None.
 
     Returns:
         dq, dk, dv in the shapes and dtypes of q, k, v; dbias in bias's; dsinks in sinks', None without; daux in those
@@ -141,7 +151,8 @@ def backward(
     # What comes in for a row without a key is dropped, whatever it is.
     empty = lse == -math.inf
     p = _probabilities(s, lse, call.sinks)
-    delta = (do * out.to(dtype)).sum(-1, keepdim=True).masked_fill(empty, 0.0)
+    whole_out = out.to(dtype) if out_rest is None else out.to(dtype) + out_rest.to(dtype)
+    delta = (do * whole_out).sum(-1, keepdim=True).masked_fill(empty, 0.0)
     dp = do @ vc.transpose(-1, -2)
     kept = kept_by_dropout(s.shape, call, s.device)
     p_kept = p

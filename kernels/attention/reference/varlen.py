@@ -59,7 +59,9 @@ def sequences(q: torch.Tensor, k: torch.Tensor, call: Call) -> Iterator[_Sequenc
         yield _Sequence(rows, keys, b, own)
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, *, keep_rest: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Attention of each sequence, differentiable as :func:`dense.forward` is.
 
     Args:
@@ -67,25 +69,29 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         k: [total_k, Hkv, D].
         v: [total_k, Hkv, Dv].
         call: everything else; ``call.packed`` says where the sequences lie.
+        keep_rest: also return what rounding took from out.
 
     Returns:
-        out [total_q, H, Dv] in q's dtype, and lse [H, total_q], fp32 (fp64 for fp64).
+        out [total_q, H, Dv] in q's dtype, and lse [H, total_q], fp32 (fp64 for fp64); with ``keep_rest`` also the rest
+        of out, in its shape and dtype.
     """
     assert call.packed is not None
     dtype = torch.promote_types(q.dtype, torch.float32)
-    outs, lses = [], []
+    outs, lses, rests = [], [], []
     at = 0
 
     def padding(rows: int) -> None:
         outs.append(q.new_zeros(rows, q.shape[1], v.shape[2]))
+        rests.append(outs[-1])
         lses.append(q.new_full((q.shape[1], rows), -math.inf, dtype=dtype))
 
     for own in sequences(q, k, call):
         padding(own.rows.start - at)
         at = own.rows.stop
         parts = (as_batch(q[own.rows]), as_batch(k[own.keys]), as_batch(v[own.keys]))
-        out, lse = dense.forward(*parts, own.call)
+        out, lse, *rest = dense.forward(*parts, own.call, keep_rest=keep_rest)
         outs.append(as_packed(out))
+        rests += [as_packed(x) for x in rest]
         lses.append(lse.squeeze(0))
     if not call.packed.batch:
         # Without a sequence, too, the results depend on q, k and v as far as autograd is concerned.
@@ -94,7 +100,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tu
         out, _ = dense.forward(as_batch(q[:0]), as_batch(k[:0]), as_batch(v[:0]), bare)
         outs.append(as_packed(out))
     padding(q.shape[0] - at)
-    return torch.cat(outs), torch.cat(lses, 1)
+    return torch.cat(outs), torch.cat(lses, 1), *((torch.cat(rests),) if keep_rest else ())
 
 
 def backward(
@@ -109,6 +115,7 @@ def backward(
     *,
     bias_grad: bool,
     aux_grad: bool = False,
+    out_rest: torch.Tensor | None = None,
 ) -> Gradients:
     """The gradients of :func:`forward` by the reference's formulas, itself differentiable.
 
@@ -135,6 +142,7 @@ def backward(
             own.call,
             bias_grad=bias_grad,
             aux_grad=aux_grad,
+            out_rest=None if out_rest is None else as_batch(out_rest[own.rows]),
         )
         for i, (x, gradient, where) in enumerate(zip((q, k, v), gradients[:3], at, strict=True)):
             pieces[i].extend((x.new_zeros(where.start - ends[i], *x.shape[1:]), as_packed(gradient)))

@@ -15,7 +15,7 @@ from ..call.options import Options
 from ..call.packed import TRANSPOSE, Packed, check_contents
 from ..call.scalars import as_integer
 from ..call.spec import Origin
-from ..call.tensors import autocast, has_values, unit_last_stride
+from ..call.tensors import autocast, has_values, rest_is_needed, unit_last_stride
 from ..call.validation import ALIGN, DTYPES, check_flag, check_qkv, normalise
 from .ops import FIELDS
 
@@ -156,7 +156,8 @@ def attend(
         found = implementation(record.name, "attention_varlen").forward(q, k, v, call)
         return found
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
-    out, lse = torch.ops.fusemesh.attention_varlen_forward(q, k, v, *FIELDS.pack(call), record.name)
+    keeping = {"keep_rest": True} if rest_is_needed(record, q, k, call) else {}
+    out, lse, _ = torch.ops.fusemesh.attention_varlen_forward(q, k, v, *FIELDS.pack(call), record.name, **keeping)
     return out, lse
 
 

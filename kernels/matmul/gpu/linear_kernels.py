@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...runtime.fences import LEFT_OUT, fence_copies
 from .epilogues import activate, load_scaled
 
 
@@ -97,9 +98,11 @@ def linear_forward_kernel(
         # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
         b_x = tl.load(p_bx, mask=m_m & m_k[None, :], other=0.0)
         b_w = tl.load(p_bw, mask=m_w, other=0.0)
+        fence_copies()
         b_z = tl.dot(b_x, b_w, b_z, input_precision=PRECISION)
         if p_w_up is not None:
             b_w_up = tl.load(p_bw_up, mask=m_w, other=0.0)
+            fence_copies()
             b_u = tl.dot(b_x, b_w_up, b_u, input_precision=PRECISION)
             p_bw_up += _step(BLOCK_K, s_w_up[1])
         p_bx += _step(BLOCK_K, s_x[1])
@@ -174,10 +177,16 @@ def linear_dgrad_kernel(
         # [BLOCK_M, BLOCK_N], [BLOCK_N, BLOCK_K]
         b_dz = load_scaled(p_bdy, p_bslope, m_dy, p_slope is not None)
         b_w = tl.load(p_bw, mask=m_w, other=0.0)
+        if LEFT_OUT and p_w_up is not None:
+            # Behind a fence dy would be copied once more.
+            b_du = load_scaled(p_bdy, p_bslope_up, m_dy, True)
+        fence_copies()
         b_dx = tl.dot(b_dz.to(b_w.dtype), b_w, b_dx, input_precision=PRECISION)
         if p_w_up is not None:
-            b_du = load_scaled(p_bdy, p_bslope_up, m_dy, True)
+            if not LEFT_OUT:
+                b_du = load_scaled(p_bdy, p_bslope_up, m_dy, True)
             b_w_up = tl.load(p_bw_up, mask=m_w, other=0.0)
+            fence_copies()
             b_dx = tl.dot(b_du.to(b_w_up.dtype), b_w_up, b_dx, input_precision=PRECISION)
             p_bslope_up += _step(BLOCK_N, s_slope_up[1])
             p_bw_up += _step(BLOCK_N, s_w_up[0])
@@ -252,11 +261,16 @@ def linear_wgrad_kernel(
                 # Every column of tiles has these dz; the first one sums them.
                 if i_k == 0:
                     b_dbias += tl.sum(b_dz.to(tl.float32), 0)
+            if LEFT_OUT and p_dw_up is not None:
+                b_du = load_scaled(p_bdy, p_bslope_up, m_m & m_n, True)
             if p_dw is not None:
+                fence_copies()
                 b_dw = tl.dot(tl.trans(b_dz.to(b_x.dtype)), b_x, b_dw, input_precision=PRECISION)
                 b_dw = _finished(b_dw, WAITS)
         if p_dw_up is not None:
-            b_du = load_scaled(p_bdy, p_bslope_up, m_m & m_n, True)
+            if not LEFT_OUT or (p_dw is None and p_dbias is None):
+                b_du = load_scaled(p_bdy, p_bslope_up, m_m & m_n, True)
+            fence_copies()
             b_dw_up = tl.dot(tl.trans(b_du.to(b_x.dtype)), b_x, b_dw_up, input_precision=PRECISION)
             b_dw_up = _finished(b_dw_up, WAITS)
             p_bslope_up += _step(BLOCK_M, s_slope_up[0])

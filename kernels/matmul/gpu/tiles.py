@@ -54,7 +54,9 @@ class Tile:
     def launch_arguments(self, op: str) -> dict[str, Any]:
         """The keyword arguments of a launch of ``op``'s kernel."""
         blocks = dict(zip(_AXES[op], (self.rows, self.cols, self.depth), strict=True))
-        return {**blocks, "GROUP": self.group, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"GROUP": self.group, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        # wgrad sums products over lanes for the bias: as in attention's tiles.RowTile, the two are not fused.
+        return {**blocks, **options, "enable_fp_fusion": op != "wgrad"}
 
 
 # Large results, 16-bit and 32-bit operands. Two accumulators (gated forward and wgrad), and the factors on their way to

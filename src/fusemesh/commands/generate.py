@@ -15,6 +15,7 @@ from .options import Outcome
 from .ranks import add_target, find_target
 
 if TYPE_CHECKING:
+    from fusemesh.models.base import ModelMaker
     from fusemesh.transformer.generation import Sampling
 
 NAME = "generate"
@@ -36,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Write the prompt and its continuation."""
+    from fusemesh.models.registry import maker_of
     from fusemesh.tasks.registry import task_class
 
     target = find_target(options)
@@ -43,11 +45,13 @@ def run(options: argparse.Namespace) -> Outcome:
     if not task_class(resolved.task).continues_texts:
         able = " or ".join(name for name in TASKS if task_class(name).continues_texts)
         raise ValueError(f"model: expected one of task {able}, received {resolved.task}; use fusemesh predict")
-    limit = resolved.data.sequence_length - 1
+    maker = maker_of(resolved)
+    maker.check_generating(target.settings.layout)
+    limit = maker.longest - 1
     tokens = options.tokens if options.tokens is not None else max(1, resolved.data.sequence_length // 2)
     if not 1 <= tokens <= limit:
         raise ValueError(
-            f"--tokens: expected 1 to {limit}, which data.sequence_length leaves beside a prompt, received {tokens}"
+            f"--tokens: expected 1 to {limit}, which {_bound(maker)} leaves beside a prompt, received {tokens}"
         )
     prompt = options.prompt
     if prompt is None:
@@ -70,6 +74,10 @@ def run(options: argparse.Namespace) -> Outcome:
         standard_output.drop()
         raise standard_output.cannot_write(OSError(lost, os.strerror(lost)))
     return Outcome(result, "" if stream else result["prompt"] + result["text"])
+
+
+def _bound(maker: ModelMaker) -> str:
+    return "the length of the model's positions" if maker.refines else "data.sequence_length"
 
 
 def _sampling(options: argparse.Namespace) -> Sampling | None:

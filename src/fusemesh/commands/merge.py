@@ -1,4 +1,4 @@
-"""``fusemesh merge``: write a run's last checkpoint as one safetensors file."""
+"""``fusemesh merge``: write a run's last checkpoint as one safetensors file, or as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from .options import Outcome
-from .ranks import add_checks
+from .ranks import add_checks, run_of
 
 NAME = "merge"
-SUMMARY = "write a run's last checkpoint as one safetensors file"
+SUMMARY = "write a run's last checkpoint as one safetensors file, a fine-tuned model as a Hugging Face folder"
 USAGE = "TARGET [options]"
 
 
@@ -18,21 +18,45 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="run directory or checkpoint folder")
     add_checks(parser)
     parser.add_argument(
-        "--out", "--output", "-o", metavar="FILE", help="default: model.safetensors in the run directory"
+        "--out",
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="default: model.safetensors in the run directory; of a pretrained model the folder model there",
     )
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Merge the checkpoint."""
-    from fusemesh.hybrid.checkpoint import merge
+    from fusemesh.hybrid.checkpoint import merge, read_state
+    from fusemesh.hybrid.hugging_face.merge import is_pretrained
     from fusemesh.run.setup import checkpoint_of
 
-    output = options.out or _run_of(Path(options.target)) / "model.safetensors"
-    result = merge(checkpoint_of(options.target, options.from_step), output, verify=not options.no_verify)
+    target = checkpoint_of(options.target, options.from_step)
+    if is_pretrained(read_state(target)):
+        return _merge_pretrained(options, target)
+    output = options.out or run_of(Path(options.target)) / "model.safetensors"
+    result = merge(target, output, verify=not options.no_verify)
     return Outcome(result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}")
 
 
-def _run_of(target: Path) -> Path:
-    """Return the run directory of a folder of checkpoints or of one checkpoint; any other folder is one itself."""
-    whole = target.absolute()
-    return next((folder.parent for folder in (whole, whole.parent) if folder.name == "checkpoints"), target)
+def _merge_pretrained(options: argparse.Namespace, checkpoint: Path) -> Outcome:
+    """Write a checkpoint of a pretrained model's training as a Hugging Face folder."""
+    from fusemesh.hybrid.hugging_face.merge import merge_pretrained
+
+    output = Path(options.out or run_of(Path(options.target)) / "model")
+    if output.suffix == ".safetensors":
+        raise ValueError(
+            f"--out: expected a folder for {options.target!r}, whose model is a pretrained one and is written with its "
+            f"config.json and tokenizer, received {str(output)!r}; give {str(output.with_suffix(''))!r}"
+        )
+    report = merge_pretrained(checkpoint, output, verify=not options.no_verify)
+    result = {
+        "checkpoint": str(checkpoint),
+        "output": str(output),
+        "files": list(report.files),
+        "tensors": report.tensors,
+        "parameters": report.parameters,
+        "bytes": report.nbytes,
+    }
+    return Outcome(result, f"{report.parameters} parameters of {checkpoint} in {output}, a Hugging Face folder")

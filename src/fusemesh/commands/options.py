@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from fusemesh import config
+from fusemesh import config, standard_output
 from fusemesh.tasks.names import TASKS
 
 # Short names of keys where a model is asked; where one is trained they are config.SHORT_NAMES.
@@ -56,7 +56,10 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # argparse's own says nothing where it cannot write.
-        print(message, end="", file=file or sys.stdout)
+        if file in (None, sys.stdout):
+            standard_output.write(message, end="")
+        else:
+            print(message, end="", file=file)
 
     def option_names(self) -> list[str]:
         """Return the options that the help shows, without those of one dash."""

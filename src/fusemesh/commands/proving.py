@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusemesh import standard_output
+
 from .options import Outcome
 
 NO_GPU = 3  # the exit status where there is nothing to prove kernels on
@@ -27,13 +29,13 @@ def run(*, quiet: bool) -> Outcome:
     for device in devices:
         name = standard.name_of(device)
         if not quiet:
-            print(f"{device}  {name}\n{_line({key: key for key in _WIDTHS}, 'ms')}", flush=True)
+            standard_output.write(f"{device}  {name}\n{_line({key: key for key in _WIDTHS}, 'ms')}")
         first_use.forget()
         with first_use.mode(first_use.ALWAYS):
             for row in standard.prove(device, standard.cases()):
                 rows.append({**row, "name": name})
                 if not quiet:
-                    print(_described(row), flush=True)
+                    standard_output.write(_described(row))
     failed = sum(row["verdict"] != "right" for row in rows)
     folder = store.default().folder
     findings = {

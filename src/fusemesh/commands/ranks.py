@@ -124,6 +124,7 @@ def find_target(options: argparse.Namespace) -> Target:
     Raises:
         ValueError: there is no such model, the ranks cannot run it, or the command line says that it is another.
     """
+    from fusemesh.models.registry import maker_of
     from fusemesh.run.settings import MODEL_KEYS, Settings, first_change, load_config
     from fusemesh.run.setup import checkpoint_of, state_of
 
@@ -145,10 +146,17 @@ def find_target(options: argparse.Namespace) -> Target:
     if change := first_change(configuration.load(base=state["config"]), config, MODEL_KEYS):
         key, old, new = change
         raise ValueError(f"{key}: expected {old!r}, as the model was trained, received {new!r}; leave it out")
-    settings = Settings.of(config)
+    # What of a pretrained model the run has kept, wherever the run is now.
+    settings = Settings.of(config if merged else maker_of(config).found_in(path.parent))
     ranks = find_ranks(options, settings.layout)
     settings.check(ranks.count)
     return Target(path, state, given, settings, ranks, not options.no_verify)
+
+
+def run_of(target: Path) -> Path:
+    """Return the run directory of a folder of checkpoints or of one checkpoint; any other folder is one itself."""
+    whole = target.absolute()
+    return next((folder.parent for folder in (whole, whole.parent) if folder.name == "checkpoints"), target)
 
 
 def say(name: str, text: str, options: argparse.Namespace) -> None:

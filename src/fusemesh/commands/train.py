@@ -62,10 +62,16 @@ def run(options: argparse.Namespace) -> Outcome:
     loaded = load_config(source, given)
     # Behind the configuration: it imports torch, without which a wrong option is told.
     with _ending_at_sigterm():
-        return _run(_with_steps(_with_length(loaded, options), options, given), options)
+        configured = _with_length(loaded, options)
+        if options.epochs is not None:
+            # Defaults may follow from the number of steps.
+            given["training.steps"] = str(_steps_of(configured, options, given))
+            configured = replace(load_config(source, given), data=configured.data)
+        return _run(configured, options)
 
 
 def _run(configured: config.Config, options: argparse.Namespace) -> Outcome:
+    from fusemesh.models.registry import maker_of
     from fusemesh.run.settings import Settings
 
     settings = Settings.of(_with_chosen_layout(configured, options))
@@ -89,6 +95,8 @@ def _run(configured: config.Config, options: argparse.Namespace) -> Outcome:
             f"{configured.training.steps} in layout {settings.layout}, into {configured.run.directory}",
             options,
         )
+        if line := maker_of(configured).say_settings():
+            say(NAME, line, options)
     folder = Path(configured.run.directory)
     with _failing_as_a_run(folder):
         summary = ranks.call(train_rank, config.as_dict(configured), resume, options.quiet)
@@ -106,6 +114,7 @@ def _text(summary: dict[str, Any], earlier: bool) -> str:
         f"layout {summary['layout']} on {counted(summary['world_size'], summary['device'] + ' rank')}{speed}\n"
         f"held-out loss {summary['loss']:.4f}, {metrics_text(summary['held_out'])}\n"
         f"saved in {summary['directory']}"
+        + (f"; a Hugging Face folder in {summary['exported']}" if "exported" in summary else "")
     )
 
 
@@ -127,11 +136,9 @@ def _with_length(configured: config.Config, options: argparse.Namespace) -> conf
     return chosen
 
 
-def _with_steps(configured: config.Config, options: argparse.Namespace, given: dict[str, str]) -> config.Config:
-    """Return the configuration with as many steps as the epochs have, if any are asked for; say how many."""
+def _steps_of(configured: config.Config, options: argparse.Namespace, given: dict[str, str]) -> int:
+    """Return the number of steps of the epochs that are asked for; say how many."""
     epochs = options.epochs
-    if epochs is None:
-        return configured
     if "training.steps" in given:
         raise ValueError(f"--epochs: expected it or --steps, received both, {epochs:g} and {given['training.steps']}")
     if not 0 < epochs < math.inf:
@@ -145,7 +152,7 @@ def _with_steps(configured: config.Config, options: argparse.Namespace, given: d
         f"{epochs:g} times the {counted(samples, 'sample')}, {batch} a step, are {counted(steps, 'step')}",
         options,
     )
-    return replace(configured, training=replace(configured.training, steps=steps))
+    return steps
 
 
 @contextmanager

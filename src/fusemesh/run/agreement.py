@@ -17,13 +17,14 @@ from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.outputs import UserError, make_folder
 from fusemesh.kernels import env
+from fusemesh.models.registry import maker_of
 from fusemesh.run.fingerprint import changes, places_of
 from fusemesh.run.metrics import OUT
 from fusemesh.run.settings import Settings
 
 # Machines may find the same files and the same folder by other paths, and have other numbers of cores; what is there is
 # compared on its own.
-_OF_A_MACHINE = ("data.path", "data.held_out", "run.directory", "run.device", "run.threads")
+_OF_A_MACHINE = ("model.pretrained", "data.path", "data.held_out", "run.directory", "run.device", "run.threads")
 _LOCK = ".lock"
 # In place of a fingerprint: the system's error.
 _UNREADABLE = "unreadable"
@@ -80,6 +81,7 @@ def entries_of(settings: Settings, device: str, further: Mapping[str, Any]) -> d
         "layout": str(settings.layout),
         "run.device": device,
         "FUSEMESH_BACKEND": env.BACKEND,
+        **maker_of(settings.config).entries(),
         **further,
     }
 

@@ -17,6 +17,7 @@ from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.hybrid.outputs import make_folder
+from fusemesh.models.registry import maker_of
 from fusemesh.run.agreement import check_free
 from fusemesh.run.fingerprint import changes, fingerprint, with_absolute_paths
 from fusemesh.run.settings import Settings, first_change
@@ -59,14 +60,16 @@ def prepare(config: Config, world_size: int, *, resume: bool | Resume | None) ->
 
 def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | None) -> int:
     """Check as :func:`prepare` does, given the settings."""
+    given, how = with_absolute_paths(settings.config), how_to_resume(resume)
+    config = given if how is None else maker_of(given).found_in(checkpoints_of(given))
+    settings = dataclasses.replace(settings, config=config)
     settings.check(world_size)
-    config, how = with_absolute_paths(settings.config), how_to_resume(resume)
     check_free(config.run.directory)
-    folder = Path(config.run.directory) / "checkpoints"
+    folder = checkpoints_of(config)
     state: dict[str, Any] = {}
     if how is not None:
         state = checkpoint.read_state(how.checkpoint_in(folder))
-        check_resumable(config, state, how)
+        check_resumable(given, state, how)
     elif checkpoint.all_checkpoints(folder):
         raise ValueError(
             f"run.directory: {config.run.directory!r} holds another run's checkpoints; go on with that run by "
@@ -78,6 +81,8 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
             if message := changed_data(state, fingerprint(config)):
                 raise ValueError(message)
     task = build_task(config, state.get("metadata"))
+    if how is None:
+        maker_of(task.config).check_beginning(task)
     order_of(settings, len(task.train))
     len(task.held_out)
     task.check_packages()
@@ -85,6 +90,11 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
         logger.warning("matplotlib is not installed (pip install 'fusemesh[app]'): the run will draw nothing")
     make_folder(config.run.directory, what="run.directory")
     return int(state.get("step", 0))
+
+
+def checkpoints_of(config: Config) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(config.run.directory) / "checkpoints"
 
 
 def how_to_resume(resume: bool | Resume | None) -> Resume | None:
@@ -136,6 +146,8 @@ def order_of(settings: Settings, num_samples: int) -> BatchOrder:
 def check_resumable(config: Config, state: dict[str, Any], how: Resume) -> None:
     """Check that a run can go on from the state of a checkpoint; raise ValueError if it is another's, or is done."""
     saved = configuration.load(base=state["config"])
+    if config.model == maker_of(saved).found_in(checkpoints_of(config)).model:
+        saved = dataclasses.replace(saved, model=config.model)
     if "data" in state or how.allow_changed_data:
         # The files' content is compared, not their places.
         places = {key.partition(".")[2]: configuration.get(config, key) for key in _FILES}

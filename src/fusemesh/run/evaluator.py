@@ -21,7 +21,6 @@ from fusemesh.run.fingerprint import evaluated, fingerprint
 from fusemesh.run.setup import Share, joined, load_file
 from fusemesh.run.setup import checkpoint_of as checkpoint_of  # public here
 from fusemesh.tasks.base import IGNORED, Batch, Dataset, Task
-from fusemesh.transformer import Transformer
 
 logger = logging.getLogger("fusemesh")
 
@@ -61,7 +60,7 @@ def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, task: Task, share: Share) -> Evaluation:
+def evaluate(model: Any, task: Task, share: Share) -> Evaluation:
     """Return the mean loss and the task's metrics on the held-out samples, the same on every rank; all of them call it.
 
     Each replica takes its share of the samples. Sums are taken in fp64 over targets and divided once, so that the
@@ -87,7 +86,7 @@ def evaluate(model: Transformer, task: Task, share: Share) -> Evaluation:
     return Evaluation(loss, metrics, targets_counted, count, time.perf_counter() - began, predictions)
 
 
-def predict(model: Transformer, task: Task, samples: Dataset, count: int, batch_size: int, share: Share) -> np.ndarray:
+def predict(model: Any, task: Task, samples: Dataset, count: int, batch_size: int, share: Share) -> np.ndarray:
     """Return the task's predictions for the first ``count`` samples, int64 [count, width], the same on every rank.
 
     Each replica computes its share.
@@ -97,7 +96,7 @@ def predict(model: Transformer, task: Task, samples: Dataset, count: int, batch_
 
 @torch.no_grad()
 def predict_scored(
-    model: Transformer, task: Task, samples: Dataset, count: int, batch_size: int, share: Share
+    model: Any, task: Task, samples: Dataset, count: int, batch_size: int, share: Share
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return predictions as :func:`predict` does, and their scores, fp64 [count, n]."""
     found, scores = _of_all(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ _PARTS = ("path", "held_out")
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with data that are found from any folder."""
-    paths = {part: getattr(config.data, part) for part in _PARTS}
-    found: dict[str, Any] = {part: str(Path(path).expanduser().absolute()) for part, path in paths.items() if path}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
+    """Return the configuration with data and a pretrained model that are found from any folder."""
+
+    def absolute(section: Any, names: Sequence[str]) -> Any:
+        given = {name: getattr(section, name) for name in names}
+        found = {name: str(Path(path).expanduser().absolute()) for name, path in given.items() if path}
+        return dataclasses.replace(section, **found)
+
+    return dataclasses.replace(
+        config, data=absolute(config.data, _PARTS), model=absolute(config.model, ("pretrained",))
+    )
 
 
 def fingerprint(config: Config) -> dict[str, Any]:

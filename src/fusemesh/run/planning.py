@@ -15,6 +15,7 @@ from fusemesh.hybrid.planner.job import TrainingJob
 from fusemesh.hybrid.planner.model import ModelDescription
 from fusemesh.hybrid.planner.published import find_model
 from fusemesh.hybrid.planner.search import Choice, RankedLayouts, Rejected, gib
+from fusemesh.models.registry import maker_of
 from fusemesh.run.settings import load_config, pipeline_options
 from fusemesh.tasks.registry import build_task, with_length
 
@@ -37,9 +38,7 @@ def model_of(config: Config) -> ModelDescription:
     Raises:
         ValueError: the data cannot be used; see :func:`fusemesh.tasks.registry.build_task`.
     """
-    from fusemesh.transformer.description import describe
-
-    return describe(build_task(config).model_config())
+    return maker_of(config).describe(build_task(config))
 
 
 def job_of(config: Config) -> TrainingJob:
@@ -54,6 +53,7 @@ def job_of(config: Config) -> TrainingJob:
         sequence_parallel=config.run.sequence_parallel,
         whole_at_start=True,
         clip=training.clip_norm > 0,
+        recompute=training.recompute,
     )
 
 
@@ -204,9 +204,10 @@ def require(plan: RankedLayouts, job: TrainingJob, what: str) -> Choice:
     miss = plan.nearest_miss
     if miss is not None:
         reason = f"the nearest miss is {miss.layout}: {miss.why}"
-        # Our own trainer, which has its number of parts, recomputes nothing.
-        if job.recompute == "none" and job.accumulation is None and "most of it activations" in miss.why:
-            reason += "; --recompute full keeps fewer (gradient_checkpointing_enable() of a Hugging Face model)"
+        if job.recompute == "none" and "most of it activations" in miss.why:
+            # Our own trainer has its number of parts.
+            key = "--recompute" if job.accumulation is None else "--training.recompute"
+            reason += f"; {key} full keeps fewer (parallelize(..., recompute='full') in a script)"
     else:
         reason = "; ".join(dict.fromkeys(r.why for r in plan.rejected[:3]))
     raise NoLayoutError(f"no layout of {what} can run: {reason}", as_dict(plan, job))

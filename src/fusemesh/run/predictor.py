@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fusemesh import standard_output
+from fusemesh.models.registry import maker_of
 from fusemesh.run.agreement import lines_entry, options_entries
 from fusemesh.run.evaluator import predict_scored
 from fusemesh.run.setup import Run, Share, joined
 from fusemesh.tasks.base import Task
-from fusemesh.transformer import Transformer
-from fusemesh.transformer.generation import Sampling, generate
+from fusemesh.transformer.generation import Sampling
 
 logger = logging.getLogger("fusemesh")
 
@@ -39,7 +39,7 @@ class _Loaded:
 
     run: Run
     task: Task
-    model: Transformer
+    model: Any
     share: Share
     lengths: list[int] = field(default_factory=list)
 
@@ -100,7 +100,8 @@ class Continuation:
     """A text to continue, and how.
 
     prompt: its beginning; if that is too long, the end of it counts. tokens: how many to add. sampling: None takes the
-    most probable token. num_beams, seed: of :func:`generate`. stream: whether the first rank writes it to stdout.
+    most probable token. num_beams, seed: of :func:`fusemesh.generate`. stream: whether the first rank writes it to
+    stdout.
     """
 
     prompt: str
@@ -123,7 +124,8 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
     """
     with _loaded(target, values, verify, options_entries(asked)) as loaded:
         task, world = loaded.task, loaded.run.world
-        prompt = task.encode_prompt(asked.prompt, max(1, task.config.data.sequence_length - asked.tokens))
+        maker = maker_of(task.config)
+        prompt = task.encode_prompt(asked.prompt, max(1, maker.longest - asked.tokens))
         whole = len(task.encode_prompt(asked.prompt, sys.maxsize))
         if world.is_first and len(prompt) < whole:
             logger.warning(
@@ -143,7 +145,7 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
                     lost["unwritten"] = error.errno or 0
 
         scores = [0.0]
-        added = generate(
+        added = maker.generate(
             loaded.model,
             [torch.tensor(prompt, device=world.device)],
             max_new_tokens=asked.tokens,

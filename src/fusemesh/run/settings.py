@@ -12,6 +12,7 @@ from fusemesh import config as configuration
 from fusemesh.config import Config
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.pipeline_options import PipelineOptions
+from fusemesh.models.registry import maker_of
 from fusemesh.tasks.registry import defaults_of, task_class
 
 
@@ -21,12 +22,28 @@ def load_config(
     *,
     base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Return the configuration as :func:`fusemesh.config.load` does, with the task's own defaults beneath.
+    """Return the configuration as :func:`fusemesh.config.load` does, with the defaults of the use beneath.
 
     Raises:
-        ValueError: as :func:`fusemesh.config.load`; or there is no such task.
+        ValueError: as :func:`fusemesh.config.load`; or there is no such task, or no such pretrained model.
     """
-    return configuration.load(path, overrides, base=base, defaults=defaults_of)
+    return configuration.load(path, overrides, base=base, defaults=_defaults)
+
+
+def _defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the defaults of a task, or those of fine-tuning a pretrained model for it, given the known values.
+
+    The length of samples is that of the task's own corpus, and left out where there are other data or another model.
+    """
+    found = dict(defaults_of(values.get("task", configuration.fields_of(Config)["task"].default)))
+    if values.get("model.pretrained"):
+        from fusemesh.pretrained.defaults import fine_tuning_defaults
+
+        kept = {key: value for key, value in found.items() if not key.startswith(("model.", "training.", "data."))}
+        return {**kept, **fine_tuning_defaults(values)}
+    if values.get("data.path"):
+        found.pop("data.sequence_length", None)
+    return found
 
 
 # Keys that decide what a model is.
@@ -80,13 +97,9 @@ class Settings:
         config, layout = self.config, self.layout
         layout.validate(
             world_size=world_size,
-            num_layers=config.model.num_layers * task_class(config.task).stacks,
-            num_heads=config.model.num_heads,
-            num_kv_heads=config.model.num_kv_heads,
-            intermediate_size=config.model.intermediate_size,
             sequence_length=config.data.sequence_length,
-            sequence_parallel=config.run.sequence_parallel,
             virtual_stages=self.pipeline.virtual_stages,
+            **maker_of(config).sizes(task_class(config.task).stacks),
         )
         if layout.pp > 1:
             self.pipeline.evaluating().microbatches_of(layout.pp, config.evaluation.batch_size, "evaluation.batch_size")

@@ -21,11 +21,11 @@ from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh, distributed
+from fusemesh.models.registry import maker_of
 from fusemesh.run.agreement import check_same, entries_of
 from fusemesh.run.settings import Settings
 from fusemesh.tasks.base import Task
 from fusemesh.tasks.registry import build_task, task_class
-from fusemesh.transformer import Transformer
 
 logger = logging.getLogger("fusemesh")
 
@@ -71,7 +71,7 @@ class Run:
         """Return this rank's share of the samples."""
         return Share(self.world.device, mesh, self.layout.replica_of(self.world.rank), self.layout.replicas)
 
-    def place(self, model: Transformer) -> tuple[Transformer, DeviceMesh]:
+    def place(self, model: Any) -> tuple[Any, DeviceMesh]:
         """Return ``model`` parallelized in the layout, and its mesh."""
         mesh = build_mesh(self.layout, self.world)
         model = parallelize(
@@ -81,6 +81,7 @@ class Run:
             sequence_parallel=self.config.run.sequence_parallel,
             dtype=_computed_in(self.config),
             pipeline=self.settings.pipeline,
+            recompute=self.config.training.recompute,
         )
         return model, mesh
 
@@ -100,6 +101,7 @@ class Run:
         folder = checkpoint.on_first_rank(lambda: checkpoint_of(path))
         task = task_of(checkpoint.read_state(folder), self.config)
         model, mesh = self.place(plain_model(task))
+        maker_of(task.config).give_memory(model, self.world.device)
         return Loaded(task, model, mesh, checkpoint.load(folder, model, verify=verify))
 
 
@@ -108,7 +110,7 @@ class Loaded:
     """A trained model on its mesh, its task, and the state that was saved with it."""
 
     task: Task
-    model: Transformer
+    model: Any
     mesh: DeviceMesh
     state: dict[str, Any]
 
@@ -162,20 +164,12 @@ def joined(values: dict[str, Any], further: Mapping[str, Any] | None = None) -> 
         yield Run(settings, world)
 
 
-def plain_model(task: Task) -> Transformer:
-    """Return the task's model, whole, on the CPU, as every rank makes it before it is cut."""
-    config = task.config
-    return Transformer(
-        task.model_config(),
-        backend=config.run.backend,
-        seed=config.training.seed,
-        dtype=torch.float64 if config.training.dtype == "float64" else torch.float32,
-    )
+def plain_model(task: Task) -> Any:
+    """Return the task's model, whole, on the CPU or on meta, as every rank makes it before it is cut."""
+    return maker_of(task.config).build(task)
 
 
-def load_file(
-    path: str | os.PathLike[str], config: Config, *, verify: bool = True
-) -> tuple[Task, Transformer, dict[str, Any]]:
+def load_file(path: str | os.PathLike[str], config: Config, *, verify: bool = True) -> tuple[Task, Any, dict[str, Any]]:
     """Return the task and the plain model of a merged file, on the configured device and in the dtype of its
     computation, and the state saved with it."""
     kind = config.run.device

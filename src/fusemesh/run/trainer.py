@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from fusemesh import compat
 from fusemesh import config as configuration
 from fusemesh.config import Config
 from fusemesh.hybrid import checkpoint, consistency
+from fusemesh.hybrid.dropout import dropout_of
 from fusemesh.hybrid.outputs import OutputError, make_folder, writing
 from fusemesh.hybrid.pipeline_parallel import clip_gradients
 from fusemesh.kernels import backends
+from fusemesh.models.registry import maker_of
 from fusemesh.run.agreement import options_entries, own_folder, same_data
-from fusemesh.run.checks import Resume, changed_data, check_resumable, how_to_resume, order_of
+from fusemesh.run.checks import Resume, changed_data, check_resumable, checkpoints_of, how_to_resume, order_of
 from fusemesh.run.checks import check_run as check_run
 from fusemesh.run.checks import prepare as prepare
 from fusemesh.run.evaluator import Evaluation, evaluate, on_device
@@ -57,6 +60,8 @@ class Trainer:
             source = checkpoint.on_first_rank(lambda: how.checkpoint_in(self.folder / "checkpoints"))
             state = checkpoint.read_state(source)
             check_resumable(config, state, how)
+            # The folder of a pretrained model, which the run need not find any more.
+            self.config = replace(config, model=configuration.load(base=state["config"]).model)
         # Before a rank reads other data than the others and ends, or takes other samples.
         self.data = same_data(config, lambda config: self._identify(config, how, state))
         self.task = build_task(config, state.get("metadata"))
@@ -64,10 +69,18 @@ class Trainer:
             for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
                 logger.warning("%s", line)
         self.order = order_of(run.settings, len(self.task.train))
+        self.maker = maker_of(self.task.config)
+        if source is None:
+            checkpoint.on_first_rank(lambda: self.maker.keep(make_folder(self.folder / "checkpoints", what=OUT)))
         model = plain_model(self.task)
         # Counted before a rank of pp gives the other stages' away.
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model, self.mesh = run.place(model)
+        if source is None:
+            self.maker.begin(self.model)
+        else:
+            self.maker.give_memory(self.model, world.device)
+        self.metadata = {**self.task.metadata, **self.maker.metadata()}
         self.share = run.share(self.mesh)
         self.optimizer = build_optimizer(self.model, config.training)
         # Padding is computed like any other token.
@@ -127,6 +140,7 @@ class Trainer:
         tokens = (training.steps - tokens_before) * self.tokens_per_step
         if evaluation is None:
             evaluation = self._evaluate(self.first_step)
+        exported = self.maker.export(self.model, self.metadata, self.folder)
         if evaluation.predictions is not None and self.world.is_first:
             try:
                 self.task.draw(evaluation.predictions, self.folder)
@@ -155,6 +169,7 @@ class Trainer:
                 if calls > calls_before.get((op, name), 0)
             ),
             "directory": str(self.folder),
+            **({} if exported is None else {"exported": exported}),
         }
 
     def train_step(self, step: int) -> StepResult:
@@ -188,8 +203,10 @@ class Trainer:
         # The global count, not this rank's: gradients are then summed over replicas and micro-batches, and the step is
         # the same however they are cut.
         count = self._targets(step)
-        for indices in self.order.micro_batches(step, self.share.replica):
+        parts = self.order.micro_batches(step, self.share.replica)
+        for number, indices in enumerate(parts, self.share.replica * len(parts)):
             tokens, targets, inputs = on_device(self.task.train.batch(indices), self.world.device)
+            dropout_of(self.model).at(step, number * len(indices), self.config.training.seed)
             total += self.model.loss_and_gradients(tokens, targets, count, **inputs).double()
         return total
 
@@ -254,7 +271,7 @@ class Trainer:
             {
                 "step": step,
                 "config": configuration.as_dict(self.config),
-                "metadata": self.task.metadata,
+                "metadata": self.metadata,
                 "data": self.data,
             },
             step=step,
@@ -284,8 +301,10 @@ def train_rank(values: dict[str, Any], resume: bool | Resume | None = None, quie
         values: the configuration, as ``config.as_dict`` gives it.
         resume, quiet: see :class:`Trainer`.
     """
-    values = configuration.as_dict(with_length(configuration.load(base=values)))
-    how = how_to_resume(resume)
+    config, how = configuration.load(base=values), how_to_resume(resume)
+    if how is not None:
+        config = maker_of(config).found_in(checkpoints_of(config))
+    values = configuration.as_dict(with_length(config))
     decided = {"--resume": how is not None, **({} if how is None else options_entries(how))}
     with joined(values, decided) as run, own_folder(run.config.run.directory):
         trainer = Trainer(run, resume=how, quiet=quiet)

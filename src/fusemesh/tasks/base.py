@@ -195,6 +195,10 @@ class Task(ABC):
         """Return the samples to evaluate on, in terms of the metadata, without the data to train on if they are in a
         file of their own; raise ValueError as the constructor does."""
 
+    def pretrained_config(self) -> dict[str, Any]:
+        """Return what of a pretrained model's configuration the metadata decide, such as the labels of its head."""
+        return {}
+
     @abstractmethod
     def model_config(self) -> TransformerConfig:
         """Return the sizes of the model, from the configuration and the metadata."""
@@ -203,7 +207,7 @@ class Task(ABC):
         """Return the configured sizes with the kind of model."""
         from fusemesh.transformer import TransformerConfig
 
-        shape = dataclasses.asdict(self.config.model)
+        shape = {name: size for name, size in vars(self.config.model).items() if name != "pretrained"}
         length = self.config.data.sequence_length
         return TransformerConfig(vocab_size=vocab_size, max_sequence_length=length, **shape, **kind)
 
@@ -284,6 +288,14 @@ def padded(rows: Sequence[bytes], length: int) -> tuple[np.ndarray, np.ndarray]:
     for row, data in zip(found, rows, strict=True):
         row[: len(data)] = np.frombuffer(data, np.uint8)
     return found, np.array([len(data) for data in rows], np.int64)
+
+
+def padded_rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of tokens as int32 [n, length], filled up with ``pad``, and their lengths, int64 [n]."""
+    found = np.full((len(rows), length), pad, np.int32)
+    for row, tokens in zip(found, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return found, np.array([len(tokens) for tokens in rows], np.int64)
 
 
 def is_held_out(name: str) -> bool:

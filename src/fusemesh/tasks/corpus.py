@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,9 @@ _SHOWN = 3  # files in a message
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two streams of bytes; each document is followed by one separator byte.
+    """Two streams of bytes, or of other tokens; each document is followed by one that separates it from the next.
 
-    train, held_out: uint8 [bytes]. train_documents, held_out_documents: how many documents each holds.
+    train, held_out: integers [tokens]. train_documents, held_out_documents: how many documents each holds.
     source: where the text came from, for reports. train_left_out, held_out_left_out: files of each that have another
     encoding, and why.
     """
@@ -56,13 +56,25 @@ def library_version() -> str:
     return f"Python {platform.python_version()} standard library"
 
 
-def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Corpus:
+def in_bytes(documents: Sequence[bytes]) -> np.ndarray:
+    """Return documents as one stream of bytes, uint8 [bytes]."""
+    return np.frombuffer(b"".join(text + bytes([SEPARATOR]) for text in documents), dtype=np.uint8)
+
+
+def load_corpus(
+    path: str = "",
+    held_out: str = "",
+    *,
+    encoding: str = "",
+    join: Callable[[Sequence[bytes]], np.ndarray] = in_bytes,
+) -> Corpus:
     """Read a corpus.
 
     Args:
         path: a text file, a folder of text files, or "" for the standard library's source.
         held_out: the same for the held-out part; "": one in 16 of the documents, but at least one, by hash.
         encoding: of the files, see :func:`fusemesh.tasks.encodings.decode_text`.
+        join: makes a stream of tokens of documents in UTF-8.
 
     Raises:
         ValueError: nothing is there, it is in another encoding, or one document has no two lines to divide.
@@ -81,14 +93,13 @@ def load_corpus(path: str = "", held_out: str = "", *, encoding: str = "") -> Co
                 f"{path!r}; give more text, or some to evaluate on as data.held_out"
             )
         parts = [{n: text for n, text in documents.items() if (n in chosen) == part} for part in (False, True)]
-    streams = stream_of(parts[0]), stream_of(parts[1])
-    return Corpus(*streams, len(parts[0]), len(parts[1]), source_of(path), left_out, others)
+    streams = [join(in_order(part)) for part in parts]
+    return Corpus(streams[0], streams[1], len(parts[0]), len(parts[1]), source_of(path), left_out, others)
 
 
-def stream_of(documents: Mapping[str, bytes]) -> np.ndarray:
-    """Return documents as one stream, in the order of their hashes: its first part is then a random choice of them."""
-    names = sorted(documents, key=lambda name: hash_of(name))
-    return np.frombuffer(b"".join(documents[name] + bytes([SEPARATOR]) for name in names), dtype=np.uint8)
+def in_order(documents: Mapping[str, bytes]) -> list[bytes]:
+    """Return documents in the order of their names' hashes: the first part of them is then a random choice of all."""
+    return [documents[name] for name in sorted(documents, key=lambda name: hash_of(name))]
 
 
 def source_of(path: str) -> str:

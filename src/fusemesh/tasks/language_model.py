@@ -1,37 +1,26 @@
-"""Byte-level language modelling on text files, by default the Python standard library's own source.
+"""Language modelling on text files, by default the Python standard library's own source.
 
-A sample is a fixed-length window of one of the corpus's two streams of bytes, known by its global index; see corpus.py.
+A sample is a fixed-length window of one of the corpus's two streams, known by its global index; see corpus.py. A new
+model's tokens are bytes, a pretrained one's those of its tokenizer; see tokens.py.
 """
 
 from __future__ import annotations
 
-import codecs
 import functools
 import gzip
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import (
-    IGNORED,
-    PAD,
-    VOCAB_SIZE,
-    Batch,
-    Examples,
-    Indices,
-    Task,
-    decode,
-    encode,
-    padded,
-    shortened,
-)
+from fusemesh.models.registry import maker_of
+
+from .base import IGNORED, PAD, VOCAB_SIZE, Batch, Examples, Indices, Task, padded_rows
 from .corpus import SEPARATOR as SEPARATOR  # public here
-from .corpus import Corpus, files_of, library_version, read_documents, some_of, source_of, stream_of
+from .corpus import Corpus, files_of, in_order, library_version, read_documents, some_of, source_of
 from .corpus import load_corpus as load_corpus
 from .corpus import standard_library as standard_library
-from .encodings import check_characters
+from .tokens import bits_per_byte as bits_per_byte
 
 if TYPE_CHECKING:
     import torch
@@ -40,31 +29,32 @@ if TYPE_CHECKING:
     from fusemesh.transformer import Transformer, TransformerConfig
 
 DEFAULTS: Mapping[str, Any] = {"data.sequence_length": 256}
-_LEAST_LENGTH = 16  # that is chosen
+_LEAST_LENGTH, _MOST_LENGTH = 16, 1024  # that is chosen; the most of a pretrained model
+_NOTHING = -1  # behind the end of a continuation
 
 
 class Samples:
-    """The windows of a stream: sample i predicts bytes i*S+1 ... (i+1)*S, each from those before it in the window.
+    """The windows of a stream: sample i predicts tokens i*S+1 ... (i+1)*S, each from those before it in the window.
 
     Args:
-        stream: uint8 [bytes].
-        sequence_length: S, in bytes.
-        padded: a stream that is too short for one sample makes one, filled up with PAD that does not count.
+        stream: integers [tokens].
+        sequence_length: S, in tokens.
+        padded: a stream that is too short for one sample makes one, filled up with ``pad`` that does not count.
 
     Raises:
         ValueError: the stream is too short for one sample.
     """
 
-    def __init__(self, stream: np.ndarray, sequence_length: int, *, padded: bool = False) -> None:
+    def __init__(self, stream: np.ndarray, sequence_length: int, *, padded: bool = False, pad: int = PAD) -> None:
         self.stream, self.sequence_length = stream, sequence_length
         self.count = (len(stream) - 1) // sequence_length
         self.missing = 0
         if self.count < 1 and padded:
             self.count, self.missing = 1, sequence_length + 1 - len(stream)
-            self.stream = np.concatenate([stream, np.full(self.missing, PAD, np.uint8)])
+            self.stream = np.concatenate([stream, np.full(self.missing, pad, stream.dtype)])
         if self.count < 1:
             raise ValueError(
-                f"data.sequence_length: expected at most {len(stream) - 1}, one less than the bytes of the stream, "
+                f"data.sequence_length: expected at most {len(stream) - 1}, one less than the tokens of the stream, "
                 f"received {sequence_length}; give more text or a smaller data.sequence_length"
             )
 
@@ -72,7 +62,7 @@ class Samples:
         return self.count
 
     def targets_in(self, indices: Indices) -> int:
-        """Return the number of targets of these samples: every byte of a window counts."""
+        """Return the number of targets of these samples: every token of a window counts."""
         return len(indices) * (self.sequence_length - self.missing)
 
     def batch(self, indices: Indices) -> Batch:
@@ -95,6 +85,8 @@ class LanguageModel(Task):
                 "data.columns: expected nothing with task language_model, whose text has no records, received "
                 f"{config.data.columns!r}"
             )
+        self.maker = maker_of(config)
+        self.tokens = self.maker.tokens()
         super().__init__(config, metadata)
 
     @staticmethod
@@ -108,11 +100,11 @@ class LanguageModel(Task):
     @functools.cached_property
     def _corpus(self) -> Corpus:
         data = self.config.data
-        return load_corpus(data.path, data.held_out, encoding=data.encoding)
+        return load_corpus(data.path, data.held_out, encoding=data.encoding, join=self.tokens.stream)
 
     def choose_length(self) -> int:
-        """Return the default, or less where the text to train on has too few bytes for it."""
-        default: int = DEFAULTS["data.sequence_length"]
+        """Return the default, or what a pretrained model takes, or less where the text to train on is shorter."""
+        default: int = min(self.maker.longest, _MOST_LENGTH) if self.maker.refines else DEFAULTS["data.sequence_length"]
         fits = (len(self._corpus.train) - 1) // _LEAST_LENGTH * _LEAST_LENGTH
         return min(default, max(fits, _LEAST_LENGTH))
 
@@ -136,7 +128,7 @@ class LanguageModel(Task):
         if data.held_out and "_corpus" not in vars(self):
             # The data to train on need not be there.
             documents, left_out = read_documents(data.held_out, "data.held_out", data.encoding)
-            return stream_of(documents), left_out
+            return self.tokens.stream(in_order(documents)), left_out
         return self._corpus.held_out, self._corpus.held_out_left_out
 
     @property
@@ -148,25 +140,30 @@ class LanguageModel(Task):
         return Samples(self._corpus.train, self.config.data.sequence_length)
 
     def read_held_out(self) -> Samples:
-        return Samples(self._held_out_text[0], self.config.data.sequence_length, padded=True)
+        length = self.config.data.sequence_length
+        return Samples(self._held_out_text[0], length, padded=True, pad=self.tokens.pad)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes()
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
-        return {"bits_per_byte": bits_per_byte(loss)}
+        return self.tokens.metrics(loss)
 
     def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         """Return lines as beginnings of a text; half of the sequence length is kept for the continuation."""
         length = self.config.data.sequence_length // 2
-        data = [encode(line) for line in lines]
-        tokens, lengths = padded([shortened(line, length) or b"\n" for line in data], length)
+        found = [self.tokens.line(line, length) for line in lines]
+        tokens, lengths = padded_rows([beginning for beginning, _ in found], length, self.tokens.pad)
         # Uncut, a line takes as much again for its continuation.
-        whole = [2 * len(line) for line in data]
-        return Examples(tokens, np.full((len(lines), 1), IGNORED, np.int64), whole=whole, lengths=lengths)
+        return Examples(
+            tokens,
+            np.full((len(lines), 1), IGNORED, np.int64),
+            whole=[2 * size for _, size in found],
+            lengths=lengths,
+        )
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Return the bytes that come next, up to the end of the line, [B, S / 2], filled up with PAD."""
+        """Return the tokens that come next, up to the end of the line, [B, S / 2], filled up with -1."""
         return self.predict_scored(model, batch, device)[0]
 
     def predict_scored(
@@ -175,29 +172,25 @@ class LanguageModel(Task):
         """Return the same, and the log-likelihood of each, [B, 1]."""
         import torch
 
-        from fusemesh.transformer.generation import generate
-
         length = self.config.data.sequence_length // 2
         prompts = [
             torch.from_numpy(row[:size]).to(device)
             for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
         ]
         scores = [0.0] * len(prompts)
-        found = generate(model, prompts, max_new_tokens=length, end=ord("\n"), on_score=scores.__setitem__)
-        rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        ends = self.tokens.line_ends
+        found = self.maker.generate(model, prompts, max_new_tokens=length, ends=ends, on_score=scores.__setitem__)
+        rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=_NOTHING) for row in found])
         return rows, torch.tensor([[score] for score in scores], dtype=torch.float64, device=device)
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
-        return decode(prediction)
+        return self.tokens.text(prediction[prediction != _NOTHING])
 
     def encode_prompt(self, text: str, most: int) -> list[int]:
-        check_characters(text, "the prompt")
-        # Not from the middle of a character on.
-        return list(text.encode()[-most:].decode(errors="ignore").encode())
+        return self.tokens.prompt(text, most)
 
     def token_decoder(self) -> Callable[[Sequence[int], bool], str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda tokens, last: decoder.decode(bytes(tokens), last)
+        return self.tokens.decoder()
 
 
 def ngram_bits_per_byte(
@@ -244,8 +237,3 @@ def baselines(corpus: Corpus, sequence_length: int, indices: Indices) -> dict[st
     text = corpus.held_out[positions].tobytes()
     result["gzip"] = 8 * len(gzip.compress(text, 9)) / len(text)
     return result
-
-
-def bits_per_byte(loss: float) -> float:
-    """Convert a mean loss per byte from nats to bits."""
-    return loss / math.log(2)

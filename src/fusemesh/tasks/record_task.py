@@ -6,10 +6,15 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fusemesh.models.registry import maker_of
 
 from .base import Examples, Task
 from .records import Fields, Record, load_records, read_held_out
+
+if TYPE_CHECKING:
+    from fusemesh.config import Config
 
 _LEAST_LENGTH, _MOST_LENGTH = 16, 1024  # chosen, in tokens; multiples of the least
 _COVERED = 0.99  # of the records
@@ -24,6 +29,10 @@ class RecordTask(Task):
     optional_fields: Sequence[str] = ()
     split_by = 0
     corpus: str
+
+    def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
+        self.maker = maker_of(config)
+        super().__init__(config, metadata)
 
     @staticmethod
     @abstractmethod
@@ -55,15 +64,16 @@ class RecordTask(Task):
         return self.metadata_of(self._records[0])
 
     def choose_length(self) -> int:
-        """Return a multiple of 16 that nearly all records fit into, 1024 at most."""
-        if not self.config.data.path:
+        """Return a multiple of 16 that nearly all records fit into, 1024 at most, or what a pretrained model takes."""
+        if not self.config.data.path and not self.maker.refines:
             from .registry import defaults_of
 
             default: int = defaults_of(self.config.task)["data.sequence_length"]
             return default
         lengths = sorted(self.length_of(record) for part in self._records for record in part)
+        most = min(_MOST_LENGTH, self.maker.longest) if self.maker.refines else _MOST_LENGTH
         covered = lengths[math.ceil(_COVERED * len(lengths)) - 1]
-        return min(_MOST_LENGTH, -(-max(covered, _LEAST_LENGTH) // _LEAST_LENGTH) * _LEAST_LENGTH)
+        return min(most, -(-max(covered, _LEAST_LENGTH) // _LEAST_LENGTH) * _LEAST_LENGTH)
 
     @functools.cached_property
     def _records(self) -> tuple[list[Record], list[Record]]:

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fusemesh.models.registry import maker_of
 from fusemesh.spelling import suggestion
 
 from .names import TASKS
@@ -40,8 +41,10 @@ def build_task(config: Config, metadata: Mapping[str, Any] | None = None) -> Tas
     """Return the configured task with its data; or, given the metadata of a trained model, without them.
 
     Raises:
-        ValueError: the data cannot be used; names the key, or file and line, and the remedy.
+        ValueError: its model cannot be made, or the data cannot be used; names the key, or file and line, and the
+            remedy.
     """
+    maker_of(config).check()
     return task_class(config.task)(config, metadata)
 
 

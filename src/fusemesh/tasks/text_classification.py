@@ -11,16 +11,18 @@ label of the training data every time.
 from __future__ import annotations
 
 import datetime
+import functools
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import Batch, Examples, encode, hash_of, is_held_out, padded, shortened
+from .base import Batch, Examples, hash_of, is_held_out, padded_rows
 from .record_task import RecordTask
 from .records import Record
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from fusemesh.transformer import Transformer, TransformerConfig
+
+    from .tokens import Tokens
 
 FIELDS = ("text", "label")
 DEFAULTS: Mapping[str, Any] = {
@@ -64,7 +68,16 @@ class TextClassification(RecordTask):
         counts = Counter(label_of(record) for record in records)
         if len(counts) < 2:
             raise ValueError(f"data.path: expected at least 2 labels, received {len(counts)} in {self.source}")
-        return {"labels": sorted(counts), "counts": [counts[label] for label in sorted(counts)]}
+        labels = sorted(counts, key=self._order_of())
+        return {"labels": labels, "counts": [counts[label] for label in labels]}
+
+    def _order_of(self) -> Callable[[str], Any]:
+        """Return by what labels are sorted: their places in a pretrained head that has all of them, or themselves."""
+        known = {plain_label(label): number for number, label in enumerate(self.maker.labels())}
+        return lambda label: (known.get(label, len(known)), label)
+
+    def pretrained_config(self) -> dict[str, Any]:
+        return {"id2label": dict(enumerate(self.labels)), "label2id": {label: n for n, label in enumerate(self.labels)}}
 
     @property
     def labels(self) -> list[str]:
@@ -97,7 +110,11 @@ class TextClassification(RecordTask):
                 )
 
     def length_of(self, record: Record) -> int:
-        return len(encode(record.values[0].strip()))
+        return self._tokens.whole([record.values[0].strip()], sys.maxsize)[1][0]
+
+    @functools.cached_property
+    def _tokens(self) -> Tokens:
+        return self.maker.tokens()
 
     def balanced(self, train: list[Record], held_out: list[Record]) -> tuple[list[Record], list[Record]]:
         """Return the parts with the records of labels that only the held-out one had moved to those to train on."""
@@ -116,9 +133,9 @@ class TextClassification(RecordTask):
 
     def _texts(self, texts: Sequence[str], targets: np.ndarray) -> Examples:
         length = self.config.data.sequence_length
-        data = [encode(text.strip()) for text in texts]
-        tokens, lengths = padded([shortened(text, length) for text in data], length)
-        return Examples(tokens, targets, whole=[len(text) for text in data], lengths=lengths)
+        rows, whole = self._tokens.whole([text.strip() for text in texts], length)
+        tokens, lengths = padded_rows(rows, length, self._tokens.pad)
+        return Examples(tokens, targets, whole=whole, lengths=lengths)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes(architecture="encoder", output="class", num_classes=len(self.labels))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import pytest
 transformers = pytest.importorskip("transformers", minversion="5.20")
 
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
+from fusemesh.hybrid.hugging_face import reading  # noqa: E402
+from fusemesh.hybrid.hugging_face.folder import WEIGHTS  # noqa: E402
 from fusemesh.hybrid.hugging_face.load import load_pretrained  # noqa: E402
 from fusemesh.hybrid.layout import Layout  # noqa: E402
 from fusemesh.hybrid.ranks.testing import RankPool  # noqa: E402
-from tests.support.pretrained.folders import PRETRAINED, make_folder  # noqa: E402
+from tests.support.pretrained.folders import CAUSAL, PRETRAINED, make_folder  # noqa: E402
 from tests.support.ranks import pretrained_load as ranks  # noqa: E402
 
 WITH_TP = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
@@ -80,3 +85,95 @@ def test_on_a_mesh(rank_pool: RankPool, folders: dict[str, Path], layout: str, n
         requested = sum(one.report.bytes_requested for one in loaded)
         assert loaded[0].nbytes <= requested / replicas <= 1.05 * loaded[0].nbytes, name
         assert all(one.report.missing == one.report.unexpected == () for one in loaded), name
+
+
+def test_bytes_are_asked_for_by_explicit_reads_and_counted(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No byte twice, none of a header again, nothing mapped."""
+    asked: list[tuple[int, int]] = []
+
+    def counted(file: int, buffers: Any, offset: int) -> int:
+        asked.append((offset, sum(map(len, buffers))))
+        return preadv(file, buffers, offset)
+
+    preadv = os.preadv
+    folder = ranks.read_folder(folders["gpt2"])
+    model = ranks.on_meta(str(folder.path), PRETRAINED["gpt2"].kinds[0])
+    monkeypatch.setattr(os, "preadv", counted)
+    report = load_pretrained(model, folder)
+    assert sum(length for _, length in asked) == report.bytes_requested == folder.nbytes
+    assert min(offset for offset, _ in asked) >= min(tensor.offset for tensor in folder.tensors.values())
+    assert ".safetensors" not in Path("/proc/self/maps").read_text()
+
+
+def test_short_reads_are_gone_on_with_and_an_end_is_an_error(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, at_most = os.preadv, [100]
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [b[: at_most[0]] for b in buffers], at))
+    kind = PRETRAINED["qwen2"].kinds[0]
+    model = ranks.on_meta(str(folders["qwen2"]), kind)
+    load_pretrained(model, folders["qwen2"])
+    assert ranks.differing(getattr(transformers, kind).from_pretrained(folders["qwen2"]), model) == []
+    at_most[0] = 0
+    with pytest.raises(ValueError, match=r"more bytes at \d+, received the end of the file; it has changed since"):
+        load_pretrained(model, folders["qwen2"])
+
+
+def test_a_dtype_is_asked_for(folders: dict[str, Path]) -> None:
+    """The model's class keeps some in fp32, and rotary frequencies are never cast."""
+    for name, dtype in (("t5", torch.float16), ("qwen2", torch.bfloat16)):
+        kind = PRETRAINED[name].kinds[0]
+        want = getattr(transformers, kind).from_pretrained(folders[name], dtype=dtype)
+        got = ranks.on_meta(str(folders[name]), kind)
+        load_pretrained(got, folders[name], dtype=dtype)
+        assert ranks.differing(want, got) == []
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_part_of_any_tensor(
+    tmp_path: Path, transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, columns, boxes, of one to four dimensions, in pieces smaller than a row and larger."""
+    values = {str(n): torch.rand([3, 5, 2, 4][:n]) for n in range(5)}
+    values["empty"] = torch.rand(0, 3)
+    save_file(values, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    folder = ranks.read_folder(tmp_path)
+    monkeypatch.setattr(reading, "STAGING", 40)
+    with reading.open_folder(folder) as reader:
+        for name, want in values.items():
+            if transposed and want.dim() != 2:
+                continue
+            for part in itertools.product(*([slice(0, n), slice(1, n), slice(0, n - 1)] for n in want.shape)):
+                piece = want[part].t() if transposed else want[part]
+                own = torch.full(piece.shape, -1.0, dtype=dtype)
+                reader.read(folder.tensors[name], part, own, transposed=transposed)
+                assert torch.equal(own, piece.to(dtype))
+                assert reader.equals(folder.tensors[name], part, own, transposed=transposed)
+                if own.numel():
+                    own.view(-1)[-1] += 1
+                    assert not reader.equals(folder.tensors[name], part, own, transposed=transposed)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "fsdp2 x tp2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_peak_memory_is_a_ranks_own_part_and_one_tensor(
+    tmp_path: Path, rank_pool: RankPool, layout: str, dtype: torch.dtype
+) -> None:
+    """Tied embeddings, of which other systems load the whole in every rank; read in its own dtype and cast."""
+    sizes = {"vocab_size": 40000, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    make_folder(tmp_path, "qwen3", dtype=torch.bfloat16, shard="30MB", head_dim=64, num_key_value_heads=1, **sizes)
+    degrees = Layout.parse(layout)
+    found = rank_pool.run(ranks.peak, layout, str(tmp_path), CAUSAL, dtype, ranks=degrees.world_size)
+    nbytes = ranks.read_folder(tmp_path).nbytes
+    assert sum(requested for _, _, requested in found) <= 1.05 * nbytes
+    for peak, own, requested in found:
+        # Beside them staging, and what torch and the allocator keep.
+        assert peak <= own + 40000 * 512 * 2 + 16 * reading.STAGING, (peak, own)
+        assert requested <= 1.1 * nbytes / degrees.world_size

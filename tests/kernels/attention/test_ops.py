@@ -38,17 +38,19 @@ def arguments(case: AttentionCase, *, requires_grad: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_forward(name: str, requires_grad: bool) -> None:
     op = torch.ops.fusemesh.attention_forward.default
-    torch.library.opcheck(op, arguments(CASES[name], requires_grad=requires_grad))
+    torch.library.opcheck(op, arguments(CASES[name], requires_grad=requires_grad), {"keep_rest": requires_grad})
 
 
 @pytest.mark.parametrize("with_dlse", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_backward(name: str, with_dlse: bool) -> None:
     q, k, v, *values, backend = arguments(CASES[name], requires_grad=False)
-    out, lse = torch.ops.fusemesh.attention_forward(q, k, v, *values, backend)
+    out, lse, rest = torch.ops.fusemesh.attention_forward(q, k, v, *values, backend, keep_rest=True)
+    assert (rest.numel() > 0) == (q.dtype == torch.bfloat16)
+    out_rest = rest if rest.numel() else None
     do, dlse = torch.randn_like(out), torch.randn_like(lse) if with_dlse else None
     bias_grad = CASES[name].bias is not None
-    inputs = (do, q, k, v, out, lse, dlse, *values, bias_grad, False, backend)
+    inputs = (do, q, k, v, out, lse, dlse, out_rest, *values, bias_grad, False, backend)
     torch.library.opcheck(torch.ops.fusemesh.attention_backward.default, inputs)
 
 

@@ -136,11 +136,11 @@ class TestOp:
     def test_opcheck(self) -> None:
         torch.library.opcheck(VARLEN_FORWARD, op_arguments(torch.float64, "reference"))
         q, k, v, *rest, backend = op_arguments(torch.float64, "reference")
-        out, lse = VARLEN_FORWARD(q, k, v, *rest, backend)
+        out, lse, _ = VARLEN_FORWARD(q, k, v, *rest, backend)
         saved = (torch.randn_like(out).requires_grad_(), q, k, v, out.detach(), lse.detach(), torch.randn_like(lse))
         # Tracing it with autograd would need the second derivative, which torch.compile does not take.
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-        arguments = (*saved, *rest, True, False, backend)
+        arguments = (*saved, None, *rest, True, False, backend)
         torch.library.opcheck(torch.ops.fusemesh.attention_varlen_backward.default, arguments, test_utils=utilities)
 
     def test_gradients(self) -> None:
@@ -162,7 +162,7 @@ class TestOp:
 
         def call(bias: torch.Tensor) -> torch.Tensor:
             values = varlen_ops.FIELDS.pack(Call(AttentionSpec(0.3), mask=given.mask, bias=bias, packed=packed))
-            out, lse = VARLEN_FORWARD(q.detach(), k.detach(), v.detach(), *values, "reference")
+            out, lse, _ = VARLEN_FORWARD(q.detach(), k.detach(), v.detach(), *values, "reference")
             return out.sum() + lse.masked_fill(lse == -math.inf, 0.0).square().sum()
 
         assert torch.autograd.gradcheck(call, bias)

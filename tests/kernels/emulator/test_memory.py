@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import numpy as np
@@ -413,6 +414,10 @@ def test_programs_that_take_turns(target):
         assert torch.equal(out[0], want) and torch.allclose(out[1], x.sum(0), atol=1e-5)
         assert emulated.log[0]["float_atomics"] == 1024
     for has_barrier, sem in ((False, "acq_rel"), (True, "relaxed")):
-        with emulate(target, resident=4), pytest.raises(Hazard, match="race"):
-            out.zero_(), turn.zero_()
+        # From triton 3.9 on an atomic that releases comes behind a barrier of its program.
+        orders = triton.__version__ >= "3.9" and sem == "acq_rel"
+        hazard = contextlib.nullcontext() if orders else pytest.raises(Hazard, match="race")
+        out.zero_(), turn.zero_()
+        with emulate(target, resident=4), hazard:
             launch(ordered_kernel, (4,), x, turn, out, BLOCK=256, HAS_BARRIER=has_barrier, SEM=sem)
+        assert torch.equal(out[0], want) == orders

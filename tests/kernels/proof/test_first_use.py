@@ -88,7 +88,7 @@ def test_a_wrong_kernel_is_found_and_survived(name: str) -> None:
     assert raised.value.is_wrong
 
 
-@pytest.mark.parametrize("name", [slow("dq"), slow("forward, packed"), "append", slow("dgrad")])
+@pytest.mark.parametrize("name", [slow("dq"), slow("forward, packed"), slow("forward's rest"), "append", slow("dgrad")])
 def test_the_command_of_a_warning_shows_it_again(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     kernel, case, spoil = FAULTS[name]
     device = InterpretedDevice(spoil={kernel: spoil})

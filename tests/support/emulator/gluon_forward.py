@@ -24,6 +24,9 @@ from fusemesh.kernels.emulator.launch.launching import Bound
 from fusemesh.kernels.emulator.machine import Machine
 from fusemesh.kernels.runtime.launch import TARGETS
 
+# Their names since triton 3.9, and those before.
+load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 ROWS, KEYS, D, STAGES = 64, 64, 64, 2  # rows of a consumer, tile of keys, head dim, tiles under way
 CONSUMERS = 2
 
@@ -40,16 +43,16 @@ def _producer(d_q, d_k, d_v, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_e
     for w in gl.static_range(consumers):
         mbarrier.expect(q_full.index(w), rows * depth * 2)
         at = first + (i_m * consumers + w) * rows
-        tma.async_copy_global_to_shared(d_q, [at, 0], q_full.index(w), q_s.index(w))
+        load_box(d_q, [at, 0], q_full.index(w), q_s.index(w))
     for i in range(n):
         stage, phase = i % stages, (i // stages) & 1
         at = first + (n - 1 - i) * keys
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), keys * depth * 2)
-        tma.async_copy_global_to_shared(d_k, [at, 0], k_full.index(stage), k_s.index(stage))
+        load_box(d_k, [at, 0], k_full.index(stage), k_s.index(stage))
         mbarrier.wait(v_empty.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), keys * depth * 2)
-        tma.async_copy_global_to_shared(d_v, [at, 0], v_full.index(stage), v_s.index(stage))
+        load_box(d_v, [at, 0], v_full.index(stage), v_s.index(stage))
 
 
 @gluon.jit
@@ -115,7 +118,7 @@ def _consumer(d_o, q_s, k_s, v_s, q_full, k_full, v_full, k_empty, v_empty, scal
     acc = acc / gl.convert_layout(total, out_l)[:, None]
     q.store(acc.to(d_o.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(d_o, [gl.program_id(1) * S + i_m * rows, 0], q)
+    store_box(d_o, [gl.program_id(1) * S + i_m * rows, 0], q)
     tma.store_wait(0)
 
 

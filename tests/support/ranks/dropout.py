@@ -13,85 +13,62 @@ from torch.distributed.tensor import DTensor
 import fusemesh
 from fusemesh.hybrid import dropout_calls
 from fusemesh.hybrid.data_parallel import sum_over_replicas
-from fusemesh.hybrid.dropout import dropout_of
+from fusemesh.hybrid.dropout import DropoutByPosition, dropout_of
+from fusemesh.hybrid.hugging_face import families
+from fusemesh.hybrid.hugging_face.stages import as_trainable
 from fusemesh.hybrid.layout import Layout
+from fusemesh.hybrid.pipeline_options import PipelineOptions
 from fusemesh.hybrid.ranks.join import World, build_mesh
 from fusemesh.integrations.transformers import interface as ours
 from tests.support.hugging_face import keep_double
-from tests.support.pretrained.folders import CLASSES, PAIRS, PRETRAINED, SPANS, VOCABULARY, make_model
+from tests.support.pretrained import training
+from tests.support.pretrained.folders import PRETRAINED
 
-BATCH, LENGTH, TARGETS = 4, 9, 7
-LENGTHS = torch.tensor([9, 5, 7, 9])
 SEED, STEP = 7, 5
+Learned = dict[str, torch.Tensor]
 
 
 def rates(name: str, p: float = 0.1) -> dict[str, float]:
     """Every rate of the family's config that drops elements."""
-    config = PRETRAINED[name].make_config()
-    return {key: p for key in vars(config) if "drop" in key and "layerdrop" not in key}
+    return {key: p for key in vars(PRETRAINED[name].make_config()) if "drop" in key and "layerdrop" not in key}
 
 
 def build(name: str, kind: str, changed: dict[str, Any], p: float = 0.1) -> Any:
+    """A trainable model in fp64 and in training, with our attention; its names are those of all layouts."""
     ours.register()
-    model = make_model(name, kind, attn_implementation="fusemesh", **{**rates(name, p), **changed}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # With weights as small as new ones, attention is alike everywhere, and its gradients are roundings.
-            if parameter.dim() > 1 and parameter.requires_grad:
-                parameter *= 5
-    return model.train()
+    options = {"attn_implementation": "fusemesh", **rates(name, p), **changed}
+    model = training.build(name, kind, torch.float64, **options)
+    families.prepare(model)
+    return as_trainable(model).train()
 
 
-def batch(kind: str, length: int = LENGTH) -> dict[str, torch.Tensor]:
-    """Texts of different lengths, padded behind to ``length``, each with one end-of-text token."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    seen = torch.arange(LENGTH) < LENGTHS[:, None]
-    ids[torch.arange(BATCH), LENGTHS - 1] = 2
-    found = {"input_ids": ids.where(seen, 0), "attention_mask": seen.long()}
-    found = {key: nn.functional.pad(x, (0, length - LENGTH)) for key, x in found.items()}
-    if kind == PAIRS:
-        found["decoder_input_ids"] = ids.flip(1)[:, :TARGETS].contiguous()
-    return found
+def learned(model: Any, rows: range, parts: int, *, wider: int = 0) -> Learned:
+    """The loss of these samples of the batch and every gradient, whole, in parts that are accumulated.
 
-
-def loss(model: Any, kind: str, inputs: dict[str, torch.Tensor], first: int) -> torch.Tensor:
-    """A sum over every logit that is not padding's, whose weights say which sample of all and which token it is of."""
-    output = model(**inputs, **({} if kind in (CLASSES, SPANS) else {"use_cache": False}))
-    logits = torch.stack([output.start_logits, output.end_logits], -1) if kind == SPANS else output.logits
-    assert logits.dtype == torch.float64
-    if logits.dim() == 2:
-        logits = logits[:, None]
-    samples, width, classes = logits.shape
-    generator = torch.Generator().manual_seed(2)
-    weights = torch.randn(BATCH, max(LENGTH, TARGETS), classes, generator=generator, dtype=torch.float64)
-    if kind != CLASSES:
-        ends = torch.full((BATCH,), TARGETS) if kind == PAIRS else LENGTHS
-        weights *= (torch.arange(weights.shape[1]) < ends[:, None])[..., None]
-        weights = nn.functional.pad(weights, (0, 0, 0, max(0, width - weights.shape[1])))
-    own = weights[first : first + samples, :width]
-    return torch.where(own != 0, logits * own, torch.zeros_like(own)).sum()
-
-
-def learned(
-    model: Any, kind: str, inputs: dict[str, torch.Tensor], first: int = 0, parts: int = 1
-) -> dict[str, torch.Tensor]:
-    """The loss of samples from ``first`` on and every gradient, whole, in parts that are accumulated."""
+    Args:
+        wider: more padding.
+    """
+    tokens, targets, inputs = training.batch(model)
+    count = training.count(targets)
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    samples = len(inputs["input_ids"]) // parts
-    dropout = dropout_of(model)
-    for part in range(parts):
-        at = part * samples
-        dropout.at(STEP, first + at, SEED)
-        with dropout.forward(samples):
-            value = loss(model, kind, {key: x[at : at + samples] for key, x in inputs.items()}, first + at)
-        value.backward()
-        total += value.detach()
+    size = len(rows) // parts
+    if wider:
+        tokens, inputs = nn.functional.pad(tokens, (0, wider)), dict(inputs)
+        if "segments" in inputs:
+            inputs["segments"] = nn.functional.pad(inputs["segments"], (0, wider))
+        if model.kind == "tokens":
+            targets = nn.functional.pad(targets, (0, wider), value=-100)
+    for first in rows[::size]:
+        own = slice(first, first + size)
+        dropout_of(model).at(STEP, first, SEED)
+        total += model.loss_and_gradients(
+            tokens[own], targets[own], count, **{key: x[own] for key, x in inputs.items()}
+        )
     return {"loss": total, **gradients(model)}
 
 
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module) -> Learned:
     found = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -101,38 +78,42 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def on_one(
-    name: str, kind: str, changed: dict[str, Any], parts: int = 1, p: float = 0.1, length: int = LENGTH
-) -> dict[str, torch.Tensor]:
+    name: str, kind: str, changed: dict[str, Any], parts: int = 1, *, p: float = 0.1, wider: int = 0, bug: str = ""
+) -> Learned:
     """One process, without a mesh."""
-    with keep_double(), fusemesh.use_backend("reference"):
-        return learned(build(name, kind, changed, p), kind, batch(kind, length), parts=parts)
+    with keep_double(), fusemesh.use_backend("reference"), planted(bug):
+        return learned(build(name, kind, changed, p), range(training.BATCH), parts, wider=wider)
 
 
 def on_layout(
-    world: World,
-    text: str,
-    name: str,
-    kind: str,
-    changed: dict[str, Any],
-    parts: int = 1,
-    recompute: str = "none",
-    bug: str = "",
-) -> dict[str, torch.Tensor]:
-    """The same on a mesh."""
+    world: World, text: str, name: str, kind: str, changed: dict[str, Any], options: dict[str, Any]
+) -> Learned:
+    """The same on a mesh; of a pipeline the rank's own gradients.
+
+    Args:
+        options: parts, recompute, schedule, virtual_stages, bug, with the defaults of each.
+    """
+    options = dict(options)
+    bug, parts, recompute = options.pop("bug", ""), options.pop("parts", 1), options.pop("recompute", "none")
     layout = Layout.parse(text)
     mesh = build_mesh(layout, world)
-    inputs = batch(kind)
-    first = layout.replica_of(world.rank) * BATCH // layout.replicas
-    own = {key: x[first : first + BATCH // layout.replicas] for key, x in inputs.items()}
+    size = training.BATCH // layout.replicas
+    first = layout.replica_of(world.rank) * size
     torch.manual_seed(world.rank)  # nothing is drawn from torch's generators
-    with keep_double(), fusemesh.use_backend("reference"), BUGS[bug]() if bug else contextlib.nullcontext():
-        model = fusemesh.parallelize(build(name, kind, changed), mesh, layout, recompute=recompute)
-        found = learned(model, kind, own, first, parts)
+    with keep_double(), fusemesh.use_backend("reference"), planted(bug):
+        model = build(name, kind, changed)
+        model = fusemesh.parallelize(model, mesh, layout, recompute=recompute, pipeline=PipelineOptions(**options))
+        found = learned(model, range(first, first + size), parts)
     return {**found, "loss": sum_over_replicas(found["loss"], mesh)}
 
 
 @contextlib.contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+def planted(bug: str) -> Iterator[None]:
+    """Let dropout forget something within the block."""
+    if not bug:
+        yield
+        return
+    holder, name, value = BUGS[bug]
     original = getattr(holder, name)
     setattr(holder, name, value)
     try:
@@ -141,18 +122,12 @@ def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
         setattr(holder, name, original)
 
 
-def _features_alike() -> contextlib.AbstractContextManager[None]:
-    """A rank drops the first rank's features and heads in its own."""
-    return _replaced(dropout_calls.Forward, "_origin", lambda self, x: (0, 0, 0))
-
-
-def _samples_alike() -> contextlib.AbstractContextManager[None]:
-    return _replaced(dropout_calls.Forward, "__post_init__", lambda self: setattr(self, "first_sample", 0))
-
-
-def _count_goes_on() -> contextlib.AbstractContextManager[None]:
-    """What is computed again counts on from the first time."""
-    return _replaced(dropout_calls.Forward, "copy", lambda self: self)
-
-
-BUGS = {"features": _features_alike, "samples": _samples_alike, "count": _count_goes_on}
+_at = DropoutByPosition.at
+# By what is forgotten: a rank's features and heads, a part's samples, who calls, and that the second time is no second
+# call.
+BUGS: dict[str, tuple[Any, str, Any]] = {
+    "place": (dropout_calls.Forward, "_origin", lambda self, x: (0, 0, 0)),
+    "samples": (DropoutByPosition, "at", lambda self, step, first, seed: _at(self, step, 0, seed)),
+    "name": (dropout_calls.Forward, "caller", property(lambda self: "")),
+    "again": (dropout_calls.Forward, "copy", lambda self: self),
+}

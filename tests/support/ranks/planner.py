@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -140,6 +141,30 @@ class Live(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and not isinstance(x, DTensor):
                 self.see(x)
         return result
+
+
+def recomputed(world: World, text: str, config: TransformerConfig, samples: int, sequence_parallel: bool) -> int:
+    """Bytes of tensors, parameters left out, that a forward whose blocks are computed again leaves on this rank."""
+    layout = Layout.parse(text)
+    model: nn.Module = parallelize(
+        Transformer(config),
+        build_mesh(layout, world),
+        layout,
+        sequence_parallel=sequence_parallel,
+        recompute="full",
+    )
+    tokens, targets, inputs = sample(config, samples)
+    with Live(model) as live:
+        loss = model(tokens, targets, **inputs)
+        locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        parameters = {p.untyped_storage().data_ptr() for p in locals_}
+        kept = {}
+        for storage, size in list(live.known.items()):
+            # One that is gone may have left its object in Python.
+            with contextlib.suppress(RuntimeError):
+                kept[storage.data_ptr()] = storage.nbytes() if size else 0
+    loss.backward()
+    return sum(size for place, size in kept.items() if place not in parameters)
 
 
 def cutting(world: World, text: str, config: TransformerConfig) -> tuple[int, int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from fusemesh.hybrid.apply import parallelize
+from fusemesh.hybrid.hugging_face import reading
 from fusemesh.hybrid.hugging_face.folder import read_folder
 from fusemesh.hybrid.hugging_face.load import LoadReport, load_pretrained
 from fusemesh.hybrid.layout import Layout
@@ -58,3 +62,74 @@ def from_folders(world: World, text: str, folders: list[tuple[str, str]]) -> lis
         want = getattr(transformers, kind).from_pretrained(path)
         found.append(Loaded(report, read_folder(path).nbytes, differing(want, model)))
     return found
+
+
+def refusals(world: World, text: str, path: str, kind: str, fault: str) -> tuple[str, int]:
+    """What loading says on a rank of a mesh, and how many tensors were read before; ``fault``: on one rank alone."""
+    layout = Layout.parse(text)
+    model = parallelize(on_meta(path, kind), build_mesh(layout, world), layout)
+    if fault == "file" and world.rank == 1:
+        # Seen by this rank alone, as a network file system may show it.
+        folder = read_folder(path)
+        sizes = {name: size + 1 for name, size in folder.sizes.items()}
+        given: Any = dataclasses.replace(folder, sizes=sizes)
+    else:
+        given = read_folder(path) if fault == "file" else path
+    before = reading.Reader.read
+    count = [0]
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        count[0] += 1
+        before(*args, **kwargs)
+
+    reading.Reader.read = counted  # type: ignore[method-assign]
+    try:
+        load_pretrained(model, given)
+    except ValueError as error:
+        return str(error), count[0]
+    finally:
+        reading.Reader.read = before  # type: ignore[method-assign]
+    return "", count[0]
+
+
+def new_heads(world: World, text: str, path: str, kind: str, seed: int) -> tuple[LoadReport, dict[str, torch.Tensor]]:
+    """The report, and what the folder lacks, whole."""
+    layout = Layout.parse(text)
+    model = parallelize(on_meta(path, kind), build_mesh(layout, world), layout)
+    report = load_pretrained(model, path, seed=seed)
+    whole = tensors(model)
+    return report, {name: whole[name] for name in report.newly_initialised}
+
+
+def trained(world: World, text: str, path: str, kind: str) -> tuple[bool, float]:
+    """Whether a tied weight is one parameter after loading and after a step, and the loss of the second step."""
+    layout = Layout.parse(text)
+    model = parallelize(on_meta(path, kind), build_mesh(layout, world), layout)
+    load_pretrained(model, path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.arange(1, 9).repeat(2, 1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss / layout.replicas
+        loss.backward()
+        optimizer.step()
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    return tied, loss.item() * layout.replicas
+
+
+def peak(world: World, text: str, path: str, kind: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes that loading adds to this process's memory at most, those of its own parts, and those it asked for."""
+    layout = Layout.parse(text)
+    model = parallelize(on_meta(path, kind).to(dtype), build_mesh(layout, world), layout)
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    report = load_pretrained(model, path)
+    added = _status("VmHWM") - before
+    own = {id(x): x.to_local().nbytes for x in model.parameters() if isinstance(x, DTensor)}
+    return added, sum(own.values()), report.bytes_requested
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....runtime.fences import fence_copies
+
 # The largest block of queries of a backward kernel; the others divide it.
 ROW_PADDING: tl.constexpr = tl.constexpr(128)
 
@@ -41,6 +43,7 @@ def load_rows(
         b_tile = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
     else:
         b_tile = tl.load(p_tile)
+    fence_copies()
     return b_tile
 
 

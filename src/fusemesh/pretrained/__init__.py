@@ -1,0 +1,1 @@
+"""A user's Hugging Face folder as the model of a run."""

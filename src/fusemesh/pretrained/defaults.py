@@ -1,0 +1,46 @@
+"""Defaults of a run that fine-tunes a pretrained model, in the place of those that train a new one from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_STEPS = 300  # of a run, where nobody says how many
+_WARM_UP = 10  # one step in so many
+FINE_TUNING: Mapping[str, Any] = {
+    "training.learning_rate": 2e-5,
+    "training.min_learning_rate": 0.0,
+    "training.schedule": "linear",
+    "training.weight_decay": 0.01,
+}
+MOST_TOKENS = 1024  # of a sample, where nobody says how many
+
+
+def fine_tuning_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of fine-tuning by dotted key, given the values of the configuration that are known.
+
+    The computation's dtype follows the weights on disk: bfloat16 for folders of bfloat16, float32 for others.
+
+    Raises:
+        ValueError: the dtype is not given and the folder cannot be read; names the remedy.
+    """
+    found = dict(FINE_TUNING)
+    steps = values.get("training.steps", _STEPS)
+    if isinstance(steps, int):
+        found["training.warmup_steps"] = max(1, steps // _WARM_UP)
+    if "training.dtype" not in values:
+        from .folder import stored_dtype
+
+        found["training.dtype"] = stored_dtype(str(values["model.pretrained"]))
+    return found
+
+
+def say_defaults(training: Any, sequence_length: int) -> str:
+    """Return in a line with which settings a pretrained model is trained, the user's own among them."""
+    return (
+        f"fine-tuning: learning rate {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then "
+        f"{training.schedule} to {training.min_learning_rate:g} at step {training.steps}; weight decay "
+        f"{training.weight_decay:g}; {sequence_length} tokens a sample, {training.global_batch_size} samples a step; "
+        f"{training.dtype} compute, {'float64' if training.dtype == 'float64' else 'float32'} weights; each is a key: "
+        "--training.learning_rate and so on"
+    )
