@@ -61,6 +61,8 @@ def build(name: str, kind: str, dtype: torch.dtype, **changed: Any) -> Any:
     wide: dict[str, Any] = (
         {} if name == "t5" else {"init_std" if name in ("bart", "marian") else "initializer_range": 0.1}
     )
+    if name in ("bart", "marian"):
+        wide["scale_embedding"] = True
     model = make_model(name, kind, **wide, **changed).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
