@@ -33,8 +33,7 @@ from .pipeline_options import PipelineOptions, check_holders, deal_blocks
 
 # Names in torch.distributed.pipelining, which only a pipeline imports: it takes a second.
 _SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved1f1b": "ScheduleInterleaved1F1B"}
-# For so many shapes of batches a pipeline keeps torch's schedule, with its buffers.
-_MOST_SCHEDULES = 4
+_MOST_SCHEDULES = 4  # kept, one for each shape of batches, with their buffers
 
 
 class StageModule(nn.Module):
@@ -106,9 +105,8 @@ class PipelinedModel(nn.Module):
 class Cut:
     """The part of ``model`` that one rank of pp keeps.
 
-    ``stages`` maps the number of each of this rank's stages to its module; ``shared`` maps the names of parameters
-    that stages on other ranks hold too to all these ranks of pp, the one first whose copy the norm counts. ``spans``
-    are the blocks of every stage.
+    ``stages``: this rank's, by their numbers. ``shared``: the names of parameters that stages on other ranks hold too,
+    with all these ranks of pp, first the one whose copy the norm counts. ``spans``: the blocks of every stage.
     """
 
     model: PipelinedModel
@@ -298,7 +296,6 @@ class Pipeline:
 
     def _broadcast_loss(self) -> torch.Tensor:
         """Return the sum of the micro-batches' losses, which the last stage has, on every rank."""
-        # As the loss of tokens is, in its class.
         kind = torch.float64 if self.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=kind, device=self.device)
         if self.has_last:
@@ -325,21 +322,20 @@ class Pipeline:
             parameter = self.parts.model.get_parameter(name)
             assert (parameter.grad is not None) == parameter.requires_grad, name
             if parameter.grad is not None and (own := _own_part(parameter.grad)).numel() > 0:
-                # In the same order everywhere: the same bits on all ranks.
+                # In one order everywhere: the same bits.
                 own.copy_(functools.reduce(torch.add, self.exchange(own, ranks)))
 
     def _schedule(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor], *, training: bool) -> tuple[Any, bool]:
         """Return torch's schedule for these shapes, which fix its buffers, and whether it has not run yet."""
         from torch.distributed import pipelining
 
-        shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **inputs}.items()}
+        shapes = {"tokens": tuple(tokens.shape), **{name: tuple(x.shape) for name, x in inputs.items()}}
         key = (*sorted(shapes.items()), training)
         if is_new := key not in self._schedules:
             if len(self._schedules) == _MOST_SCHEDULES:
-                # Batches as long as their longest text may all differ.
                 del self._schedules[next(iter(self._schedules))]
             options = self.options if training else self.options.evaluating()
-            number = options.microbatches_of(self.ranks, tokens.shape[0])
+            number = options.microbatches_of(self.ranks, len(tokens))
             micro = {name: (shape[0] // number, *shape[1:]) for name, shape in shapes.items()}
             stages = [self._torch_stage(index, micro) for index in self.parts.stages]
             # The loss is divided by the global token count: the default would divide gradients by micro-batches again.
@@ -349,7 +345,7 @@ class Pipeline:
                 loss_fn=self._microbatch_loss,
                 scale_grads=False,
             )
-        # Behind the others: the one that was not used for longest goes first.
+        # Behind the others: the one that was not used for longest goes first. Batches of texts may all differ.
         self._schedules[key] = self._schedules.pop(key)
         return self._schedules[key], is_new
 

@@ -1,9 +1,7 @@
 """Hugging Face models that train in every layout: losses of every kind of head, and stages of a pipeline.
 
-:func:`as_trainable` gives a model of a known family the methods of :class:`PipelinedModel`, in place. A stage is the
-model's own forward in which the modules of other stages are replaced by ones that pass through: a block keeps its
-index, by which transformers chooses its mask, and everything keeps its name. Shapes: B batch, S sequence, T target
-sequence, E hidden size.
+:func:`as_trainable` gives a model of a known family the methods of :class:`PipelinedModel`, in place. Shapes: B batch,
+S sequence, T target sequence, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -17,13 +15,10 @@ import torch
 from torch import nn
 
 from ..dropout import dropout_of
-from ..pipeline_parallel import PipelinedModel, StageModule
+from ..pipeline_parallel import PipelinedModel
 from . import heads
-from .anatomy import ANATOMIES, Anatomy, base_name, kind_of, model_type_of, within
-from .stand_ins import replaced
-
-Shape = tuple[int, ...]
-State = tuple[torch.Tensor, ...]
+from .anatomy import ANATOMIES, Anatomy, kind_of, model_type_of
+from .stage import HuggingFaceStage, Place, border_of, run, stacks_of
 
 
 @dataclass(frozen=True)
@@ -126,15 +121,8 @@ class TrainableModel(PipelinedModel):
 
     @property
     def blocks(self) -> list[nn.Module]:  # type: ignore[override]
-        """Return all blocks, an encoder's before its decoder's."""
-        return [block for stack in self._lists().values() for block in stack]
-
-    def _lists(self) -> dict[str, list[nn.Module]]:
-        found = {}
-        for name, stack in self.anatomy.stacks.items():
-            blocks: Any = self.get_submodule(within(base_name(self), name, stack.blocks))
-            found[name] = list(blocks)
-        return found
+        """Return all blocks, an encoder's before its decoder's; with pp those of this rank."""
+        return [block for stack in stacks_of(self).values() for block in stack]
 
     def stage(self, blocks: range, *, first: bool, last: bool) -> HuggingFaceStage:
         return HuggingFaceStage(self, blocks, last)
@@ -173,15 +161,15 @@ class TrainableModel(PipelinedModel):
         if self.pipeline is None:
             return self(Batch(tokens, given))
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **given}.items()}
-        border = _border(self)
-        leaving = [_state_shapes(self, border, span.stop, shapes) for span in self.pipeline.parts.spans[:-1]]
+        stage: Any = next(iter(self.pipeline.parts.stages.values()))
+        leaving = [stage.state_shapes(span.stop, shapes) for span in self.pipeline.parts.spans[:-1]]
         leaving.append([heads.shape(self.kind, self, shapes)])
         return self.pipeline.flow((tokens,), leaving, 0, **given)[0]
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits, computed by the whole model in this process."""
-        number = len(self.blocks)
-        found = _run(self, range(number), _border(self), True, (batch.tokens,), batch.inputs)
+        whole = Place(range(len(self.blocks)), border_of(self), last=True)
+        found = run(self, whole, (batch.tokens,), batch.inputs)
         assert isinstance(found, torch.Tensor)
         return found
 
@@ -225,138 +213,3 @@ class TrainableModel(PipelinedModel):
                 f"{name}: expected at most {most} a sample, for which {type(self).__name__} has positions "
                 f"(config.max_position_embeddings), received {x.shape[1]}; cut the samples"
             )
-
-
-class HuggingFaceStage(StageModule):
-    """Blocks ``span`` of a Hugging Face model, with what acts before and behind them if they are ends.
-
-    Its child ``model`` is transformers' own class, whose modules are the whole model's but for those of other stages.
-    ``tied`` holds the whole model's modules that name parameters of this stage otherwise, so that they stay one.
-    """
-
-    def __init__(self, whole: TrainableModel, span: range, last: bool) -> None:
-        super().__init__()
-        self.span, self.last, self.border = span, last, _border(whole)
-        base = base_name(whole)
-        others: dict[str, nn.Module | None] = {}
-        if not last:
-            others |= {name: None for name, _ in whole.named_children() if name != base}
-        if whole.anatomy.is_pair:
-            # Each stack looks tokens up in a table of its own, which is the same parameter.
-            others[within(base, "shared")] = None
-        start = 0
-        for name, stack in whole.anatomy.stacks.items():
-            path = within(base, name)
-            module = whole.get_submodule(path)
-            length = len(whole._lists()[name])
-            part = range(max(span.start - start, 0), min(span.stop - start, length))
-            start += length
-            others[path] = stack.part(module, part) if part else None
-        self.model: Any = replaced(whole, others)
-        self.tied = _Tied(self, whole)
-
-    def forward(self, *state: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor | State:
-        return _run(self.model, self.span, self.border, self.last, state, inputs)
-
-    def input_shapes(self, batch: Mapping[str, Shape]) -> list[Shape]:
-        return _state_shapes(self.model, self.border, self.span.start, batch)
-
-    def output_shapes(self, batch: Mapping[str, Shape]) -> list[Shape]:
-        if self.last:
-            return [heads.shape(self.model.kind, self.model, batch)]
-        return _state_shapes(self.model, self.border, self.span.stop, batch)
-
-    def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return heads.summed_loss(output, targets)
-
-
-class _Tied(nn.Module):
-    """Modules of the whole model that are in no stage, all of whose parameters a stage has under other names."""
-
-    def __init__(self, stage: nn.Module, whole: nn.Module) -> None:
-        super().__init__()
-        modules = {id(module) for module in stage.modules()}
-        held = {id(parameter) for parameter in stage.parameters()}
-        for name, module in whole.named_modules():
-            own = [id(parameter) for parameter in module.parameters(recurse=False)]
-            if own and id(module) not in modules and held.issuperset(own):
-                self.add_module(name.replace(".", "/"), module)
-
-
-def _border(model: TrainableModel) -> int | None:
-    """Return the number of an encoder's blocks, that a decoder's follow; None of a model with one stack."""
-    return len(model._lists()["encoder"]) if model.anatomy.is_pair else None
-
-
-def _state_shapes(model: Any, border: int | None, block: int, batch: Mapping[str, Shape]) -> list[Shape]:
-    """Return the shapes of the state before block number ``block``, for a batch of these shapes."""
-    if block == 0:
-        return [batch["tokens"]]
-    h = (*batch["tokens"], model.config.hidden_size)
-    if border is None or block <= border:
-        return [h]
-    return [(*batch["target_tokens"], model.config.hidden_size), h]
-
-
-def _run(
-    model: Any, span: range, border: int | None, last: bool, state: State, inputs: Mapping[str, torch.Tensor]
-) -> torch.Tensor | State:
-    """Return the logits, of the last stage, or the state for the next.
-
-    Args:
-        model: the whole model, or a stage's.
-        span: its blocks.
-        border: see :func:`_border`.
-        state: the tokens, or the state before its first block: h; where an encoder ends, its output, the memory; within
-            the decoder behind it h and the memory.
-    """
-    given = _options(model)
-    lengths = inputs.get("lengths")
-    if lengths is not None:
-        length = (state[0] if border is None or span.start <= border else state[1]).shape[1]
-        given["attention_mask"] = (torch.arange(length, device=lengths.device) < lengths[:, None]).long()
-    if border is not None:
-        return _run_pair(model, span, border, last, state, inputs, given)
-    if span.start == 0:
-        given["input_ids"] = state[0]
-        if "segments" in inputs:
-            given["token_type_ids"] = inputs["segments"]
-    else:
-        given["inputs_embeds"] = state[0]
-    if last:
-        return heads.read(model, given, inputs)
-    return model.get_submodule(base_name(model))(**given)[0]
-
-
-def _run_pair(
-    model: Any,
-    span: range,
-    border: int,
-    last: bool,
-    state: State,
-    inputs: Mapping[str, torch.Tensor],
-    given: dict[str, Any],
-) -> torch.Tensor | State:
-    """:func:`_run` of an encoder and a decoder."""
-    base = base_name(model)
-    memory = state[-1]
-    if span.start < border:
-        source = {"input_ids" if span.start == 0 else "inputs_embeds": state[0]}
-        memory = model.get_submodule(within(base, "encoder"))(**source, **{**given, "use_cache": False})[0]
-    if span.stop <= border:
-        return memory
-    if span.start > border:
-        h = {"inputs_embeds": state[0]}
-    else:
-        h = {"input_ids": inputs["target_tokens"]}
-    if last:
-        given |= {f"decoder_{name}": x for name, x in h.items()}
-        return heads.read(model, {**given, "encoder_outputs": (memory,)}, inputs)
-    mask = given.pop("attention_mask", None)
-    decoder = model.get_submodule(within(base, "decoder"))
-    return decoder(**h, **given, encoder_hidden_states=memory, encoder_attention_mask=mask)[0], memory
-
-
-def _options(model: Any) -> dict[str, Any]:
-    """Return what a forward is told, whatever the config says."""
-    return {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}

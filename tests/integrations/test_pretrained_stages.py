@@ -119,3 +119,24 @@ def test_stages_on_ranks_learn_as_one_process(
     rank_pool: RankPool, layout: str, name: str, kind: str, options: PipelineOptions
 ) -> None:
     check(rank_pool, layout, name, kind, options)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "kind"), [(name, family.kinds[0]) for name, family in PRETRAINED.items()], ids=named)
+def test_logits_losses_and_states_of_stages_are_the_whole_model_s(rank_pool: RankPool, name: str, kind: str) -> None:
+    """In batches of more shapes than schedules are kept for; states are loaded, and gathered again."""
+    assert rank_pool.run(ranks.whole_again, "pp2", name, kind, ranks=2) == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gpt2", CAUSAL), ("bert", CLASSES), ("distilbert", SPANS), ("t5", PAIRS), ("marian", PAIRS), ("bart", CLASSES)],
+    ids=named,
+)
+def test_stages_drop_what_one_process_drops(rank_pool: RankPool, name: str, kind: str) -> None:
+    for changes, wrong in rank_pool.run(ranks.dropped, "pp2", name, kind, ranks=2):
+        assert not wrong, wrong
+        assert changes > 1e-6

@@ -60,3 +60,49 @@ def learned(
             return sum_over_replicas(loss, model.mesh)
 
         return training.learned(model, step, lambda: clip_gradients(model, training.MAX_NORM), whole)
+
+
+def whole_again(world: World, text: str, name: str, kind: str) -> list[str]:
+    """What of logits, losses and states of a model on a mesh is not one process's; in batches of several shapes."""
+    with KeepDouble():
+        model = placed(world, text, name, kind, PipelineOptions(), {})
+        alone = as_trainable(training.build(name, kind, torch.float64))
+        found = []
+        for length in (*range(9, 15), 9):
+            tokens, targets, inputs = training.batch(alone, length=length)
+            if not torch.allclose(
+                model.logits(tokens, **inputs), alone.logits(tokens, **inputs), rtol=1e-12, atol=1e-13
+            ):
+                found.append(f"logits of {length}")
+            want = alone.loss(tokens, targets, **inputs)
+            if abs(model.loss(tokens, targets, **inputs) - want) > 1e-12 * want:
+                found.append(f"loss of {length}")
+        if model.pipeline is not None and len(model.pipeline._schedules) > 4:
+            found.append("schedules")
+        state = alone.state_dict()
+        for shift in (0, 1):
+            model.load_state_dict({key: x + shift for key, x in state.items()})
+            again = fusemesh.whole_state_dict(model)
+            if world.rank == 0:
+                found += [f"state: {key}" for key in again.keys() ^ state.keys()]
+                found += [f"state: {key}" for key in again if not torch.equal(again[key], state[key] + shift)]
+    return found
+
+
+def dropped(world: World, text: str, name: str, kind: str) -> tuple[float, dict[str, float]]:
+    """By how much the dropout of the family's config changes the loss, and what then differs from one process."""
+    layout = Layout.parse(text)
+    with KeepDouble():
+        alone, model = (training.build(name, kind, torch.float64).train() for _ in range(2))
+        for each in (alone, model):
+            each.set_attn_implementation("eager")
+        as_trainable(fusemesh.parallelize(model, build_mesh(layout, world), layout))
+        tokens, targets, inputs = training.batch(as_trainable(alone))
+        found: dict[str, Any] = {}
+        want: dict[str, Any] = {}
+        for each, result in ((model, found), (alone, want)):
+            result["losses"] = [float(each.loss_and_gradients(tokens, targets, 10, **inputs))]
+            named = {key: x.grad for key, x in each.named_parameters() if x.grad is not None}
+            result["gradients"] = {key: whole(x) for key, x in named.items()}
+        without = float(alone.eval().loss(tokens, targets, **inputs))
+    return abs(without / want["losses"][0] - 1), training.wrong(found, want, 1e-12)
