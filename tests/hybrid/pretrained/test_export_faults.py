@@ -171,7 +171,7 @@ def test_what_a_killed_process_leaves_is_never_whole(
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("size", ["1GB", "60KB"])
+@pytest.mark.parametrize("size", ["1GB", pytest.param("60KB", marks=pytest.mark.slow)])
 def test_a_killed_save_into_a_folder_leaves_the_new_weights_or_none(
     model: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:

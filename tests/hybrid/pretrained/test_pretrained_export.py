@@ -269,7 +269,7 @@ def test_a_checkpoint_that_cannot_be_merged(tmp_path: Path) -> None:
 
 def test_a_merge_holds_one_stored_part_at_a_time(tmp_path: Path) -> None:
     """Beside what is converted; another dtype for all, in files of another size."""
-    folder = make_folder(tmp_path / "source", "llama", vocab_size=50021)
+    folder = make_folder(tmp_path / "source", "llama", vocab_size=9973)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     largest = model.lm_head.weight.nbytes
     state = {"metadata": {EXPORT: export_plan(model, read_folder(folder))}}
@@ -287,7 +287,7 @@ def test_a_merge_holds_one_stored_part_at_a_time(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StoredModel, "parts", counted)
-        report = merge_pretrained(tmp_path / "run", tmp_path / "out", dtype=torch.float64, max_shard_size="20MB")
+        report = merge_pretrained(tmp_path / "run", tmp_path / "out", dtype=torch.float64, max_shard_size="4MB")
     assert len(held) == report.tensors and max(held) <= largest + 1000
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert all(torch.equal(loaded[name], x) for name, x in want.items())
