@@ -125,6 +125,11 @@ class TrainableModel(PipelinedModel):
         return kind_of(self)
 
     @property
+    def border(self) -> int | None:
+        """Return the number of an encoder's blocks, that a decoder's follow; None of a model with one stack."""
+        return len(self._lists()["encoder"]) if self.anatomy.is_pair else None
+
+    @property
     def blocks(self) -> list[nn.Module]:  # type: ignore[override]
         """Return all blocks, an encoder's before its decoder's."""
         return [block for stack in self._lists().values() for block in stack]
@@ -173,7 +178,7 @@ class TrainableModel(PipelinedModel):
         if self.pipeline is None:
             return self(Batch(tokens, given))
         shapes = {name: tuple(x.shape) for name, x in {"tokens": tokens, **given}.items()}
-        border = _border(self)
+        border = self.border
         leaving = [_state_shapes(self, border, span.stop, shapes) for span in self.pipeline.parts.spans[:-1]]
         leaving.append([heads.shape(self.kind, self, shapes)])
         return self.pipeline.flow((tokens,), leaving, 0, **given)[0]
@@ -181,7 +186,7 @@ class TrainableModel(PipelinedModel):
     def _logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits, computed by the whole model in this process."""
         number = len(self.blocks)
-        found = _run(self, range(number), _border(self), True, (batch.tokens,), batch.inputs)
+        found = _run(self, range(number), self.border, True, (batch.tokens,), batch.inputs)
         assert isinstance(found, torch.Tensor)
         return found
 
@@ -236,7 +241,7 @@ class HuggingFaceStage(StageModule):
 
     def __init__(self, whole: TrainableModel, span: range, last: bool) -> None:
         super().__init__()
-        self.span, self.last, self.border = span, last, _border(whole)
+        self.span, self.last, self.border = span, last, whole.border
         base = base_name(whole)
         others: dict[str, nn.Module | None] = {}
         if not last:
@@ -281,11 +286,6 @@ class _Tied(nn.Module):
             own = [id(parameter) for parameter in module.parameters(recurse=False)]
             if own and id(module) not in modules and held.issuperset(own):
                 self.add_module(name.replace(".", "/"), module)
-
-
-def _border(model: TrainableModel) -> int | None:
-    """Return the number of an encoder's blocks, that a decoder's follow; None of a model with one stack."""
-    return len(model._lists()["encoder"]) if model.anatomy.is_pair else None
 
 
 def _state_shapes(model: Any, border: int | None, block: int, batch: Mapping[str, Shape]) -> list[Shape]:

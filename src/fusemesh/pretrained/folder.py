@@ -110,6 +110,22 @@ def _config_of(path: str, changed: int, size: int) -> Any:
         raise ValueError(f"{KEY}: {str(Path(path, 'config.json'))!r} cannot be used by transformers: {text}") from error
 
 
+def own_task(config: Any) -> str:
+    """Return the task of the head that a configuration's architecture has.
+
+    Raises:
+        ValueError: it names none.
+    """
+    made = (list(getattr(config, "architectures", None) or []) or [""])[0]
+    own = next((name for end, name in _HEADS.items() if made.endswith(end)), "")
+    if not own:
+        raise ValueError(
+            f"--task: expected {', '.join(AUTO_CLASSES)} of a model whose config.json names no head under "
+            f"architectures, received none for {made or config.model_type!r}"
+        )
+    return own
+
+
 def check_task(config: Any, path: str, task: str) -> None:
     """Check that a folder's model can be trained for a task.
 
