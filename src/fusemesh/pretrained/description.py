@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fusemesh.hybrid.apply import capabilities_of, checked_sizes
+from fusemesh.hybrid.dropout import check_layers_stay
 from fusemesh.hybrid.hugging_face.heads import vocabulary
 from fusemesh.hybrid.hugging_face.stages import TrainableModel
 from fusemesh.hybrid.layout import Layout
@@ -77,6 +78,7 @@ def describe_model(model: TrainableModel, name: str) -> ModelDescription:
     refusal = functools.cache(functools.partial(_refusal, model))
 
     def fits(layout: Layout, virtual_stages: int) -> None:
+        check_layers_stay(model, layout)
         layout.validate(virtual_stages=virtual_stages, **checked_sizes(model))
         if message := refusal(layout.tp):
             raise ValueError(message)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fusemesh import cli
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.planner import memory, search
 from fusemesh.hybrid.planner.hardware import find_hardware
@@ -18,6 +20,7 @@ from tests.support.pretrained.folders import CAUSAL, CLASSES, PAIRS, SPANS, make
 
 H100 = find_hardware("h100")
 JOB = TrainingJob(8, 16, dtype="float32", sequence_parallel=False)
+ODD_HEADS = {"num_attention_heads": 5, "num_key_value_heads": 5}
 QUICK = [("qwen2", CAUSAL), ("gpt2", CLASSES), ("bert", CAUSAL), ("t5", PAIRS)]
 
 
@@ -61,24 +64,33 @@ def test_a_step_makes_the_gradients_and_states_that_the_plan_says(rank_pool: Ran
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("cases", "changed", "message"),
+    ("text", "cases", "changed", "message"),
     [
-        ([("llama", CAUSAL), ("phi3", CAUSAL)], {"num_attention_heads": 5, "num_key_value_heads": 5}, "tp2 divides"),
-        ([("llama", CAUSAL), ("bert", SPANS)], {"intermediate_size": 57}, "intermediate_size: 57"),
-        ([("bart", PAIRS)], {"encoder_ffn_dim": 57}, "features that tp2 divides"),
+        (
+            "tp2",
+            [("llama", CAUSAL), ("phi3", CAUSAL)],
+            {"num_attention_heads": 5, "num_key_value_heads": 5},
+            "tp2 divides",
+        ),
+        ("tp2", [("llama", CAUSAL), ("bert", SPANS)], {"intermediate_size": 57}, "intermediate_size: 57"),
+        ("tp2", [("bart", PAIRS)], {"encoder_ffn_dim": 57}, "features that tp2 divides"),
+        ("pp2", [("bart", PAIRS)], {"encoder_layerdrop": 0.1}, "encoder_layerdrop: expected 0"),
     ],
 )
 def test_what_parallelize_refuses_the_plan_refuses_in_its_words(
-    rank_pool: RankPool, cases: list[ranks.Case], changed: dict[str, Any], message: str
+    rank_pool: RankPool, text: str, cases: list[ranks.Case], changed: dict[str, Any], message: str
 ) -> None:
-    found = rank_pool.run(ranks.placed, "tp2", cases, changed, ranks=2)
+    found = rank_pool.run(ranks.placed, text, cases, changed, ranks=2)
     assert all(message in one for _, results in found for one in results)
-    check(found, "tp2", cases, **changed)
+    check(found, text, cases, **changed)
 
 
-def test_a_folder_is_what_its_architecture_says_or_the_task(tmp_path: Path) -> None:
+def test_a_folder_is_what_its_architecture_says_or_the_task(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = str(make_folder(tmp_path / "bert", "bert", SPANS))
     assert describe_folder(folder).head.outputs == 2
     assert describe_folder(folder, "text_classification").head.of == "texts"
     with pytest.raises(ValueError, match="expected a model that transformers has as AutoModelForSeq2SeqLM"):
         describe_folder(folder, "translation")
+    asked = ["plan", "--model", folder, "--world", "4", "--gpu", "h100", "--task", "text_classification", "--json"]
+    assert cli.main(asked) == 0
+    assert "pp2 x tp2" in [one["layout"] for one in json.loads(capfd.readouterr().out)["layouts"]]
