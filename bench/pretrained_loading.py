@@ -3,23 +3,23 @@
     python -m bench.pretrained_loading [--runs 3] [--ranks 1,2,4] [--folder DIR]
 
 The folder, random bf16 weights of Qwen3-0.6B's sizes in files of 300 MB, is made in a temporary directory and deleted,
-unless ``--folder`` names one. Its files are in the page cache: what is timed is the loading and not the disk.
-The contenders, each on a model that is built on meta anew:
+unless ``--folder`` names one. Its files are in the page cache: what is timed is the loading and not the disk. The
+contenders, each on a model that is built on meta anew:
 
 - fusemesh: ``load_pretrained`` of the path into the model on its mesh, memory for it included;
 - torch: ``to_empty`` and ``torch.distributed.checkpoint.load`` by its HuggingFaceStorageReader into the same;
 - transformers: ``from_pretrained``, which builds the model too, in every rank, whole.
 
-Each then reads every value once, which is when a memory map reads its file. They run in a shuffled order, each with
-ranks of its own. Times are the slowest rank's from a barrier to the next; beside them the processors' time of all ranks,
-which other programs on the machine change less. Memory is the most by which a rank's peak resident set exceeds what it
-held before, file pages (maps) included and apart; ``bytes`` is what fusemesh asked of the files, all ranks, over their
-size.
+Each then reads every value once, which is when a memory map reads its file. They run in a shuffled order, on ranks
+whose large allocations are always fresh pages. Times are the slowest rank's from a barrier to the next; beside them the
+processors' time of all ranks, which other programs on the machine change less. Memory is the most by which a rank's
+peak resident set exceeds what it held before, file pages (maps) included and apart; ``bytes`` is what fusemesh asked of
+the files, all ranks, over their size.
 
 Prediction, written before the first run: one copy in the place of two, and no fresh memory for slices, makes it 2 to
-2.5 times as fast as torch's reader on every number of ranks, in processors' time as in the wall's; a rank's memory is its
-part of the folder and at most 20 MiB. from_pretrained, which maps the files and copies once, takes 1.3 times as long on
-one rank, and with 4 ranks 4 times, because each loads all.
+2.5 times as fast as torch's reader on every number of ranks, in processors' time as in the wall's; a rank's memory is
+its part of the folder and at most 20 MiB. from_pretrained, which maps the files and copies once, takes 1.3 times as
+long on one rank, and with 4 ranks 4 times, because each loads all.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ SIZES = {
     "dtype": "bfloat16",
 }
 LAYOUTS = {1: ("single",), 2: ("fsdp2", "tp2"), 4: ("fsdp4", "tp4")}
+# Large allocations are mappings of their own, which end when they are freed: each take touches fresh pages.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 CONTENDERS = ("fusemesh", "torch", "transformers")
 
 
@@ -135,14 +137,16 @@ def measure(path: str, numbers: list[int], runs: int) -> list[dict[str, Any]]:
     """Return a row for each layout and contender."""
     wanted = [(layout, contender) for number in numbers for layout in LAYOUTS[number] for contender in CONTENDERS]
     found: dict[tuple[str, str], list[list[dict[str, Any]]]] = {one: [] for one in wanted}
-    for layout in dict.fromkeys(layout for layout, _ in wanted):
-        number = Layout.parse(layout).world_size
-        todo = [contender for contender in CONTENDERS for _ in range(runs)]
-        random.Random(0).shuffle(todo)
-        for contender in todo:
-            # Of their own: what a process has freed it would use again without a page fault.
-            with RankPool(number, timeout=600.0) as pool:
-                found[layout, contender].append(pool.run(load, path, layout, contender))
+    todo = wanted * runs
+    random.Random(0).shuffle(todo)
+    with RankPool(max(numbers), env=GIVE_BACK, timeout=600.0) as pool:
+        for layout in dict.fromkeys(layout for layout, _ in wanted):
+            # Not counted: what is imported and compiled at first use.
+            pool.run(load, path, layout, "fusemesh", ranks=Layout.parse(layout).world_size)
+        for layout, contender in todo:
+            take = pool.run(load, path, layout, contender, ranks=Layout.parse(layout).world_size)
+            print(layout, contender, f"{max(rank['seconds'] for rank in take):.2f} s", flush=True)
+            found[layout, contender].append(take)
     size = read_folder(path).nbytes
     rows = []
     for (layout, contender), takes in found.items():

@@ -95,10 +95,11 @@ class Plan:
 def export_pretrained(
     model: nn.Module,
     target: str | os.PathLike[str],
-    like: Folder | str | os.PathLike[str] | None = None,
+    like: Folder | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str | None = None,
+    small_files: str | os.PathLike[str] | None = None,
 ) -> ExportReport:
     """Write a model of any layout as a Hugging Face folder; every rank calls it, and none holds more than its part.
 
@@ -108,9 +109,11 @@ def export_pretrained(
     Args:
         model: whole, or from :func:`fusemesh.parallelize`.
         target: a folder that is not there, or is empty, or that an export made; it has this name only when it is whole.
-        like: the folder that the model was loaded from; None: the model's own config and dtypes.
+        like: the folder that the model was loaded from, or what :func:`export_plan` has returned of it, if it is gone;
+            None: the model's own config and dtypes.
         dtype: of all floating-point tensors; None: that of ``like``, tensor by tensor.
         max_shard_size: bytes of a file, or text such as "5GB"; None: the files of ``like``, or 5GB.
+        small_files: the folder of the small files, if it is another than ``like``.
 
     Raises:
         ValueError: something else is at ``target``, or ``like`` is no folder of a model.
@@ -122,20 +125,26 @@ def export_pretrained(
             "are saved by fusemesh.whole_state_dict or a checkpoint"
         )
     check_has_memory("export_pretrained", model)
-    folder = like if isinstance(like, Folder) or like is None else on_first_rank(lambda: read_folder(like))
-    source = None if folder is None else SourceFiles.of(folder)
+    if isinstance(like, (str, os.PathLike)):
+        path = like
+        like = on_first_rank(lambda: read_folder(path))
+    source = config = None
+    small = Path(small_files) if small_files is not None else None
+    if isinstance(like, Folder):
+        source, small, folder = SourceFiles.of(like), small or like.path, like.path
+        config = on_first_rank(lambda: documents.config_text(folder))
+    elif like is not None:
+        source, small, config = SourceFiles.from_json(like["source"]), small or Path(like["folder"]), like["config"]
+    if small is not None:
+        place = small
+        on_first_rank(lambda: documents.check_small_files(place))
     options = Options(source, getattr(model, "base_model_prefix", ""), dtype, max_shard_size)
 
     def write_documents(place: Path) -> None:
-        if folder is None:
+        if config is None or small is None:
             save_configs(model, place, dtype)
-            return
-        documents.copy_small_files(folder.path, place)
-        before = (folder.path / documents.CONFIG).read_text(encoding="utf-8")
-        text = documents.changed_config(before, model)
-        if dtype is not None:
-            text = documents.with_dtype(text, dtype)
-        (place / documents.CONFIG).write_text(text, encoding="utf-8", newline="")
+        else:
+            documents.write(place, small, documents.changed_config(config, model), dtype)
 
     return export_state(model, target, options, write_documents)
 

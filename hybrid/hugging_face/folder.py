@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import socket
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,18 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
     if placed is not None:
         _check_index(folder, placed, holders)
     return Folder(folder, config, tensors, sizes, metadata, _notes(folder, config, tensors, set(files)))
+
+
+def check_files(folder: Folder) -> None:
+    """Raise ValueError if this process does not see the files of ``folder`` as they were when it was read."""
+    for name, size in folder.sizes.items():
+        path = folder.path / name
+        received = f"{path.stat().st_size} bytes" if path.is_file() else f"no such file on {socket.gethostname()}"
+        if received != f"{size} bytes":
+            raise ValueError(
+                f"{path}: expected {size} bytes, as when its header was read, received {received}; give a folder that "
+                "all machines see, and load when nobody writes to it"
+            )
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorOnDisk], int, dict[str, str]]:

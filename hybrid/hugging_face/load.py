@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from .. import compat
 from ..checkpoint import together
 from ..placed import PlacedPart, make_empty
-from .folder import Folder, read_folder
+from .folder import Folder, check_files, read_folder
 from .initial import set_initial_values
 from .names import Match, check_tensors, check_tied, match, own_state
 from .parts import Parts
@@ -87,6 +87,7 @@ def load_pretrained(
         matched = match(model, held, state)
         check_tied(model, state, matched.tied)
         check_tensors(held, matched, state)
+        check_files(held)
         found.append((matched, state))
         missing = [matched.sources[name].name for name in matched.missing]
         return missing, sorted(matched.ignored), matched.tied, set(matched.used)

@@ -42,12 +42,11 @@ def export_plan(model: nn.Module, folder: Folder) -> dict[str, Any]:
     own = {name: (s.name, s.dim, s.start, s.length, s.transposed) for name, s in chosen.items()}
     found = {name: place for part in on_every_rank(lambda: own) for name, place in part.items()}
     whole = whole_names(model)
-    config = (folder.path / documents.CONFIG).read_text(encoding="utf-8")
     return {
         "format": _FORMAT,
         "folder": str(folder.path.absolute()),
         "prefix": getattr(model, "base_model_prefix", ""),
-        "config": documents.changed_config(config, model),
+        "config": documents.changed_config(documents.config_text(folder.path), model),
         "source": source.to_json(),
         "tensors": {name: found[name] for name in whole.order if name in found},
         "tied": dict(whole.tied),
@@ -92,9 +91,7 @@ def merge_pretrained(
         return sum(_write(files, made, source, stored, name) for name, source in placed.items())
 
     def write_documents(place: Path) -> None:
-        documents.copy_small_files(small, place)
-        text = known["config"] if dtype is None else documents.with_dtype(known["config"], dtype)
-        (place / documents.CONFIG).write_text(text, encoding="utf-8", newline="")
+        documents.write(place, small, known["config"], dtype)
 
     return write_plan(Path(target), made, options, write, write_documents)
 

@@ -202,14 +202,16 @@ def _check_missing(model: nn.Module, folder: Folder, names: list[str]) -> None:
     """Raise ValueError if what is missing is no new head: from_pretrained would draw it at random and go on."""
     prefix = getattr(model, "base_model_prefix", "")
     prefix = f"{prefix}." if prefix and hasattr(model, prefix) else None
-    find = getattr(model, "get_input_embeddings", None)
-    table = find() if find is not None else None
-    inputs = {f"{name}.weight" for name, module in model.named_modules() if module is table and module is not None}
+    tables = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad  # else they are computed, as sinusoids are
+    }
     body = [
         name
         for name in names
         if re.search(r"\.\d+\.", name)  # in a list of blocks
-        or name in inputs
+        or name in tables
         or (prefix is not None and name.startswith(prefix) and "pooler" not in name)
     ]
     if body:

@@ -108,14 +108,7 @@ class Reader:
 
     def _file(self, name: str) -> int:
         if name not in self._files:
-            path = self.folder.path / name
-            self._files[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            size = os.fstat(self._files[name]).st_size
-            if size != self.folder.sizes[name]:
-                raise ValueError(
-                    f"{path}: expected {self.folder.sizes[name]} bytes, as when its header was read, received {size}; "
-                    "load again when nobody writes to it"
-                )
+            self._files[name] = os.open(self.folder.path / name, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[name]
 
 

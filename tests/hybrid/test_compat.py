@@ -79,6 +79,45 @@ def test_a_module_with_other_children() -> None:
     assert made.table.is_meta, gone(name, made.table)
 
 
+def test_what_a_hugging_face_models_class_says_of_folders() -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.20")
+    sizes = {"vocab_size": 7, "d_model": 4, "d_kv": 2, "d_ff": 6, "num_layers": 1, "num_heads": 2}
+    with torch.device("meta"):
+        t5 = transformers.T5ForSequenceClassification(transformers.T5Config(**sizes, num_labels=3))
+        heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "decoder_start_token_id": 0}
+        marian = transformers.MarianMTModel(
+            transformers.MarianConfig(vocab_size=7, d_model=4, pad_token_id=0, eos_token_id=0, **heads)
+        )
+    tied = compat.tied_weights(t5)
+    name = "transformer.encoder.embed_tokens.weight"
+    assert tied[name] == "transformer.shared.weight", gone(".all_tied_weights_keys", tied)
+    compat.untie(t5, name)
+    assert name not in compat.tied_weights(t5) and compat.tied_weights(nn.Linear(1, 1)) == {}
+    lacking = compat.may_be_missing(marian)
+    assert "model.encoder.embed_positions.weight" in lacking, gone("._keys_to_ignore_on_load_missing", lacking)
+    more = compat.may_be_unexpected(t5)
+    assert any("EncDecAttention" in pattern for pattern in more), gone("._keys_to_ignore_on_load_unexpected", more)
+    assert compat.kept_in_fp32(t5, torch.float16) == ["wo"], gone("._keep_in_fp32_modules", t5)
+    assert compat.kept_in_fp32(t5, torch.bfloat16) == compat.kept_in_fp32(t5, torch.float32) == []
+
+
+def test_one_tensor_is_drawn_by_a_hugging_face_models_class() -> None:
+    """T5's draws a head's where the head's parent is; all else stays as it is, and on meta."""
+    transformers = pytest.importorskip("transformers", minversion="5.20")
+    sizes = {"vocab_size": 7, "d_model": 64, "d_kv": 2, "d_ff": 6, "num_layers": 1, "num_heads": 2}
+    with torch.device("meta"):
+        model = transformers.T5ForSequenceClassification(transformers.T5Config(**sizes, num_labels=3))
+    held = dict(model.named_parameters())
+    value, name = torch.zeros(64, 64), "classification_head.dense.weight"
+    torch.manual_seed(0)
+    compat.initial_value(model, name, value, {})
+    assert abs(value.std().item() - 64**-0.5) < 0.01, gone("._init_weights", value)
+    state = torch.get_rng_state()
+    compat.initial_value(model, "classification_head.dense.bias", torch.ones(64), {})
+    assert torch.equal(state, torch.get_rng_state()), gone("._is_hf_initialized", "others were drawn, too")
+    assert all(held[key] is x and x.is_meta for key, x in model.named_parameters()), gone("._buffers", held)
+
+
 def test_the_plan_of_a_hugging_face_model() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -20,6 +20,8 @@ SECONDS = {
     "tests/app/test_trials_in_python.py": 0.5,
     "tests/bench/test_on_gpu.py": 0.2,
     "tests/bench/test_verification.py": 0.3,
+    "tests/hybrid/pretrained/test_export_faults.py": 0.5,
+    "tests/hybrid/pretrained/test_pretrained_export.py": 1.5,
     "tests/hybrid/test_architectures.py": 2.0,
     "tests/hybrid/test_checkpoint.py": 2.0,
     "tests/hybrid/test_consistency.py": 0.4,

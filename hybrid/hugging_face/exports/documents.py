@@ -50,6 +50,28 @@ def copy_small_files(folder: Path, target: Path, *, config: bool = False) -> Non
         shutil.copyfile(folder / path, target / path)
 
 
+def config_text(folder: Path) -> str:
+    """Return the text of a folder's config.json."""
+    with (folder / CONFIG).open(encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def check_small_files(folder: Path) -> None:
+    """Raise ValueError unless there is a folder of small files."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"small_files: expected the folder of the tokenizer's and other small files, received {str(folder)!r}, "
+            "which is none; give the folder that has them"
+        )
+
+
+def write(place: Path, small: Path, config: str, dtype: torch.dtype | None) -> None:
+    """Write the documents of an export: the small files of a folder, and config.json, in another dtype or not."""
+    copy_small_files(small, place)
+    text = config if dtype is None else with_dtype(config, dtype)
+    (place / CONFIG).write_text(text, encoding="utf-8", newline="")
+
+
 def architecture_of(model: Any) -> str:
     """Return the name of a Hugging Face model's class, of which a placed model's own is derived."""
     return type(model).__name__.removeprefix("FSDP")

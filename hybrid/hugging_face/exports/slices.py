@@ -14,7 +14,7 @@ from ..sources import Source
 from .shards import Entry
 
 # From this many bytes on, ranks that hold the same part write a share of its rows each.
-_SHARED_FROM = 1 << 20
+SHARED_FROM = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def writers(ranks: Sequence[Sequence[Part]], entries: Mapping[str, Entry], rank:
     for (name, box), held_by in sorted(holders.items(), key=lambda item: len(item[1])):
         nbytes = box.elements * entries[name].dtype.itemsize
         several = sorted(set(held_by), key=lambda number: (load[number], number))
-        if nbytes < _SHARED_FROM or not box.size:
+        if nbytes < SHARED_FROM or not box.size:
             several = several[:1]
         for place, number in enumerate(several):
             piece = box

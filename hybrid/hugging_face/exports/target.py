@@ -128,8 +128,11 @@ def write_folder(
     def finish() -> None:
         with writing(target, needed=needed):
             documents(unfinished)
+            if not inside:
+                # What somebody has put there in the meantime stays, too.
+                check_replaceable(target)
             if inside:
-                _move_into(unfinished, target, shards, variant)
+                _move_into(unfinished, target, variant)
             else:
                 if not into:
                     _write_marker(unfinished)
@@ -230,7 +233,7 @@ def _take_name(unfinished: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _move_into(unfinished: Path, target: Path, shards: Sequence[Shard], variant: str | None) -> None:
+def _move_into(unfinished: Path, target: Path, variant: str | None) -> None:
     """Move the files of a folder that is whole into another one; the weights are found there when all is there."""
     _sync_all(unfinished)
     (unfinished / WRITER).unlink(missing_ok=True)
@@ -240,8 +243,7 @@ def _move_into(unfinished: Path, target: Path, shards: Sequence[Shard], variant:
     # By these from_pretrained finds weights: as long as none is there, none are.
     finders = (index, single)
     for name in finders:
-        if names.count(name) == 0 or len(shards) > 1:
-            (target / name).unlink(missing_ok=True)
+        (target / name).unlink(missing_ok=True)
     for path in list(target.iterdir()):
         if cut.fullmatch(path.name) and path.name not in names:
             path.unlink()

@@ -110,6 +110,11 @@ def _config_of(path: str, changed: int, size: int) -> Any:
         raise ValueError(f"{KEY}: {str(Path(path, 'config.json'))!r} cannot be used by transformers: {text}") from error
 
 
+def task_of_class(name: str) -> str:
+    """Return the task of the head of a class of transformers, by its name; "" where it has none of ours."""
+    return next((task for end, task in _HEADS.items() if name.endswith(end)), "")
+
+
 def own_task(config: Any) -> str:
     """Return the task of the head that a configuration's architecture has.
 
@@ -117,7 +122,7 @@ def own_task(config: Any) -> str:
         ValueError: it names none.
     """
     made = (list(getattr(config, "architectures", None) or []) or [""])[0]
-    own = next((name for end, name in _HEADS.items() if made.endswith(end)), "")
+    own = task_of_class(made)
     if not own:
         raise ValueError(
             f"--task: expected {', '.join(AUTO_CLASSES)} of a model whose config.json names no head under "
@@ -138,7 +143,7 @@ def check_task(config: Any, path: str, task: str) -> None:
     import transformers
 
     made = (list(getattr(config, "architectures", None) or []) or [""])[0]
-    own = next((name for end, name in _HEADS.items() if made.endswith(end)), "")
+    own = task_of_class(made)
     advice = f"; its own task is {own}" if own and own != task else ""
     auto, mapping = AUTO_CLASSES[task]
     if type(config) not in getattr(transformers, mapping):

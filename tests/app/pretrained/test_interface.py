@@ -194,6 +194,35 @@ def test_tokenizers_that_cannot_serve_are_refused(qwen: Path, text: str, tmp_pat
     assert "at most 50 tokens" in refusal(small, tmp_path, data__path=text)
 
 
+def test_damaged_and_foreign_weights_are_refused_by_the_files_name(qwen: Path, text: str, tmp_path: Path) -> None:
+    short = copied(qwen, tmp_path / "short")
+    shard = next(short.glob("model-00002-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    message = refusal(short, tmp_path, data__path=text)
+    assert message.startswith("model.pretrained: ") and shard.name in message and "truncated" in message
+    other = copied(qwen, tmp_path / "other")
+    edited(other, intermediate_size=60)
+    message = refusal(other, tmp_path, data__path=text)
+    assert message.startswith("model.pretrained: ") and "mlp" in message and "60" in message
+    headless = make_folder(tmp_path / "headless", "llama")
+    edited(headless, "model.safetensors.index.json", weight_map=without_head(headless))
+    assert "lm_head.weight" in refusal(headless, tmp_path, data__path=text)
+
+
+def without_head(path: Path) -> dict[str, str]:
+    """Take the head out of a folder's files; return its index's map."""
+    from safetensors.torch import load_file, save_file
+
+    index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    file = path / index.pop("lm_head.weight")
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    if not tensors:
+        file.unlink()
+    return dict(index)
+
+
 def test_samples_beyond_the_models_positions_are_refused(qwen: Path, text: str, tmp_path: Path) -> None:
     message = refusal(qwen, tmp_path, data__path=text, data__sequence_length="65")
     assert "data.sequence_length: expected at most 64" in message and "received 65" in message

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from fusemesh.hybrid.checkpoint import CheckpointError
-from fusemesh.hybrid.hugging_face.export import export_pretrained
+from fusemesh.hybrid.hugging_face.export import Options, export_pretrained, export_state, save_configs
 from fusemesh.hybrid.hugging_face.exports import placing, target
 from fusemesh.hybrid.outputs import OutputError
 from fusemesh.hybrid.ranks.local import RankError
@@ -109,6 +109,22 @@ def test_what_stands_at_the_target_stays(model: Any, source: Path, tmp_path: Pat
     assert (out / "notes.txt").read_text() == "mine" and names(tmp_path) == ["out"]
 
 
+def test_what_is_put_at_the_target_in_the_meantime_stays(
+    model: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "out", placing.os.pwrite
+
+    def pwrite(*arguments: Any) -> int:
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("mine")
+        return write(*arguments)
+
+    monkeypatch.setattr(placing.os, "pwrite", pwrite)
+    with pytest.raises(CheckpointError, match=r"holds something else \(notes.txt\)"):
+        export_pretrained(model, out, source)
+    assert names(out) == ["notes.txt"] and names(tmp_path) == ["out"]
+
+
 def dies_in(action: Callable[[], Any]) -> None:
     """Run ``action`` in a process that it ends."""
     child = os.fork()
@@ -153,6 +169,45 @@ def test_what_a_killed_process_leaves_is_never_whole(
         assert (out / "config.json").is_file(), "the older one was not put back"
     export_pretrained(model, out, source)
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("size", ["1GB", "60KB"])
+def test_a_killed_save_into_a_folder_leaves_the_new_weights_or_none(
+    model: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    """At every move of a file, over weights of an earlier save in one file or several."""
+    other = make_model("llama", seed=1)
+
+    def save() -> None:
+        export_state(model, out, Options(max_shard_size=size, into=True), lambda place: save_configs(model, place))
+
+    replace, found = Path.replace, set()
+    for number in range(100):
+        out = tmp_path / str(number)
+        other.save_pretrained(out, max_shard_size=("60KB", "1GB")[number % 2])
+        left = [number]
+
+        def counted(path: Path, new: Path, left: list[int] = left) -> Path:
+            left[0] -= 1
+            return die() if left[0] < 0 else replace(path, new)
+
+        child = os.fork()
+        if child == 0:
+            monkeypatch.setattr(Path, "replace", counted)
+            save()
+            os._exit(0)
+        done = os.waitpid(child, 0)[1] == 0
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(out).state_dict()
+        except OSError:
+            assert not done
+            found.add("none")
+        else:
+            assert all(torch.equal(loaded[name], x) for name, x in model.state_dict().items())
+            found.add("new")
+        if done:
+            break
+    assert done and found == {"none", "new"}
 
 
 @pytest.mark.slow

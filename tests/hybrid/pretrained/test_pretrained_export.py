@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.checkpoint import CheckpointError
 from fusemesh.hybrid.checkpoint.chunks import StoredModel
 from fusemesh.hybrid.hugging_face.export import export_pretrained
-from fusemesh.hybrid.hugging_face.exports.shards import SourceFiles
+from fusemesh.hybrid.hugging_face.exports.documents import keep_small_files
+from fusemesh.hybrid.hugging_face.exports.shards import INDEX, SourceFiles
 from fusemesh.hybrid.hugging_face.exports.target import MARKER
 from fusemesh.hybrid.hugging_face.folder import read_folder
 from fusemesh.hybrid.hugging_face.merge import EXPORT, export_plan, merge_pretrained
@@ -74,10 +76,10 @@ def test_a_whole_model_goes_back_to_the_byte(tmp_path: Path, name: str, kind: st
     ("layout", "families"),
     [
         ("dp2 x tp2", SOME[:1]),
-        ("fsdp4", SOME[2:]),
+        ("pp2 x fsdp2", SOME[2:]),
         *(
             pytest.param(layout, EVERY, marks=pytest.mark.slow)
-            for layout in ("single", "fsdp4", "tp4", "dp2 x tp2", "fsdp2 x tp2")
+            for layout in ("single", "fsdp4", "tp4", "dp2 x tp2", "fsdp2 x tp2", "pp2 x tp2", "pp4")
         ),
     ],
 )
@@ -98,7 +100,9 @@ def test_ranks_write_what_they_have_read_to_the_byte(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("dp2 x tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dp2 x tp2", "pp2 x tp2"))]
+)
 def test_a_save_is_what_transformers_saves_to_the_byte(rank_pool: RankPool, tmp_path: Path, layout: str) -> None:
     """Where there is no folder to follow: the same files, cut at the same places, under the same headers."""
     kinds = [("qwen3", CAUSAL, "40KB"), ("llama", CAUSAL, 3000), ("marian", PAIRS, "1.5MB")]
@@ -166,6 +170,42 @@ def test_weights_that_are_not_tied_are_both_written(tmp_path: Path) -> None:
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
+def test_a_folder_that_holds_a_tied_weight_twice(tmp_path: Path) -> None:
+    """Complaint: no lm_head.weight where the config says tied and the file holds both. It is written once."""
+    folder = make_folder(tmp_path / "source", "qwen3")
+    shard = next(s for s in SourceFiles.of(read_folder(folder)).shards if "model.embed_tokens.weight" in s.entries)
+    tensors = load_file(folder / shard.file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / shard.file)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = shard.file
+    (folder / INDEX).write_text(json.dumps(index))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    report = export_pretrained(model, tmp_path / "out", folder)
+    assert report.left_out == ("lm_head.weight",) and not report.added
+    assert "lm_head.weight" not in json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
+    for one, other in zip(logits(folder, CAUSAL), logits(tmp_path / "out", CAUSAL), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_each_tensor_keeps_the_dtype_of_its_own(tmp_path: Path) -> None:
+    """In a folder of several, in one file with no index; and by what a checkpoint knows when the folder is gone."""
+    folder = make_folder(tmp_path / "source", "llama", dtype=torch.bfloat16, shard="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {name: x.float() + 1e-6 if "norm" in name else x for name, x in tensors.items()}
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    export_pretrained(model, tmp_path / "out", folder)
+    assert contents(folder) == contents(tmp_path / "out")
+    known = json.loads(json.dumps(export_plan(model, read_folder(folder))))
+    kept = keep_small_files(folder, tmp_path / "run")
+    want = contents(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="small_files: expected the folder of the tokenizer's"):
+        export_pretrained(model, tmp_path / "other", known)
+    export_pretrained(model, tmp_path / "other", known, small_files=kept)
+    assert contents(tmp_path / "other") == want
+
+
 def test_names_of_the_folder_are_kept(tmp_path: Path) -> None:
     """Without the base model's prefix, and the old names of norms; with a new head they are the model's own."""
     folder = tmp_path / "source"
@@ -186,7 +226,10 @@ def test_names_of_the_folder_are_kept(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("layout", "families"),
-    [("fsdp2", SOME[:1]), pytest.param("dp2 x tp2", EVERY, marks=pytest.mark.slow)],
+    [
+        ("fsdp2", SOME[:1]),
+        *(pytest.param(layout, EVERY, marks=pytest.mark.slow) for layout in ("dp2 x tp2", "pp2 x tp2")),
+    ],
 )
 def test_a_checkpoint_is_merged_into_what_its_ranks_export(
     rank_pool: RankPool, tmp_path: Path, layout: str, families: list[tuple[str, str]]

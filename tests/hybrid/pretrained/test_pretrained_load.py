@@ -22,7 +22,8 @@ from fusemesh.hybrid.ranks.testing import RankPool  # noqa: E402
 from tests.support.pretrained.folders import CAUSAL, PRETRAINED, make_folder  # noqa: E402
 from tests.support.ranks import pretrained_load as ranks  # noqa: E402
 
-WITH_TP = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
+ALL = tuple(PRETRAINED)
+LAYOUTS = ("fsdp4", "tp4", "dp2 x tp2", "fsdp2 x tp2", "pp2 x tp2", "pp2 x fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,9 @@ def check_whole(path: Path, kind: str) -> None:
     ("layout", "names"),
     [
         ("fsdp4", ("t5",)),
-        ("fsdp2 x tp2", ("qwen2",)),
-        pytest.param("fsdp4", tuple(PRETRAINED), marks=pytest.mark.slow),
-        *(pytest.param(layout, WITH_TP, marks=pytest.mark.slow) for layout in ("tp4", "dp2 x tp2", "fsdp2 x tp2")),
+        ("fsdp2 x tp2", ("qwen2", "gpt2")),
+        ("pp2 x tp2", ("qwen3", "marian")),
+        *(pytest.param(layout, ALL, marks=pytest.mark.slow) for layout in LAYOUTS),
     ],
 )
 def test_on_a_mesh(rank_pool: RankPool, folders: dict[str, Path], layout: str, names: tuple[str, ...]) -> None:

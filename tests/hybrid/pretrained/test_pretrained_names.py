@@ -193,8 +193,8 @@ def test_all_ranks_refuse_what_one_refuses(tmp_path: Path, rank_pool: RankPool) 
     for said, read in rank_pool.run(ranks.refusals, "fsdp2", str(path), CAUSAL, "", ranks=2):
         assert "expected shape [40], received [48]" in said and read == 0
     path = saved(tmp_path / "other", "llama")
-    for said, _ in rank_pool.run(ranks.refusals, "fsdp2", str(path), CAUSAL, "file", ranks=2):
-        assert "as when its header was read, received" in said and "load again when nobody writes to it" in said
+    for said, read in rank_pool.run(ranks.refusals, "fsdp2", str(path), CAUSAL, "file", ranks=2):
+        assert "bytes, as when its header was read, received" in said and "that all machines see" in said and read == 0
 
 
 @pytest.mark.distributed

@@ -14,7 +14,7 @@ import transformers
 import fusemesh
 from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.hugging_face.export import ExportReport, export_pretrained
-from fusemesh.hybrid.hugging_face.exports import placing
+from fusemesh.hybrid.hugging_face.exports import placing, slices
 from fusemesh.hybrid.hugging_face.exports.documents import keep_small_files
 from fusemesh.hybrid.hugging_face.folder import read_folder
 from fusemesh.hybrid.hugging_face.merge import EXPORT, export_plan
@@ -38,24 +38,27 @@ def exported(world: World, text: str, cases: list[tuple[str, str, str]], dtype: 
 
 
 def counted(world: World, text: str, kind: str, folder: str, target: str) -> dict[tuple[str, int, int], int]:
-    """Export; return how often this rank has written which bytes of which file, without headers, on each call."""
+    """Export; return how often this rank has written which bytes of which file, without headers.
+
+    Already parts of 500 bytes are written by all that hold them, each a share.
+    """
     model = loaded(world, text, kind, folder)
     found: Counter[tuple[str, int, int]] = Counter()
-    held: list[int] = []
     before = os.pwrite
 
     def pwrite(file: int, content: Any, at: int) -> int:
         path = Path(os.readlink(f"/proc/self/fd/{file}"))
         if at:
             found[path.name, at, len(content)] += 1
-            held.append(len(content))
         return before(file, content, at)
 
     placing.os.pwrite = pwrite  # type: ignore[attr-defined]
+    slices.SHARED_FROM, shared_from = 500, slices.SHARED_FROM
     try:
         export_pretrained(model, target, folder)
     finally:
         placing.os.pwrite = before  # type: ignore[attr-defined]
+        slices.SHARED_FROM = shared_from
     return dict(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.hugging_face import reading
+from fusemesh.hybrid.hugging_face.families import prepare
 from fusemesh.hybrid.hugging_face.folder import read_folder
 from fusemesh.hybrid.hugging_face.load import LoadReport, load_pretrained
 from fusemesh.hybrid.layout import Layout
@@ -22,11 +23,16 @@ from fusemesh.hybrid.ranks.join import World, build_mesh
 
 @dataclass
 class Loaded:
-    """The report of one rank, the bytes of the folder, and names whose values are not from_pretrained's."""
+    """The report of one rank, the bytes of the folder, names whose values are not from_pretrained's, and all names."""
 
     report: LoadReport
     nbytes: int
-    wrong: list[str] = field(default_factory=list)
+    wrong: list[str]
+    held: list[str]
+
+
+# Of ranks, which all write to one terminal.
+transformers.logging.disable_progress_bar()
 
 
 def on_meta(path: str, kind: str) -> Any:
@@ -41,10 +47,11 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in held.items()}
 
 
-def differing(want: Any, got: Any) -> list[str]:
-    """Names of which one of the models has none, or another value, to the bit."""
+def differing(want: Any, got: Any, *, stage: bool = False) -> list[str]:
+    """Names of which one of the models has none, or another value, to the bit; a stage may lack some."""
     first, second = tensors(want), tensors(got)
-    return [name for name in first.keys() | second.keys() if not _same(first.get(name), second.get(name))]
+    names = second.keys() if stage else first.keys() | second.keys()
+    return [name for name in names if not _same(first.get(name), second.get(name))]
 
 
 def _same(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
@@ -57,10 +64,14 @@ def from_folders(world: World, text: str, folders: list[tuple[str, str]]) -> lis
     mesh = build_mesh(layout, world)
     found = []
     for path, kind in folders:
-        model = parallelize(on_meta(path, kind), mesh, layout)
+        model, want = on_meta(path, kind), getattr(transformers, kind).from_pretrained(path)
+        for each in (model, want):
+            prepare(each)
+        model = parallelize(model, mesh, layout)
         report = load_pretrained(model, path)
-        want = getattr(transformers, kind).from_pretrained(path)
-        found.append(Loaded(report, read_folder(path).nbytes, differing(want, model)))
+        wrong = differing(want, model, stage=layout.pp > 1)
+        held = sorted(name for name, _ in model.named_parameters(remove_duplicate=False))
+        found.append(Loaded(report, read_folder(path).nbytes, wrong, held))
     return found
 
 
