@@ -68,7 +68,9 @@ def parallelize(
         mesh: from :func:`fusemesh.hybrid.ranks.join.build_mesh`.
         layout: the degrees of the mesh's axes.
         plan: for tp, name patterns of plain torch modules and how each is split, such as ``{"layers.*.query":
-            "column"}``; see :mod:`fusemesh.hybrid.tensor.table` for the styles. None takes a Hugging Face model's own.
+            "column"}``; see :mod:`fusemesh.hybrid.tensor.table` for the styles. None takes that of a Hugging Face
+            model's family, for which :func:`~fusemesh.hybrid.hugging_face.families.prepare` cuts fused projections
+            (call it without tp, too, where checkpoints are to fit layouts with it), or the model's own.
         sequence_parallel: whether activations between the matmuls are split along the sequence over tp. The sequence
             length must then be a multiple of tp. With a plan they are only where it has the style ``sequence``.
         dtype: of the computation; None computes in the parameters' own. Floating-point tensors that the model and its

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fusemesh.kernels import op_rules
@@ -119,6 +120,9 @@ def mark(model: nn.Module) -> None:
         if mixin is not PlacedPart:
             # Before fully_shard's own, which gathers.
             module.register_forward_pre_hook(_refuse_transforms, prepend=True)
+        if mixin is PlacedGenerator and module is model and getattr(module.config, "is_encoder_decoder", False):
+            # It runs the encoder by itself, before any forward of the model has gathered the embedding.
+            register_fsdp_forward_method(module, "generate")
 
 
 # They make others of their class, of slices of themselves; copying goes on to their members.

@@ -50,7 +50,7 @@ FAMILIES = (
     Family("gpt2", ("gpt2",), tables.GPT2, cut_gpt2, "c_attn.value", ("num_heads", "split_size")),
     Family("bert", ("bert",), tables.BERT, query="query", counts=("num_attention_heads", "all_head_size")),
     Family("roberta", ("roberta",), tables.ROBERTA, query="query", counts=("num_attention_heads", "all_head_size")),
-    Family("distilbert", ("distilbert",), tables.DISTILBERT, query="q_lin", counts=("n_heads",)),
+    Family("distilbert", ("distilbert",), tables.DISTILBERT, query="q_lin", counts=("n_heads", "dim")),
     Family("t5", ("t5",), tables.T5, query="q", counts=("n_heads", "inner_dim")),
     Family("marian", ("marian",), tables.BART, query="q_proj", counts=("num_heads",)),
     Family("bart", ("bart",), tables.BART, query="q_proj", counts=("num_heads",)),

@@ -21,6 +21,7 @@ from fusemesh.hybrid import checkpoint
 from fusemesh.hybrid.apply import parallelize
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh, distributed
+from fusemesh.kernels import backends
 from fusemesh.models.registry import maker_of
 from fusemesh.run.agreement import check_same, entries_of
 from fusemesh.run.settings import Settings
@@ -161,7 +162,10 @@ def joined(values: dict[str, Any], further: Mapping[str, Any] | None = None) -> 
         torch.set_num_threads(settings.config.run.threads)
     with distributed(settings.config.run.device) as world:
         check_same(entries_of(settings, world.device.type, further or {}))
-        yield Run(settings, world)
+        # A Hugging Face model's layers name none; "auto" leaves it to FUSEMESH_BACKEND.
+        backend = settings.config.run.backend
+        with contextlib.nullcontext() if backend == "auto" else backends.use_backend(backend):
+            yield Run(settings, world)
 
 
 def plain_model(task: Task) -> Any:

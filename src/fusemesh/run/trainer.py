@@ -33,7 +33,7 @@ from fusemesh.run.fingerprint import fingerprint, with_absolute_paths
 from fusemesh.run.metrics import OUT, MetricsWriter
 from fusemesh.run.optimizer import build_optimizer, learning_rate
 from fusemesh.run.progress import StepMetrics, StepResult, progress_bar
-from fusemesh.run.setup import Run, joined, plain_model
+from fusemesh.run.setup import Run, joined
 from fusemesh.tasks.registry import build_task, with_length
 
 logger = logging.getLogger("fusemesh")
@@ -72,7 +72,7 @@ class Trainer:
         self.maker = maker_of(self.task.config)
         if source is None:
             checkpoint.on_first_rank(lambda: self.maker.keep(make_folder(self.folder / "checkpoints", what=OUT)))
-        model = plain_model(self.task)
+        model = self.maker.build(self.task)
         # Counted before a rank of pp gives the other stages' away.
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model, self.mesh = run.place(model)

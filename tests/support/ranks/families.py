@@ -13,8 +13,9 @@ from fusemesh.hybrid.data_parallel import sum_over_replicas
 from fusemesh.hybrid.hugging_face.sources import Source, sources_of
 from fusemesh.hybrid.layout import Layout
 from fusemesh.hybrid.ranks.join import World, build_mesh
+from fusemesh.integrations.transformers import interface as ours
 from tests.support.hugging_face import KeepDouble
-from tests.support.pretrained.folders import CAUSAL, CLASSES, PAIRS, SPANS, VOCABULARY, make_model
+from tests.support.pretrained.folders import CAUSAL, CLASSES, PAIRS, PRETRAINED, SPANS, VOCABULARY, make_model
 from tests.support.ranks.plan import own
 
 BATCH, LENGTH = 4, 9
@@ -22,11 +23,12 @@ END = 2
 LENGTHS = torch.tensor([9, 6, 8, 4])
 
 
-def batch(kind: str) -> dict[str, torch.Tensor]:
+def batch(kind: str, changed: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the inputs and ``targets`` of all replicas; samples are padded behind, and end in the end of a text."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    ids[:, 1] = VOCABULARY - 1
+    vocabulary = min(changed.get(key, VOCABULARY) for key in ("vocab_size", "decoder_vocab_size"))
+    ids = torch.randint(3, vocabulary, (BATCH, LENGTH), generator=generator)
+    ids[:, 1] = vocabulary - 1
     kept = torch.arange(LENGTH) < LENGTHS[:, None]
     ids[torch.arange(BATCH), LENGTHS - 1] = END
     found = {"input_ids": ids.where(kept, 0), "attention_mask": kept.long()}
@@ -40,12 +42,15 @@ def batch(kind: str) -> dict[str, torch.Tensor]:
     else:
         found["decoder_input_ids"] = ids.flip(1)[:, :7]
         found["targets"] = ids.flip(1)[:, 1:8].where(torch.arange(7) < LENGTHS[:, None] - 1, -100)
+    if changed.get("add_cross_attention"):
+        found["encoder_hidden_states"] = torch.randn(BATCH, 5, 32, generator=generator, dtype=torch.float64)
     return found
 
 
-def loss(model: Any, kind: str, targets: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the sum over a replica's targets divided by the count of all replicas', in the logits' dtype."""
-    count = (batch(kind)["targets"] != -100).sum()
+def loss(model: Any, kind: str, inputs: dict[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
+    """Return the sum over a replica's targets divided by the ``count`` of all replicas', in the logits' dtype."""
+    inputs = dict(inputs)
+    targets = inputs.pop("targets")
     # transformers' caches would be filled in vain.
     output = model(**inputs, **({"use_cache": False} if kind in (CAUSAL, PAIRS) else {}))
     if kind == SPANS:
@@ -57,8 +62,9 @@ def loss(model: Any, kind: str, targets: torch.Tensor, inputs: dict[str, torch.T
 
 def build(name: str, kind: str, changed: dict[str, Any]) -> Any:
     """Return the model in fp64, with PyTorch's attention, or eager where transformers has no other of the family."""
+    ours.register()
     implementation = "eager" if name == "gemma2" else "sdpa"
-    model = make_model(name, kind, attn_implementation=implementation, **changed).double()
+    model = make_model(name, kind, **{"attn_implementation": implementation, **changed}).double()
     draw(model)
     return model
 
@@ -87,10 +93,8 @@ _TABLES = ("embed_tokens", "wte", "wpe", "shared", "word_embeddings", "position_
 _TABLES += ("embed_positions", "relative_attention_bias")
 
 
-def learned(model: Any, kind: str, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def learned(model: Any, value: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss of a replica and every gradient, whole, with the norm of all as ``norm``."""
-    targets = inputs.pop("targets")
-    value = loss(model, kind, targets, inputs)
     value.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     found = {"norm": whole(norm)}
@@ -107,7 +111,8 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 def on_one(name: str, kind: str, changed: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Plain transformers in one process: ``loss``, ``norm`` and every gradient."""
     with KeepDouble():
-        value, found = learned(build(name, kind, changed), kind, batch(kind))
+        model, inputs = build(name, kind, changed), batch(kind, changed)
+        value, found = learned(model, loss(model, kind, inputs, (inputs["targets"] != -100).sum()))
     return {"loss": value, **found}
 
 
@@ -117,12 +122,41 @@ def on_layout(
     """The same on a mesh, where each tensor stands on disk, and each parameter's placement on tp; of rank 0 alone."""
     layout = Layout.parse(text)
     mesh = build_mesh(layout, world)
-    inputs = {key: own(x, layout, world.rank) for key, x in batch(kind).items()}
-    with KeepDouble():
+    inputs = batch(kind, changed)
+    count = (inputs["targets"] != -100).sum()
+    inputs = {key: own(x, layout, world.rank) for key, x in inputs.items()}
+    with KeepDouble(), fusemesh.use_backend("reference"):
         model = fusemesh.parallelize(build(name, kind, changed), mesh, layout)
-        value, found = learned(model, kind, inputs)
+        value, found = learned(model, loss(model, kind, inputs, count))
     found["loss"] = sum_over_replicas(value, mesh)
     if world.rank:
         return None
     placements = {key: str(p.placements[-1]) for key, p in model.named_parameters(remove_duplicate=False)}
     return found, sources_of(model), placements
+
+
+def generated(world: World | None, text: str, name: str) -> torch.Tensor:
+    """Greedy tokens on a mesh, or (world None) alone; each replica has all samples."""
+    kind = PRETRAINED[name].kinds[0]
+    inputs = batch(kind, {})
+    with KeepDouble():
+        model = build(name, kind, {})
+        if world is not None:
+            layout = Layout.parse(text)
+            fusemesh.parallelize(model, build_mesh(layout, world), layout)
+        mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        return model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+
+
+def refused(world: World, text: str, name: str, changed: dict[str, Any], wrapped: str) -> str:
+    """The message with which parallelize refuses a model, in which a module may stand in a wrapper."""
+    layout = Layout.parse(text)
+    model = make_model(name, **changed)
+    if wrapped:
+        parent, _, child = wrapped.rpartition(".")
+        setattr(model.get_submodule(parent), child, torch.nn.Sequential(model.get_submodule(wrapped)))
+    try:
+        fusemesh.parallelize(model, build_mesh(layout, world), layout)
+    except ValueError as error:
+        return str(error)
+    return ""
