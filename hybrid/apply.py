@@ -93,7 +93,7 @@ def parallelize(
     capabilities_of(model, plan).check(layout)
     if layout.pp > 1:
         as_trainable(model)
-    layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **_sizes(model))
+    layout.validate(world_size=mesh.size(), virtual_stages=options.virtual_stages, **checked_sizes(model))
     if layout.tp > 1 and plan is None:
         families.prepare(model)
     table = find_table(model, plan, layout.tp)
@@ -198,7 +198,7 @@ def _set_places(model: nn.Module, replica: int) -> None:
             vars(module)["fusemesh_place"] = Place(heads, replica)
 
 
-def _sizes(model: nn.Module) -> dict[str, Any]:
+def checked_sizes(model: nn.Module) -> dict[str, Any]:
     """Return the sizes in the model's configuration that a layout must fit."""
     config = getattr(model, "config", None)
     names = ("num_heads", "num_kv_heads", "intermediate_size")

@@ -120,6 +120,11 @@ class TrainableModel(PipelinedModel):
         return kind_of(self)
 
     @property
+    def border(self) -> int | None:
+        """Return the number of an encoder's blocks, that a decoder's follow; None of a model with one stack."""
+        return border_of(self)
+
+    @property
     def blocks(self) -> list[nn.Module]:  # type: ignore[override]
         """Return all blocks, an encoder's before its decoder's; with pp those of this rank."""
         return [block for stack in stacks_of(self).values() for block in stack]

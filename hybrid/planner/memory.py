@@ -61,12 +61,15 @@ def stored(
 
     AdamW has two states of a parameter's size and a step count of 4 bytes.
     """
-    elements = count = 0
+    elements = frozen = count = 0
     for weights, times in model.share(layout, stage, job.pipeline.virtual_stages).groups:
-        elements += times * sum(w.local(layout.tp, layout.fsdp, tp_rank, fsdp_rank) for w in weights)
-        count += times * len(weights)
-    held = job.master * elements
-    return held, held, 2 * held + 4 * count
+        for weight in weights:
+            local = times * weight.local(layout.tp, layout.fsdp, tp_rank, fsdp_rank)
+            elements += local
+            frozen += local if weight.is_frozen else 0
+            count += 0 if weight.is_frozen else times
+    gradients = job.master * (elements - frozen)
+    return job.master * elements, gradients, 2 * gradients + 4 * count
 
 
 def saved_by_layer(model: ModelDescription, layer: Layer, job: TrainingJob, tp: int, samples: int, device: str) -> int:

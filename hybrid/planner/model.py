@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,13 +25,15 @@ class Weight:
     """One parameter of the whole model.
 
     shape: of the whole tensor. split: how tp cuts it: ``rows`` (by :func:`own_rows`), ``columns``, ``heads`` (rows,
-    but stored whole where there are fewer heads than ranks), or ``whole``. heads: for ``heads``, how many.
+    but stored whole where there are fewer heads than ranks), or ``whole``. heads: for ``heads``, how many. is_frozen:
+    whether it is not trained, and so has no gradient.
     """
 
     name: str
     shape: tuple[int, ...]
     split: str = "whole"
     heads: int = 0
+    is_frozen: bool = False
 
     @property
     def numel(self) -> int:
@@ -81,7 +83,7 @@ def weights_of(module: nn.Module) -> tuple[Weight, ...]:
                 )
             heads = part.num_heads if isinstance(part, ColumnParallelLinear) else None
             split = "heads" if heads is not None else _split(part.placements()[name][0])
-            found[id(parameter)] = Weight(full, tuple(parameter.shape), split, heads or 0)
+            found[id(parameter)] = Weight(full, tuple(parameter.shape), split, heads or 0, not parameter.requires_grad)
     return tuple(found.values())
 
 
@@ -131,16 +133,22 @@ class Head:
     ``texts``: a row for each text, by a linear layer on the mean of its tokens. ``positions``: ``outputs`` rows for
     each text of a logit for each position, by products of the tokens with as many vectors made of the mean of some;
     every rank of tp makes all of these vectors. gathered: whether each rank of tp has the logits of a token whole, and
-    so the loss, as Hugging Face's plans have it.
+    so the loss, as Hugging Face's plans have it. is_whole: whether tp does not split the head, so that each rank
+    computes all of it.
     """
 
     outputs: int
     of: str = "tokens"
     gathered: bool = False
+    is_whole: bool = False
 
     def __post_init__(self) -> None:
         assert self.of in ("tokens", "texts", "positions"), self.of
-        assert self.of == "tokens" or not self.gathered
+        assert (self.of == "tokens" and not self.is_whole) or not self.gathered
+
+    def own_outputs(self, tp: int) -> int:
+        """Return the outputs that the first rank of ``tp`` computes."""
+        return self.outputs if self.is_whole else own_rows(self.outputs, tp, 0).stop
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,9 @@ class ModelDescription:
     sequence_length: tokens of a sample in training, unless the job says otherwise; source and target of an
     encoder-decoder have so many each. layers: the encoder's first. outer: the parameters of no layer. gated: whether
     the feed-forward multiplies by a second projection. layer_norm: layer norms with biases; False: RMS norms. rotary:
-    whether queries and keys are turned by their positions. capabilities: of the class that is trained.
+    whether queries and keys are turned by their positions. capabilities: of the class that is trained. fits: called
+    with a layout and virtual stages, raises ValueError where the class's own modules cannot be split so, in the words
+    of parallelize; None: the sizes here say all.
     """
 
     name: str
@@ -199,6 +209,7 @@ class ModelDescription:
     layer_norm: bool = False
     rotary: bool = True
     capabilities: Capabilities = EVERYTHING
+    fits: Callable[[Layout, int], None] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def num_layers(self) -> int:

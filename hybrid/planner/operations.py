@@ -79,7 +79,7 @@ class Local:
             kv_heads=max(1, model.num_kv_heads // tp),
             wide=own_rows(model.intermediate_size, tp, 0).stop,
             vocab=own_rows(model.vocab_size, tp, 0).stop,
-            outputs=rows * (head.outputs if is_whole else own_rows(head.outputs, tp, 0).stop),
+            outputs=rows * (head.outputs if is_whole else head.own_outputs(tp)),
         )
 
 
@@ -125,20 +125,20 @@ def last_operations(model: ModelDescription, job: TrainingJob, tp: int, samples:
     found = _norm("norm", model, device, at.own_tokens * hidden * item)
     rows = at.tokens
     if head.of == "tokens":
-        found += _enter("head.enter", at.tokens * hidden * item, job, tp)
-        found += _matmul("head", at.tokens, own_rows(head.outputs, tp, 0).stop, hidden, item)
+        found += _enter("head.enter", at.tokens * hidden * item, job, 1 if head.is_whole else tp)
+        found += _matmul("head", at.tokens, head.own_outputs(tp), hidden, item)
     else:
         rows = samples * (head.outputs if head.of == "positions" else 1)
         found += _mean(model, job, at, tp, samples)
         if head.of == "texts":
-            found += _matmul("head", samples, own_rows(head.outputs, tp, 0).stop, hidden, item)
+            found += _matmul("head", samples, head.own_outputs(tp), hidden, item)
         else:
             found += _matmul("head.query", samples, head.outputs * hidden, hidden, item)
             found += _matmul("head", at.own_tokens, head.outputs, hidden, item)
     found += _elementwise("loss", _LOSS, at.outputs * 4, calls=6)
     if tp > 1 and head.gathered:
         found.append(Operation("head.gather", "tp", False, size=at.outputs * item, collective="all_gather"))
-    elif tp > 1 and (head.of != "positions" or job.sequence_parallel):
+    elif tp > 1 and not head.is_whole and (head.of != "positions" or job.sequence_parallel):
         found += [
             Operation("loss.maximum", "tp", False, size=rows * 4, collective="all_reduce"),
             Operation("loss.sums", "tp", False, size=rows * 8, collective="all_reduce"),
@@ -210,7 +210,7 @@ def _mean(model: ModelDescription, job: TrainingJob, at: Local, tp: int, samples
         size = samples * model.hidden_size * job.item
         if job.sequence_parallel:
             yield Operation("head.mean", "tp", False, size=size, collective="all_reduce")
-        if model.head.of == "texts" or job.sequence_parallel:
+        if (model.head.of == "texts" and not model.head.is_whole) or job.sequence_parallel:
             yield Operation("head.mean", "tp", True, size=size, collective="all_reduce")
 
 

@@ -19,10 +19,10 @@ from .model import Head, Layer, ModelDescription, Outer, Weight
 
 # A model_type of transformers: what parallelize() can do with its decoder.
 FAMILIES = {
-    "llama": Capabilities("LlamaForCausalLM", tp=True, pp=True, sequence_parallel=False),
-    "mistral": Capabilities("MistralForCausalLM", tp=True, pp=True, sequence_parallel=False),
-    "qwen2": Capabilities("Qwen2ForCausalLM", tp=True, pp=True, sequence_parallel=False),
-    "gpt2": Capabilities("GPT2LMHeadModel", tp=True, pp=True, sequence_parallel=False),
+    "llama": Capabilities("LlamaForCausalLM", tp=True, pp=True, sequence_parallel=False, family="llama"),
+    "mistral": Capabilities("MistralForCausalLM", tp=True, pp=True, sequence_parallel=False, family="mistral"),
+    "qwen2": Capabilities("Qwen2ForCausalLM", tp=True, pp=True, sequence_parallel=False, family="qwen2"),
+    "gpt2": Capabilities("GPT2LMHeadModel", tp=True, pp=True, sequence_parallel=False, family="gpt2"),
 }
 
 

@@ -126,6 +126,8 @@ def check(model: ModelDescription, job: TrainingJob, hardware: Hardware, layout:
             f"tp: tp{layout.tp} would leave a node of {hardware.ranks_per_node} ranks, whose links its collectives "
             f"need; use a tp that divides {hardware.ranks_per_node}, or --gpus-per-node"
         )
+    if model.fits is not None:
+        model.fits(layout, job.pipeline.virtual_stages)
     layout.validate(
         num_layers=model.num_layers,
         num_heads=model.num_heads,

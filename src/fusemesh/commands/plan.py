@@ -16,9 +16,7 @@ USAGE = "[options]"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "--model", metavar="NAME", help="such as llama3-8b, or a Hugging Face config.json; default: our run"
-    )
+    parser.add_argument("--model", metavar="NAME", help="such as llama3-8b, or a Hugging Face folder; default: our run")
     parser.add_argument("--config", metavar="FILE", help="TOML file of our run; the options of its keys win over it")
     parser.add_argument("--world", type=int, metavar="N", help="ranks; default for our run: GPUs, or cores")
     parser.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, a JSON file, or local: measure this machine")

@@ -115,6 +115,24 @@ def task_of_class(name: str) -> str:
     return next((task for end, task in _HEADS.items() if name.endswith(end)), "")
 
 
+def own_task(config: Any) -> str:
+    """Return the task of the head that a configuration's architecture has; of one that names none, its family's.
+
+    Raises:
+        ValueError: its architecture has no head, and its family, of encoders, several.
+    """
+    made = (list(getattr(config, "architectures", None) or []) or [""])[0]
+    own = task_of_class(made)
+    if not made and config.model_type not in (*_ENCODERS, "distilbert"):
+        own = "translation" if getattr(config, "is_encoder_decoder", False) else "language_model"
+    if not own:
+        raise ValueError(
+            f"--task: expected {', '.join(AUTO_CLASSES)} of a model whose config.json names no head under "
+            f"architectures, received none for {made or config.model_type!r}"
+        )
+    return own
+
+
 def check_task(config: Any, path: str, task: str) -> None:
     """Check that a folder's model can be trained for a task.
 

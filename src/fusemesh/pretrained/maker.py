@@ -164,9 +164,9 @@ class PretrainedModel(ModelMaker):
         return str(target)
 
     def describe(self, task: Task) -> ModelDescription:
-        from fusemesh.hybrid.planner.published import find_model
+        from .description import describe_model
 
-        return find_model(self.path)
+        return describe_model(self.build(task), self.path)
 
     def check_generating(self, layout: Layout) -> None:
         if layout.pp > 1:

@@ -13,7 +13,7 @@ from fusemesh.hybrid.planner import search
 from fusemesh.hybrid.planner.hardware import Hardware, bytes_of, find_hardware, named_hardware
 from fusemesh.hybrid.planner.job import TrainingJob
 from fusemesh.hybrid.planner.model import ModelDescription
-from fusemesh.hybrid.planner.published import find_model
+from fusemesh.hybrid.planner.published import find_model, named_models
 from fusemesh.hybrid.planner.search import Choice, RankedLayouts, Rejected, gib
 from fusemesh.models.registry import maker_of
 from fusemesh.run.settings import load_config, pipeline_options
@@ -94,13 +94,14 @@ def request(
     Raises:
         ValueError: named by the flag.
     """
-    if options.model is not None and (options.config is not None or overrides):
-        given = "--config" if options.config is not None else f"--{next(iter(overrides))}"
+    others = {key: value for key, value in overrides.items() if key != "task"}
+    if options.model is not None and (options.config is not None or others):
+        given = "--config" if options.config is not None else f"--{next(iter(others))}"
         raise ValueError(f"--model: expected it alone, or without it our run's options, received {given} as well")
     if options.world is not None and options.world < 1:
         raise ValueError(f"--world: expected at least 1, received {options.world}")
     if options.model is not None:
-        model, world = find_model(options.model), options.world
+        model, world = _model_named(options.model, overrides.get("task")), options.world
         if world is None:
             raise ValueError("--world: expected the number of ranks that --model is to be trained on, received none")
         length = options.sequence or model.sequence_length
@@ -134,6 +135,24 @@ def request(
         gpu, world, dtype=job.dtype, threads=threads, memory=options.memory, per_node=options.gpus_per_node
     )
     return model, job, hardware, world, layout
+
+
+def _model_named(name: str, task: str | None) -> ModelDescription:
+    """Return a model by its published name, or of a Hugging Face folder or config, for a task.
+
+    Raises:
+        ValueError: there is none, or it is not trained for the task.
+    """
+    from fusemesh.pretrained import description
+
+    if name.lower() not in named_models() and description.is_folder(name):
+        return description.describe_folder(name, task)
+    if task not in (None, "language_model"):
+        raise ValueError(
+            f"--task: expected language_model of {name!r}, a decoder by its sizes, received {task}; with another give "
+            "a folder of transformers, which must be installed"
+        )
+    return find_model(name)
 
 
 def _asked_layout(options: argparse.Namespace, world: int) -> Layout | None:
