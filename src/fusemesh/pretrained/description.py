@@ -148,7 +148,7 @@ def _parameters(model: TrainableModel) -> tuple[tuple[Layer, ...], tuple[Outer, 
 def _sight(model: TrainableModel, number: int) -> dict[str, Any]:
     """Return which tokens block ``number`` sees, as arguments of :class:`Layer`."""
     config = model.config
-    if model.anatomy.is_pair:
+    if model.border is not None:
         in_decoder = number >= model.border
         return {"causal": in_decoder, "with_memory": in_decoder}
     encodes = config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)
