@@ -9,11 +9,11 @@ import triton.language as tl
 
 from .. import env
 
-_VERSION = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
+VERSION = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
 # cp.async writes through the generic proxy, and products read through the asynchronous one: PTX asks for a fence
 # between. Up to 3.7.0 Triton issues none; the interpreter has no proxies. On sm_100 its pipeliner fails at the assembly
 # (products there wait in tensor memory), so that kernels for sm_100 stay without the fence before 3.7.1.
-LEFT_OUT: tl.constexpr = tl.constexpr(_VERSION < (3, 7, 1) and not env.INTERPRET)
+LEFT_OUT: tl.constexpr = tl.constexpr(VERSION < (3, 7, 1) and not env.INTERPRET)
 
 
 @triton.jit
