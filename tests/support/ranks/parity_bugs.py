@@ -145,14 +145,14 @@ def _local_count() -> list[Any]:
 
 
 def _loss_without(op: str) -> list[Any]:
-    original = vocab_loss._reduce
+    original = vocab_loss.reduce
     left_out = getattr(torch.distributed.ReduceOp, op)
 
     def reduce(x: torch.Tensor, group: Any, op: Any) -> torch.Tensor:
         # The sum over integers is the check of the ids.
         return x if op == left_out and x.is_floating_point() else original(x, group, op)
 
-    return [mock.patch.object(vocab_loss, "_reduce", reduce)]
+    return [mock.patch.object(vocab_loss, "reduce", reduce)]
 
 
 def _scaled_gradients() -> list[Any]:
