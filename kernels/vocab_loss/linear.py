@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import compat
 from ..autocast import autocast_dtype
-from . import chunked
-from .api import by_formula, check_ids, reduce
+from . import api, chunked
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -31,10 +30,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         rows = counted.nonzero().squeeze(1)
         used, own = h[rows], local[rows]
         found = chunked.forward(used, chunked.Head(weight, bias, *head), own)
-        largest = reduce(found.largest.clone(), group, dist.ReduceOp.MAX)
+        largest = api.reduce(found.largest.clone(), group, dist.ReduceOp.MAX)
         # A rank without columns has -inf, of which nothing is left.
         total = torch.where(found.total > 0, found.total * torch.exp(found.largest - largest), 0.0)
-        total, target = reduce(torch.stack([total, found.own]), group, dist.ReduceOp.SUM)
+        total, target = api.reduce(torch.stack([total, found.own]), group, dist.ReduceOp.SUM)
         log_total = torch.log(total)
         ctx.save_for_backward(h, weight, bias, rows, own, largest, log_total)
         ctx.head = head
@@ -96,13 +95,13 @@ def fused_linear_cross_entropy(
     if dtype is not None and h.dtype != torch.float64:
         h, weight, bias = (None if x is None else x.to(dtype) for x in (h, weight, bias))  # type: ignore[assignment]
     _check(h, weight, targets, bias, scale, softcap)
-    check_ids("fused_linear_cross_entropy", targets, weight.shape[0], vocab_start, group, ignore_index)
+    api.check_ids("fused_linear_cross_entropy", targets, weight.shape[0], vocab_start, group, ignore_index)
     targets = targets.long()
     if compat.transforms():
         acc = chunked.wide(h.dtype)
         z = scale * torch.nn.functional.linear(h.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        return by_formula(z, targets, vocab_start, ignore_index)
+        return api.by_formula(z, targets, vocab_start, ignore_index)
     flat = targets.reshape(-1)
     arguments = (h.reshape(-1, h.shape[-1]), weight, bias, flat - vocab_start, flat != ignore_index)
     loss = _FusedLinearCrossEntropy.apply(*arguments, (float(scale), softcap), group)
