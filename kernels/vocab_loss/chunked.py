@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 # Bytes of a chunk's logits. Of 1024 rows on two cores 4 MiB took twice as long, 256 MiB no less.
-_CHUNK_BYTES = 2**26
+CHUNK_BYTES = 2**26
 _LEAST_COLUMNS = 64
 
 
@@ -98,7 +98,7 @@ def backward(
 def _logits(h: torch.Tensor, head: Head, *, slopes: bool) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
     """Yield columns, their logits [N, columns], which the receiver may change, and the softcap's slope there."""
     acc = wide(h.dtype)
-    step = max(_LEAST_COLUMNS, _CHUNK_BYTES // max(1, len(h) * acc.itemsize) // _LEAST_COLUMNS * _LEAST_COLUMNS)
+    step = max(_LEAST_COLUMNS, CHUNK_BYTES // max(1, len(h) * acc.itemsize) // _LEAST_COLUMNS * _LEAST_COLUMNS)
     for start in range(0, len(head.weight), step):
         columns = slice(start, min(start + step, len(head.weight)))
         z = _product(h, head.weight[columns].t())

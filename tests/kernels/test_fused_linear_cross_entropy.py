@@ -56,7 +56,7 @@ class Call:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last one ragged."""
-    monkeypatch.setattr(chunked, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize(("has_bias", "scale", "softcap"), OPTIONS)
@@ -89,7 +89,7 @@ def test_far_from_zero() -> None:
 def test_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(torch.float64)
     small = call.results(call.ours)
-    monkeypatch.setattr(chunked, "_CHUNK_BYTES", 2**30)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 2**30)
     for found, whole in zip(small, call.results(call.ours), strict=True):
         torch.testing.assert_close(found, whole, rtol=1e-13, atol=1e-14)
 
