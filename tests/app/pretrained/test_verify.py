@@ -94,7 +94,7 @@ def test_every_family_and_kind(layout: str, tmp_path: Path) -> None:
 
 
 def test_a_pipeline(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "gemma2", "gemma2")
+    folder = make_folder(tmp_path / "mistral", "mistral")
     with RankPool(2) as pool:
         found = verified(pool, folder, CAUSAL, "pp2")
     assert not found["problems"]
