@@ -16,7 +16,7 @@ from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
 from fusemesh.kernels.vocab_loss.linear import fused_linear_cross_entropy
 
 from ..tensor.modules import ColumnParallelLinear, own_rows
-from .anatomy import Anatomy, base_name
+from .anatomy import Anatomy, base_name, model_type_of
 
 Shape = tuple[int, ...]
 
@@ -71,7 +71,7 @@ def loss(
     """Return the cross entropy of :func:`read`'s logits summed over targets; those of tokens are never whole."""
     if model.kind not in ("tokens", "pair"):
         return summed_loss(read(model, given, inputs), targets)
-    head: Any = model.get_output_embeddings()
+    head = _last_layer(model)
     with _without_product(head) as seen:
         model.plain_forward(model, **given, return_dict=True)
     (h,) = seen
@@ -89,6 +89,15 @@ def loss(
         bias = added if bias is None else bias + added
     cap = getattr(model.config, "final_logit_softcapping", None)
     return fused_linear_cross_entropy(h.to(weight.dtype), weight, targets, bias, softcap=cap, **place).sum()
+
+
+def _last_layer(model: Any) -> Any:
+    """Return the linear layer that makes logits of tokens.
+
+    transformers' own get_output_embeddings() asks for the input's first, which a last stage may not have.
+    """
+    head = model.cls.predictions if model_type_of(model) == "bert" else model.lm_head
+    return head.decoder if model_type_of(model) in ("bert", "roberta") else head
 
 
 @contextlib.contextmanager
