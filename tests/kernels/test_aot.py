@@ -122,9 +122,9 @@ def spills_allowed(op: str, target: str, dtype: torch.dtype, d: int) -> int:
     """Bytes that a thread may spill inside the loops over tiles, all loops of the kernel together.
 
     16-bit: a few addresses and bounds, one more (written and read) beside the fences that the kernels issue for older
-    versions of Triton. fp32 is multiplied as three tf32 products (NVIDIA), whose halves of q, k, v or
-    do the compiler keeps in registers for all of the loop: 2 * D of them a row, too many from 128 on for any tile. For
-    sm_80 ptxas gives up on dbias of 256, and leaves all but 32 registers unused.
+    versions of Triton. fp32 is multiplied as three tf32 products (NVIDIA), whose halves of q, k, v or do the compiler
+    keeps in registers for all of the loop: 2 * D of them a row, too many from 128 on for any tile. For sm_80 ptxas
+    gives up on dbias of 256, and leaves all but 32 registers unused.
     """
     if dtype != torch.float32 or d == 64:
         return 96 + 8 * (fences.LEFT_OUT.value and target == "sm_90")
@@ -152,7 +152,8 @@ def check_attention(target: str, dtype: torch.dtype, d: int, *, has_tiles: bool)
             # It has no loop; ptxas spills a pointer or two of fp32 rows on sm_100.
             assert report.spill_stores + report.spill_loads <= 64, report
             continue
-        tile = tiles.get(op, TARGETS[target], dtype, d, d, has_tiles)
+        # Gradients are asked for: what rounding takes from a 16-bit output is kept.
+        tile = tiles.get(op, TARGETS[target], dtype, d, d, has_tiles, keep_rest=op == "forward" and dtype.itemsize == 2)
         assert report.shared_memory <= tiles.shared_memory(tile, op, TARGETS[target], dtype, d, d, has_tiles), report
         rows = tile.block_n if op == "dkdv" else tile.block_m
         # wgmma and tcgen05 multiply 64 rows or more.
