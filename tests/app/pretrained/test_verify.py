@@ -97,9 +97,8 @@ def test_every_family_and_kind(layout: str, tmp_path: Path) -> None:
                 assert found["compared"] >= 10, (name, kind, found["compared"])
 
 
-def test_a_pipeline(tmp_path: Path) -> None:
+def test_a_pipeline(rank_pool: RankPool, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "mistral", "mistral")
-    with RankPool(2) as pool:
-        found = verified(pool, folder, CAUSAL, "pp2")
+    found = verified(rank_pool, folder, CAUSAL, "pp2")
     assert not found["problems"]
     assert {"model.layers.0", "model.layers.3", "model.norm", "lm_head"} <= set(found["names"])
