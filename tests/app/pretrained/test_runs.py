@@ -84,7 +84,7 @@ def losses_of(configured: Config) -> list[float]:
     return [line["loss"] for line in read_metrics(configured.run.directory) if "loss" in line]
 
 
-LAYOUTS = ["single", "fsdp2 x tp2", pytest.param("pp2 x tp2", marks=pytest.mark.slow)]
+LAYOUTS = ["fsdp2 x tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("single", "pp2 x tp2"))]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -311,6 +311,7 @@ def test_a_head_that_has_the_labels_keeps_their_order(
     assert build_task(runs.settings(folder("bert"), reviews, tmp_path / "run", **asked)).metadata["labels"][0] == "bad"
 
 
+@pytest.mark.slow
 def test_a_safetensors_name_is_refused_for_a_folder(
     folder: Callable[..., Path], run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
