@@ -217,7 +217,7 @@ def test_a_run_goes_on_in_another_layout_where_its_source_has_gone(
     assert saved["state"]["config"]["model"] == {"pretrained": str(source)}
 
 
-@pytest.mark.parametrize("layout", ["single", "pp2 x tp2", pytest.param("tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["single", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pp2 x tp2", "tp2"))])
 def test_a_carried_run_is_evaluated_in_any_layout(
     layout: str, folder: Callable[..., Path], run: Run, text: str, tmp_path: Path, capsys: Any, rank_pool: Any
 ) -> None:
