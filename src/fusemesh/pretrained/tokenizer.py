@@ -18,7 +18,7 @@ from fusemesh.tasks.tokens import Tokens
 from .folder import KEY, check_version, config_of
 
 _FILES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "merges.txt", "tekken.json")
-_SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _BATCH = 256  # documents that are encoded together
 
 
@@ -61,21 +61,23 @@ class FolderTokens(Tokens):
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:
-        """What identifies the tokenizer: SHA-256 of its files, and of what it does where transformers can say that.
+        """What identifies the tokenizer: SHA-256 of its files, of what it does where transformers can say that, and of
+        its chat template.
 
-        Two are one if either is the same: files that are saved again, or that another version of transformers reads.
+        Two are one if either of the first two is the same: files may be saved again, and another version of
+        transformers may read them otherwise.
         """
         files = hashlib.sha256()
         for path in sorted({path for pattern in (*_FILES, *_SMALL) for path in Path(self.path).glob(pattern)}):
             files.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             files.update(path.read_bytes())
-        found = {"files": files.hexdigest()}
+        template = json.dumps(getattr(self._tokenizer, "chat_template", None), sort_keys=True)
+        found = {"files": files.hexdigest(), "template": hashlib.sha256(template.encode()).hexdigest()}
         if (backend := getattr(self._tokenizer, "backend_tokenizer", None)) is not None:
             does = json.loads(backend.to_str())
             # State that calls leave behind.
-            does.update(truncation=None, padding=None)
-            more = [self.ends, self.end, getattr(self._tokenizer, "chat_template", None)]
-            found["behaviour"] = hashlib.sha256(json.dumps([does, more], sort_keys=True).encode()).hexdigest()
+            does.update(truncation=None, padding=None, ends=[self.end, *self.ends])
+            found["behaviour"] = hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()
         return found
 
     def beginning(self, texts: Sequence[str]) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from .chat import ChatTemplate
 from .document import Document
-from .records import Completion, Entry, Text, is_blank
+from .records import Chat, Completion, Entry, Text, is_blank
 
 if TYPE_CHECKING:
     from fusemesh.pretrained.tokenizer import FolderTokens
@@ -23,12 +23,12 @@ LEFT_OUT = "without a target"
 
 @dataclass
 class Counts:
-    """How many records came, how many of them have no target, and where the first of these stands."""
+    """How many records came, how many are chats, how many have no target, and where the first of these stands."""
 
     records: int = 0
+    chats: int = 0
     without_target: int = 0
     first: str = ""
-    names: list[str] = field(default_factory=list)
 
     def leave_out(self, where: str) -> None:
         """Count a record without a target."""
@@ -65,6 +65,7 @@ class Encoder:
             counts.records += len(batch)
             kept = []
             for entry in batch:
+                counts.chats += isinstance(entry.value, Chat)
                 if is_blank(entry.value):
                     counts.leave_out(entry.where)
                 else:

@@ -86,11 +86,15 @@ class TokenFile:
         Raises:
             ValueError: they are another's.
         """
-        own = self.header["tokenizer"]
-        if not any(own.get(kind) == value for kind, value in hashes.items()):
+        own, wanted = self.header["tokenizer"], ""
+        if not any(own.get(kind) == hashes.get(kind, "") for kind in ("files", "behaviour")):
+            wanted = "tokens by the tokenizer"
+        elif self.header["chats"] and own["template"] != hashes["template"]:
+            wanted = "chats by the chat template"
+        if wanted:
             raise ValueError(
-                f"data.path: expected tokens by the tokenizer of {model!r}, received {self.path!r}, which another one "
-                f"has made; make it again: fusemesh tokenize DATA --model {model} -o FILE"
+                f"data.path: expected {wanted} of {model!r}, received {self.path!r}, which another one has made; make "
+                f"it again: fusemesh tokenize DATA --model {model} -o FILE"
             )
 
 

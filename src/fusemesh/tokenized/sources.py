@@ -183,7 +183,8 @@ def is_records(path: Path) -> bool:
 def has_records(path: str) -> bool:
     """Return whether a path stands for JSON lines, or for a folder with some."""
     root = root_of(path)
-    return is_records(root) if root.is_file() else bool(path) and any(is_records(file) for _, file in paths_in(root))
+    # A file that has gone is what its name says.
+    return bool(path) and (any(is_records(file) for _, file in paths_in(root)) if root.is_dir() else is_records(root))
 
 
 def located(message: str, part: Part) -> str:

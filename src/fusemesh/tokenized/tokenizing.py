@@ -278,6 +278,7 @@ def _merge(files: Sequence[Path], out: Path, tokens: Any, names: list[str]) -> d
                 "tokens": int(lengths.sum()),
                 "targets": targets,
                 "records": sum(part["records"] for part in said),
+                "chats": sum(part["chats"] for part in said),
                 "without_target": sum(part["without_target"] for part in said),
                 "first_without_target": next((part["first"] for part in said if part["first"]), ""),
                 "files_left_out": len(undecoded),

@@ -190,7 +190,13 @@ def test_another_tokenizer_is_refused_and_the_same_one_saved_again_is_not(data, 
     config = json.loads((again / "tokenizer_config.json").read_text())
     (again / "tokenizer_config.json").write_text(json.dumps({**config, "note": 1}))
     found.check_tokenizer(FolderTokens(str(again)).hashes, str(again))
-    other = make_chat_folder(tmp_path / "other", MARKED["end"], bos=True)
+    # Another chat template matters to chats alone.
+    marked = make_chat_folder(tmp_path / "marked", MARKED["end"])
+    found.check_tokenizer(FolderTokens(str(marked)).hashes, str(marked))
+    chats = made(data, folder, tmp_path / "chats.tokens", "chats.jsonl")
+    with pytest.raises(ValueError, match=r"expected chats by the chat template of '.*marked'.*make it again"):
+        chats.check_tokenizer(FolderTokens(str(marked)).hashes, str(marked))
+    other = make_chat_folder(tmp_path / "other", bos=True)
     with pytest.raises(ValueError, match=r"expected tokens by the tokenizer of '.*other'.*make it again: fusemesh tok"):
         found.check_tokenizer(FolderTokens(str(other)).hashes, str(other))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -75,9 +76,22 @@ def make_chat_folder(path: Path, template: str | None = CHATML, *, pad: str = "<
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     made.chat_template = template
     made.save_pretrained(path)
-    transformers.LlamaConfig(
+    model_config().save_pretrained(path)
+    return path
+
+
+def model_config() -> Any:
+    """Return the configuration of a small model for the tokenizer."""
+    return transformers.LlamaConfig(
         vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    ).save_pretrained(path)
+    )
+
+
+def make_chat_model(path: Path, template: str | None = CHATML, *, bos: bool = False) -> Path:
+    """Save a small random model with the tokenizer of :func:`make_chat_folder`."""
+    make_chat_folder(path, template, bos=bos)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(model_config()).save_pretrained(path)
     return path
 
 
