@@ -77,8 +77,8 @@ class DataConfig:
 
     path: str = _doc(
         "",
-        "a file of records (.csv, .tsv, .jsonl, .json, or text with tabs; also .gz), for a language model a text file or "
-        "a folder of them, for a pretrained one also .jsonl, .tokens, or 'A:3 B:1'; empty: the task's own corpus",
+        "a file of records (.csv, .tsv, .jsonl, .json, or text with tabs; also .gz), for a language model a text file "
+        "or a folder of them, for a pretrained one also .jsonl, .tokens, or 'A:3 B:1'; empty: the task's own corpus",
     )
     held_out: str = _doc("", "what to evaluate on, as data.path; empty: one in 16 of the records of data.path, by hash")
     columns: str = _doc("", "names of the columns that hold a record, in the task's order; empty: the task's names")

@@ -1,12 +1,13 @@
 """Chats as tokens: rendered by a chat template, with the assistant's turns as targets, their ends among them.
 
 The turns are found by the template's own marks ({% generation %}); without marks by rendering growing prefixes of the
-chat, each of whose tokens must be the first ones of the next. Templates render beginning tokens themselves, so the
-tokenizer adds none.
+chat, each of which must be the beginning of the next, in text and in tokens. Templates render beginning tokens
+themselves, so the tokenizer adds none.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -97,26 +98,36 @@ class ChatTemplate:
         cuts = [cut for turn in chat.trained for cut in ((turn, True), (turn + 1, False))]
         if (last, False) not in cuts:
             cuts.append((last, False))
-        texts = [self._apply(chat, count, where, prompt, tokenize=False) for count, prompt in cuts]
-        rows = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for (count, prompt), row, after in zip(cuts, rows, rows[1:], strict=False):
-            if after[: len(row)] != row:
-                raise ValueError(self._refusal(chat, where, count, prompt))
+        texts = [str(self._apply(chat, count, where, prompt, tokenize=False)) for count, prompt in cuts]
+        for (count, prompt), text, after in zip(cuts, texts, texts[1:], strict=False):
+            if not after.startswith(text):
+                raise ValueError(self._refusal(where, count, prompt, "is written otherwise"))
+        rows = self._rows(texts)
+        if any(after[: len(row)] != row for row, after in itertools.pairwise(rows)):
+            # What the template writes before an answer, and the answer's beginning, would be one token, of which a
+            # model that is asked is given a part: each piece is made tokens of by itself.
+            pieces = [after[len(text) :] for text, after in itertools.pairwise(["", *texts])]
+            apart = list(itertools.accumulate(self._rows(pieces)))
+            if self.tokenizer.decode(apart[-1]) != self.tokenizer.decode(rows[-1]):
+                at = next(n for n, (row, after) in enumerate(itertools.pairwise(rows)) if after[: len(row)] != row)
+                raise ValueError(self._refusal(where, *cuts[at], "ends within a token"))
+            rows = apart
         ends = [len(row) for row in rows]
         return list(rows[-1]), [(ends[2 * n], ends[2 * n + 1]) for n in range(len(chat.trained))]
 
-    def _refusal(self, chat: Chat, where: str, count: int, prompt: bool) -> str:
-        what = f"what stands before message {count + 1}" if prompt else f"the first {count} messages"
-        advice = (
-            "give the prompt of the template the ending that answers follow as tokens of their own"
-            if prompt
-            else 'give all answers but the last "weight": 0, to train on the last alone'
-        )
+    def _rows(self, texts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return found
+
+    def _refusal(self, where: str, count: int, prompt: bool, why: str) -> str:
+        what = f"what stands before message {count + 1}" if prompt else f"the chat up to message {count}"
         return (
             f"{where}: expected a chat template that writes the beginning of a chat the same whatever follows, "
-            f"received the {_FILE} of {self.path!r}, by which {what} become other tokens in the whole chat, so that "
-            f"the answers cannot be found; mark them by {{% generation %}} and {{% endgeneration %}} in {_FILE}, or "
-            f"{advice}"
+            f"received the {_FILE} of {self.path!r}, by which {what} {why} in the whole chat, so that the answers "
+            f"cannot be found; mark them by {{% generation %}} and {{% endgeneration %}} in {_FILE}, or give all "
+            'answers but the last "weight": 0, to train on the last alone'
         )
 
     def _apply(self, chat: Chat, count: int, where: str, prompt: bool = False, **options: Any) -> Any:

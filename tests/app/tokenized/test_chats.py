@@ -61,7 +61,7 @@ def test_a_turn_of_weight_0_is_no_target(folder, tmp_path):
 def test_a_template_that_rewrites_earlier_turns_is_refused_unless_the_last_alone_is_trained(tmp_path):
     folder = make_chat_folder(tmp_path, REWRITING)
     with pytest.raises(
-        ValueError, match=r"file.jsonl, line 2: expected a chat template that writes .* the first 2 mes"
+        ValueError, match=r"file.jsonl, line 2: expected a chat template that writes .* the chat up to message 2 is"
     ):
         encode(folder, [chat("Hi", "It is."), TWO])
     item = {"messages": [dict(m) for m in TWO["messages"]]}
@@ -70,9 +70,29 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_the_last_alone
     assert trained(folder, document) == ["<think></think>The lazy dog.<|im_end|>"]
 
 
-def test_a_template_whose_prompt_and_answer_share_a_token_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"line 1: .* what stands before message 2 become other tokens"):
-        encode(make_chat_folder(tmp_path, PLAIN), [TWO])
+@pytest.mark.parametrize(("template", "answer"), [(PLAIN, "It is a fox."), (CHATML, "\n\n It is a fox.")])
+def test_an_answer_that_shares_a_token_with_the_prompt_follows_the_prompts_own_tokens(tmp_path, template, answer):
+    folder = make_chat_folder(tmp_path, template)
+    tokenizer, item = FolderTokens(str(folder)).tokenizer, chat("What is it?", answer)
+    (document,), _ = encode(folder, [item])
+    asked = tokenizer.apply_chat_template(item["messages"][:1], add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(item["messages"])["input_ids"]
+    assert whole[: len(asked)] != asked == document.ids[: len(asked)].tolist()
+    assert trained(folder, document)[0].startswith(answer)
+    assert document.counts.tolist().index(True) == len(asked)
+    assert tokenizer.decode(document.ids).startswith(tokenizer.decode(whole))
+
+
+def test_a_tokenizer_that_cannot_take_an_answer_alone_is_refused(tmp_path):
+    folder = make_chat_folder(tmp_path, PLAIN, dummy=True)
+    with pytest.raises(
+        ValueError, match=r"line 1: .* what stands before message 2 ends within a token .* mark them by"
+    ):
+        encode(folder, [TWO])
+    with pytest.raises(
+        ValueError, match=r"line 1: expected a prompt whose tokens stay the same .* it: ' before 'It is"
+    ):
+        encode(folder, [{"prompt": "What is it: ", "completion": "It is"}])
 
 
 def test_a_turn_that_the_template_does_not_end_is_ended_by_the_token_that_ends_texts(tmp_path):

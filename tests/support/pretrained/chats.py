@@ -19,7 +19,7 @@ from fusemesh.tokenized.records import Columns, entries_of
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
     "Sphinx of black quartz, judge my vow! 0123456789 (a + b) * c = d?",
-    "user assistant system tool User: Assistant: What is it? It is a fox. It is. It was.\n\n",
+    "user assistant system tool User: Assistant: What is it? It is a fox. It is. It was.\n\nuser\n\nAnd\n\n\n",
 ]
 _TURN = "'<|im_start|>' + m.role + '\\n'"
 _PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -52,16 +52,19 @@ PLAIN = (
 WITH_BOS = "{{ bos_token }}" + CHATML
 
 
-def make_chat_folder(path: Path, template: str | None = CHATML, *, pad: str = "<pad>", bos: bool = False) -> Path:
+def make_chat_folder(
+    path: Path, template: str | None = CHATML, *, pad: str = "<pad>", bos: bool = False, dummy: bool = False
+) -> Path:
     """Save a tokenizer and a configuration.
 
     Args:
         template: of chats; None: without one.
         pad: the padding token; ``</s>`` makes it the end token, too.
         bos: the tokenizer puts a beginning token before each text.
+        dummy: and a blank, as SentencePiece does.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=dummy)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
