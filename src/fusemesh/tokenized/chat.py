@@ -19,6 +19,7 @@ from .records import Chat, Entry
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FILE = "chat_template.jinja"
+_Cut = tuple[int, bool]  # so many messages, and whether the prompt of an answer follows
 
 
 class ChatTemplate:
@@ -38,12 +39,22 @@ class ChatTemplate:
 
     def documents(self, entries: Sequence[Entry]) -> list[Document]:
         """Return chats as documents; raise ValueError, with file and line, where the turns cannot be told apart."""
-        return [self._document(entry.value, entry.where) for entry in entries if isinstance(entry.value, Chat)]
+        chats = [(entry.value, entry.where) for entry in entries if isinstance(entry.value, Chat)]
+        # Texts are made tokens of together; of a chat with marks there are none here.
+        rendered: list[list[tuple[_Cut, str]]] = []
+        for chat, where in chats:
+            has_marks = _MARK.search(self._source(chat.tools, where))
+            rendered.append([] if has_marks else self._prefixes(chat, where))
+        rows = iter(self._rows([text for prefixes in rendered for _, text in prefixes]))
+        found = []
+        for (chat, where), prefixes in zip(chats, rendered, strict=True):
+            own = list(itertools.islice(rows, len(prefixes)))
+            spans = self._by_prefixes(where, prefixes, own) if prefixes else self._by_marks(chat, where)
+            found.append(self._document(chat, *spans))
+        return found
 
-    def _document(self, chat: Chat, where: str) -> Document:
-        source = self._source(chat.tools, where)
-        by = self._by_marks if _MARK.search(source) else self._by_prefixes
-        ids, spans = by(chat, where)
+    def _document(self, chat: Chat, ids: list[int], spans: list[tuple[int, int]]) -> Document:
+        """Return tokens with those of some places as targets, to the end of the turn in each."""
         counts = np.zeros(len(ids) + 1, bool)
         for begin, end in spans:
             counts[begin : self._end_of_turn(ids, begin, end)] = True
@@ -92,8 +103,8 @@ class ChatTemplate:
             )
         return ids, [span for turn, span in zip(turns, spans, strict=True) if turn in chat.trained]
 
-    def _by_prefixes(self, chat: Chat, where: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the tokens, and where the trained turns begin and end: as prefixes of the chat end there."""
+    def _prefixes(self, chat: Chat, where: str) -> list[tuple[_Cut, str]]:
+        """Return the beginnings of a chat as text: before each trained turn and behind it, and the whole at last."""
         last = len(chat.messages)
         cuts = [cut for turn in chat.trained for cut in ((turn, True), (turn + 1, False))]
         if (last, False) not in cuts:
@@ -102,20 +113,28 @@ class ChatTemplate:
         for (count, prompt), text, after in zip(cuts, texts, texts[1:], strict=False):
             if not after.startswith(text):
                 raise ValueError(self._refusal(where, count, prompt, "is written otherwise"))
-        rows = self._rows(texts)
+        return list(zip(cuts, texts, strict=True))
+
+    def _by_prefixes(
+        self, where: str, prefixes: list[tuple[_Cut, str]], rows: list[list[int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the tokens, and where the trained turns begin and end: where prefixes, whose rows are given, end."""
         if any(after[: len(row)] != row for row, after in itertools.pairwise(rows)):
             # What the template writes before an answer, and the answer's beginning, would be one token, of which a
             # model that is asked is given a part: each piece is made tokens of by itself.
-            pieces = [after[len(text) :] for text, after in itertools.pairwise(["", *texts])]
+            texts = ["", *(text for _, text in prefixes)]
+            pieces = [after[len(text) :] for text, after in itertools.pairwise(texts)]
             apart = list(itertools.accumulate(self._rows(pieces)))
             if self.tokenizer.decode(apart[-1]) != self.tokenizer.decode(rows[-1]):
                 at = next(n for n, (row, after) in enumerate(itertools.pairwise(rows)) if after[: len(row)] != row)
-                raise ValueError(self._refusal(where, *cuts[at], "ends within a token"))
+                raise ValueError(self._refusal(where, *prefixes[at][0], "ends within a token"))
             rows = apart
         ends = [len(row) for row in rows]
-        return list(rows[-1]), [(ends[2 * n], ends[2 * n + 1]) for n in range(len(chat.trained))]
+        return list(rows[-1]), [(ends[2 * n], ends[2 * n + 1]) for n in range(len(ends) // 2)]
 
     def _rows(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         found: list[list[int]] = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
