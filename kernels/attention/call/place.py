@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -39,6 +42,24 @@ class Dropping(NamedTuple):
 
 # By thread: a forward that is recomputed may run in one of autograd's.
 drawings: dict[int, Drawing] = {}
+
+
+_without_mask: ContextVar[bool] = ContextVar("fusemesh_without_mask", default=False)
+
+
+@contextlib.contextmanager
+def without_mask() -> Iterator[None]:
+    """Within the block Hugging Face's models make no mask: attention is told the bounds of documents instead."""
+    token = _without_mask.set(True)
+    try:
+        yield
+    finally:
+        _without_mask.reset(token)
+
+
+def makes_no_mask() -> bool:
+    """Return whether the code runs within :func:`without_mask`."""
+    return _without_mask.get()
 
 
 def place_of(module: Any) -> Place | None:
