@@ -39,7 +39,9 @@ _MOST_SCHEDULES = 4  # kept, one for each shape of batches, with their buffers
 class StageModule(nn.Module):
     """One stage of a model: forward takes tokens (the first stage) or the output of the stage before.
 
-    That may be a tensor or a tuple of some. Further inputs of a sample, as padding, come by name to every stage.
+    That may be a tensor or a tuple of some. Further inputs of a sample, as padding, come by name to every stage. Where
+    ``targets`` are among them, the last stage returns the loss summed over them, a scalar in fp32 or fp64, equal on
+    every rank of tp; the others ignore them.
     """
 
     def input_shapes(self, batch: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -51,11 +53,7 @@ class StageModule(nn.Module):
         raise NotImplementedError
 
     def output_shapes(self, batch: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Return the shapes on this rank of forward's outputs for them."""
-        raise NotImplementedError
-
-    def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss summed over tokens of the last stage's output: a scalar, equal on every rank of tp."""
+        """Return the shapes on this rank of forward's outputs for them, of the last stage without targets."""
         raise NotImplementedError
 
 
@@ -184,6 +182,10 @@ class Pipeline:
         return next(self.parts.model.parameters()).device
 
     @property
+    def _loss_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
     def has_first(self) -> bool:
         """Return whether this rank holds the first stage."""
         return 0 in self.parts.stages
@@ -268,6 +270,7 @@ class Pipeline:
             target=targets if self.has_last else None,
             return_outputs=False,
             **inputs,
+            **({"targets": targets} if self.has_last else {}),
         )
 
     @contextlib.contextmanager
@@ -289,17 +292,15 @@ class Pipeline:
             else:
                 _own_part(parameter.grad).add_(_own_part(earlier))
 
-    def _microbatch_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = self.parts.stages[self.parts.num_stages - 1].summed_loss(output, targets)
+    def _microbatch_loss(self, loss: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         self._losses.append(loss.detach())
         return loss / self._count
 
     def _broadcast_loss(self) -> torch.Tensor:
         """Return the sum of the micro-batches' losses, which the last stage has, on every rank."""
-        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=kind, device=self.device)
+        total = torch.zeros((), dtype=self._loss_dtype, device=self.device)
         if self.has_last:
-            total = torch.stack(self._losses).double().sum().to(kind)
+            total = torch.stack(self._losses).double().sum().to(self._loss_dtype)
         dist.broadcast(total, group=self.group, group_src=(self.parts.num_stages - 1) % self.ranks)
         return total
 
@@ -355,9 +356,13 @@ class Pipeline:
         stage = self.parts.stages[index]
         # Shapes are given, not inferred: torch would run the model once more to find them.
         tokens = torch.empty(batch["tokens"], dtype=torch.int64, device="meta")
+        is_last = index == self.parts.num_stages - 1
         entering, leaving = (
-            tuple(torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True) for shape in shapes)
-            for shapes in (stage.input_shapes(batch), stage.output_shapes(batch))
+            tuple(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes)
+            for shapes, dtype in (
+                (stage.input_shapes(batch), self.dtype),
+                ([()], self._loss_dtype) if is_last else (stage.output_shapes(batch), self.dtype),
+            )
         )
         taken = tokens if index == 0 else entering
         made = PipelineStage(

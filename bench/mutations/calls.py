@@ -29,6 +29,8 @@ def lengths() -> list[tuple[int, int]]:
     rounds = [(97, 200), (128, 250), (70, 24), *((70, 128 * n + 24) for n in range(1, 6)), (70, 88)]
     rounds += [*((64 * n + 24, 70) for n in range(1, 6)), (128, 256), (192, 64)]
     rounds += [(5, 128 * n + 8) for n in range(2, 5)]
+    # A tile that every query sees, and keys that end within the next; blocks of rows that end anywhere in late rounds.
+    rounds += [(20, 150), (1, 128), (1, 256), (264, 70), (312, 70), *((70, 384 + edge) for edge in (56, 88, 120))]
     return [*rounds, *BEHIND, *((edge, edge + 40) for edge in EDGES[:16]), (200, 328)]
 
 
@@ -73,7 +75,7 @@ def linear() -> Calls:
     sizes = [(97, 176, 112)]
     sizes += [(40, 64 * n + 48, 48) for n in range(6)] + [(40, 48, 64 * n + 48) for n in range(6)]
     sizes += [(40, 48, 16 * n) for n in (5, 6, 8, 9, 10)] + [(32 * n, 48, 48) for n in range(1, 6)]
-    sizes += [(64 * n + 24, 48, 48) for n in range(5)]
+    sizes += [(64 * n + 24, 48, 48) for n in range(5)] + [(256 + edge, 48, 48) for edge in (8, 40, 56)]
     sizes += [(1 + edge, 16 * (1 + i % 9), 16 * (1 + (5 * i) % 9)) for i, edge in enumerate(EDGES)]
     return [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
 
@@ -82,12 +84,14 @@ def decode() -> Calls:
     """Decode of 4 queries a head, 16 rows, over a paged cache in three splits, with an append; slots unused are NaN."""
     page, pages = 4, 400
 
-    def call(*lens: int, foreign: bool = False) -> None:
+    def call(*lens: int, foreign: bool = False, below: bool = False) -> None:
         g = torch.Generator().manual_seed(abs(sum(lens)))
         batch = len(lens)
         q = torch.randn(batch, 4, 4, 64, generator=g).bfloat16()
         k, v = (torch.randn(batch * pages, 1, page, 64, generator=g).bfloat16() for _ in range(2))
         new = [torch.randn(batch, 1, 2, 64, generator=g).bfloat16() for _ in range(2)]
+        if below:  # scores so far below 0 that a sum or a 0 in the place of a maximum makes a weight infinite
+            q, k, new[0] = 40 * q.abs(), -k.abs(), -new[0].abs()
         table = torch.randperm(batch * pages, generator=g).view(batch, pages).int()
         used = torch.zeros(batch * pages, page, dtype=torch.bool)
         for b, length in enumerate(lens):
@@ -104,6 +108,7 @@ def decode() -> Calls:
     rounds = [(500, 300), (1500, 3), (1290, 600), (1027, 900), (771, 135), (515, 250), (259, 128)]
     sizes = [*rounds, *((256 + edge, 3) for edge in EDGES), (-1, page * pages - 1), (page * pages, page * pages - 2)]
     found: Calls = [("x".join(map(str, s)), functools.partial(call, *s)) for s in sizes]
+    found.append(("scores below 0", functools.partial(call, 771, 135, below=True)))
     return [*found, ("foreign pages", functools.partial(call, 100, 250, foreign=True))]
 
 
@@ -121,7 +126,9 @@ def packed() -> Calls:
         torch.autograd.grad(out, leaves, do)
 
     every = lengths()
-    sizes = [((90, 40), (0, 7), (150, 200)), *((pair, (9, 17)) for pair in every[1:]), ((33, 0), (5, 9))]
+    sizes = [((90, 40), (0, 7), (150, 200)), ((33, 0), (5, 9)), *((pair, (9, 17)) for pair in every[1:])]
+    # Behind the last sequence no row follows that could be read.
+    sizes += [((9, 17), pair) for pair in [*BEHIND, *((110, 128 + edge) for edge in (5, 40, 75, 100))]]
     return [(" ".join(f"{a}x{b}" for a, b in s), functools.partial(call, *s)) for s in sizes]
 
 

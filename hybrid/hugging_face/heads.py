@@ -5,15 +5,18 @@ Shapes: B batch, S sequence, T target sequence, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
+from fusemesh.kernels.vocab_loss.linear import fused_linear_cross_entropy
 
-from .anatomy import Anatomy, base_name
+from ..tensor.modules import ColumnParallelLinear, own_rows
+from .anatomy import Anatomy, base_name, model_type_of
 
 Shape = tuple[int, ...]
 
@@ -60,6 +63,57 @@ def vocabulary(model: Any) -> int:
     # Of Marian's, where the languages have vocabularies of their own.
     own = getattr(model.config, "decoder_vocab_size", None)
     return own or model.config.vocab_size
+
+
+def loss(
+    model: Any, given: Mapping[str, Any], inputs: Mapping[str, torch.Tensor], targets: torch.Tensor
+) -> torch.Tensor:
+    """Return the cross entropy of :func:`read`'s logits summed over targets; those of tokens are never whole."""
+    if model.kind not in ("tokens", "pair"):
+        return summed_loss(read(model, given, inputs), targets)
+    head = _last_layer(model)
+    with _without_product(head) as seen:
+        model.plain_forward(model, **given, return_dict=True)
+    (h,) = seen
+    place: dict[str, Any] = {}
+    weight, bias, rows = head.weight, head.bias, slice(None)
+    if isinstance(head, ColumnParallelLinear):
+        weight, bias = head.local("weight"), head.local("bias")
+        rows = own_rows(head.out_features, head.ranks, head.rank)
+        place = {"vocab_start": rows.start, "group": head.group}
+        h = head.enter_group(h)
+    # What these models do with logits: Marian and BART add numbers that are not trained, Gemma caps.
+    added = getattr(model, "final_logits_bias", None)
+    if added is not None:
+        added = added[0, rows].to(weight.dtype)
+        bias = added if bias is None else bias + added
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return fused_linear_cross_entropy(h.to(weight.dtype), weight, targets, bias, softcap=cap, **place).sum()
+
+
+def _last_layer(model: Any) -> Any:
+    """Return the linear layer that makes logits of tokens.
+
+    transformers' own get_output_embeddings() asks for the input's first, which a last stage may not have.
+    """
+    head = model.cls.predictions if model_type_of(model) == "bert" else model.lm_head
+    return head.decoder if model_type_of(model) in ("bert", "roberta") else head
+
+
+@contextlib.contextmanager
+def _without_product(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Keep what ``head`` is called with, and answer 0, which whatever is done with logits leaves a number."""
+    seen: list[torch.Tensor] = []
+
+    def forward(h: torch.Tensor) -> torch.Tensor:
+        seen.append(h)
+        return h.new_zeros(())
+
+    vars(head)["forward"] = forward
+    try:
+        yield seen
+    finally:
+        del vars(head)["forward"]
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -76,8 +76,10 @@ class HuggingFaceStage(StageModule):
         self.model: Any = replaced(whole, others)
         self.tied = _Tied(self, whole)
 
-    def forward(self, *state: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor | State:
-        return run(self.model, self.place, state, inputs, self.table)
+    def forward(
+        self, *state: torch.Tensor, targets: torch.Tensor | None = None, **inputs: torch.Tensor
+    ) -> torch.Tensor | State:
+        return run(self.model, self.place, state, inputs, targets, self.table)
 
     def state_shapes(self, block: int, batch: Mapping[str, Shape]) -> list[Shape]:
         """Return the shapes of the state before block number ``block``, for a batch of these shapes."""
@@ -99,9 +101,6 @@ class HuggingFaceStage(StageModule):
         if self.place.last:
             return [heads.shape(self.model.kind, self.model, batch)]
         return self.state_shapes(self.place.span.stop, batch)
-
-    def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return heads.summed_loss(output, targets)
 
 
 class _Tied(nn.Module):
@@ -139,9 +138,10 @@ def run(
     place: Place,
     state: State,
     inputs: Mapping[str, torch.Tensor],
+    targets: torch.Tensor | None = None,
     table: nn.Module | None = None,
 ) -> torch.Tensor | State:
-    """Return the logits, of the last stage, or the state for the next.
+    """Return the state for the next stage; of the last one the logits, or with targets the loss summed over them.
 
     Args:
         model: the whole model, or a stage's.
@@ -157,7 +157,7 @@ def run(
         length = (state[0] if border is None or span.start <= border else state[1]).shape[1]
         given["attention_mask"] = (torch.arange(length, device=lengths.device) < lengths[:, None]).long()
     if border is not None:
-        return _run_pair(model, place, state, inputs, given, table)
+        return _run_pair(model, place, state, inputs, targets, given, table)
     if span.start == 0:
         given["input_ids"] = state[0]
         if "segments" in inputs:
@@ -165,8 +165,16 @@ def run(
     else:
         given["inputs_embeds"] = state[0]
     if place.last:
-        return heads.read(model, given, inputs)
+        return _end(model, given, inputs, targets)
     return model.get_submodule(base_name(model))(**given)[0]
+
+
+def _end(
+    model: Any, given: Mapping[str, Any], inputs: Mapping[str, torch.Tensor], targets: torch.Tensor | None
+) -> torch.Tensor:
+    if targets is None:
+        return heads.read(model, given, inputs)
+    return heads.loss(model, given, inputs, targets)
 
 
 def _run_pair(
@@ -174,6 +182,7 @@ def _run_pair(
     place: Place,
     state: State,
     inputs: Mapping[str, torch.Tensor],
+    targets: torch.Tensor | None,
     given: dict[str, Any],
     table: nn.Module | None,
 ) -> torch.Tensor | State:
@@ -196,7 +205,7 @@ def _run_pair(
         return (memory, h["inputs_embeds"]) if place.embeds_ahead else memory
     if place.last:
         given |= {f"decoder_{name}": x for name, x in h.items()}
-        return heads.read(model, {**given, "encoder_outputs": (memory,)}, inputs)
+        return _end(model, {**given, "encoder_outputs": (memory,)}, inputs, targets)
     mask = given.pop("attention_mask", None)
     decoder = model.get_submodule(within(base, "decoder"))
     return decoder(**h, **given, encoder_hidden_states=memory, encoder_attention_mask=mask)[0], memory

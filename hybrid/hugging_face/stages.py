@@ -23,10 +23,12 @@ from .stage import HuggingFaceStage, Place, border_of, run, stacks_of
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model as :func:`as_trainable` makes it is called with for logits, in the place of transformers' inputs."""
+    """What a model as :func:`as_trainable` makes it is called with, in the place of transformers' inputs: for logits,
+    or with targets for the loss summed over them."""
 
     tokens: torch.Tensor
     inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor | None = None
 
 
 def as_trainable(model: Any) -> Any:
@@ -84,7 +86,7 @@ def _trainable(kind: Any) -> Any:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], Batch):
-            return self._logits(args[0])
+            return self._run(args[0])
         if self.pipeline is not None:
             raise ValueError(
                 f"forward: expected loss(), loss_and_gradients() or logits() of {type(self).__name__} with pp, where a "
@@ -145,8 +147,8 @@ class TrainableModel(PipelinedModel):
             return self.pipeline.loss(tokens, targets, **given)
         with dropout_of(self).forward(len(tokens)):
             # By the call, not by forward: fully_shard's hooks hang on it.
-            logits = self(Batch(tokens, given))
-        return heads.summed_loss(logits, targets)
+            found: torch.Tensor = self(Batch(tokens, given, targets))
+        return found
 
     def loss_and_gradients(
         self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor
@@ -171,10 +173,10 @@ class TrainableModel(PipelinedModel):
         leaving.append([heads.shape(self.kind, self, shapes)])
         return self.pipeline.flow((tokens,), leaving, 0, **given)[0]
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        """Return the logits, computed by the whole model in this process."""
+    def _run(self, batch: Batch) -> torch.Tensor:
+        """Return the logits or the loss, computed by the whole model in this process."""
         whole = Place(range(len(self.blocks)), border_of(self), last=True)
-        found = run(self, whole, (batch.tokens,), batch.inputs)
+        found = run(self, whole, (batch.tokens,), batch.inputs, batch.targets)
         assert isinstance(found, torch.Tensor)
         return found
 

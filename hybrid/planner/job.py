@@ -45,6 +45,7 @@ class TrainingJob:
         recompute: the part that backward computes again instead of keeping it: ``none``, ``selective`` (attention's
             core, which is planned alone) or ``full`` (each layer, as :mod:`fusemesh.hybrid.recompute` does).
         fused_attention: False charges for scores that travel through memory, as before FlashAttention.
+        fused_loss: whether logits of tokens are computed in chunks, and again in backward, as our losses do; else kept.
         fused_accumulation: whether a weight's gradient is added to what is there within its matmul, as in Megatron, and
             not by an operation of its own, as torch does.
         whole_at_start: whether every rank first builds the whole model in its host's memory, as our trainer does. Where
@@ -65,6 +66,7 @@ class TrainingJob:
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     recompute: str = "none"
     fused_attention: bool = True
+    fused_loss: bool = True
     fused_accumulation: bool = False
     whole_at_start: bool = False
     clip: bool = True

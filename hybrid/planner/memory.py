@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from fusemesh.kernels.vocab_loss.chunked import CHUNK_BYTES
+
 from ..layout import Layout
 from .hardware import Hardware
 from .job import BatchSplit, TrainingJob
@@ -97,20 +99,26 @@ def saved_by_layer(model: ModelDescription, layer: Layer, job: TrainingJob, tp: 
 def saved_around(model: ModelDescription, share: Share, job: TrainingJob, tp: int, samples: int, device: str) -> int:
     """Return the bytes that autograd keeps outside the layers of a rank's stages.
 
-    Behind the last layer those of the norm, as in :func:`saved_by_layer`, and the logits; where an encoder ends those
-    of its norm; and the memory that a decoder's layers share.
+    Behind the last layer those of the norm, as in :func:`saved_by_layer`, and the logits, or in the place of those of
+    tokens two indices and two sums of each; where an encoder ends those of its norm; and the memory that a decoder's
+    layers share.
     """
     at, hidden = Local.of(model, job, tp, samples), model.hidden_size
     norm, kept = at.own_tokens * hidden * _kept_by_norm(model, device), 0
+    numbers = 0  # bytes of what is not of the job's dtype
     if share.is_last:
         # A linear layer on each token needs the tokens whole, and a product with each a rank's own; a mean needs none.
         read = {"tokens": at.tokens, "positions": at.own_tokens, "texts": 0}[model.head.of]
-        kept += norm + read * hidden + at.outputs
+        kept += norm + read * hidden
+        if job.fused_loss and model.head.is_vocabulary:
+            numbers = 24 * at.tokens
+        else:
+            kept += at.outputs
     if share.encoder_ends:
         kept += norm
     if share.has_memory and not (job.sequence_parallel and tp > 1):
         kept += at.tokens * hidden
-    return job.item * kept
+    return job.item * kept + numbers
 
 
 def _kept_by_norm(model: ModelDescription, device: str) -> int:
@@ -169,8 +177,7 @@ def _stage(
     flying = in_flight(job, layout, stage, split.microbatches)
     activations = sum(kept_by_layers(model, share, job, layout.tp, device, samples, flying))
     activations += saved_around(model, share, job, layout.tp, samples, device)
-    # softmax in fp32 forward; then its backward's exponential, product and gradient.
-    logits = 3 * max(4, job.item) * at.outputs if share.is_last else 0
+    logits = _logits(model, at, job) if share.is_last else 0
     workspace = job.item * at.tokens * max(3 * at.wide, 4 * model.hidden_size)
     # Parameters are cut layer by layer where the model was built, in memory that a GPU does not count.
     start = {"parameters": parameters, "layer being cut": job.master * largest}
@@ -198,6 +205,18 @@ def _stage(
     phases = {name: sum(found.values()) for name, found in parts.items()}
     peak = max(phases, key=lambda name: phases[name])
     return Memory(stage, parameters, gradients, optimizer, phases, parts[peak], hardware.reserved)
+
+
+def _logits(model: ModelDescription, at: Local, job: TrainingJob) -> int:
+    """Return the bytes of logits and their like while the loss is computed.
+
+    softmax in fp32 forward; then its backward's exponential, product and gradient. Of a fused loss these are chunks,
+    beside the gradient of h in fp32.
+    """
+    size = 3 * max(4, job.item) * at.outputs
+    if not (job.fused_loss and model.head.is_vocabulary):
+        return size
+    return min(size, 3 * CHUNK_BYTES) + max(4, job.item) * at.tokens * model.hidden_size
 
 
 def _full(weights: Iterable[Weight], layout: Layout) -> int:

@@ -132,19 +132,21 @@ class Head:
     outputs: logits in a row, which tp splits. of: the rows. ``tokens``: a row for each token, by a linear layer.
     ``texts``: a row for each text, by a linear layer on the mean of its tokens. ``positions``: ``outputs`` rows for
     each text of a logit for each position, by products of the tokens with as many vectors made of the mean of some;
-    every rank of tp makes all of these vectors. gathered: whether each rank of tp has the logits of a token whole, and
-    so the loss, as Hugging Face's plans have it. is_whole: whether tp does not split the head, so that each rank
+    every rank of tp makes all of these vectors. is_whole: whether tp does not split the head, so that each rank
     computes all of it.
     """
 
     outputs: int
     of: str = "tokens"
-    gathered: bool = False
     is_whole: bool = False
 
     def __post_init__(self) -> None:
         assert self.of in ("tokens", "texts", "positions"), self.of
-        assert (self.of == "tokens" and not self.is_whole) or not self.gathered
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Return whether the logits are those of tokens, of which the loss never has all at once."""
+        return self.of == "tokens" and not self.is_whole
 
     def own_outputs(self, tp: int) -> int:
         """Return the outputs that the first rank of ``tp`` computes."""

@@ -9,6 +9,7 @@ passes over a tensor is counted in the modules' own code. Collectives are those 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,7 +72,6 @@ class Local:
         tokens, head = samples * job.sequence_length, model.head
         own_tokens = tokens // tp if job.sequence_parallel else tokens
         rows = {"tokens": tokens, "texts": samples, "positions": own_tokens}[head.of]
-        is_whole = head.of == "positions" or head.gathered
         return cls(
             tokens=tokens,
             own_tokens=own_tokens,
@@ -79,7 +79,7 @@ class Local:
             kv_heads=max(1, model.num_kv_heads // tp),
             wide=own_rows(model.intermediate_size, tp, 0).stop,
             vocab=own_rows(model.vocab_size, tp, 0).stop,
-            outputs=rows * (head.outputs if is_whole else head.own_outputs(tp)),
+            outputs=rows * (head.outputs if head.of == "positions" else head.own_outputs(tp)),
         )
 
 
@@ -119,14 +119,17 @@ def embedding_operations(model: ModelDescription, job: TrainingJob, tp: int, sam
 def last_operations(model: ModelDescription, job: TrainingJob, tp: int, samples: int, device: str) -> list[Operation]:
     """Return the last norm, the head and the loss, whose reductions over tp are three numbers a row.
 
-    Where the logits are gathered, each rank computes the loss of all of them, and backward takes its own part.
+    Backward computes the logits of tokens again where the loss is fused.
     """
     at, hidden, item, head = Local.of(model, job, tp, samples), model.hidden_size, job.item, model.head
     found = _norm("norm", model, device, at.own_tokens * hidden * item)
     rows = at.tokens
     if head.of == "tokens":
         found += _enter("head.enter", at.tokens * hidden * item, job, 1 if head.is_whole else tp)
-        found += _matmul("head", at.tokens, head.own_outputs(tp), hidden, item)
+        product = list(_matmul("head", at.tokens, head.own_outputs(tp), hidden, item))
+        if job.fused_loss and head.is_vocabulary:
+            product.append(dataclasses.replace(product[0], name="head.again", backward=True))
+        found += product
     else:
         rows = samples * (head.outputs if head.of == "positions" else 1)
         found += _mean(model, job, at, tp, samples)
@@ -136,9 +139,7 @@ def last_operations(model: ModelDescription, job: TrainingJob, tp: int, samples:
             found += _matmul("head.query", samples, head.outputs * hidden, hidden, item)
             found += _matmul("head", at.own_tokens, head.outputs, hidden, item)
     found += _elementwise("loss", _LOSS, at.outputs * 4, calls=6)
-    if tp > 1 and head.gathered:
-        found.append(Operation("head.gather", "tp", False, size=at.outputs * item, collective="all_gather"))
-    elif tp > 1 and not head.is_whole and (head.of != "positions" or job.sequence_parallel):
+    if tp > 1 and not head.is_whole and (head.of != "positions" or job.sequence_parallel):
         found += [
             Operation("loss.maximum", "tp", False, size=rows * 4, collective="all_reduce"),
             Operation("loss.sums", "tp", False, size=rows * 8, collective="all_reduce"),

@@ -80,7 +80,7 @@ class PublishedDecoder:
             sequence_length=self.sequence_length,
             layers=(Layer(self._layer()),) * self.num_layers,
             outer=self._outer(),
-            head=Head(self.vocab_size, gathered=bool(self.family)),
+            head=Head(self.vocab_size),
             gated=self.gated,
             layer_norm=self.layer_norm,
             rotary=not self.learned_positions,

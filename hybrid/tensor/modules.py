@@ -81,6 +81,12 @@ class TensorParallelModule(nn.Module):
             return parameter.to_local(grad_placements=[self.placements()[name][1]])
         return parameter
 
+    def enter_group(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` for matmuls split over tp: gathered along the sequence, or copied; dx is summed over tp."""
+        if self.sequence_parallel:
+            return parallel.gather_from_sequence(x, self.group)
+        return parallel.copy_to_group(x, self.group)
+
 
 class ColumnParallelLinear(TensorParallelModule):
     """y = act(x W^T + bias), or act(x W^T + bias) * (x W_up^T); the output features are split over tp.
@@ -158,12 +164,6 @@ class ColumnParallelLinear(TensorParallelModule):
         rows = self.out_features // self.num_heads
         head = self.rank * self.num_heads // self.ranks
         return part.narrow(0, head * rows, rows)
-
-    def enter_group(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` for matmuls split over tp: gathered along the sequence, or copied; dx is summed over tp."""
-        if self.sequence_parallel:
-            return parallel.gather_from_sequence(x, self.group)
-        return parallel.copy_to_group(x, self.group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.local("weight")
@@ -286,14 +286,16 @@ class VocabParallelEmbedding(TensorParallelModule):
             return parallel.reduce_scatter_to_sequence(y, self.group)
         return parallel.reduce_from_group(y, self.group)
 
-    def logits(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-        """Return x W^T [B, S, V_local] with this rank's rows; x [B, S, E], or its part under sequence parallel."""
+    def head_weight(self) -> torch.Tensor:
+        """Return the rows [V_local, E] of which this rank computes logits."""
         weight = self.local("weight")
         assert weight is not None
-        if self.replicated:
-            weight = weight[own_rows(self.num_embeddings, self.ranks, self.rank)]
+        return weight[own_rows(self.num_embeddings, self.ranks, self.rank)] if self.replicated else weight
+
+    def logits(self, x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        """Return x W^T [B, S, V_local] with this rank's rows; x [B, S, E], or its part under sequence parallel."""
         return parallel.column_parallel_linear(
-            x, weight, group=self.group, sequence_parallel=self.sequence_parallel, backend=backend
+            x, self.head_weight(), group=self.group, sequence_parallel=self.sequence_parallel, backend=backend
         )
 
 

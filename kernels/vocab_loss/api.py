@@ -19,7 +19,8 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: Any) -> torch.Tensor:
+def reduce(x: torch.Tensor, group: dist.ProcessGroup | None, op: Any) -> torch.Tensor:
+    """Return ``x`` reduced over the group, in place."""
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(x, op=op, group=group)
     return x
@@ -39,7 +40,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         z = _wide(logits)
         # [*]
         peak = z.amax(-1) if z.shape[-1] > 0 else z.new_full(targets.shape, float("-inf"))
-        peak = _reduce(peak, group, dist.ReduceOp.MAX)
+        peak = reduce(peak, group, dist.ReduceOp.MAX)
         local = targets - vocab_start
         here = (local >= 0) & (local < z.shape[-1]) & (targets != ignore_index)
         # A rank with an empty part has no logit to gather from; its contribution is the zero of the sum.
@@ -49,7 +50,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             own = torch.where(here, picked - peak, own)
         # [2, *]: the softmax's denominator, and the target's logit, which only one rank holds
         sums = torch.stack([torch.exp(z - peak.unsqueeze(-1)).sum(-1), own])
-        denominator, target_logit = _reduce(sums, group, dist.ReduceOp.SUM)
+        denominator, target_logit = reduce(sums, group, dist.ReduceOp.SUM)
         ignored = targets == ignore_index
         log_denominator = torch.log(denominator)
         # Not their sum: added to a large maximum, the logarithm would lose its last digits.
@@ -69,7 +70,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return dlogits.to(logits.dtype), None, None, None, None
 
 
-def _by_formula(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, ignore_index: int) -> torch.Tensor:
+def by_formula(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int, ignore_index: int) -> torch.Tensor:
     """Return the loss of one process in PyTorch's differentiable functions, for the transforms of torch.func."""
     z = _wide(logits)
     own = z.new_zeros(targets.shape)
@@ -114,26 +115,42 @@ def vocab_parallel_cross_entropy(
             f"targets: expected shape {tuple(logits.shape[:-1])}, that of logits {tuple(logits.shape)} without its "
             f"last dim, received {tuple(targets.shape)}"
         )
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"targets: expected int64 or int32 token ids, received {targets.dtype}; convert with .long()")
     if not logits.dtype.is_floating_point:
         raise ValueError(f"logits: expected a floating dtype, received {logits.dtype}")
+    check_ids("vocab_parallel_cross_entropy", targets, logits.shape[-1], vocab_start, group, ignore_index)
+    targets = targets.long()
+    if compat.transforms():
+        return by_formula(logits, targets, vocab_start, ignore_index)
+    return _VocabParallelCrossEntropy.apply(logits, targets, vocab_start, group, ignore_index)
+
+
+def check_ids(
+    function: str,
+    targets: torch.Tensor,
+    columns: int,
+    vocab_start: int,
+    group: dist.ProcessGroup | None,
+    ignore_index: int,
+) -> None:
+    """Check the token ids given to ``function``, of a vocabulary of which this rank holds so many columns.
+
+    Raises:
+        ValueError: as :func:`vocab_parallel_cross_entropy` does.
+    """
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"targets: expected int64 or int32 token ids, received {targets.dtype}; convert with .long()")
     if vocab_start < 0:
         raise ValueError(
             f"vocab_start: expected the id of this rank's first column, at least 0, received {vocab_start}"
         )
-    targets = targets.long()
     transforms = compat.transforms()
     if transforms and group is not None and dist.get_world_size(group) > 1:
-        op_rules.refuse_collectives("vocab_parallel_cross_entropy", dist.get_world_size(group))
+        op_rules.refuse_collectives(function, dist.get_world_size(group))
     if env.CHECK and not (transforms and compat.is_mapped(targets)):
-        held = (targets >= vocab_start) & (targets < vocab_start + logits.shape[-1])
-        missing = (_reduce(held.long(), group, dist.ReduceOp.SUM) == 0) & (targets != ignore_index)
+        held = (targets >= vocab_start) & (targets < vocab_start + columns)
+        missing = (reduce(held.long(), group, dist.ReduceOp.SUM) == 0) & (targets != ignore_index)
         if bool(missing.any()):
             raise ValueError(
                 f"targets: {int(missing.sum())} ids are in no rank's part of the vocabulary, the first is "
                 f"{int(targets[missing][0])}; use ids below the vocabulary's size, or ignore_index={ignore_index}"
             )
-    if transforms:
-        return _by_formula(logits, targets, vocab_start, ignore_index)
-    return _VocabParallelCrossEntropy.apply(logits, targets, vocab_start, group, ignore_index)

@@ -28,6 +28,7 @@ _PUBLIC = {
     "register_score_mod": "fusemesh.kernels.attention.call.score_mods",
     "check_score_mod": "fusemesh.kernels.attention.score_mod_check",
     "fused_linear": "fusemesh.kernels.matmul.api",
+    "fused_linear_cross_entropy": "fusemesh.kernels.vocab_loss.linear",
     "use_backend": "fusemesh.kernels.backends",
     "emulate": "fusemesh.kernels.emulator",
     "accelerate": "fusemesh.integrations.pytorch.accelerate",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from fusemesh.kernels.backends import use_backend as use_backend
     from fusemesh.kernels.emulator import emulate as emulate
     from fusemesh.kernels.matmul.api import fused_linear as fused_linear
+    from fusemesh.kernels.vocab_loss.linear import fused_linear_cross_entropy as fused_linear_cross_entropy
     from fusemesh.transformer import Transformer as Transformer
     from fusemesh.transformer import TransformerConfig as TransformerConfig
     from fusemesh.transformer.generation import Sampling as Sampling

@@ -214,25 +214,24 @@ def test_stages_hold_the_whole_model_once_and_a_tied_head_twice() -> None:
         assert total == 4 * (model.parameters + copies)
 
 
-def test_tp_gathers_the_logits_of_a_hugging_face_model_and_keeps_ours_split() -> None:
+def test_logits_of_tokens_take_no_more_than_some_chunks() -> None:
     job, split = TrainingJob(8, 2048, sequence_parallel=False), BatchSplit(8)
-    theirs = find_model("llama3-8b")
-    logits = {name: [] for name in ("ours", "theirs")}
-    for name, model in (("ours", LLAMA), ("theirs", theirs)):
+    for model in (find_model("llama3-8b"), LLAMA):
+        found = []
         for tp in (1, 8):
-            gathers = [op for op in operations.last_operations(model, job, tp, 1, "gpu") if op.name == "head.gather"]
-            assert len(gathers) == (name == "theirs" and tp == 8)
-            assert all(op.size == 2048 * 128256 * 2 for op in gathers)
-            logits[name].append(memory.estimate(model, job, Layout(tp=tp), H100, split).parts["logits"])
-    assert logits["theirs"][0] == logits["theirs"][1] == logits["ours"][0] == 8 * logits["ours"][1]
+            done = {op.name: op for op in operations.last_operations(model, job, tp, 1, "gpu")}
+            assert done["head.again"].flops == done["head"].flops == 2 * 2048 * 4096 * 128256 / tp
+            assert ("loss.sums" in done) == (tp == 8) and "head.gather" not in done
+            found.append(memory.estimate(model, job, Layout(tp=tp), H100, split).parts["logits"])
+        # Whole they would be 3 GiB, of tp8 0.4 GiB.
+        assert found == [3 * 2**26 + 4 * 2048 * 4096] * 2
 
 
 def test_recompute_keeps_less() -> None:
-    needs = {}
-    for kind in ("none", "full"):
-        job = TrainingJob(64, 8192, recompute=kind)
-        needs[kind] = memory.estimate(LLAMA, job, Layout(fsdp=64), H100, BatchSplit()).parts["activations"]
-    assert needs["full"] < 0.15 * needs["none"]
+    share = LLAMA.share(Layout(fsdp=64), 0, 1)
+    jobs = [TrainingJob(64, 8192, recompute=kind) for kind in ("none", "full")]
+    none, full = (memory.kept_by_layers(LLAMA, share, job, 1, "gpu", 1, 1.0)[0] for job in jobs)
+    assert full < 0.1 * none
 
 
 # --- time

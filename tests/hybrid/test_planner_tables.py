@@ -60,6 +60,7 @@ def megatron(batch: int, pipeline: PipelineOptions, recompute: str, *, sequence_
         pipeline=pipeline,
         recompute=recompute,
         fused_attention=False,
+        fused_loss=False,
         fused_accumulation=True,
     )
 
@@ -96,7 +97,15 @@ def test_times_of_narayanan_table_1() -> None:
                 if rest or (virtual > 1 and count % pp):
                     continue
                 job = TrainingJob(
-                    batch, 2048, None, "bfloat16", False, interleave(virtual), "full", fused_attention=False
+                    batch,
+                    2048,
+                    None,
+                    "bfloat16",
+                    False,
+                    interleave(virtual),
+                    "full",
+                    fused_attention=False,
+                    fused_loss=False,
                 )
                 found.append(cost.estimate(model, job, layout, hardware, cut(layout, count)).seconds)
         flops = 96 * batch * 2048 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 51200 / (16 * layers * hidden))

@@ -105,10 +105,9 @@ def check(rank_pool: RankPool, layout: str, name: str, kind: str, options: Pipel
     ("layout", "name", "kind", "options"),
     [
         ("pp4", "t5", PAIRS, PipelineOptions()),
-        ("pp2", "llama", CLASSES, LOOPED),
         *(slow("pp2", name, kind, PipelineOptions()) for name, kind in ALL),
         *(slow("pp4", name, kind, PipelineOptions()) for name, kind in ALL if (name, kind) != ("t5", PAIRS)),
-        *(slow("pp2", name, kind, LOOPED) for name, kind in ALL if (name, kind) != ("llama", CLASSES)),
+        *(slow("pp2", name, kind, LOOPED) for name, kind in ALL),
         *(slow("dp2 x pp2", name, kind, PipelineOptions()) for name, kind in ALL),
         *(slow("fsdp2 x pp2", name, kind, PipelineOptions()) for name, kind in ALL),
         *(slow("pp2 x tp2", name, kind, PipelineOptions()) for name, kind in ALL),

@@ -27,6 +27,7 @@ from fusemesh.kernels.matmul import parallel
 from fusemesh.kernels.matmul.ops import linear_forward
 from fusemesh.kernels.testing import budget
 from fusemesh.kernels.vocab_loss import api as vocab_loss
+from fusemesh.kernels.vocab_loss.linear import fused_linear_cross_entropy
 
 B, H, HKV, S, D = 2, 4, 2, 4, 16
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -429,6 +430,9 @@ def test_collectives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         "gather_from_columns": lambda x: parallel.gather_from_columns(x, group, 8),
         "vocab_parallel_cross_entropy": lambda x: vocab_loss.vocab_parallel_cross_entropy(
             x, torch.zeros(2, 4, dtype=torch.long), vocab_start=0, group=group
+        ),
+        "fused_linear_cross_entropy": lambda x: fused_linear_cross_entropy(
+            x, x.new_zeros(5, 4), torch.zeros(2, 4, dtype=torch.long), group=group
         ),
     }
     for name, function in functions.items():

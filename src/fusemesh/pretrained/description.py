@@ -158,12 +158,12 @@ def _sight(model: TrainableModel, number: int) -> dict[str, Any]:
 
 
 def _head(model: TrainableModel) -> Head:
-    """Return the head: of classes and spans every rank of tp has it whole, and logits of tokens are gathered."""
+    """Return the head: of classes and spans every rank of tp has it whole."""
     if model.kind == "class":
         return Head(model.config.num_labels, "texts", is_whole=True)
     if model.kind == "span":
         return Head(2, is_whole=True)
-    return Head(vocabulary(model), gathered=True)
+    return Head(vocabulary(model))
 
 
 def _last(name: str) -> str:

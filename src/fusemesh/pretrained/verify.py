@@ -183,7 +183,7 @@ def _samples(path: str, model: Any, count: int) -> _Samples:
     """Return this many rows of tokens: of a text where the folder has a tokenizer, else drawn."""
     most = longest(model.config)
     length = LENGTH if most is None else min(LENGTH, most)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.vocab_size
     special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
     try:
         tokenizer = _tokenizer(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,15 @@ from torch import nn
 from torch.distributed.tensor import Partial, Placement, Replicate
 
 from fusemesh.hybrid.planner.model import Head
-from fusemesh.hybrid.tensor.modules import ColumnParallelLinear, TensorParallelModule, own_rows
+from fusemesh.hybrid.tensor.modules import (
+    ColumnParallelLinear,
+    TensorParallelModule,
+    VocabParallelEmbedding,
+    own_rows,
+)
 from fusemesh.kernels.matmul import parallel
 from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
+from fusemesh.kernels.vocab_loss.linear import fused_linear_cross_entropy
 
 from .config import TransformerConfig
 
@@ -79,11 +86,22 @@ class Output:
         raise NotImplementedError
 
     def summed_loss(
-        self, config: TransformerConfig, place: Place, logits: torch.Tensor, targets: torch.Tensor
+        self,
+        config: TransformerConfig,
+        place: Place,
+        head: Any,
+        h: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+        targets: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the loss summed over ``targets``, equal on every rank of tp."""
-        start = own_rows(self._total(config), place.ranks, place.rank).start
+        """Return the loss summed over ``targets``, equal on every rank of tp; the others as for :meth:`logits`."""
+        logits = self.logits(head, h, place, inputs)
+        start = self._start(config, place)
         return vocab_parallel_cross_entropy(logits, targets, vocab_start=start, group=place.group).sum()
+
+    def _start(self, config: TransformerConfig, place: Place) -> int:
+        """Return the number of this rank's first logit."""
+        return own_rows(self._total(config), place.ranks, place.rank).start
 
     def whole(self, config: TransformerConfig, place: Place, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits of all ranks of tp, joined along the last dimension."""
@@ -115,6 +133,20 @@ class Tokens(Output):
         inputs: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         return head(h)
+
+    def summed_loss(
+        self,
+        config: TransformerConfig,
+        place: Place,
+        head: Any,
+        h: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
+        # The logits, the largest tensor by far, are never whole.
+        h, weight = head.enter_group(h), head.local("weight")
+        start = self._start(config, place)
+        return fused_linear_cross_entropy(h, weight, targets, vocab_start=start, group=place.group).sum()
 
     def shape(self, config: TransformerConfig, place: Place, batch: Mapping[str, Shape]) -> Shape:
         rows, length = batch["tokens" if config.memory_at is None else "target_tokens"]
@@ -182,8 +214,15 @@ class Span(Output):
         return rows, 2, length // place.parts
 
     def summed_loss(
-        self, config: TransformerConfig, place: Place, logits: torch.Tensor, targets: torch.Tensor
+        self,
+        config: TransformerConfig,
+        place: Place,
+        head: Any,
+        h: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+        targets: torch.Tensor,
     ) -> torch.Tensor:
+        logits = self.logits(head, h, place, inputs)
         # The classes are positions: split over tp under sequence parallel, else whole on every rank.
         is_split = place.parts > 1
         start = place.rank * logits.shape[-1] if is_split else 0
@@ -195,6 +234,25 @@ class Span(Output):
 
 
 OUTPUTS: Mapping[str, Output] = {"tokens": Tokens(), "class": Class(), "span": Span()}
+
+
+class TiedHead:
+    """The table of tied embeddings as the head of tokens."""
+
+    def __init__(self, table: VocabParallelEmbedding, backend: str) -> None:
+        self.table, self.backend = table, backend
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        """Return this rank's logits [B, S, V / tp]."""
+        return self.table.logits(h, self.backend)
+
+    def enter_group(self, h: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ColumnParallelLinear.enter_group`."""
+        return self.table.enter_group(h)
+
+    def local(self, name: str) -> torch.Tensor | None:
+        """Return this rank's rows of the weight."""
+        return self.table.head_weight()
 
 
 class ClassHead(nn.Module):

@@ -129,9 +129,9 @@ class Transformer(TransformerStage, PipelinedModel):
                     "targets, call logits(), or use pp1"
                 )
             return self.pipeline.loss(tokens, targets, **given)
-        logits = super().forward(tokens, caches=caches, **given)
-        assert isinstance(logits, torch.Tensor)
-        return logits if targets is None else self.summed_loss(logits, targets)
+        found = super().forward(tokens, targets=targets, caches=caches, **given)
+        assert isinstance(found, torch.Tensor)
+        return found
 
     def loss_and_gradients(
         self, tokens: torch.Tensor, targets: torch.Tensor, count: int | torch.Tensor, **inputs: torch.Tensor

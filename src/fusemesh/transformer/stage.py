@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, T target sequence, E hidden size, V vocabulary, C c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from fusemesh.hybrid.pipeline_parallel import StageModule
 from fusemesh.hybrid.tensor.modules import RMSNorm, VocabParallelEmbedding
 
 from .config import TransformerConfig
-from .heads import OUTPUTS, Place, Shape
+from .heads import OUTPUTS, Place, Shape, TiedHead
 from .layers import Caches, View, rotary_table
 
 State = tuple[torch.Tensor, ...]
@@ -70,14 +70,15 @@ class TransformerStage(StageModule):
     def forward(
         self,
         *state: torch.Tensor,
+        targets: torch.Tensor | None = None,
         caches: Caches | None = None,
         **inputs: torch.Tensor,
     ) -> torch.Tensor | State:
-        """Return the logits (in the last stage) or the state for the next stage.
+        """Return the state for the next stage; in the last one the logits, or with targets the loss summed over them.
 
         Args:
             state: the tokens (in the first stage) or the state that the stage before returned.
-            caches, inputs: those of :meth:`Transformer.forward`, the same in every stage.
+            targets, caches, inputs: those of :meth:`Transformer.forward`, the same in every stage.
         """
         if self.config.memory_at is not None:
             found = self._encoder_decoder(state, inputs.get("lengths"), inputs.get("target_tokens"), caches)
@@ -87,7 +88,10 @@ class TransformerStage(StageModule):
             mask = None if is_causal else self._seen(h.shape[1] * self._parts(), inputs.get("lengths"))
             found = (self._run(h, self.span, self._view(h, caches, is_causal, mask=mask)),)
         if self.norm is not None:
-            return self._logits(self.norm(found[0]), inputs)
+            h = self.norm(found[0])
+            if targets is None:
+                return self.output.logits(self._head(), h, self._place(), inputs)
+            return self.output.summed_loss(self.config, self._place(), self._head(), h, inputs, targets)
         return found if len(found) > 1 else found[0]
 
     def _encoder_decoder(
@@ -171,13 +175,13 @@ class TransformerStage(StageModule):
             h = self.blocks[index - self.span.start](h, view, memory, cache)
         return h
 
-    def _logits(self, h: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        head = self.head
-        if head is None:
-            table = self.embedding if self.config.memory_at is None else self.target_embedding
-            assert table is not None
-            return self.output.logits(partial(table.logits, backend=self.backend), h, self._place(), inputs)
-        return self.output.logits(head, h, self._place(), inputs)
+    def _head(self) -> Any:
+        """Return the head; where embeddings are tied, their table as one."""
+        if self.head is not None:
+            return self.head
+        table = self.embedding if self.config.memory_at is None else self.target_embedding
+        assert table is not None
+        return TiedHead(table, self.backend)
 
     def input_shapes(self, batch: Mapping[str, Shape]) -> list[Shape]:
         return state_shapes(self.config, self.span.start, self._parts(), batch)
@@ -186,9 +190,6 @@ class TransformerStage(StageModule):
         if self.norm is None:
             return state_shapes(self.config, self.span.stop, self._parts(), batch)
         return [self.output.shape(self.config, self._place(), batch)]
-
-    def summed_loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.output.summed_loss(self.config, self._place(), output, targets)
 
 
 def state_shapes(config: TransformerConfig, block: int, parts: int, batch: Mapping[str, Shape]) -> list[Shape]:

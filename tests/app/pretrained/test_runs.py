@@ -84,7 +84,7 @@ def losses_of(configured: Config) -> list[float]:
     return [line["loss"] for line in read_metrics(configured.run.directory) if "loss" in line]
 
 
-LAYOUTS = ["single", "fsdp2 x tp2", pytest.param("pp2 x tp2", marks=pytest.mark.slow)]
+LAYOUTS = ["fsdp2 x tp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("single", "pp2 x tp2"))]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -217,7 +217,7 @@ def test_a_run_goes_on_in_another_layout_where_its_source_has_gone(
     assert saved["state"]["config"]["model"] == {"pretrained": str(source)}
 
 
-@pytest.mark.parametrize("layout", ["single", "pp2 x tp2", pytest.param("tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["single", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pp2 x tp2", "tp2"))])
 def test_a_carried_run_is_evaluated_in_any_layout(
     layout: str, folder: Callable[..., Path], run: Run, text: str, tmp_path: Path, capsys: Any, rank_pool: Any
 ) -> None:
@@ -311,6 +311,7 @@ def test_a_head_that_has_the_labels_keeps_their_order(
     assert build_task(runs.settings(folder("bert"), reviews, tmp_path / "run", **asked)).metadata["labels"][0] == "bad"
 
 
+@pytest.mark.slow
 def test_a_safetensors_name_is_refused_for_a_folder(
     folder: Callable[..., Path], run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -66,7 +66,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("tp2", {"recompute": "full"}),
     ("pp2", {"parts": 2, "recompute": "full"}),
 ]
-QUICK = [("tp2", "t5", {"parts": 2}), ("pp2", "t5", {"parts": 2, "recompute": "full"})]
+QUICK = [("pp2", "t5", {"parts": 2, "recompute": "full"})]
 MORE: list[tuple[str, str, dict[str, Any]]] = [
     ("pp2 x tp2", "t5", {}),
     ("pp2 x tp2", "gpt2", {"recompute": "full"}),

@@ -197,6 +197,7 @@ def test_all_ranks_refuse_what_one_refuses(tmp_path: Path, rank_pool: RankPool) 
         assert "bytes, as when its header was read, received" in said and "that all machines see" in said and read == 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_new_heads_are_the_same_in_every_layout_and_another_for_another_seed(
     tmp_path: Path, rank_pool: RankPool

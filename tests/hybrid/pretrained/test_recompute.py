@@ -81,7 +81,6 @@ def test_a_hugging_face_model_learns_the_same_to_the_bit_and_keeps_less(name: st
 @pytest.mark.parametrize(
     ("text", "sequence_parallel", "kind"),
     [
-        ("tp2", True, "translation"),
         *(
             slow(text, sequence_parallel, kind)
             for kind in ("decoder", "class", "span", "translation", "translation-tied")

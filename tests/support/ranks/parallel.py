@@ -16,6 +16,7 @@ from fusemesh.kernels.matmul import parallel
 from fusemesh.kernels.matmul.api import fused_linear
 from fusemesh.kernels.vocab_loss import reference
 from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
+from fusemesh.kernels.vocab_loss.linear import fused_linear_cross_entropy
 
 B, S, K, N = 2, 12, 20, 28
 
@@ -220,6 +221,31 @@ def vocab_loss(world: World, vocabulary: int, dtype: torch.dtype) -> dict[str, A
         "exact loss": exact_loss.detach(),
         "exact gradient": exact.grad[..., columns],
     }
+
+
+def fused_linear_loss(world: World, vocabulary: int) -> dict[str, Any]:
+    """Loss and gradients of a head split over the ranks, and in fp64 those of the whole head in one process."""
+    torch.manual_seed(0)
+    h, weight, bias = (torch.randn(*x, dtype=torch.float64) for x in ((3, 7, 8), (vocabulary, 8), (vocabulary,)))
+    targets = torch.randint(0, vocabulary, (3, 7))
+    targets[0, :3], targets[1] = -100, vocabulary - 1
+    weights = torch.randn(3, 7, dtype=torch.float64)
+    whole = [x.clone().requires_grad_() for x in (h, weight, bias)]
+    expected = reference.cross_entropy(torch.nn.functional.linear(*whole), targets)
+    expected.backward(weights)
+
+    size = -(-vocabulary // world.world_size)
+    start = min(world.rank * size, vocabulary)
+    rows = slice(start, min(start + size, vocabulary))
+    own = [x.clone().requires_grad_() for x in (h, weight[rows], bias[rows])]
+    entered = parallel.copy_to_group(own[0], dist.group.WORLD)
+    loss = fused_linear_cross_entropy(entered, own[1], targets, own[2], vocab_start=start, group=dist.group.WORLD)
+    loss.backward(weights)
+    found: dict[str, Any] = {"loss": loss.detach(), "exact loss": expected.detach()}
+    for name, mine, right, part in zip(("dh", "dweight", "dbias"), own, whole, (slice(None), rows, rows), strict=True):
+        assert right.grad is not None
+        found |= {name: mine.grad, f"exact {name}": right.grad[part]}
+    return found
 
 
 def unknown_target(world: World) -> str:

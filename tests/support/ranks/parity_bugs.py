@@ -108,7 +108,8 @@ def _local_positions() -> list[Any]:
 
 
 def _unmasked_embedding() -> list[Any]:
-    return [mock.patch.object(tensor_parallel.torch, "where", lambda mask, a, b: a if a.ndim == 3 else b)]
+    original = torch.where
+    return [mock.patch.object(tensor_parallel.torch, "where", lambda *x: x[1] if x[1].ndim == 3 else original(*x))]
 
 
 def _average() -> list[Any]:
@@ -145,14 +146,14 @@ def _local_count() -> list[Any]:
 
 
 def _loss_without(op: str) -> list[Any]:
-    original = vocab_loss._reduce
+    original = vocab_loss.reduce
     left_out = getattr(torch.distributed.ReduceOp, op)
 
     def reduce(x: torch.Tensor, group: Any, op: Any) -> torch.Tensor:
         # The sum over integers is the check of the ids.
         return x if op == left_out and x.is_floating_point() else original(x, group, op)
 
-    return [mock.patch.object(vocab_loss, "_reduce", reduce)]
+    return [mock.patch.object(vocab_loss, "reduce", reduce)]
 
 
 def _scaled_gradients() -> list[Any]:
@@ -217,26 +218,22 @@ def _blocks_in_a_row() -> list[Any]:
 
 
 def _detached_head() -> list[Any]:
-    original = tensor_parallel.VocabParallelEmbedding.logits
-
-    def logits(self: Any, x: torch.Tensor, backend: str) -> torch.Tensor:
-        whole = self.local
-        with mock.patch.object(self, "local", lambda name: whole(name).detach()):
-            return original(self, x, backend)
-
-    return [mock.patch.object(tensor_parallel.VocabParallelEmbedding, "logits", logits)]
+    original = tensor_parallel.VocabParallelEmbedding.head_weight
+    return [
+        mock.patch.object(tensor_parallel.VocabParallelEmbedding, "head_weight", lambda self: original(self).detach())
+    ]
 
 
 def _pipeline_table() -> list[Mutation]:
     def flipped(original: Any, self: Any, call: Any, tokens: torch.Tensor, targets: torch.Tensor, inputs: Any) -> None:
         original(self, call, tokens.flip(0), targets, inputs)
 
-    def own_tokens(original: Any, self: Any, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def own_tokens(original: Any, self: Any, loss: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         self._count = (targets != -100).sum()
-        return original(self, output, targets)
+        return original(self, loss, targets)
 
-    def dropped(original: Any, self: Any, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return original(self, output, torch.full_like(targets, -100) if self._losses else targets)
+    def dropped(original: Any, self: Any, loss: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return original(self, loss * (len(self._losses) == 0), targets)
 
     def nothing(original: Any, self: Any) -> None:
         pass
