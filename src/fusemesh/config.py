@@ -89,6 +89,10 @@ class DataConfig:
         "from the data, as it is for a data.path where nothing is given",
         least=0,
     )
+    packing: bool = _doc(
+        True,
+        "records of a pretrained language model share samples, and none sees another; false: each has its own",
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,22 +43,23 @@ class Dropping(NamedTuple):
 drawings: dict[int, Drawing] = {}
 
 
-_without_mask: ContextVar[bool] = ContextVar("fusemesh_without_mask", default=False)
+# Threads that are in a block of without_mask().
+_unmasked: set[int] = set()
 
 
 @contextlib.contextmanager
 def without_mask() -> Iterator[None]:
     """Within the block Hugging Face's models make no mask: attention is told the bounds of documents instead."""
-    token = _without_mask.set(True)
+    _unmasked.add(threading.get_ident())
     try:
         yield
     finally:
-        _without_mask.reset(token)
+        _unmasked.discard(threading.get_ident())
 
 
 def makes_no_mask() -> bool:
     """Return whether the code runs within :func:`without_mask`."""
-    return _without_mask.get()
+    return bool(_unmasked) and threading.get_ident() in _unmasked
 
 
 def place_of(module: Any) -> Place | None:

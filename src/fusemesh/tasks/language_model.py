@@ -112,10 +112,12 @@ class LanguageModel(Task):
     @functools.cached_property
     def _documents(self) -> DocumentData:
         from fusemesh.tokenized.data import DocumentData
+        from fusemesh.tokenized.packing import PackedRows
         from fusemesh.tokenized.padded import PaddedRows
 
         tokens: Any = self.tokens
-        return DocumentData(self.config.data, tokens, lambda found, length: PaddedRows(found, length, tokens.pad))
+        rows = PackedRows if self.config.data.packing else PaddedRows
+        return DocumentData(self.config.data, tokens, lambda found, length: rows(found, length, tokens.pad))
 
     @functools.cached_property
     def _corpus(self) -> Corpus:
