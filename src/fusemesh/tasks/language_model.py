@@ -83,6 +83,12 @@ class LanguageModel(Task):
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         self.config, self.maker = config, maker_of(config)
         self.tokens = self.maker.tokens()
+        for path in (config.data.path, config.data.held_out):
+            if path.endswith(".tokens") and not self.maker.refines:
+                raise ValueError(
+                    f"data.path: expected text with a new model, whose tokens are bytes, received {path!r}; give the "
+                    "model whose tokenizer made it as model.pretrained, or the text itself"
+                )
         if config.data.columns and not self._is_documents:
             raise ValueError(
                 "data.columns: expected nothing with task language_model, whose text has no records (a pretrained "

@@ -172,13 +172,13 @@ def test_the_weights_are_part_of_the_data(folder, data):
 def test_a_weighted_run_resumes_in_another_layout_with_the_same_samples(folder, data, tmp_path, rank_pool):
     """Runs of others replay an epoch's order after a resume, or skip one (ms-swift#10050, verl#7401)."""
     path = f"{data}/chats.tokens:3 {data}/texts.tokens:1"
-    more = {"run__record_samples": "true", "training__global_batch_size": "4"}
+    more = {"run__record_samples": "true", "training__global_batch_size": "8"}
     # So many samples that the smaller source begins its second epoch.
-    whole = settings(folder, path, tmp_path / "whole", training__steps="40", **more)
+    whole = settings(folder, path, tmp_path / "whole", training__steps="20", **more)
     runs.train(config.as_dict(whole))
-    half = settings(folder, path, tmp_path / "half", training__steps="23", layout="dp2", **more)
+    half = settings(folder, path, tmp_path / "half", training__steps="11", layout="dp2", **more)
     rank_pool.call(runs.train, config.as_dict(half), False, ranks=2, timeout=120)
-    rest = settings(folder, path, tmp_path / "half", training__steps="40", layout="single", **more)
+    rest = settings(folder, path, tmp_path / "half", training__steps="20", layout="single", **more)
     runs.train(config.as_dict(rest), True)
     assert samples_of(tmp_path / "half") == samples_of(tmp_path / "whole")
     assert len(samples_of(tmp_path / "whole")) == 160
@@ -217,6 +217,13 @@ def test_a_run_refuses_tokens_of_another_tokenizer(data, tmp_path):
     other = make_chat_model(tmp_path / "other", bos=True)
     with pytest.raises(ValueError, match=r"expected tokens by the tokenizer of .* received .*texts\.tokens"):
         build_task(settings(other, data / "texts.tokens"))
+
+
+def test_a_new_model_takes_no_token_file(data):
+    with pytest.raises(
+        ValueError, match=r"data.path: expected text with a new model, whose tokens are bytes, received"
+    ):
+        build_task(load_config(None, {"data.path": str(data / "texts.tokens")}))
 
 
 def test_columns_are_those_of_records_alone(folder, data, tmp_path):
