@@ -42,7 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
 
 
 def settings(folder: Path, path: Path | str, directory: Path | str = "unused", **more: str) -> Config:
-    own = {"data__sequence_length": "48", "training__steps": "3", **more}
+    # A sample each, unless more says otherwise.
+    own = {"data__sequence_length": "48", "data__packing": "false", "training__steps": "3", **more}
     return runs.settings(folder, str(path), Path(directory), **own)
 
 
@@ -124,7 +125,8 @@ def test_one_sample_is_shown_with_its_targets(folder, data, tmp_path, capfd):
 
 
 def test_a_run_on_chats_learns(folder, data, tmp_path):
-    summary = runs.train(config.as_dict(settings(folder, data / "chats.jsonl", tmp_path / "run", training__steps="12")))
+    packed = {"training__steps": "12", "data__packing": "true"}
+    summary = runs.train(config.as_dict(settings(folder, data / "chats.jsonl", tmp_path / "run", **packed)))
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert summary["training_loss"] < first - 0.5
     assert summary["cut"]["train"]["records"] == len(rows_of(settings(folder, data / "chats.jsonl")))
@@ -172,7 +174,7 @@ def test_the_weights_are_part_of_the_data(folder, data):
 def test_a_weighted_run_resumes_in_another_layout_with_the_same_samples(folder, data, tmp_path, rank_pool):
     """Runs of others replay an epoch's order after a resume, or skip one (ms-swift#10050, verl#7401)."""
     path = f"{data}/chats.tokens:3 {data}/texts.tokens:1"
-    more = {"run__record_samples": "true", "training__global_batch_size": "8"}
+    more = {"run__record_samples": "true", "training__global_batch_size": "8", "data__packing": "true"}
     # So many samples that the smaller source begins its second epoch.
     whole = settings(folder, path, tmp_path / "whole", training__steps="20", **more)
     runs.train(config.as_dict(whole))
