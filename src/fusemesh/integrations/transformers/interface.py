@@ -126,7 +126,13 @@ def attention(
             bias = attention_mask
     packed = kwargs.get("cu_seq_lens_q") if attention_mask is None else None
     if packed is not None and position_bias is None:
-        options = {"window": window, "softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout_p}
+        options: dict[str, Any] = {
+            "window": window,
+            "softcap": softcap,
+            "sinks": s_aux,
+            "scale": scaling,
+            "dropout_p": dropout_p,
+        }
         return _packed(module, (query, key, value), kwargs, causal=causal, **options), None
     if attention_mask is None and makes_no_mask():
         raise wrong(
@@ -195,9 +201,13 @@ def _packed(
             "pass position_ids that begin at 0 with each sequence and no cu_seq_lens_q: the mask keeps them apart",
         )
     flat = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
-    lengths = [bounds.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
+    lengths: list[Any] = [
+        bounds.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    ]
     out = flash_attention_varlen(
-        *flat,
+        flat[0],
+        flat[1],
+        flat[2],
         *lengths,
         causal=causal,
         align="bottom_right" if causal or window is not None else None,
