@@ -81,8 +81,10 @@ def test_no_mask_is_made_but_for_dropout(name: str, monkeypatch: pytest.MonkeyPa
     from fusemesh.integrations.transformers import interface
 
     seen: list[Any] = []
-    attention = interface._packed
-    monkeypatch.setattr(interface, "_packed", lambda *args, **options: seen.append(args) or attention(*args, **options))
+    attention = interface.packed_attention
+    monkeypatch.setattr(
+        interface, "packed_attention", lambda *args, **options: seen.append(args) or attention(*args, **options)
+    )
     model = as_trainable(ranks.build(name, **changed(name)))
     _, _, positions = ranks.rows()
     loss_of(model, positions)

@@ -35,9 +35,9 @@ from fusemesh.kernels.attention.call.score_mods import checked_softcap
 from fusemesh.kernels.attention.call.tensors import has_values
 from fusemesh.kernels.attention.call.validation import check_truth, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
-from fusemesh.kernels.attention.varlen.api import flash_attention_varlen
 
 from . import models as transformers_models
+from .packed import in_dtype_of, packed_attention
 
 # Layer types whose masks transformers makes with create_sliding_window_causal_mask.
 _SLIDING = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
@@ -133,7 +133,7 @@ def attention(
             "scale": scaling,
             "dropout_p": dropout_p,
         }
-        return _packed(module, (query, key, value), kwargs, causal=causal, **options), None
+        return packed_attention(module, (query, key, value), kwargs, causal=causal, **options), None
     if attention_mask is None and makes_no_mask():
         raise wrong(
             "cu_seq_lens_q",
@@ -163,62 +163,15 @@ def attention(
         origin=origin,
         window=window,
         mask=mask,
-        bias=_in_dtype_of(query, bias),
+        bias=in_dtype_of(query, bias),
         softcap=None if softcap is None else checked_softcap(element(softcap)),
-        sinks=_in_dtype_of(query, s_aux),
+        sinks=in_dtype_of(query, s_aux),
         dropout_p=dropout_p,
         seed=seed,
         scale=checked_scale(element(scaling), query, "scaling"),
     )
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _packed(
-    module: torch.nn.Module,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    bounds: dict[str, Any],
-    *,
-    causal: bool,
-    window: tuple[int, None] | None,
-    softcap: Any,
-    sinks: torch.Tensor | None,
-    scale: Any,
-    dropout_p: float,
-) -> torch.Tensor:
-    """Return [B, Sq, H, Dv] of rows that hold several sequences, one behind the other, which do not see each other.
-
-    Args:
-        bounds: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``, of all rows, as transformers
-            passes them to flash-attn.
-    """
-    query = tensors[0]
-    if dropout_p > 0 and dropping(module, query, tensors[1], None) != (None, None, None):
-        raise wrong(
-            "dropout",
-            "0 where sequences share a row (cu_seq_lens_q) in a model that drops by position",
-            dropout_p,
-            "pass position_ids that begin at 0 with each sequence and no cu_seq_lens_q: the mask keeps them apart",
-        )
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
-    lengths: list[Any] = [
-        bounds.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    ]
-    out = flash_attention_varlen(
-        flat[0],
-        flat[1],
-        flat[2],
-        *lengths,
-        causal=causal,
-        align="bottom_right" if causal or window is not None else None,
-        window=window,
-        softcap=None if softcap is None else checked_softcap(element(softcap)),
-        sinks=_in_dtype_of(query, sinks),
-        dropout_p=dropout_p,
-        scale=checked_scale(element(scale), query, "scaling"),
-    )
-    assert isinstance(out, torch.Tensor)
-    return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def attention_mask(
@@ -424,7 +377,3 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         raise wrong(
             "output_attentions", "False", True, "fused attention has no weights; use attn_implementation='eager'"
         )
-
-
-def _in_dtype_of(query: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None or x.dtype in (query.dtype, torch.float32) else x.to(query.dtype)
