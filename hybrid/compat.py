@@ -91,6 +91,10 @@ PRIVATE = {
         "the same of persistent buffers that a folder lacks, while the model's class sets their values",
         "set the attribute, which takes a plain tensor, for the time of the call",
     ),
+    "._attn_implementation": Private(
+        "whether a Hugging Face model computes attention by ours, which takes the bounds of documents",
+        "find the name of its attention elsewhere in the config",
+    ),
     "._keep_in_fp32_modules": Private(
         "modules that a Hugging Face model keeps in fp32 when it is loaded in fp16",
         "see how from_pretrained tells them apart; without it they are loaded as the rest is",

@@ -36,7 +36,7 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "command: expected one of doctor, train, .*, received 'trian'; did you mean train"),
+        (["trian"], "command: expected one of doctor, tokenize, train, .*, received 'trian'; did you mean train"),
         (["train", "--lrr", "3"], "--lrr: no option of fusemesh train; did you mean --lr"),
         (["train", "--learning-rate=3"], "did you mean --training.learning_rate"),
         (["train", "--training.stepz", "3"], "did you mean --training.steps"),

@@ -58,6 +58,20 @@ def test_the_class_of_cached_functions() -> None:
     assert isinstance(functools.cache(len), functools._lru_cache_wrapper), gone(name, type(functools.cache(len)))
 
 
+def test_the_attention_of_a_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model.set_attn_implementation("eager")
+    assert compat.attention_of(model.config) == "eager", gone("._attn_implementation", model.config)
+
+
 def test_parameters_of_a_module() -> None:
     module, name = nn.Linear(2, 2, bias=False), "._parameters"
     held = compat.parameters_of(module)
