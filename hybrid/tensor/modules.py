@@ -1,4 +1,4 @@
-"""Modules whose parameters are split over the tp axis: linear layers, embedding, norm, and the loss.
+"""Modules whose parameters are split over the tp axis: linear layers, embedding and norm.
 
 Each is an ordinary module of one process until :meth:`TensorParallelModule.distribute` is called (by
 :func:`fusemesh.hybrid.apply.parallelize`). From then on its parameters are DTensors on tp, which is what fully_shard,
@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn import functional as F
 
 from fusemesh.kernels.matmul import parallel
-from fusemesh.kernels.vocab_loss.api import vocab_parallel_cross_entropy
 
 
 class TensorParallelModule(nn.Module):
@@ -316,29 +315,6 @@ class RMSNorm(TensorParallelModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (self.features,), self.local("weight"), self.eps)
-
-
-class VocabParallelLoss(TensorParallelModule):
-    """Cross entropy of each token, from logits whose vocabulary is split over tp as by :class:`ColumnParallelLinear`.
-
-    logits [B, S, V_local], targets [B, S] to loss [B, S], fp32 (fp64 for fp64).
-    """
-
-    def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
-        super().__init__()
-        self.vocab_size, self.ignore_index = vocab_size, ignore_index
-
-    def placements(self) -> dict[str, tuple[Placement, Placement]]:
-        return {}
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return vocab_parallel_cross_entropy(
-            logits,
-            targets,
-            vocab_start=own_rows(self.vocab_size, self.ranks, self.rank).start,
-            group=self.group,
-            ignore_index=self.ignore_index,
-        )
 
 
 def own_part(whole: torch.Tensor, mesh: DeviceMesh, placement: Placement, device: torch.device) -> DTensor:
