@@ -366,3 +366,8 @@ def launcher_key(environ: Mapping[str, str] = os.environ) -> str:
 def served_run(name: str) -> dict[str, str]:
     """Return the variables that tell ranks that their launcher serves the store, for a run of this name."""
     return {_SERVED: "True", _RUN: name, _RESTART: "0"}
+
+
+def attention_of(config: Any) -> str:
+    """Return the name of the attention that a Hugging Face model of this configuration computes."""
+    return str(getattr(config, "_attn_implementation", ""))

@@ -11,6 +11,8 @@ arbitrary finite domains", 2002), so it needs no memory, and does not change wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _ROUNDS = 6
@@ -59,13 +61,23 @@ class BatchOrder:
         replicas: how many ranks take different samples (dp * fsdp).
         accumulation: micro-batches into which each replica's part of a step is cut.
         seed: of the order.
+        sources: where the samples are those of several sources one behind the other, of each the number of its samples
+            and its weight: of so many samples as the weights are together, each source gives its weight. Each has
+            epochs of its own.
 
     Raises:
         ValueError: the batch does not divide among replicas and micro-batches, or a number is out of range.
     """
 
     def __init__(
-        self, num_samples: int, global_batch_size: int, *, replicas: int = 1, accumulation: int = 1, seed: int = 0
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        *,
+        replicas: int = 1,
+        accumulation: int = 1,
+        seed: int = 0,
+        sources: Sequence[tuple[int, int]] = (),
     ) -> None:
         for name, value, least in (
             ("num_samples", num_samples, 1),
@@ -84,13 +96,33 @@ class BatchOrder:
             )
         self.num_samples, self.global_batch_size = num_samples, global_batch_size
         self.replicas, self.accumulation, self.seed = replicas, accumulation, seed
+        # In a round each source has as many turns as its weight, evenly spread.
+        turns = sorted(((n + 0.5) / weight, k, n) for k, (_, weight) in enumerate(sources) for n in range(weight))
+        self._turns = np.array([[k, n] for _, k, n in turns], np.int64)
+        self._sources = np.array(sources, np.int64)
+        assert not sources or self._sources[:, 0].sum() == num_samples, "sources have other samples"
 
     def step(self, step: int) -> np.ndarray:
         """Return the sample indices of step ``step`` over all replicas, int64 [global_batch_size]."""
         position = step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
+        if len(self._sources):
+            return self._of_sources(position)
         return permute(
             position % self.num_samples, self.num_samples, seed=self.seed, epoch=position // self.num_samples
         )
+
+    def _of_sources(self, position: np.ndarray) -> np.ndarray:
+        """Return the samples at these positions of the endless sequence."""
+        source, turn = self._turns[position % len(self._turns)].T
+        sizes, weights = self._sources.T
+        # How many samples of the same source came before.
+        before = position // len(self._turns) * weights[source] + turn
+        found = np.empty(len(position), np.int64)
+        for number in np.unique(source):
+            here, size = source == number, int(sizes[number])
+            own = permute(before[here] % size, size, seed=self.seed, epoch=before[here] // size)
+            found[here] = own + sizes[:number].sum()
+        return found
 
     def micro_batches(self, step: int, replica: int) -> np.ndarray:
         """Return the sample indices of one replica in step ``step``, int64 [accumulation, samples per micro-batch]."""

@@ -172,6 +172,7 @@ class Pipeline:
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.parts, self.options = parts, options
         self.dtype = dtype or next(parts.model.parameters()).dtype
+        self._loss_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._schedules: dict[tuple[Any, ...], Any] = {}
         self._losses: list[torch.Tensor] = []
         self._count: int | torch.Tensor = 1
@@ -180,10 +181,6 @@ class Pipeline:
     def device(self) -> torch.device:
         """Return the device of the parameters: meta until they have memory."""
         return next(self.parts.model.parameters()).device
-
-    @property
-    def _loss_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def has_first(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..pipeline_parallel import StageModule
-from . import heads
+from . import heads, packed
 from .anatomy import base_name, within
 from .stand_ins import replaced
 
@@ -158,7 +158,22 @@ def run(
         given["attention_mask"] = (torch.arange(length, device=lengths.device) < lengths[:, None]).long()
     if border is not None:
         return _run_pair(model, place, state, inputs, targets, given, table)
-    if span.start == 0:
+    if "positions" in inputs:
+        with packed.documents(model, inputs["positions"]) as bounds:
+            return _run_stack(model, place, state, inputs, targets, {**given, **bounds})
+    return _run_stack(model, place, state, inputs, targets, given)
+
+
+def _run_stack(
+    model: Any,
+    place: Place,
+    state: State,
+    inputs: Mapping[str, torch.Tensor],
+    targets: torch.Tensor | None,
+    given: dict[str, Any],
+) -> torch.Tensor | State:
+    """:func:`run` of a model of one stack."""
+    if place.span.start == 0:
         given["input_ids"] = state[0]
         if "segments" in inputs:
             given["token_type_ids"] = inputs["segments"]

@@ -102,10 +102,11 @@ class TrainableModel(PipelinedModel):
     """In front of a Hugging Face model's class: what :class:`PipelinedModel` promises, and :meth:`logits`.
 
     Inputs are ``tokens``, int64 [B, S], and by name ``lengths``, int64 [B], tokens of each text before its padding
-    (None: no padding), ``segments``, int64 [B, S], token types of a model that has them, and of a sequence-to-sequence
-    model ``target_tokens``, int64 [B, T], what its decoder has seen. Targets, -100 where one does not count: [B, S] of
-    the next token, [B, T] of a sequence-to-sequence model, [B, 1] of the class, [B, 2] of a span's first and last
-    token.
+    (None: no padding), ``segments``, int64 [B, S], token types of a model that has them, of a language model
+    ``positions``, int64 [B, S], which begin at 0 with each of the documents that share a row, and of a sequence-to-
+    sequence model ``target_tokens``, int64 [B, T], what its decoder has seen. Targets, -100 where one does not count:
+    [B, S] of the next token, [B, T] of a sequence-to-sequence model, [B, 1] of the class, [B, 2] of a span's first and
+    last token.
     """
 
     plain_forward: Any
@@ -189,6 +190,7 @@ class TrainableModel(PipelinedModel):
         anatomy, kind = self.anatomy, self.kind
         given = {name: x for name, x in inputs.items() if x is not None}
         legal = ["lengths"] + ["segments"] * anatomy.segments + ["target_tokens"] * (kind == "pair")
+        legal += ["positions"] * (kind == "tokens")
         for name in given:
             if name not in legal:
                 raise ValueError(

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fusemesh import __version__, standard_output
-from fusemesh.commands import bench, doctor, evaluate, generate, merge, plan, predict, scaling, train, verify
+from fusemesh.commands import bench, doctor, evaluate, generate, merge, plan, predict, scaling, tokenize, train, verify
 from fusemesh.commands.options import Parser
 from fusemesh.hybrid.outputs import UserError
 from fusemesh.hybrid.ranks.failure import on_end
 from fusemesh.spelling import suggestion
 
-COMMANDS = (doctor, train, evaluate, predict, generate, merge, verify, plan, scaling, bench)
+COMMANDS = (doctor, tokenize, train, evaluate, predict, generate, merge, verify, plan, scaling, bench)
 # As a shell reports a process that SIGPIPE ended.
 _NO_READER = 141
 # And that SIGTERM ended.

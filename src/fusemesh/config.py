@@ -78,7 +78,7 @@ class DataConfig:
     path: str = _doc(
         "",
         "a file of records (.csv, .tsv, .jsonl, .json, or text with tabs; also .gz), for a language model a text file "
-        "or a folder of them; empty: the task's own corpus",
+        "or a folder of them, for a pretrained one also .jsonl, .tokens, or 'A:3 B:1'; empty: the task's own corpus",
     )
     held_out: str = _doc("", "what to evaluate on, as data.path; empty: one in 16 of the records of data.path, by hash")
     columns: str = _doc("", "names of the columns that hold a record, in the task's order; empty: the task's names")
@@ -88,6 +88,10 @@ class DataConfig:
         "tokens (bytes, of a question words) per sample, of source and target each; longer texts are cut; 0: chosen "
         "from the data, as it is for a data.path where nothing is given",
         least=0,
+    )
+    packing: bool = _doc(
+        True,
+        "records of a pretrained language model share samples, and none sees another; false: each has its own",
     )
 
 

@@ -73,6 +73,41 @@ def test_resuming_in_another_layout_neither_loses_nor_repeats_a_sample():
     assert len(set(expected.tolist())) == 480
 
 
+SOURCES = [(50, 3), (200, 1), (7, 2)]
+
+
+def test_each_source_has_its_share_and_epochs_of_its_own():
+    order = BatchOrder(257, 24, seed=3, sources=SOURCES)
+    seen = np.concatenate([order.step(step) for step in range(100)])
+    begin = 0
+    for size, weight in SOURCES:
+        own = seen[(seen >= begin) & (seen < begin + size)] - begin
+        assert len(own) == 2400 * weight // 6
+        for epoch in range(len(own) // size):
+            assert sorted(own[epoch * size : (epoch + 1) * size]) == list(range(size))
+        assert len(set(own[len(own) // size * size :])) == len(own) % size
+        begin += size
+    # Evenly spread: no run of six samples has more or less than the weights say.
+    which = np.searchsorted([50, 250], seen, side="right").reshape(-1, 6)
+    assert all(np.bincount(row, minlength=3).tolist() == [3, 1, 2] for row in which)
+
+
+@pytest.mark.parametrize(("replicas", "accumulation"), LAYOUTS)
+def test_every_layout_takes_the_same_batches_of_several_sources(replicas, accumulation):
+    whole = BatchOrder(257, 24, seed=5, sources=SOURCES)
+    shared = BatchOrder(257, 24, replicas=replicas, accumulation=accumulation, seed=5, sources=SOURCES)
+    for step in (0, 7, 1000):
+        parts = [shared.micro_batches(step, replica) for replica in range(replicas)]
+        assert np.array_equal(np.concatenate([part.ravel() for part in parts]), whole.step(step))
+
+
+def test_one_source_is_taken_in_the_order_of_samples_without_sources():
+    for step in (0, 3, 90):
+        assert np.array_equal(
+            BatchOrder(101, 24, seed=5, sources=[(101, 4)]).step(step), BatchOrder(101, 24, seed=5).step(step)
+        )
+
+
 @pytest.mark.parametrize("samples", [1, 2, 7, 8, 9, 31, 32, 33])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4])
 def test_evaluation_takes_every_sample_once_in_equally_many_batches(samples, replicas):

@@ -262,7 +262,6 @@ def test_a_window_that_is_not_passed_on_raises(model: str, config: str, options:
         ({"output_attentions": True}, "output_attentions: expected False"),
         ({"sinks": torch.zeros(1, 2, 3, 1)}, "sinks: expected None.*s_aux"),
         ({"head_mask": torch.ones(2)}, "head_mask: expected None"),
-        ({"cu_seq_lens_q": torch.tensor([0, 1, 3])}, "cu_seq_lens_q: expected None.*position_ids"),
     ],
     ids=lambda x: None if isinstance(x, str) else next(iter(x)),
 )
@@ -270,6 +269,19 @@ def test_what_would_be_ignored_is_refused(change: dict[str, Any], message: str) 
     q = torch.randn(1, 2, 3, 16)
     with pytest.raises(ValueError, match=message):
         ours.attention(torch.nn.Module(), q, q, q, None, **change)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sequences_that_share_a_row_by_flash_attn_s_bounds(window: int | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 11, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    sinks, bounds = torch.randn(4, dtype=torch.float64), torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+    layer, options = torch.nn.Module(), {"sliding_window": window, "softcap": 2.0, "s_aux": sinks, "scaling": 0.3}
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 6, "max_length_k": 6}
+    found = ours.attention(layer, q, k, v, None, **options, **lengths)[0]
+    for start, end in ((0, 4), (4, 5), (5, 11)):
+        part = [x[:, :, start:end] for x in (q, k, v)]
+        torch.testing.assert_close(found[:, start:end], ours.attention(layer, *part, None, **options)[0])
 
 
 @pytest.mark.parametrize("mask_kind", ["none", "bool", "float"])

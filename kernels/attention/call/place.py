@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -39,6 +41,25 @@ class Dropping(NamedTuple):
 
 # By thread: a forward that is recomputed may run in one of autograd's.
 drawings: dict[int, Drawing] = {}
+
+
+# Threads that are in a block of without_mask().
+_unmasked: set[int] = set()
+
+
+@contextlib.contextmanager
+def without_mask() -> Iterator[None]:
+    """Within the block Hugging Face's models make no mask: attention is told the bounds of documents instead."""
+    _unmasked.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _unmasked.discard(threading.get_ident())
+
+
+def makes_no_mask() -> bool:
+    """Return whether the code runs within :func:`without_mask`."""
+    return bool(_unmasked) and threading.get_ident() in _unmasked
 
 
 def place_of(module: Any) -> Place | None:

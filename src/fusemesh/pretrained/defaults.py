@@ -37,8 +37,9 @@ def fine_tuning_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def say_defaults(training: Any, sequence_length: int) -> str:
     """Return in a line with which settings a pretrained model is trained, the user's own among them."""
+    warmup = f"{training.warmup_steps} step{'' if training.warmup_steps == 1 else 's'} of warm-up"
     return (
-        f"fine-tuning: learning rate {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then "
+        f"fine-tuning: learning rate {training.learning_rate:g}, {warmup}, then "
         f"{training.schedule} to {training.min_learning_rate:g} at step {training.steps}; weight decay "
         f"{training.weight_decay:g}; {sequence_length} tokens a sample, {training.global_batch_size} samples a step; "
         f"{training.dtype} compute, {'float64' if training.dtype == 'float64' else 'float32'} weights; each is a key: "

@@ -106,7 +106,7 @@ def _config_of(path: str, changed: int, size: int) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:
         # Whatever a config that is damaged, or of a newer version, raises.
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        text = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{KEY}: {str(Path(path, 'config.json'))!r} cannot be used by transformers: {text}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from fusemesh.tasks.tokens import Tokens
 from .folder import KEY, check_version, config_of
 
 _FILES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "merges.txt", "tekken.json")
+_SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _BATCH = 256  # documents that are encoded together
 
 
@@ -52,6 +54,39 @@ class FolderTokens(Tokens):
         texts = self._tokenizer.batch_decode([[number] for number in range(len(self._tokenizer))])
         return sorted({*self.ends, *(number for number, text in enumerate(texts) if "\n" in text)})
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """What identifies the tokenizer: SHA-256 of its files, of what it does where transformers can say that, and of
+        its chat template.
+
+        Two are one if either of the first two is the same: files may be saved again, and another version of
+        transformers may read them otherwise.
+        """
+        files = hashlib.sha256()
+        for path in sorted({path for pattern in (*_FILES, *_SMALL) for path in Path(self.path).glob(pattern)}):
+            files.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            files.update(path.read_bytes())
+        template = json.dumps(getattr(self._tokenizer, "chat_template", None), sort_keys=True)
+        found = {"files": files.hexdigest(), "template": hashlib.sha256(template.encode()).hexdigest()}
+        if (backend := getattr(self._tokenizer, "backend_tokenizer", None)) is not None:
+            does = json.loads(backend.to_str())
+            # State that calls leave behind.
+            does.update(truncation=None, padding=None, ends=[self.end, *self.ends])
+            found["behaviour"] = hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()
+        return found
+
+    def beginning(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts that go on: without those that the tokenizer adds to end them."""
+        if not texts:
+            return []
+        rows = self._tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+        return [self._without_end(row) for row in rows]
+
     def stream(self, documents: Sequence[bytes]) -> np.ndarray:
         return _stream(self, tuple(documents))
 
@@ -69,12 +104,14 @@ class FolderTokens(Tokens):
         # What the tokenizer makes nothing of is one token, too: each text has a last one.
         return [row or [self.end] for row in rows], [len(row) for row in uncut]
 
+    def _without_end(self, row: list[int]) -> list[int]:
+        last = len(row)
+        while last and row[last - 1] in self.ends:
+            last -= 1
+        return row[:last]
+
     def _beginning(self, text: str) -> list[int]:
-        """Return the tokens of a text that goes on: without those that the tokenizer adds to end it."""
-        row: list[int] = self._tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
-        while row and row[-1] in self.ends:
-            row = row[:-1]
-        return row
+        return self.beginning([text])[0]
 
     def line(self, text: str, most: int) -> tuple[list[int], int]:
         row = self._beginning(text)

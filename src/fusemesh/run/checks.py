@@ -21,6 +21,7 @@ from fusemesh.models.registry import maker_of
 from fusemesh.run.agreement import check_free
 from fusemesh.run.fingerprint import changes, fingerprint, with_absolute_paths
 from fusemesh.run.settings import Settings, first_change
+from fusemesh.tasks.base import Dataset
 from fusemesh.tasks.registry import build_task
 
 logger = logging.getLogger("fusemesh")
@@ -83,7 +84,7 @@ def check_run(settings: Settings, world_size: int, *, resume: bool | Resume | No
     task = build_task(config, state.get("metadata"))
     if how is None:
         maker_of(task.config).check_beginning(task)
-    order_of(settings, len(task.train))
+    order_of(settings, task.train)
     len(task.held_out)
     task.check_packages()
     if importlib.util.find_spec("matplotlib") is None:
@@ -126,15 +127,16 @@ def summary_of(directory: str | os.PathLike[str], step: int) -> dict[str, Any] |
     return found if isinstance(found, dict) and found.get("steps") == step else None
 
 
-def order_of(settings: Settings, num_samples: int) -> BatchOrder:
-    """Return the order of this many samples; raise ValueError if the layout cannot deal them out."""
+def order_of(settings: Settings, samples: Dataset) -> BatchOrder:
+    """Return the order of samples; raise ValueError if the layout cannot deal them out."""
     training, layout = settings.config.training, settings.layout
     order = BatchOrder(
-        num_samples,
+        len(samples),
         training.global_batch_size,
         replicas=layout.replicas,
         accumulation=training.accumulation,
         seed=training.seed,
+        sources=getattr(samples, "sources", ()),
     )
     if layout.pp > 1:
         batch = training.global_batch_size // (layout.replicas * training.accumulation)

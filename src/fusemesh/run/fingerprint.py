@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fusemesh.config import Config
 from fusemesh.hybrid.outputs import size_text
 from fusemesh.tasks.registry import task_class
+from fusemesh.tokenized.mixture import absolute, sources_in
 
 _PARTS = ("path", "held_out")
 
@@ -19,14 +19,11 @@ _PARTS = ("path", "held_out")
 def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with data and a pretrained model that are found from any folder."""
 
-    def absolute(section: Any, names: Sequence[str]) -> Any:
+    def found(section: Any, names: Sequence[str]) -> Any:
         given = {name: getattr(section, name) for name in names}
-        found = {name: str(Path(path).expanduser().absolute()) for name, path in given.items() if path}
-        return dataclasses.replace(section, **found)
+        return dataclasses.replace(section, **{name: absolute(path) for name, path in given.items() if path})
 
-    return dataclasses.replace(
-        config, data=absolute(config.data, _PARTS), model=absolute(config.model, ("pretrained",))
-    )
+    return dataclasses.replace(config, data=found(config.data, _PARTS), model=found(config.model, ("pretrained",)))
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
@@ -67,11 +64,12 @@ def places_of(config: Config) -> str:
     """Return a digest of where the data's files lie: their paths, devices, numbers there, sizes, and the times of their
     last changes; "" if there are none, or one cannot be found."""
     found = hashlib.sha256()
-    paths = [path for path in (config.data.path, config.data.held_out) if path]
+    given = [path for path in (config.data.path, config.data.held_out) if path]
+    paths = [source.path for path in given for source in sources_in(path)]
     try:
-        for given in paths:
-            inner = [os.path.join(folder, name) for folder, _, names in os.walk(given) for name in names]
-            for path in sorted(inner) if os.path.isdir(given) else [given]:
+        for top in paths:
+            inner = [os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names]
+            for path in sorted(inner) if os.path.isdir(top) else [top]:
                 stat = os.stat(path)
                 found.update(
                     f"{path}\0{stat.st_dev}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(
@@ -134,7 +132,8 @@ def check_evaluated(saved: Mapping[str, Any] | None, config: Config, given: Mapp
             )
         return
     try:
-        os.stat(path)
+        for source in sources_in(path):
+            os.stat(source.path)
         now = {} if saved is None else _entry(task_class(config.task), path)
     except OSError as error:
         raise ValueError(

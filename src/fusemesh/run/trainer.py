@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,7 +69,9 @@ class Trainer:
         if world.is_first:
             for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
                 logger.warning("%s", line)
-        self.order = order_of(run.settings, len(self.task.train))
+            if not quiet and (text := self.task.sample_text()):
+                print(f"one of the samples, its targets between ⟦ and ⟧: {text}", file=sys.stderr, flush=True)
+        self.order = order_of(run.settings, self.task.train)
         self.maker = maker_of(self.task.config)
         if source is None:
             checkpoint.on_first_rank(lambda: self.maker.keep(make_folder(self.folder / "checkpoints", what=OUT)))

@@ -172,6 +172,10 @@ class Task(ABC):
         share = f"{cut} of {len(whole)} {'is' if cut == 1 else 'are'}"
         return f"{share} cut at data.sequence_length = {length} tokens (the longest takes {max(whole)})"
 
+    def sample_text(self) -> str:
+        """Return one sample to train on as text, with its targets between marks; "" where all tokens are targets."""
+        return ""
+
     def find_metadata(self) -> Mapping[str, Any]:
         """Return the metadata that the data to train on give; see the class."""
         return {}

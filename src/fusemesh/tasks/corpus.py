@@ -104,22 +104,23 @@ def in_order(documents: Mapping[str, bytes]) -> list[bytes]:
 
 def source_of(path: str) -> str:
     """Return where a corpus is from, for reports."""
-    return str(_root(path)) if path else library_version()
+    return str(root_of(path)) if path else library_version()
 
 
-def _root(path: str) -> Path:
+def root_of(path: str) -> Path:
+    """Return the file or the folder of a path; "": the standard library's."""
     return Path(path).expanduser().resolve() if path else standard_library()
 
 
 def read_documents(path: str, key: str, encoding: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Return the documents of a file or a folder by name, in UTF-8, and which files have another encoding."""
-    root = _root(path)
+    root = root_of(path)
     if root.is_file():
         text = decode_text(read_bytes(root, key, "text"), encoding, str(root)).encode()
         if not text or b"\0" in text:
             what = "which holds bytes of 0" if text else "an empty file"
             raise ValueError(f"{key}: expected text, received {path!r}, {what}; give another")
-        return _parts(root.name, text), ()
+        return parts_of(root.name, text), ()
     if not root.is_dir():
         is_there = "neither file nor folder" if root.exists() else "not found"
         raise ValueError(f"{key}: expected a text file or a folder of text files, received {path!r}: {is_there}")
@@ -127,22 +128,37 @@ def read_documents(path: str, key: str, encoding: str) -> tuple[dict[str, bytes]
     undecoded: list[str] = []
     for name, content in _files(root, undecoded):
         try:
-            text = _utf8(content, encoding, name) if path else content
+            text = in_utf8(content, encoding, name) if path else content
         except ValueError as error:
             undecoded.append(str(error))
             continue
         # A NUL byte marks a binary file, and would be taken for the end of a document.
         if text and b"\0" not in text:
             found[name] = text
-    if len(undecoded) > len(found):
-        share = f"{len(undecoded)} of {len(undecoded) + len(found)} files"
+    check_found(len(found), undecoded, path, key, encoding)
+    return found, tuple(undecoded)
+
+
+def check_found(found: int, undecoded: Sequence[str], path: str, key: str, encoding: str) -> None:
+    """Check that a folder has text, and most of it in the encoding.
+
+    Args:
+        found: how many files have.
+        undecoded: the errors of the others.
+        path, key: the folder, and the key of the configuration that names it.
+        encoding: as ``data.encoding`` says.
+
+    Raises:
+        ValueError: it has none, or most has another encoding.
+    """
+    if len(undecoded) > found:
+        share = f"{len(undecoded)} of {len(undecoded) + found} files"
         raise ValueError(
             f"{key}: expected text in {encoding or 'UTF-8'}, received {share} in {path!r} that are not: "
             f"{some_of(undecoded)}"
         )
     if not found:
         raise ValueError(f"{key}: expected a folder of text files, received {path!r}, which has no text; give another")
-    return found, tuple(undecoded)
 
 
 def some_of(errors: Sequence[str]) -> str:
@@ -153,7 +169,7 @@ def some_of(errors: Sequence[str]) -> str:
 
 def files_of(path: str) -> Iterator[tuple[str, bytes]]:
     """Yield the files that a path stands for, see :meth:`fusemesh.tasks.base.Task.files_of`."""
-    root = _root(path)
+    root = root_of(path)
     if not root.is_dir():
         yield "", root.read_bytes()
     for name, content in sorted(_files(root)):
@@ -167,32 +183,35 @@ def _files(root: Path, broken: list[str] | None = None) -> Iterator[tuple[str, b
     Args:
         broken: takes the errors of those that are not gzip's, as they should be.
     """
+    for name, path in paths_in(root):
+        try:
+            yield name, read_bytes(path, "data.path", "text")
+        except GzipError as error:
+            if broken is not None:
+                broken.append(str(error))
+        except ValueError:
+            continue
+
+
+def paths_in(root: Path) -> Iterator[tuple[str, Path]]:
+    """Yield relative names and paths of a folder's files, but for hidden ones and installed packages."""
     suffix = _SOURCE_SUFFIX if root == standard_library() else ""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _EXCLUDED_FOLDERS and not name.startswith(".")]
         for name in files:
-            if not name.endswith(suffix) or name.startswith((_EXCLUDED_PREFIX, ".")):
-                continue
-            path = Path(folder, name)
-            try:
-                content = read_bytes(path, "data.path", "text")
-            except GzipError as error:
-                if broken is not None:
-                    broken.append(str(error))
-                continue
-            except ValueError:
-                continue
-            yield path.relative_to(root).as_posix(), content
+            if name.endswith(suffix) and not name.startswith((_EXCLUDED_PREFIX, ".")):
+                path = Path(folder, name)
+                yield path.relative_to(root).as_posix(), path
 
 
-def _utf8(content: bytes, encoding: str, name: str) -> bytes:
+def in_utf8(content: bytes, encoding: str, name: str) -> bytes:
     """Return a document in UTF-8; a binary one, which holds bytes of 0, as it is."""
     if b"\0" in content and not is_wide(content, encoding):
         return content
     return decode_text(content, encoding, name).encode()
 
 
-def _parts(name: str, text: bytes) -> dict[str, bytes]:
+def parts_of(name: str, text: bytes) -> dict[str, bytes]:
     """Return the paragraphs of a text as documents by name."""
     blank = b"\r\n\r\n" if b"\r\n" in text else b"\n\n"
     return {f"{name}#{number}": part + blank for number, part in enumerate(text.split(blank)) if part.strip()}
@@ -200,13 +219,13 @@ def _parts(name: str, text: bytes) -> dict[str, bytes]:
 
 def _at_least_two(documents: dict[str, bytes]) -> dict[str, bytes]:
     """Return the documents; of a single one its paragraphs, or its lines."""
-    for cut in (_parts, _lines):
+    for cut in (parts_of, lines_of):
         if len(documents) == 1:
             ((name, text),) = documents.items()
             documents = cut(name, text)
     return documents
 
 
-def _lines(name: str, text: bytes) -> dict[str, bytes]:
+def lines_of(name: str, text: bytes) -> dict[str, bytes]:
     """Return the lines of a text as documents by name."""
     return {f"{name}:{number}": line + b"\n" for number, line in enumerate(text.split(b"\n")) if line.strip()}

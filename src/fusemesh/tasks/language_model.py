@@ -15,9 +15,9 @@ import numpy as np
 
 from fusemesh.models.registry import maker_of
 
-from .base import IGNORED, PAD, VOCAB_SIZE, Batch, Examples, Indices, Task, padded_rows
+from .base import IGNORED, PAD, VOCAB_SIZE, Batch, Dataset, Examples, Indices, Task, padded_rows
 from .corpus import SEPARATOR as SEPARATOR  # public here
-from .corpus import Corpus, files_of, in_order, library_version, read_documents, some_of, source_of
+from .corpus import Corpus, in_order, library_version, read_documents, some_of, source_of
 from .corpus import load_corpus as load_corpus
 from .corpus import standard_library as standard_library
 from .tokens import bits_per_byte as bits_per_byte
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from fusemesh.config import Config
+    from fusemesh.tokenized.data import DocumentData
     from fusemesh.transformer import Transformer, TransformerConfig
 
 DEFAULTS: Mapping[str, Any] = {"data.sequence_length": 256}
@@ -80,13 +81,19 @@ class LanguageModel(Task):
     continues_texts = True
 
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
-        if config.data.columns:
-            raise ValueError(
-                "data.columns: expected nothing with task language_model, whose text has no records, received "
-                f"{config.data.columns!r}"
-            )
-        self.maker = maker_of(config)
+        self.config, self.maker = config, maker_of(config)
         self.tokens = self.maker.tokens()
+        for path in (config.data.path, config.data.held_out):
+            if path.endswith(".tokens") and not self.maker.refines:
+                raise ValueError(
+                    f"data.path: expected text with a new model, whose tokens are bytes, received {path!r}; give the "
+                    "model whose tokenizer made it as model.pretrained, or the text itself"
+                )
+        if config.data.columns and not self._is_documents:
+            raise ValueError(
+                "data.columns: expected nothing with task language_model, whose text has no records (a pretrained "
+                f"model takes those of .jsonl files), received {config.data.columns!r}"
+            )
         super().__init__(config, metadata)
 
     @staticmethod
@@ -95,7 +102,28 @@ class LanguageModel(Task):
 
     @staticmethod
     def files_of(path: str) -> Iterator[tuple[str, bytes]]:
+        from fusemesh.tokenized.mixture import files_of
+
         yield from files_of(path)
+
+    @functools.cached_property
+    def _is_documents(self) -> bool:
+        """Whether samples are documents, of records or token files, in the place of windows of a stream."""
+        if not self.maker.refines:
+            return False
+        from fusemesh.tokenized.data import is_documents
+
+        return is_documents(self.config.data)
+
+    @functools.cached_property
+    def _documents(self) -> DocumentData:
+        from fusemesh.tokenized.data import DocumentData
+        from fusemesh.tokenized.packing import PackedRows
+        from fusemesh.tokenized.padded import PaddedRows
+
+        tokens: Any = self.tokens
+        rows = PackedRows if self.config.data.packing else PaddedRows
+        return DocumentData(self.config.data, tokens, lambda found, length: rows(found, length, tokens.pad))
 
     @functools.cached_property
     def _corpus(self) -> Corpus:
@@ -105,15 +133,22 @@ class LanguageModel(Task):
     def choose_length(self) -> int:
         """Return the default, or what a pretrained model takes, or less where the text to train on is shorter."""
         default: int = min(self.maker.longest, _MOST_LENGTH) if self.maker.refines else DEFAULTS["data.sequence_length"]
+        if self._is_documents:
+            return min(default, -(-self._documents.longest() // _LEAST_LENGTH) * _LEAST_LENGTH)
         fits = (len(self._corpus.train) - 1) // _LEAST_LENGTH * _LEAST_LENGTH
         return min(default, max(fits, _LEAST_LENGTH))
 
     def cuts(self, part: str) -> dict[str, int]:
+        if self._is_documents:
+            return self._documents.cuts(part, self.config.data.sequence_length)
         found = self._left_out(part)
         return {"files_left_out": len(found)} if found else {}
 
     def say_cuts(self, part: str) -> str:
-        """Return which files of the data have another encoding; a stream is cut into windows, and nothing is lost."""
+        """Return which files of the data have another encoding; a stream is cut into windows, and nothing is lost. Of
+        documents, which are cut, and which are left out."""
+        if self._is_documents:
+            return self._documents.say_cuts(part, self.config.data.sequence_length)
         found = self._left_out(part)
         files = "1 file is" if len(found) == 1 else f"{len(found)} files are"
         return f"{files} left out: {some_of(found)}" if found else ""
@@ -134,13 +169,20 @@ class LanguageModel(Task):
     @property
     def source(self) -> str:
         """Where the text is from."""
-        return source_of(self.config.data.path)
+        return self.config.data.path if self._is_documents else source_of(self.config.data.path)
 
-    def read_train(self) -> Samples:
+    def sample_text(self) -> str:
+        return self._documents.shown(self.config.data.sequence_length) if self._is_documents else ""
+
+    def read_train(self) -> Dataset:
+        if self._is_documents:
+            return self._documents.dataset("train", self.config.data.sequence_length)
         return Samples(self._corpus.train, self.config.data.sequence_length)
 
-    def read_held_out(self) -> Samples:
+    def read_held_out(self) -> Dataset:
         length = self.config.data.sequence_length
+        if self._is_documents:
+            return self._documents.dataset("held_out", length)
         return Samples(self._held_out_text[0], length, padded=True, pad=self.tokens.pad)
 
     def model_config(self) -> TransformerConfig:

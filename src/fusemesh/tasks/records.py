@@ -225,11 +225,25 @@ def _line_of_quote(text: str, line: int, separator: str) -> int:
 
 
 def _json_lines(file: Path, text: str, names: Fields) -> Iterator[_Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+    for number, found in json_objects(text, str(file)):
+        yield number, _values_of(found, names, f"{file}, line {number}", "write one object a line")
+
+
+def json_objects(text: str, file: str, line: int = 1) -> Iterator[tuple[int, Any]]:
+    """Yield what the lines of a text hold as JSON, each with the number of its line; blank lines are left out.
+
+    Args:
+        file: for messages.
+        line: number of the first line.
+
+    Raises:
+        ValueError: a line is broken, or an object has a key twice.
+    """
+    for number, part in enumerate(text.split("\n"), line):
+        if not part.strip():
             continue
         try:
-            found = json.loads(line, object_pairs_hook=_object)
+            yield number, json.loads(part, object_pairs_hook=_object)
         except _DoubledKeyError as error:
             raise ValueError(f"{file}, line {number}: {error}") from None
         except json.JSONDecodeError as error:
@@ -237,7 +251,6 @@ def _json_lines(file: Path, text: str, names: Fields) -> Iterator[_Row]:
                 f"{file}, line {number}: expected a JSON object, received what is broken ({error.msg} at column "
                 f"{error.colno}); write one object a line"
             ) from None
-        yield number, _values_of(found, names, f"{file}, line {number}", "write one object a line")
 
 
 def _json_array(file: Path, text: str, names: Fields) -> Iterator[_Row]:

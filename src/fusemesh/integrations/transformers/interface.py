@@ -29,7 +29,7 @@ import torch
 from fusemesh import compat
 from fusemesh.kernels.attention.call.errors import short
 from fusemesh.kernels.attention.call.option_checks import checked_dropout, checked_scale, without_keys
-from fusemesh.kernels.attention.call.place import dropping
+from fusemesh.kernels.attention.call.place import dropping, makes_no_mask
 from fusemesh.kernels.attention.call.scalars import as_integer, element
 from fusemesh.kernels.attention.call.score_mods import checked_softcap
 from fusemesh.kernels.attention.call.tensors import has_values
@@ -37,6 +37,7 @@ from fusemesh.kernels.attention.call.validation import check_truth, wrong
 from fusemesh.kernels.attention.dense.api import flash_attention
 
 from . import models as transformers_models
+from .packed import in_dtype_of, packed_attention
 
 # Layer types whose masks transformers makes with create_sliding_window_causal_mask.
 _SLIDING = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
@@ -95,6 +96,8 @@ def attention(
         scaling: factor of query key^T; None means 1 / sqrt(D).
         sliding_window: how many keys a query sees, its own included.
         softcap: c of c * tanh(s / c) on the scores (Gemma 2).
+        kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``: bounds of sequences that
+            share rows, as for flash-attn, where there is no mask; what else layers pass changes nothing.
         s_aux: [H], one more logit in each softmax's denominator, with a gradient (gpt-oss).
         position_bias: added to the scores, broadcasts to [B, H, Sq, Sk], with a gradient (T5).
 
@@ -104,7 +107,7 @@ def attention(
     Raises:
         ValueError: the layer slides and does not say so, asks for weights, or passes something unsupported.
     """
-    _refuse(attention_mask, kwargs)
+    _refuse(kwargs)
     sq, sk = query.shape[2], key.shape[2]
     causal = check_truth("is_causal", _layer_is_causal(module) if is_causal is None else is_causal)
     dropout_p = checked_dropout(element(dropout), "dropout", takes_all=True)
@@ -121,6 +124,23 @@ def attention(
             mask = attention_mask
         else:
             bias = attention_mask
+    packed = kwargs.get("cu_seq_lens_q") if attention_mask is None else None
+    if packed is not None and position_bias is None:
+        options: dict[str, Any] = {
+            "window": window,
+            "softcap": softcap,
+            "sinks": s_aux,
+            "scale": scaling,
+            "dropout_p": dropout_p,
+        }
+        return packed_attention(module, (query, key, value), kwargs, causal=causal, **options), None
+    if attention_mask is None and makes_no_mask():
+        raise wrong(
+            "cu_seq_lens_q",
+            "the bounds of the documents of each row",
+            f"none in {type(module).__name__}",
+            "the model's code does not pass them on to its attention; train without packing (data.packing = false)",
+        )
     if position_bias is not None:
         position_bias = position_bias[..., :sk]
         bias = position_bias if bias is None else bias + position_bias
@@ -143,9 +163,9 @@ def attention(
         origin=origin,
         window=window,
         mask=mask,
-        bias=_in_dtype_of(query, bias),
+        bias=in_dtype_of(query, bias),
         softcap=None if softcap is None else checked_softcap(element(softcap)),
-        sinks=_in_dtype_of(query, s_aux),
+        sinks=in_dtype_of(query, s_aux),
         dropout_p=dropout_p,
         seed=seed,
         scale=checked_scale(element(scaling), query, "scaling"),
@@ -184,6 +204,8 @@ def attention_mask(
         ValueError: the model computes attention by itself, so it would take None for "hide nothing".
     """
     transformers_models.refuse_by_config(config)
+    if makes_no_mask():
+        return None
     function: Callable[..., Any] = compat.causal_mask_function() if mask_function is None else mask_function
     positions: dict[str, Any] = {"kv_length": kv_length, "kv_offset": kv_offset}
     if cache_position is not None:
@@ -347,7 +369,7 @@ def _own_window(module: torch.nn.Module) -> int | None:
     return window if getattr(config, "use_sliding_window", True) else None
 
 
-def _refuse(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+def _refuse(kwargs: dict[str, Any]) -> None:
     for name, remedy in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise wrong(name, "None", type(kwargs[name]).__name__, remedy)
@@ -355,11 +377,3 @@ def _refuse(attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None
         raise wrong(
             "output_attentions", "False", True, "fused attention has no weights; use attn_implementation='eager'"
         )
-    packed = kwargs.get("cu_seq_lens_q")
-    if attention_mask is None and isinstance(packed, torch.Tensor) and packed.numel() > 2:
-        remedy = "pass position_ids that start again with every sequence, and the mask keeps sequences apart"
-        raise wrong("cu_seq_lens_q", "None or the bounds of one sequence", f"{packed.numel()} bounds", remedy)
-
-
-def _in_dtype_of(query: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None or x.dtype in (query.dtype, torch.float32) else x.to(query.dtype)

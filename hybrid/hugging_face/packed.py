@@ -1,0 +1,50 @@
+"""Documents that share a row: what transformers' forward is called with so that they do not see each other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fusemesh.kernels.attention.call.place import without_mask
+
+from .. import compat
+
+# What configs call the probability with which attention weights are dropped.
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+@contextlib.contextmanager
+def documents(model: Any, positions: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """Yield what to call transformers' forward with for rows whose documents each begin at position 0.
+
+    Positions go to the model, and bounds through it to its attention, under the names of flash-attn's interface. Our
+    attention then takes each document by itself, and needs no mask, so that none is made within the block. Another
+    attention, and ours where it drops weights, takes the mask [B, 1, S, S] that transformers makes of the positions.
+
+    Args:
+        positions: int64 [B, S]; the first column is 0.
+
+    Raises:
+        ValueError: a row does not begin at position 0.
+    """
+    flat = positions.flatten()
+    starts = (flat == 0).nonzero().flatten()
+    if bool((positions[:, 0] != 0).any()):
+        raise ValueError(
+            "positions: expected 0 at the beginning of each row, where a document begins, received "
+            f"{positions[:, 0].tolist()[:8]}; let them begin again at 0 with each document"
+        )
+    given: dict[str, Any] = {"position_ids": positions}
+    drops = model.training and any(getattr(model.config, name, 0.0) for name in _DROPOUTS)
+    if drops or compat.attention_of(model.config) != "fusemesh":
+        yield given
+        return
+    bounds = torch.cat([starts, starts.new_tensor([len(flat)])]).int()
+    longest = int(flat.max()) + 1
+    given |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+    given |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
+    with without_mask():
+        yield given

@@ -1,0 +1,1 @@
+"""Records and tokens of language models, in memory and on disk."""
