@@ -1,4 +1,4 @@
-"""Modules whose parameters are split over the tp axis: linear layers, embedding, norm, and the loss.
+"""Modules whose parameters are split over the tp axis: linear layers, embedding and norm.
 
 Each is an ordinary module of one process until :meth:`TensorParallelModule.distribute` is called (by
 :func:`fusemesh.hybrid.apply.parallelize`). From then on its parameters are DTensors on tp, which is what fully_shard,

@@ -66,6 +66,8 @@ def test_train_eval_merge_in_one_process(run, text, capfd):
     ):
         status, refused, _ = call(capfd, "merge", run, "--out", place)
         assert status == 2 and re.match(rf"cannot write '{place}': .*({cause})", refused["error"])
+    status, refused, _ = call(capfd, "merge", run, "--dtype", "bf16")
+    assert status == 2 and refused["error"].startswith("--dtype: expected none for ")
     status, merged, _ = call(capfd, "merge", run)
     assert status == 0 and merged["output"] == str(run / "model.safetensors")
     assert merged["checkpoint"].endswith("step-00000006")

@@ -26,11 +26,21 @@ def write_box(file: int, at: int, shape: Sequence[int], box: Box, values: torch.
         box: the part.
         values: of the part, on any device, in any dtype and with any strides.
         dtype: in the file.
+
+    Raises:
+        ValueError: a finite value is too large for ``dtype``.
     """
     assert tuple(values.shape) == box.size, (values.shape, box)
     done = 0
+    is_narrow = dtype.is_floating_point and _range(dtype) < _range(values.dtype)
     for where, piece in _pieces(values, box.start, tuple(shape), dtype.itemsize):
         staged = piece.to(device="cpu", dtype=dtype).contiguous()
+        if is_narrow and not torch.equal(staged.isinf(), piece.isinf().cpu()):
+            largest = piece[piece.isfinite()].abs().max().item()
+            raise ValueError(
+                f"expected values of at most {torch.finfo(dtype).max:g}, which {_name(dtype)} holds, received "
+                f"{largest:g}; export in another dtype, such as bfloat16 (fusemesh merge --dtype bfloat16)"
+            )
         content = staged.reshape(-1).view(torch.uint8).numpy().data
         for begin, first, length in _runs(tuple(piece.shape), where, tuple(shape), dtype.itemsize):
             write_all(file, content[first : first + length], at + begin)
@@ -44,6 +54,15 @@ def write_all(file: int, content: bytes | memoryview, at: int) -> None:
     while left:
         written = os.pwrite(file, left, at)
         left, at = left[written:], at + written
+
+
+def _range(dtype: torch.dtype) -> int:
+    """Return the exponent of the largest number; bf16's and fp32's are the same."""
+    return math.frexp(torch.finfo(dtype).max)[1] if dtype.is_floating_point else 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _pieces(

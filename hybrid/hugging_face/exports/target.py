@@ -41,14 +41,21 @@ class Files:
         self._places = {name: (shard, at) for shard in shards for name, at in shard.offsets().items()}
 
     def write(self, name: str, box: Box, values: torch.Tensor) -> int:
-        """Write a part of a tensor in its place; return the number of bytes."""
+        """Write a part of a tensor in its place; return the number of bytes.
+
+        Raises:
+            ValueError: a finite value is too large for the tensor's dtype in the file.
+        """
         shard, at = self._places[name]
         if shard.file not in self._opened:
             path = self.folder / shard.file
             seen_in_time(path.is_file, self.folder)
             self._opened[shard.file] = os.open(path, os.O_WRONLY)
         entry = shard.entries[name]
-        return write_box(self._opened[shard.file], at, entry.shape, box, values, entry.dtype)
+        try:
+            return write_box(self._opened[shard.file], at, entry.shape, box, values, entry.dtype)
+        except ValueError as error:
+            raise ValueError(f"export: {name!r}: {error}") from None
 
     def close(self, *, sync: bool) -> None:
         """Close the files, when what was written is on the disk if ``sync`` says so."""

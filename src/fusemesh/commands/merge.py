@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fusemesh.config import dtype_name
+
 from .options import Outcome
 from .ranks import add_checks, run_of
 
@@ -24,6 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="default: model.safetensors in the run directory; of a pretrained model the folder model there",
     )
+    parser.add_argument(
+        "--dtype",
+        type=dtype_name,
+        choices=("bfloat16", "float16", "float32"),
+        help="of all tensors of a pretrained model; default: each one's own in the folder that it came from",
+    )
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -35,6 +43,11 @@ def run(options: argparse.Namespace) -> Outcome:
     target = checkpoint_of(options.target, options.from_step)
     if is_pretrained(read_state(target)):
         return _merge_pretrained(options, target)
+    if options.dtype is not None:
+        raise ValueError(
+            f"--dtype: expected none for {options.target!r}, whose model is none of a Hugging Face folder and is "
+            f"written as it is, received {options.dtype}; leave it out"
+        )
     output = options.out or run_of(Path(options.target)) / "model.safetensors"
     result = merge(target, output, verify=not options.no_verify)
     return Outcome(result, f"{result['parameters']} parameters of {result['checkpoint']} in {result['output']}")
@@ -42,6 +55,8 @@ def run(options: argparse.Namespace) -> Outcome:
 
 def _merge_pretrained(options: argparse.Namespace, checkpoint: Path) -> Outcome:
     """Write a checkpoint of a pretrained model's training as a Hugging Face folder."""
+    import torch
+
     from fusemesh.hybrid.hugging_face.merge import merge_pretrained
 
     output = Path(options.out or run_of(Path(options.target)) / "model")
@@ -50,7 +65,8 @@ def _merge_pretrained(options: argparse.Namespace, checkpoint: Path) -> Outcome:
             f"--out: expected a folder for {options.target!r}, whose model is a pretrained one and is written with its "
             f"config.json and tokenizer, received {str(output)!r}; give {str(output.with_suffix(''))!r}"
         )
-    report = merge_pretrained(checkpoint, output, verify=not options.no_verify)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    report = merge_pretrained(checkpoint, output, dtype=dtype, verify=not options.no_verify)
     result = {
         "checkpoint": str(checkpoint),
         "output": str(output),

@@ -192,6 +192,10 @@ def test_the_exported_folder_is_transformers_own(folder: Callable[..., Path], ru
         assert (exported / name).read_bytes() == (source / name).read_bytes(), name
     for name in names:
         assert (exported / name).read_bytes() == (tmp_path / "merged" / name).read_bytes(), name
+    assert cli.main(["merge", configured.run.directory, "-o", str(tmp_path / "half"), "--dtype", "bf16"]) == 0
+    whole, half = (runs.tensors(place) for place in (exported, tmp_path / "half"))
+    assert whole.keys() == half.keys() and all(torch.equal(half[name], x.bfloat16()) for name, x in whole.items())
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(exported)
     *_, wanted = runs.plain(configured)
     ids = torch.arange(1, 30)[None]

@@ -75,6 +75,27 @@ def test_a_disk_that_is_full(model: Any, source: Path, tmp_path: Path, monkeypat
     assert names(tmp_path) == []
 
 
+def test_values_that_the_folders_dtype_cannot_hold(tmp_path: Path) -> None:
+    """As infinite ones they would be saved, and found when the model is used."""
+    source = make_folder(tmp_path / "source", "gpt2", dtype=torch.float16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    weight = model.transformer.h[1].mlp.c_fc.weight
+    with torch.no_grad():
+        weight[3, 5] = -1e5
+    said = r"export: 'transformer\.h\.1\.mlp\.c_fc\.weight': expected values of at most 65504, which float16 .* 100000;"
+    with pytest.raises(ValueError, match=said):
+        export_pretrained(model, tmp_path / "out", source)
+    assert names(tmp_path) == ["source"]
+    with torch.no_grad():
+        weight[3, 5] = -torch.inf  # what is in the model is saved
+    export_pretrained(model, tmp_path / "out", source)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float16 and loaded.transformer.h[1].mlp.c_fc.weight[3, 5] == -torch.inf
+    with torch.no_grad():
+        weight[3, 5] = -1e5
+    export_pretrained(model, tmp_path / "wide", source, dtype=torch.bfloat16)
+
+
 @pytest.mark.distributed
 def test_a_disk_that_is_full_for_one_rank(rank_pool: RankPool, source: Path, tmp_path: Path) -> None:
     told = rank_pool.run(ranks.refused, "fsdp2", CAUSAL, str(source), str(tmp_path / "out"), 1, 3, ranks=2)

@@ -89,6 +89,18 @@ def test_on_a_mesh(rank_pool: RankPool, folders: dict[str, Path], layout: str, n
         assert all(one.report.missing == one.report.unexpected == () for one in loaded), name
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("names", [("gemma3",), pytest.param(ALL, marks=pytest.mark.slow)])
+def test_fp32_weights_computed_in_bf16_are_from_pretraineds_bf16(
+    tmp_path: Path, rank_pool: RankPool, names: tuple[str, ...]
+) -> None:
+    """To the bit, also where a class rounds a number to its weights' dtype, as Gemma the scale of its embeddings."""
+    given = [(tmp_path / name, name, PRETRAINED[name].kinds[0]) for name in names]
+    cases = [(str(make_folder(path, name, kind, dtype=torch.bfloat16)), kind) for path, name, kind in given]
+    for found in rank_pool.run(ranks.in_bf16, "fsdp2", cases, ranks=2):
+        assert dict(zip(names, found, strict=True)) == dict.fromkeys(names, 0.0)
+
+
 def test_bytes_are_asked_for_by_explicit_reads_and_counted(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

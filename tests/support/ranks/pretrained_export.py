@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusemesh
 from fusemesh.hybrid import checkpoint
@@ -40,7 +42,7 @@ def exported(world: World, text: str, cases: list[tuple[str, str, str]], dtype: 
 def counted(world: World, text: str, kind: str, folder: str, target: str) -> dict[tuple[str, int, int], int]:
     """Export; return how often this rank has written which bytes of which file, without headers.
 
-    Already parts of 500 bytes are written by all that hold them, each a share.
+    Already parts of 500 bytes are written by all that hold them, each a share. Ranks send each other no weights.
     """
     model = loaded(world, text, kind, folder)
     found: Counter[tuple[str, int, int]] = Counter()
@@ -55,11 +57,22 @@ def counted(world: World, text: str, kind: str, folder: str, target: str) -> dic
     placing.os.pwrite = pwrite  # type: ignore[attr-defined]
     slices.SHARED_FROM, shared_from = 500, slices.SHARED_FROM
     try:
-        export_pretrained(model, target, folder)
+        with _NoWeightsSent():
+            export_pretrained(model, target, folder)
     finally:
         placing.os.pwrite = before  # type: ignore[attr-defined]
         slices.SHARED_FROM = shared_from
     return dict(found)
+
+
+class _NoWeightsSent(TorchDispatchMode):
+    """Raise where a collective is given numbers in floating point."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            sent = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            assert not any(x.is_floating_point() for x in sent), func
+        return func(*args, **(kwargs or {}))
 
 
 def refused(world: World, text: str, kind: str, folder: str, target: str, rank: int, number: int) -> str:

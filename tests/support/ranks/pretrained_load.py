@@ -75,6 +75,26 @@ def from_folders(world: World, text: str, folders: list[tuple[str, str]]) -> lis
     return found
 
 
+def in_bf16(world: World, text: str, folders: list[tuple[str, str]]) -> list[float]:
+    """The largest difference of logits of each folder, from fp32 weights computed in bf16, from from_pretrained's."""
+    layout = Layout.parse(text)
+    mesh = build_mesh(layout, world)
+    ids = torch.arange(1, 13).repeat(2, 1)
+    found = []
+    for path, kind in folders:
+        want = getattr(transformers, kind).from_pretrained(path, dtype=torch.bfloat16).eval()
+        model = on_meta(path, kind)
+        prepare(model)
+        model = parallelize(model, mesh, layout, dtype=torch.bfloat16)
+        load_pretrained(model, path)
+        assert {x.dtype for x in model.parameters()} == {torch.float32}
+        given = {"decoder_input_ids": ids} if want.config.is_encoder_decoder else {}
+        with torch.no_grad():
+            logits = [each.eval()(ids, **given).logits for each in (want, model)]
+        found.append((logits[0].double() - logits[1].double()).abs().max().item())
+    return found
+
+
 def refusals(world: World, text: str, path: str, kind: str, fault: str) -> tuple[str, int]:
     """What loading says on a rank of a mesh, and how many tensors were read before; ``fault``: on one rank alone."""
     layout = Layout.parse(text)
