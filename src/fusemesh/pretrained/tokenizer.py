@@ -8,14 +8,18 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemesh.tasks.encodings import check_characters
-from fusemesh.tasks.tokens import Tokens
+from fusemesh.tasks.tokens import Asked, Tokens
+from fusemesh.tokenized.questions import read_question
 
-from .folder import KEY, check_version, config_of
+from .folder import KEY, check_version, config_of, generation_config_of
+
+if TYPE_CHECKING:
+    from fusemesh.tokenized.chat import ChatTemplate
 
 _FILES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "merges.txt", "tekken.json")
 _SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -42,11 +46,13 @@ class FolderTokens(Tokens):
         self.pad = self.end if pad is None else pad
 
     @functools.cached_property
-    def ends(self) -> list[int]:
-        """The tokens that end a text: the tokenizer's, and those that the model's configuration names."""
-        named = getattr(config_of(self.path), "eos_token_id", None)
-        further = named if isinstance(named, list) else [named] if isinstance(named, int) else []
-        return sorted({self.end, *further})
+    def ends(self) -> list[int]:  # type: ignore[override]
+        """The tokens that end a text: the tokenizer's, and those that the model's configurations name."""
+        found = {self.end}
+        for config in (config_of(self.path), generation_config_of(self.path)):
+            named = getattr(config, "eos_token_id", None)
+            found.update(named if isinstance(named, list) else [named] if isinstance(named, int) else [])
+        return sorted(found)
 
     @functools.cached_property
     def line_ends(self) -> Sequence[int]:  # type: ignore[override]
@@ -103,6 +109,22 @@ class FolderTokens(Tokens):
         rows = self._tokenizer(list(texts), truncation=True, max_length=most, return_attention_mask=False)["input_ids"]
         # What the tokenizer makes nothing of is one token, too: each text has a last one.
         return [row or [self.end] for row in rows], [len(row) for row in uncut]
+
+    @functools.cached_property
+    def chats(self) -> ChatTemplate:
+        """The folder's chat template."""
+        from fusemesh.tokenized.chat import ChatTemplate
+
+        return ChatTemplate(self._tokenizer, self.end, self.path)
+
+    def asked(self, line: str, where: str) -> Asked | None:
+        question = read_question(line, where)
+        if question is None:
+            return None
+        if isinstance(question, str):
+            return Asked(self._beginning(question) or [self.end], self.ends)
+        ids, end = self.chats.question(question, where)
+        return Asked(ids, sorted({*self.ends, end}))
 
     def _without_end(self, row: list[int]) -> list[int]:
         last = len(row)
