@@ -82,8 +82,8 @@ class TextClassification(RecordTask):
         if len(labels) < 2:
             raise ValueError(
                 f"model: expected the folder of a classifier, with at least 2 labels in its config.json, received "
-                f"{config.model.pretrained!r} {'with one' if labels else 'without such a head'}; train one by fusemesh train "
-                f"text_classification --model.pretrained {config.model.pretrained}"
+                f"{config.model.pretrained!r} {'with one' if labels else 'without such a head'}; train one by fusemesh "
+                f"train text_classification --model.pretrained {config.model.pretrained}"
             )
         return {"labels": labels}
 

@@ -125,7 +125,7 @@ def test_the_commands_take_a_folder(trained: Any, reviews: str, capsys: Any, mon
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("qwen3"), "qwen3")
+    return make_folder(tmp_path_factory.mktemp("llama"), "llama")
 
 
 def generated(folder: Path, prompt: str, tokens: int) -> list[int]:
