@@ -127,13 +127,13 @@ def test_lines_are_chats_and_messages(folder: Path, capsys: Any, monkeypatch: An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "fsdp2", "dp2 x tp2"])
-def test_chats_are_answered_the_same_in_every_layout(layout: str, folder: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_chats_are_answered_the_same_in_every_layout(layout: str, folder: Path, capfd: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("sys.stdin", iter([json.dumps(item) + "\n" for item in CHATS]))
     assert cli.main(["predict", str(folder), "--data.sequence_length", "24", *CPU, "--layout", layout, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["answers"]
+    found = json.loads(capfd.readouterr().out)["answers"]
     assert found == [answer_of(folder, item["messages"], 12) for item in CHATS]
     assert cli.main(["generate", str(folder), "--chat", "--prompt", QUESTION, *CPU, "--layout", layout]) == 0
-    assert capsys.readouterr().out == found[0] + "\n"
+    assert capfd.readouterr().out == found[0] + "\n"
 
 
 def test_what_cannot_be_answered_is_refused(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

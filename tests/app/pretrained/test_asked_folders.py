@@ -24,10 +24,7 @@ from tests.support.pretrained.folders import CLASSES, SPANS, make_folder
 
 pytestmark = pytest.mark.distributed
 LINES = ["black quartz 3", "five dozen jugs and the dog", "fox", ""]
-LAYOUTS = [
-    "single",
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("tp2", "fsdp2", "dp2 x tp2", "pp2 x tp2")),
-]
+LAYOUTS = ["single", "tp2", "fsdp2", "dp2 x tp2", "pp2 x tp2"]
 METRICS = ("accuracy", "macro_f1", "samples", "targets")
 
 
@@ -43,10 +40,12 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, reviews: str) -> tuple[Any, Path]:
     """A run of a classifier whose configuration chose the length of samples, and the folder that it wrote."""
-    source = make_folder(tmp_path_factory.mktemp("bert"), "bert")
+    source = make_folder(tmp_path_factory.mktemp("llama"), "llama", initializer_range=0.3)
     asked = {"task": "text_classification", "data__sequence_length": "0", "evaluation__samples": "0"}
     directory = tmp_path_factory.mktemp("run") / "run"
-    configured = runs.settings(source, reviews, directory, training__steps="3", **asked)
+    configured = runs.settings(
+        source, reviews, directory, training__steps="30", training__learning_rate="1e-3", **asked
+    )
     configured = with_length(configured)
     exported = runs.train(runs.as_values(configured))["exported"]
     # Where the source was is nobody's to know.
@@ -72,6 +71,7 @@ def on_ranks(rank_pool: Any, layout: str, function: Callable[..., Any], *argumen
     return function(*arguments) if world == 1 else rank_pool.call(function, *arguments, ranks=world)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_answers_as_its_run_and_as_a_pipeline(layout: str, trained: Any, rank_pool: Any) -> None:
     configured, folder = trained
@@ -85,6 +85,7 @@ def test_a_folder_answers_as_its_run_and_as_a_pipeline(layout: str, trained: Any
         assert answer.scores["probabilities"] == pytest.approx({x["label"]: x["score"] for x in theirs}, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_is_evaluated_as_its_run(layout: str, trained: Any, reviews: str, rank_pool: Any) -> None:
     configured, folder = trained
@@ -113,13 +114,22 @@ def test_every_layout_gives_the_same_answers_to_the_same_records(trained: Any, r
     assert [one["label"] for one in pipeline(lines)] == found["single"]
 
 
-def test_the_commands_take_a_folder(trained: Any, reviews: str, capsys: Any, monkeypatch: Any) -> None:
-    _, folder = trained
-    monkeypatch.setattr("sys.stdin", iter(["black quartz 3\n", "fox\n"]))
-    assert cli.main(["predict", str(folder), "--run.device", "cpu"]) == 0
-    said = capsys.readouterr()
-    assert set(said.out.split("\n")[:2]) <= {"bad", "good", "so-so"} and said.out.count("\n") == 2
-    assert cli.main(["eval", str(folder), "--data.held_out", reviews, "--run.device", "cpu"]) == 0
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    labels = {0: "bad", 1: "good", 2: "so-so"}
+    return make_folder(tmp_path_factory.mktemp("classifier"), "bert", CLASSES, id2label=labels)
+
+
+def test_the_commands_take_a_folder(classifier: Path, reviews: str, capsys: Any, monkeypatch: Any) -> None:
+    pipeline = transformers.pipeline("text-classification", str(classifier), top_k=None, device="cpu")
+    monkeypatch.setattr("sys.stdin", iter([f"{line}\n" for line in LINES]))
+    assert cli.main(["predict", str(classifier), "--run.device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    theirs = pipeline(LINES[:3])
+    assert found["answers"][:3] == [scores[0]["label"] for scores in theirs]
+    for score, wanted in zip(found["scores"], theirs, strict=False):
+        assert score["probabilities"] == pytest.approx({x["label"]: x["score"] for x in wanted}, abs=1e-6)
+    assert cli.main(["eval", str(classifier), "--data.held_out", reviews, "--run.device", "cpu"]) == 0
     assert "over 90 samples" in capsys.readouterr().out
 
 
@@ -163,14 +173,13 @@ def test_a_folder_is_continued_the_same_in_every_layout(
     asked = ["generate", str(decoder), "--prompt", "The quick", "--tokens", "20", "--run.device", "cpu", "--json"]
     assert cli.main([*asked, "--layout", layout]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(decoder)
-    wanted = tokenizer.decode(generated(decoder, "The quick", 20))
+    wanted = tokenizer.decode(generated(decoder, "The quick", 20), skip_special_tokens=True)
     assert json.loads(capsys.readouterr().out)["text"] == wanted
 
 
 def test_wrong_folders_are_refused(
-    trained: Any, decoder: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    classifier: Path, decoder: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, folder = trained
     (tmp_path / "empty").mkdir()
     weights = Path(shutil.copytree(decoder, tmp_path / "weights"))
     (weights / "config.json").unlink()
@@ -185,11 +194,11 @@ def test_wrong_folders_are_refused(
         (["predict", bare], "safetensors"),
         (["predict", headless, "--task", "text_classification"], "without such a head"),
         (["predict", independent], "problem_type 'multi_label_classification'"),
-        (["predict", folder, "--from-step", "3"], f"received the folder '{folder}', which holds one model"),
-        (["predict", folder, "--model.pretrained", decoder], "leave it out"),
-        (["generate", folder, "--prompt", "fox"], "use fusemesh predict"),
-        (["eval", folder], "give --data.held_out FILE for all of its records"),
-        (["eval", folder, "--data.held_out", decoder / "config.json"], "config.json"),
+        (["predict", classifier, "--from-step", "3"], f"received the folder '{classifier}', which holds one model"),
+        (["predict", classifier, "--model.pretrained", decoder], "leave it out"),
+        (["generate", classifier, "--prompt", "fox"], "use fusemesh predict"),
+        (["eval", classifier], "give --data.held_out FILE for all of its records"),
+        (["eval", classifier, "--data.held_out", decoder / "config.json"], "config.json"),
     ]
     capsys.readouterr()
     for words, message in cases:
