@@ -203,6 +203,7 @@ def test_the_exported_folder_is_transformers_own(folder: Callable[..., Path], ru
     transformers.AutoTokenizer.from_pretrained(exported)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout_where_its_source_has_gone(
     folder: Callable[..., Path], run: Run, rank_pool: Any, tmp_path: Path
 ) -> None:
