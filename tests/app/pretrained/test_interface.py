@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from fusemesh import cli, config
 from fusemesh.config import Config, TrainingConfig
 from fusemesh.hybrid.hugging_face.exports.documents import keep_small_files
-from fusemesh.hybrid.layout import Layout
 from fusemesh.models.registry import maker_of
 from fusemesh.pretrained import folder as folders
 from fusemesh.pretrained.tokenizer import FolderTokens

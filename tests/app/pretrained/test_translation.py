@@ -82,7 +82,8 @@ def test_samples_are_those_of_transformers(name: str, folder: Any, pairs: str, t
     model, tokenizer = plain(name, folder(name))
     sources, targets = zip(*(line.split("\t") for line in Path(pairs).read_text().splitlines()[1:]), strict=True)
     batch = task.train.batch(range(len(task.train)))
-    found = {tuple(row[:n]): i for i, (row, n) in enumerate(zip(batch.tokens.tolist(), batch.inputs["lengths"]))}
+    pairs_of = zip(batch.tokens.tolist(), batch.inputs["lengths"], strict=True)
+    found = {tuple(row[:length]): number for number, (row, length) in enumerate(pairs_of)}
     hits = 0
     for source, target in zip(sources, targets, strict=True):
         at = found.get(tuple(tokenizer(source)["input_ids"]))
