@@ -93,7 +93,8 @@ def _trainable(kind: Any) -> Any:
         if self.pipeline is not None:
             raise ValueError(
                 f"forward: expected loss(), loss_and_gradients(), logits() or generate() of {type(self).__name__} with "
-                "pp, where a rank has some of the blocks alone, received a call of the model; call one of these, or use pp1"
+                "pp, where a rank has some of the blocks alone, received a call of the model; call one of these, or "
+                "use pp1"
             )
         return kind.forward(self, *args, **kwargs)
 
