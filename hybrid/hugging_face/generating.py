@@ -13,6 +13,16 @@ import torch
 from torch import nn
 
 
+class Output(dict[str, torch.Tensor]):
+    """Tensors by name, which are attributes, too, as of the outputs of transformers' models."""
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 def over_stages(model: Any, plain: Callable[..., Any], options: dict[str, Any]) -> Any:
     """Return what transformers' generate() does of a model with pp, as :func:`as_trainable` makes it.
 
@@ -41,8 +51,6 @@ def over_stages(model: Any, plain: Callable[..., Any], options: dict[str, Any]) 
 
 def _sources(model: Any, tokens: torch.Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
     """Return what transformers is given of sources, whose tokens stand in the place of an encoder's output."""
-    from transformers.modeling_outputs import BaseModelOutput
-
     tokens = options.pop("input_ids", None) if tokens is None else tokens
     if tokens is None or "encoder_outputs" in options:
         raise ValueError(
@@ -55,7 +63,7 @@ def _sources(model: Any, tokens: torch.Tensor | None, options: dict[str, Any]) -
         pad = getattr(model.config, "pad_token_id", None)
         mask = torch.ones_like(tokens) if pad is None else (tokens != pad).long()
     _check_padding(model, mask, mask, "ends", "right")
-    return {"encoder_outputs": BaseModelOutput(last_hidden_state=tokens.unsqueeze(-1)), "attention_mask": mask}
+    return {"encoder_outputs": Output(last_hidden_state=tokens.unsqueeze(-1)), "attention_mask": mask}
 
 
 def _check_padding(model: Any, mask: torch.Tensor, real_first: torch.Tensor, where: str, side: str) -> None:
@@ -80,15 +88,13 @@ def next_logits(
         input_ids: int64 [B, S], of a model of one stack, padded on the left. attention_mask: [B, S], 0 at padding.
         decoder_input_ids: int64 [B, T]. encoder_outputs: of :func:`_sources`.
     """
-    from transformers.modeling_outputs import CausalLMOutput, Seq2SeqLMOutput
-
     stages: Any = model
     if encoder_outputs is not None:
         assert attention_mask is not None
         logits = stages.logits(
-            encoder_outputs[0].squeeze(-1), lengths=attention_mask.sum(1), target_tokens=decoder_input_ids
+            encoder_outputs["last_hidden_state"].squeeze(-1), lengths=attention_mask.sum(1), target_tokens=decoder_input_ids
         )
-        return Seq2SeqLMOutput(logits=logits[:, -1:])
+        return Output(logits=logits[:, -1:])
     assert input_ids is not None
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -97,4 +103,4 @@ def next_logits(
     at = (torch.arange(length, device=input_ids.device) - lengths[:, None]) % length
     logits = stages.logits(input_ids.gather(1, at), lengths=lengths)
     last = (lengths - 1)[:, None, None].expand(-1, 1, logits.shape[-1])
-    return CausalLMOutput(logits=logits.gather(1, last))
+    return Output(logits=logits.gather(1, last))

@@ -19,6 +19,7 @@ import transformers
 from fusemesh.config import Config
 from fusemesh.hybrid.layout import Layout
 from fusemesh.pretrained.defaults import fine_tuning_defaults
+from fusemesh.pretrained.tokenizer import FolderTokens
 from fusemesh.run.predictor import answer_rank
 from fusemesh.run.setup import config_of as values_of
 from fusemesh.tasks.base import IGNORED
@@ -97,6 +98,37 @@ def test_samples_are_those_of_transformers(name: str, folder: Any, pairs: str, t
         assert batch.inputs["target_tokens"][at][: len(labels)].tolist() == seen.tolist()
         hits += 1
     assert hits > 100
+
+
+def test_targets_have_a_vocabulary_of_their_own(tmp_path: Path) -> None:
+    """As Marian's: SentencePiece files of both languages. By transformers' labels, and back to the text."""
+    import sentencepiece
+
+    texts = {"source": ["nine dogs run", "ten cats sleep", "no fox"], "target": ["neuf chiens", "dix chats", "rien"]}
+    pieces = {"</s>": 0, "<unk>": 1}
+    for side, lines in texts.items():
+        options = {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines * 20), model_prefix=str(tmp_path / side), **options
+        )
+        model = sentencepiece.SentencePieceProcessor(str(tmp_path / f"{side}.model"))
+        for number in range(3, model.get_piece_size()):
+            pieces.setdefault(model.id_to_piece(number), len(pieces))
+    pieces["<pad>"] = len(pieces)
+    (tmp_path / "vocab.json").write_text(json.dumps(pieces))
+    files = (tmp_path / "source.model", tmp_path / "target.model", tmp_path / "vocab.json")
+    plain = transformers.MarianTokenizer(*map(str, files), source_lang="en", target_lang="fr")
+    pad = pieces["<pad>"]
+    sizes = {"vocab_size": len(pieces), "pad_token_id": pad, "decoder_start_token_id": pad, "eos_token_id": 0}
+    make_model("marian", PAIRS, **sizes).save_pretrained(tmp_path / "marian")
+    plain.save_pretrained(tmp_path / "marian")
+    tokens = FolderTokens(str(tmp_path / "marian"))
+    assert (tokens.begin, tokens.pad, tokens.ends) == (pad, pad, [0])
+    rows, lengths = tokens.targets(texts["target"], 60)
+    assert rows == plain(text_target=texts["target"])["input_ids"] and lengths == [len(row) for row in rows]
+    assert rows != plain(texts["target"])["input_ids"], "the vocabularies are one, and nothing is shown"
+    assert tokens.whole(texts["source"], 60)[0] == plain(texts["source"])["input_ids"]
+    assert [tokens.target_text(np.array([*row, pad, pad])) for row in rows] == texts["target"]
 
 
 def translated(values: dict[str, Any], lines: list[str]) -> list[Any]:
