@@ -255,8 +255,8 @@ def test_a_run_is_continued_by_transformers_generate(
     tokens = tokenizer(wanted).input_ids
     score = sum(logits[ids.shape[1] - 1 + n, token].item() for n, token in enumerate(tokens))
     assert found["log_likelihood"] == pytest.approx(score, rel=1e-4)
-    assert cli.main([*asked[:3], "pp2 x tp2", *asked[4:]]) == 2
-    assert "give --layout tp2" in capsys.readouterr().err
+    assert cli.main([*asked[:3], "pp2", *asked[4:]]) == 0
+    assert json.loads(capsys.readouterr().out) == {**found, "log_likelihood": pytest.approx(score, rel=1e-4)}
 
 
 @pytest.fixture(scope="module")
