@@ -50,7 +50,6 @@ def run(options: argparse.Namespace) -> Outcome:
         able = " or ".join(name for name in TASKS if task_class(name).continues_texts)
         raise ValueError(f"model: expected one of task {able}, received {resolved.task}; use fusemesh predict")
     maker = maker_of(resolved)
-    maker.check_generating(target.settings.layout)
     if options.chat:
         check_chats(resolved)
     limit = maker.longest - 1

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from fusemesh.config import Config
-    from fusemesh.hybrid.layout import Layout
     from fusemesh.hybrid.planner.model import ModelDescription
     from fusemesh.tasks.base import Task
     from fusemesh.tasks.tokens import Tokens
@@ -200,18 +199,10 @@ class PretrainedModel(ModelMaker):
 
         return describe_model(self.build(task), self.path)
 
-    def check_generating(self, layout: Layout) -> None:
-        if layout.pp > 1:
-            other = str(dataclasses.replace(layout, pp=1))
-            raise ValueError(
-                f"layout: expected one without pp, over whose stages transformers' generate() does not go, received "
-                f"{layout}; give --layout {other if ' ' not in other else repr(other)}: a model is loaded in any layout"
-            )
-
     def generate(self, model: Any, prompts: Sequence[torch.Tensor], **options: Any) -> list[torch.Tensor]:
         from .generation import generate
 
-        return generate(model, prompts, **options)
+        return generate(model, prompts, defaults=folder.generation_config_of(self.path), **options)
 
 
 def _some(names: Sequence[str]) -> str:

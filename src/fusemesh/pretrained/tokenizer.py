@@ -61,6 +61,27 @@ class FolderTokens(Tokens):
         return sorted({*self.ends, *(number for number, text in enumerate(texts) if "\n" in text)})
 
     @property
+    def target_ends(self) -> Sequence[int]:  # type: ignore[override]
+        """The same."""
+        return self.ends
+
+    @functools.cached_property
+    def begin(self) -> int:  # type: ignore[override]
+        """The token that the decoder of a sequence-to-sequence model begins with.
+
+        Raises:
+            ValueError: neither configuration of the folder names it.
+        """
+        for config in (config_of(self.path), generation_config_of(self.path)):
+            found = getattr(config, "decoder_start_token_id", None)
+            if isinstance(found, int):
+                return found
+        raise ValueError(
+            f"{KEY}: expected decoder_start_token_id, with which a decoder begins, in config.json of {self.path!r}, "
+            "received none; add it (the id of the padding token of T5 and Marian, of </s> of BART)"
+        )
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer itself."""
         return self._tokenizer
@@ -126,6 +147,16 @@ class FolderTokens(Tokens):
         ids, end = self.chats.question(question, where)
         return Asked(ids, sorted({*self.ends, end}))
 
+    def targets(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        if not texts:
+            return [], []
+        # As targets: some tokenizers have a vocabulary of their own for each language.
+        found = self._tokenizer(text_target=list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+        rows = [row if row and row[-1] in self.ends else [*row, self.end] for row in found]
+        # The end stays where the text before it is cut.
+        cut = [row if len(row) <= most else [*row[: most - 1], row[-1]] for row in rows]
+        return cut, [len(row) for row in rows]
+
     def _without_end(self, row: list[int]) -> list[int]:
         last = len(row)
         while last and row[last - 1] in self.ends:
@@ -161,6 +192,10 @@ class FolderTokens(Tokens):
 
     def text(self, tokens: np.ndarray) -> str:
         return self._text(tokens.tolist()).split("\n")[0]
+
+    def target_text(self, tokens: np.ndarray) -> str:
+        row = tokens.tolist()
+        return self._text(row[: next((at for at, token in enumerate(row) if token in self.ends), None)]).strip()
 
     def _text(self, tokens: Sequence[int]) -> str:
         found: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
