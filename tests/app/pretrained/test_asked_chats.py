@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from fusemesh import cli, config
 from fusemesh.pretrained.tokenizer import FolderTokens
-from fusemesh.run.folder import config_of_folder
+from fusemesh.run.folder import config_of_folder, task_of_folder
 from fusemesh.run.predictor import answer_rank
+from fusemesh.tokenized.questions import written
 from tests.support.pretrained.chats import (
     CHATML,
     MARKED,
@@ -117,16 +119,31 @@ def test_lines_are_chats_and_messages(folder: Path, capsys: Any, monkeypatch: An
     words = ["predict", str(folder), "--data.sequence_length", "24", *CPU]
     monkeypatch.setattr("sys.stdin", iter([json.dumps(item) + "\n" for item in CHATS]))
     assert cli.main(words) == 0
-    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert written == [{"role": "assistant", "content": text} for text in wanted]
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert shown == [{"role": "assistant", "content": text} for text in wanted]
     monkeypatch.setattr("sys.stdin", iter([QUESTION + "\n", json.dumps({"prompt": QUESTION}) + "\n"]))
     assert cli.main([*words, "--chat"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == wanted[0].replace("\n", "\\n") and json.loads(second) == {"completion": wanted[0]}
 
 
+def test_an_answer_to_json_keeps_its_lines(folder: Path) -> None:
+    values = config_of_folder(str(folder), {"data.sequence_length": "24"}, reads_data=False)
+    tokens = np.array(FolderTokens(str(folder)).tokenizer("It\nis", add_special_tokens=False)["input_ids"])
+    for line, answer, shown in (
+        (json.dumps(CHATS[0]), "It\nis", json.dumps({"role": "assistant", "content": "It\nis"})),
+        ('{"prompt": "What"}', "It\nis", json.dumps({"completion": "It\nis"})),
+        ("What", "It", "It"),
+    ):
+        task = task_of_folder(values)
+        task.examples_of([line])
+        assert task.answer(tokens, line) == answer
+        assert written(line, answer) == shown
+    assert written("What", "It\nis") == "It\\nis"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2", "fsdp2", "dp2 x tp2"])
+@pytest.mark.parametrize("layout", ["tp2", "fsdp2", "dp2 x tp2", "pp2"])
 def test_chats_are_answered_the_same_in_every_layout(layout: str, folder: Path, capfd: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("sys.stdin", iter([json.dumps(item) + "\n" for item in CHATS]))
     assert cli.main(["predict", str(folder), "--data.sequence_length", "24", *CPU, "--layout", layout, "--json"]) == 0

@@ -166,7 +166,7 @@ def test_a_folder_is_continued_as_transformers_does_up_to_its_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["tp2", "fsdp2", "pp2"])
 def test_a_folder_is_continued_the_same_in_every_layout(
     layout: str, decoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +188,11 @@ def test_wrong_folders_are_refused(
         file.unlink()
     headless = make_folder(tmp_path / "headless", "bert", SPANS)
     independent = make_folder(tmp_path / "several", "bert", CLASSES, problem_type="multi_label_classification")
+    lacking = Path(shutil.copytree(headless, tmp_path / "lacking"))
+    text = (lacking / "config.json").read_text()
+    (lacking / "config.json").write_text(text.replace("ForQuestionAnswering", "ForSequenceClassification"))
     cases = [
+        (["predict", lacking], "random ones of which it would answer"),
         (["predict", tmp_path / "empty"], "a folder with none of these files; give the --out of a training"),
         (["predict", weights], "a folder with *.safetensors alone"),
         (["predict", bare], "safetensors"),
