@@ -51,11 +51,12 @@ class Pair:
         return (int(found[0]), int(found[-1])) if len(found) else None
 
 
-def takes_segments(path: str) -> bool:
-    """Return whether the model of a folder tells two texts apart by token types."""
-    config = config_of(path)
+def takes_segments(tokens: FolderTokens) -> bool:
+    """Return whether a folder's model tells two texts apart by token types, and its tokenizer gives them."""
+    config = config_of(tokens.path)
     anatomy = ANATOMIES.get(config.model_type)
-    return anatomy is not None and anatomy.segments and getattr(config, "type_vocab_size", 0) > 1
+    takes = anatomy is not None and anatomy.segments and getattr(config, "type_vocab_size", 0) > 1
+    return takes and "token_type_ids" in tokens.tokenizer.model_input_names
 
 
 def encode_pairs(tokens: FolderTokens, firsts: Sequence[str], seconds: Sequence[str]) -> Sequence[Pair]:
@@ -98,7 +99,6 @@ def _encode(tokenizer: Any, firsts: Sequence[str], seconds: Sequence[str]) -> li
         of = np.array([-1 if text is None else text for text in rows.sequence_ids(number)], np.int8)
         first, second = _run_of(of, 0), _run_of(of, 1)
         places = np.array(rows["offset_mapping"][number][second.start : second.stop], np.int32).reshape(-1, 2)
-        # What a tokenizer says of token types is for its own model.
         segments = rows["token_type_ids"][number] if "token_type_ids" in rows else [0] * len(ids)
         found.append(Pair(np.array(ids, np.int32), np.array(segments, np.int8), first, second, places))
     return found

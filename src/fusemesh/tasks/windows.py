@@ -192,7 +192,7 @@ class TokenPassages(Passages):
     def _takes_segments(self) -> bool:
         from fusemesh.pretrained.pairs import takes_segments
 
-        return takes_segments(self._tokens.path)
+        return takes_segments(self._tokens)
 
     def _windows_of(self, record: int, pair: Pair) -> list[_Window]:
         """Return the windows of a record's passage; one without tokens if the passage has none."""
