@@ -32,11 +32,11 @@ ENGLISH = [
 ]
 CHINESE = ["北京是哪国的首都?", "北京位于华北平原北部,是中国的首都,人口两千多万。"]
 TOKENIZERS = {
-    "word pieces": lambda: ("bert", word_pieces(ENGLISH, 90)),
+    "word pieces": lambda: ("bert", word_pieces(ENGLISH)),
     "characters": lambda: ("bert", characters(CHINESE)),
     "bytes": lambda: ("roberta", byte_pairs(ENGLISH)),
     "bytes and blanks": lambda: ("roberta", byte_pairs(ENGLISH, trim_offsets=False)),
-    "no token types": lambda: ("distilbert", word_pieces(ENGLISH, 90)),
+    "no token types": lambda: ("distilbert", word_pieces(ENGLISH)),
     "a decoder": lambda: ("gpt2", byte_pairs(ENGLISH)),
 }
 

@@ -14,18 +14,20 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from fusemesh.config import Config
 from fusemesh.run.settings import load_config
 
-from .folders import make_model
+from .training import build
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def word_pieces(texts: Iterable[str], size: int = 200) -> Any:
-    """Return BERT's tokenizer, which lowers case and strips accents, with word pieces trained on texts."""
-    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    trained.normalizer = normalizers.BertNormalizer()
-    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trained.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=_SPECIAL))
-    return transformers.BertTokenizer(vocab=trained.get_vocab())
+def word_pieces(texts: Iterable[str]) -> Any:
+    """Return BERT's tokenizer, which lowers case and strips accents, with some words of texts whole and others in
+    pieces."""
+    normal, parts = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = sorted({word for text in texts for word, _ in parts.pre_tokenize_str(normal.normalize_str(text))})
+    letters = sorted(set("".join(words)))
+    pieces = {*letters, *(f"##{letter}" for letter in letters)}
+    pieces |= {word if number % 3 else f"##{word[-3:]}" for number, word in enumerate(words)}
+    return transformers.BertTokenizer(vocab={token: n for n, token in enumerate([*_SPECIAL, *sorted(pieces)])})
 
 
 def characters(texts: Iterable[str]) -> Any:
@@ -61,7 +63,7 @@ def save_folder(
     # RoBERTa counts positions from behind the padding's number.
     most = 514 if family == "roberta" else 512
     own = {"vocab_size": len(tokenizer), "max_position_embeddings": most, "pad_token_id": tokenizer.pad_token_id}
-    make_model(family, kind, **own, **changed).to(dtype).save_pretrained(path)
+    build(family, kind, dtype, **own, **changed).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
