@@ -221,7 +221,9 @@ def test_a_run_in_fp64_is_that_of_plain_transformers(
     assert found == pytest.approx(wanted, rel=1e-12)
     state = model.state_dict()
     for name, tensor in runs.tensors(Path(summary["exported"])).items():
-        assert (tensor - state[name]).norm() <= 1e-10 * state[name].norm(), name
+        # What is added to all logits alike has no gradient: AdamW makes steps of what rounding leaves.
+        is_added = name in ("qa_outputs.bias", "bert.encoder.layer.3.output.LayerNorm.bias")
+        assert (tensor - state[name]).norm() <= (1e-8 if is_added else 1e-10) * state[name].norm(), name
 
 
 def answers(target: str, values: dict[str, Any], lines: list[str]) -> list[tuple[str, float]]:
