@@ -119,11 +119,11 @@ def own_text(path: Path, answer: str) -> str:
     return str(tokenizer.decode(tokenizer(answer, add_special_tokens=False)["input_ids"])).strip().lower()
 
 
-@pytest.mark.parametrize("length", [24, 40, 61])
+@pytest.mark.parametrize("length", [15, 40, 61])
 def test_windows_are_those_of_transformers_with_half_a_window_shared(folder: Any, tmp_path: Path, length: int) -> None:
     path = folder("bytes")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    task = task_of(path, tmp_path, [record(*ENGLISH, "Nowhere")], data__sequence_length=str(length))
+    task = task_of(path, tmp_path, [record(*ENGLISH, "1984")], data__sequence_length=str(length))
     asked = tokenizer(ENGLISH[0], add_special_tokens=False)["input_ids"]
     cut = tokenizer.decode(asked[: length // 2])
     assert tokenizer(cut, add_special_tokens=False)["input_ids"] == asked[: length // 2]
@@ -139,6 +139,8 @@ def test_windows_are_those_of_transformers_with_half_a_window_shared(folder: Any
     batch = task.held_out.batch(range(len(task.held_out)))
     rows = [row[:size].tolist() for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)]
     assert rows == own and len(rows) > 1
+    found = [targets(task, sample).strip() for sample, (first, _) in enumerate(batch.targets.tolist()) if first]
+    assert found and set(found) == {"1984"}
     assert task.cuts("held_out") == {
         "records": 1,
         "cut": int(len(asked) > length // 2),
