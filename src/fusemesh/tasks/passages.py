@@ -65,8 +65,11 @@ class Passages(ABC):
         """Return one sample as text, its answer between marks; "" if tokens are no text."""
         return ""
 
-    def no_answer_fits(self, what: str) -> ValueError:
-        """Return the error of a length with which nothing is learned."""
+    @abstractmethod
+    def no_answer_fits(self) -> ValueError:
+        """Return the error of a length that cuts every answer."""
+
+    def _too_short(self, what: str) -> ValueError:
         return ValueError(
             f"data.sequence_length: expected enough {what}, received {self.length}, which cuts every answer in "
             f"{self.task.source}"
@@ -90,7 +93,7 @@ class WordPassages(Passages):
         examples = self.to_answer(records)
         kept = np.flatnonzero(examples.targets[:, 0] != IGNORED)
         if not len(kept):
-            raise self.no_answer_fits("words to hold a question and a passage up to its answer")
+            raise self.no_answer_fits()
         inputs = {name: values[kept] for name, values in examples.inputs.items()}
         found = Examples(examples.tokens[kept], examples.targets[kept], whole=examples.whole, **inputs)
         found.counts = examples.counts
@@ -143,6 +146,9 @@ class WordPassages(Passages):
 
     def answer(self, prediction: np.ndarray, passage: str) -> str:
         return cut(passage, prediction)
+
+    def no_answer_fits(self) -> ValueError:
+        return self._too_short("words to hold a question and a passage up to its answer")
 
 
 def best_spans(logits: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -167,7 +167,10 @@ class QuestionAnswering(RecordTask):
         return self._passages.to_train_on(self._records[0])
 
     def examples(self, records: Sequence[Record]) -> Examples:
-        return self._passages.to_answer(records)
+        found = self._passages.to_answer(records)
+        if not found.targets_in(range(len(found))):
+            raise self._passages.no_answer_fits()
+        return found
 
     def cuts(self, part: str) -> dict[str, int]:
         found = super().cuts(part)

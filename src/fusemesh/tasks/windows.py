@@ -127,7 +127,7 @@ class TokenPassages(Passages):
     def to_train_on(self, records: Sequence[Record]) -> Windows:
         found = self._windows(records, drop=True)
         if not len(found):
-            raise self.no_answer_fits("tokens for a window to hold a question and an answer")
+            raise self.no_answer_fits()
         # Only where there are predictions.
         found.places = ()
         return found
@@ -225,6 +225,9 @@ class TokenPassages(Passages):
         begin, end = prediction.tolist()
         # Tokens of bytes begin with the blank before a word; of accents that were dropped there are none.
         return passage[begin : end_of_marks(passage, end)].strip()
+
+    def no_answer_fits(self) -> ValueError:
+        return self._too_short("tokens for a window to hold a question and an answer")
 
     def shown(self, samples: Windows) -> str:
         row = int(np.argmax(samples.targets[:, 0] > 0))

@@ -237,7 +237,7 @@ def test_metrics_and_answers_are_the_same_in_every_layout(
     name: str, folder: Callable[[str], Path], records: Callable[[str], Path], rank_pool: Any, tmp_path: Path
 ) -> None:
     """And those that transformers' own model of the exported folder gives, window by window."""
-    made = settings(folder(name), records(name), tmp_path / "run", layout="pp2 x tp2", training__steps="30")
+    made = settings(folder(name), records(name), tmp_path / "run", training__steps="30")
     summary = execute(rank_pool, made)
     directory, exported = made.run.directory, Path(summary["exported"])
     target = next(str(path) for path in Path(directory, "checkpoints").glob("step-*"))
