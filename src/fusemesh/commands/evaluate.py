@@ -11,7 +11,7 @@ from .options import ASKING_NAMES, Outcome, counted
 from .ranks import add_target, find_target, metrics_text, say
 
 NAME = "eval"
-SUMMARY = "held-out loss and metrics of a run, a checkpoint or a merged file"
+SUMMARY = "held-out loss and metrics of a run, a checkpoint, a merged file or a Hugging Face folder"
 USAGE = "TARGET [options]"
 _DATA = ("data.path", "data.held_out", "data.columns", "data.encoding")
 # All but evaluation.every, which is of training.
@@ -28,13 +28,14 @@ def run(options: argparse.Namespace) -> Outcome:
     from fusemesh.run.evaluator import evaluate_file, evaluate_rank
     from fusemesh.run.fingerprint import check_evaluated
 
-    target = find_target(options)
+    target = find_target(options, reads_data=True)
     configured, given = target.settings.config, target.given
     if "data.held_out" in given and "evaluation.samples" not in given:
         # All of the user's own records; the number saved is one of the run's.
         configured = replace(configured, evaluation=replace(configured.evaluation, samples=0))
     check_evaluated(target.state.get("data"), configured, given)
-    say(NAME, f"step {target.state['step']} of {options.target}, on {_source(configured)}", options)
+    step = f"step {target.state['step']} of " if "step" in target.state else ""
+    say(NAME, f"{step}{options.target}, on {_source(configured)}", options)
     if target.is_merged and target.ranks.count == 1:
         result = evaluate_file(target.path, configured, target.verify)
     else:
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> Outcome:
         return Outcome(None)
     return Outcome(
         result,
-        f"step {result['step']}, layout {result['layout']}: held-out loss {result['loss']:.6f}, "
+        f"{step.replace(' of ', ', ')}layout {result['layout']}: held-out loss {result['loss']:.6f}, "
         f"{metrics_text(result)} over {counted(result['samples'], 'sample')}",
     )
 

@@ -11,6 +11,7 @@ from fusemesh import config, standard_output
 from fusemesh.tasks.encodings import check_characters, read_stream
 from fusemesh.tasks.names import TASKS
 
+from .chats import check_chats
 from .options import Outcome
 from .ranks import add_target, find_target
 
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
     from fusemesh.transformer.generation import Sampling
 
 NAME = "generate"
-SUMMARY = "continue a text by a trained language model"
+SUMMARY = "continue a text by a trained language model, or answer a message"
 USAGE = "TARGET [options]"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--prompt", metavar="TEXT", help="default: standard input")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's message, by the model's chat template: answer it"
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="how many to add; default: half of a sample's")
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="more than 1: beam search with so many")
     parser.add_argument("--temperature", type=float, metavar="T", help="sample; default: take the most probable")
@@ -36,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Write the prompt and its continuation."""
+    """Write the prompt and its continuation, or the answer to it."""
     from fusemesh.models.registry import maker_of
     from fusemesh.tasks.registry import task_class
 
@@ -46,6 +50,8 @@ def run(options: argparse.Namespace) -> Outcome:
         able = " or ".join(name for name in TASKS if task_class(name).continues_texts)
         raise ValueError(f"model: expected one of task {able}, received {resolved.task}; use fusemesh predict")
     maker = maker_of(resolved)
+    if options.chat:
+        check_chats(resolved)
     limit = maker.longest - 1
     tokens = options.tokens if options.tokens is not None else max(1, resolved.data.sequence_length // 2)
     if not 1 <= tokens <= limit:
@@ -63,16 +69,16 @@ def run(options: argparse.Namespace) -> Outcome:
     from fusemesh.run.predictor import Continuation, generate_rank
 
     stream = not options.json and options.beams == 1
-    if stream:
+    if stream and not options.chat:
         standard_output.write(prompt, end="")
-    asked = Continuation(prompt, tokens, sampling, options.beams, options.seed, stream)
+    asked = Continuation(prompt, tokens, sampling, options.beams, options.seed, stream, options.chat)
     result = target.ranks.call(generate_rank, str(target.path), config.as_dict(resolved), asked, target.verify)
     if result is None:
         return Outcome(None)
     if (lost := result.pop("unwritten", None)) is not None:
         standard_output.drop()
         raise standard_output.cannot_write(OSError(lost, os.strerror(lost)))
-    return Outcome(result, "" if stream else result["prompt"] + result["text"])
+    return Outcome(result, "" if stream else ("" if options.chat else result["prompt"]) + result["text"])
 
 
 def _bound(maker: ModelMaker) -> str:

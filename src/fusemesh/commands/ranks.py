@@ -91,7 +91,9 @@ def add_target(
         shown: beginnings of the keys that the help shows beside those of every trained model.
         short: short names by key.
     """
-    command.add_argument("target", metavar="TARGET", help="run directory, checkpoint folder or .safetensors file")
+    command.add_argument(
+        "target", metavar="TARGET", help="run directory, checkpoint, .safetensors file, or folder with config.json"
+    )
     add_checks(command)
     add_nproc(command)
     add_configuration(command, shown=(*LOADING, *shown), short=short)
@@ -101,8 +103,8 @@ def add_target(
 class Target:
     """A trained model as a command uses it.
 
-    path: of the checkpoint or the merged file; state: saved with it; given: the keys of the configuration that the
-    command line gives; verify: whether checksums are compared.
+    path: of the checkpoint, the merged file or the Hugging Face folder; state: saved with it, nothing with a folder;
+    given: the keys of the configuration that the command line gives; verify: whether checksums are compared.
     """
 
     path: Path
@@ -118,23 +120,29 @@ class Target:
         return self.path.is_file()
 
 
-def find_target(options: argparse.Namespace) -> Target:
+def find_target(options: argparse.Namespace, *, reads_data: bool = False) -> Target:
     """Return a trained model, in its own layout unless the command line says another, and the ranks to run it.
+
+    Args:
+        reads_data: whether the command evaluates it on held-out samples.
 
     Raises:
         ValueError: there is no such model, the ranks cannot run it, or the command line says that it is another.
     """
     from fusemesh.models.registry import maker_of
+    from fusemesh.run.folder import is_model_folder
     from fusemesh.run.settings import MODEL_KEYS, Settings, first_change, load_config
     from fusemesh.run.setup import checkpoint_of, state_of
 
     given, path = overrides(options), Path(options.target)
-    merged = path.is_file()
-    if merged and options.from_step is not None:
+    merged, is_folder = path.is_file(), is_model_folder(path)
+    if (merged or is_folder) and options.from_step is not None:
         raise ValueError(
-            f"--from-step: expected a run directory with checkpoints, received the file {options.target!r}, which "
-            "holds one model; leave it out"
+            f"--from-step: expected a run directory with checkpoints, received the {'file' if merged else 'folder'} "
+            f"{options.target!r}, which holds one model; leave it out"
         )
+    if is_folder:
+        return _of_folder(options, given, reads_data)
     if not merged:
         path = checkpoint_of(path, options.from_step)
     state = state_of(path)
@@ -151,6 +159,17 @@ def find_target(options: argparse.Namespace) -> Target:
     ranks = find_ranks(options, settings.layout)
     settings.check(ranks.count)
     return Target(path, state, given, settings, ranks, not options.no_verify)
+
+
+def _of_folder(options: argparse.Namespace, given: dict[str, str], reads_data: bool) -> Target:
+    """Return the model of a Hugging Face folder; the arguments are those of :func:`find_target`."""
+    from fusemesh.run.folder import config_of_folder
+    from fusemesh.run.settings import Settings
+
+    settings = Settings.of(config_of_folder(options.target, given, reads_data=reads_data))
+    ranks = find_ranks(options, settings.layout)
+    settings.check(ranks.count)
+    return Target(Path(options.target), {}, given, settings, ranks, verify=False)
 
 
 def run_of(target: Path) -> Path:

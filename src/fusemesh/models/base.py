@@ -85,6 +85,21 @@ class ModelMaker(ABC):
             ValueError: they cannot be read, or are another model's.
         """
 
+    def check_whole(self, task: Task) -> None:  # noqa: B027 (a new model has no folder)
+        """Check in one process, before ranks start, that the folder of a model has all of its weights.
+
+        Raises:
+            ValueError: it has not, and answers would be random; names what is missing.
+        """
+
+    def fill(self, model: Any) -> None:  # noqa: B027 (a new model has its values when it is built)
+        """Give a placed model the weights of its folder, to be asked; every rank calls it."""
+
+    @property
+    def usual_length(self) -> int:
+        """The ``data.sequence_length`` with which a model out of a folder is asked where nobody says another."""
+        return self.longest
+
     def give_memory(self, model: Any, device: torch.device) -> None:  # noqa: B027 (a new model has it when it is built)
         """Give a placed model memory for the weights of a checkpoint; every rank calls it."""
 

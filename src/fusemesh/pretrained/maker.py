@@ -13,7 +13,8 @@ from fusemesh.models.base import ModelMaker
 from fusemesh.tasks.names import PRETRAINED_TASKS
 
 from . import folder
-from .defaults import say_defaults
+from .defaults import MOST_TOKENS, say_defaults
+from .tokenizer import load
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +106,30 @@ class PretrainedModel(ModelMaker):
         return model
 
     def check_beginning(self, task: Task) -> None:
+        name, missing = self._missing(task)
+        if missing and self.config.task == "language_model":
+            raise ValueError(
+                f"{folder.KEY}: expected all weights of a {name} in {self.path!r}, received none of "
+                f"{_some(missing)}: training would begin with random ones; give the whole model's folder"
+            )
+
+    def check_whole(self, task: Task) -> None:
+        kind = getattr(folder.config_of(self.path), "problem_type", None)
+        if self.config.task == "text_classification" and kind not in (None, "single_label_classification"):
+            raise ValueError(
+                f"model: expected a classifier that gives a text one of its labels, received {self.path!r}, of which "
+                f"config.json says problem_type {kind!r}; ask it by transformers"
+            )
+        name, missing = self._missing(task)
+        if missing:
+            raise ValueError(
+                f"model: expected all weights of a {name} in {self.path!r}, received none of {_some(missing)}, with "
+                f"random ones of which it would answer; train it by fusemesh train {self.config.task} "
+                f"--model.pretrained {self.path}, or give the folder of one that is trained"
+            )
+
+    def _missing(self, task: Task) -> tuple[str, Sequence[str]]:
+        """Return the name of the model's class, and which of its weights the folder lacks."""
         from fusemesh.hybrid.hugging_face.names import check_tensors, match, own_state
 
         source, model = folder.read(self.path), self.build(task)
@@ -113,11 +138,18 @@ class PretrainedModel(ModelMaker):
             check_tensors(source, matched, own_state(model))
         except ValueError as error:
             raise ValueError(f"{folder.KEY}: {error}") from error
-        if matched.missing and self.config.task == "language_model":
-            raise ValueError(
-                f"{folder.KEY}: expected all weights of a {type(model).__name__} in {self.path!r}, received none of "
-                f"{_some(matched.missing)}: training would begin with random ones; give the whole model's folder"
-            )
+        return type(model).__name__, matched.missing
+
+    def fill(self, model: Any) -> None:
+        from fusemesh.hybrid.hugging_face.load import load_pretrained
+
+        report = load_pretrained(model, folder.read(self.path))
+        assert not report.newly_initialised
+
+    @property
+    def usual_length(self) -> int:
+        stated = load(self.path).model_max_length
+        return min(self.longest, stated, MOST_TOKENS)
 
     def begin(self, model: Any) -> None:
         from fusemesh.hybrid.checkpoint.together import rank

@@ -8,14 +8,18 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemesh.tasks.encodings import check_characters
-from fusemesh.tasks.tokens import Tokens
+from fusemesh.tasks.tokens import Asked, Tokens
+from fusemesh.tokenized.questions import read_question
 
 from .folder import KEY, check_version, config_of, generation_config_of
+
+if TYPE_CHECKING:
+    from fusemesh.tokenized.chat import ChatTemplate
 
 _FILES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "merges.txt", "tekken.json")
 _SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -42,7 +46,7 @@ class FolderTokens(Tokens):
         self.pad = self.end if pad is None else pad
 
     @functools.cached_property
-    def ends(self) -> list[int]:
+    def ends(self) -> list[int]:  # type: ignore[override]
         """The tokens that end a text: the tokenizer's, and those that the model's configurations name."""
         found = {self.end}
         for config in (config_of(self.path), generation_config_of(self.path)):
@@ -136,6 +140,22 @@ class FolderTokens(Tokens):
         # The end stays where the text before it is cut.
         cut = [row if len(row) <= most else [*row[: most - 1], row[-1]] for row in rows]
         return cut, [len(row) for row in rows]
+
+    @functools.cached_property
+    def chats(self) -> ChatTemplate:
+        """The folder's chat template."""
+        from fusemesh.tokenized.chat import ChatTemplate
+
+        return ChatTemplate(self._tokenizer, self.end, self.path)
+
+    def asked(self, line: str, where: str) -> Asked | None:
+        question = read_question(line, where)
+        if question is None:
+            return None
+        if isinstance(question, str):
+            return Asked(self._beginning(question) or [self.end], self.ends)
+        ids, end = self.chats.question(question, where)
+        return Asked(ids, sorted({*self.ends, end}))
 
     def _without_end(self, row: list[int]) -> list[int]:
         last = len(row)

@@ -137,7 +137,8 @@ def evaluate_file(path: str | os.PathLike[str], config: Config, verify: bool = T
 
 
 def evaluate_rank(target: str, values: dict[str, Any], verify: bool = True) -> dict[str, Any]:
-    """One rank's part of evaluating a run, a checkpoint or a merged file in the configured layout.
+    """One rank's part of evaluating a run, a checkpoint, a merged file or a Hugging Face folder in the configured
+    layout.
 
     Args:
         target: see :func:`fusemesh.run.setup.config_of`.
@@ -145,16 +146,17 @@ def evaluate_rank(target: str, values: dict[str, Any], verify: bool = True) -> d
         verify: compare what is read with its checksums first.
 
     Returns:
-        The same on every rank: :meth:`Evaluation.as_dict` with ``step`` and ``layout``.
+        The same on every rank: :meth:`Evaluation.as_dict` with ``layout`` and, but for a folder, ``step``.
     """
     with joined(values, {"model": Path(target).name}) as run:
         same_data(evaluated(run.config), fingerprint)
         loaded = run.load(target, verify=verify)
-        task, step = loaded.task, loaded.state["step"]
+        # A Hugging Face folder has none.
+        task, step = loaded.task, {name: loaded.state[name] for name in ("step",) if name in loaded.state}
         if run.world.is_first:
             _say_cuts(task)
         result = evaluate(loaded.model, task, run.share(loaded.mesh))
-    return {"task": run.config.task, "step": step, "layout": str(run.layout), **result.as_dict(), **_cuts(task)}
+    return {"task": run.config.task, **step, "layout": str(run.layout), **result.as_dict(), **_cuts(task)}
 
 
 def _say_cuts(task: Task) -> None:

@@ -101,7 +101,7 @@ class Continuation:
 
     prompt: its beginning; if that is too long, the end of it counts. tokens: how many to add. sampling: None takes the
     most probable token. num_beams, seed: of :func:`fusemesh.generate`. stream: whether the first rank writes it to
-    stdout.
+    stdout. chat: the prompt is a user's message, which the chat template renders, and is never cut.
     """
 
     prompt: str
@@ -110,6 +110,7 @@ class Continuation:
     num_beams: int = 1
     seed: int = 0
     stream: bool = False
+    chat: bool = False
 
 
 def generate_rank(target: str, values: dict[str, Any], asked: Continuation, verify: bool = True) -> dict[str, Any]:
@@ -125,12 +126,7 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
     with _loaded(target, values, verify, options_entries(asked)) as loaded:
         task, world = loaded.task, loaded.run.world
         maker = maker_of(task.config)
-        prompt = task.encode_prompt(asked.prompt, max(1, maker.longest - asked.tokens))
-        whole = len(task.encode_prompt(asked.prompt, sys.maxsize))
-        if world.is_first and len(prompt) < whole:
-            logger.warning(
-                "--prompt: the model sees the last %d of its %d tokens, beside those to add", len(prompt), whole
-            )
+        prompt, ends = _beginning(task, asked, max(1, maker.longest - asked.tokens), world.is_first)
         streaming = asked.stream and world.is_first and asked.num_beams == 1
         decode = task.token_decoder()
 
@@ -149,6 +145,7 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
             loaded.model,
             [torch.tensor(prompt, device=world.device)],
             max_new_tokens=asked.tokens,
+            ends=ends,
             sampling=asked.sampling,
             num_beams=asked.num_beams,
             seed=asked.seed,
@@ -158,4 +155,28 @@ def generate_rank(target: str, values: dict[str, Any], asked: Continuation, veri
         if streaming:
             write(decode([], True))
         seen, text = (task.token_decoder()(tokens, True) for tokens in (prompt, added))
-    return {"prompt": seen, "text": text, "tokens": len(added), "log_likelihood": scores[0], **lost}
+    return {
+        "prompt": asked.prompt if asked.chat else seen,
+        "text": text,
+        "tokens": len(added),
+        "log_likelihood": scores[0],
+        **lost,
+    }
+
+
+def _beginning(task: Task, asked: Continuation, most: int, is_first: bool) -> tuple[list[int], Sequence[int]]:
+    """Return the tokens to continue, at most ``most``, and those that end the continuation."""
+    if asked.chat:
+        chat = task.encode_chat(asked.prompt)
+        if len(chat.ids) > most:
+            raise ValueError(
+                f"--prompt: expected a message of at most {most} tokens with those of the chat template, which "
+                f"the model's positions leave beside --tokens {asked.tokens}, received {len(chat.ids)}; "
+                "shorten one of them"
+            )
+        return chat.ids, chat.ends
+    prompt = task.encode_prompt(asked.prompt, most)
+    whole = len(task.encode_prompt(asked.prompt, sys.maxsize))
+    if is_first and len(prompt) < whole:
+        logger.warning("--prompt: the model sees the last %d of its %d tokens, beside those to add", len(prompt), whole)
+    return prompt, task.ends

@@ -24,6 +24,7 @@ from fusemesh.hybrid.ranks.join import World, build_mesh, distributed
 from fusemesh.kernels import backends
 from fusemesh.models.registry import maker_of
 from fusemesh.run.agreement import check_same, entries_of
+from fusemesh.run.folder import is_model_folder, task_of_folder
 from fusemesh.run.settings import Settings
 from fusemesh.tasks.base import Task
 from fusemesh.tasks.registry import build_task, task_class
@@ -87,7 +88,8 @@ class Run:
         return model, mesh
 
     def load(self, target: str | os.PathLike[str], *, verify: bool = True) -> Loaded:
-        """Return the model of a run, a checkpoint or a merged file in the layout; every rank calls it.
+        """Return the model of a run, a checkpoint, a merged file or a Hugging Face folder in the layout; every rank
+        calls it.
 
         Args:
             verify: compare what is read with its checksums.
@@ -99,6 +101,11 @@ class Run:
             model = plain_model(task)
             _load_whole(model, tensors)
             return Loaded(task, *self.place(model), state)
+        if checkpoint.on_first_rank(lambda: is_model_folder(path)):
+            task = task_of_folder(self.config)
+            model, mesh = self.place(plain_model(task))
+            maker_of(task.config).fill(model)
+            return Loaded(task, model, mesh, {})
         folder = checkpoint.on_first_rank(lambda: checkpoint_of(path))
         task = task_of(checkpoint.read_state(folder), self.config)
         model, mesh = self.place(plain_model(task))
@@ -108,7 +115,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model on its mesh, its task, and the state that was saved with it."""
+    """A trained model on its mesh, its task, and the state saved with it, nothing with a Hugging Face folder."""
 
     task: Task
     model: Any
@@ -222,8 +229,9 @@ def state_of(target: str | os.PathLike[str]) -> dict[str, Any]:
 def _check_exists(target: Path) -> None:
     if not target.exists():
         raise checkpoint.CheckpointError(
-            f"model: expected a run directory, a checkpoint or a .safetensors file, received {str(target)!r}, which "
-            "does not exist"
+            f"model: expected a run directory, a checkpoint, a Hugging Face folder or a .safetensors file, received "
+            f"{str(target)!r}, which does not exist (a model of the hub is fetched by `hf download NAME --local-dir "
+            "DIR`)"
         )
 
 

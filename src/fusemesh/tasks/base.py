@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fusemesh.config import Config
     from fusemesh.transformer import Transformer, TransformerConfig
 
+    from .tokens import Asked
+
 VOCAB_SIZE = 256
 PAD, BEGIN, END, SEPARATOR = 0, 1, 2, 3
 IGNORED = -100  # target that does not count
@@ -260,6 +262,25 @@ class Task(ABC):
     def encode_prompt(self, text: str, most: int) -> list[int]:
         """Return the last tokens of a text to continue, at most ``most``."""
         raise NotImplementedError(f"task {self.config.task} continues no texts")
+
+    def encode_chat(self, text: str) -> Asked:
+        """Return a user's message as the chat template renders it, and what ends the answer."""
+        raise NotImplementedError(f"task {self.config.task} continues no texts")
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """The tokens each of which ends the continuation of a text."""
+        raise NotImplementedError(f"task {self.config.task} continues no texts")
+
+    @classmethod
+    def metadata_of_folder(cls, config: Config) -> Mapping[str, Any]:
+        """Return the metadata of a Hugging Face folder that is asked as it is, ``model.pretrained`` of the
+        configuration.
+
+        Raises:
+            ValueError: the folder does not say them.
+        """
+        return {}
 
     def token_decoder(self) -> Callable[[Sequence[int], bool], str]:
         """Return a function that turns the next tokens of a text into characters; its second argument marks the last.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import gzip
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemesh.models.registry import maker_of
+from fusemesh.tokenized.questions import as_chat
 
 from .base import IGNORED, PAD, VOCAB_SIZE, Batch, Dataset, Examples, Indices, Task, padded_rows
 from .corpus import SEPARATOR as SEPARATOR  # public here
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from fusemesh.config import Config
     from fusemesh.tokenized.data import DocumentData
     from fusemesh.transformer import Transformer, TransformerConfig
+
+    from .tokens import Asked
 
 DEFAULTS: Mapping[str, Any] = {"data.sequence_length": 256}
 _LEAST_LENGTH, _MOST_LENGTH = 16, 1024  # that is chosen; the most of a pretrained model
@@ -83,6 +87,8 @@ class LanguageModel(Task):
     def __init__(self, config: Config, metadata: Mapping[str, Any] | None = None) -> None:
         self.config, self.maker = config, maker_of(config)
         self.tokens = self.maker.tokens()
+        # Whether the lines that are answered are JSON; None before the first.
+        self._answers_json: bool | None = None
         for path in (config.data.path, config.data.held_out):
             if path.endswith(".tokens") and not self.maker.refines:
                 raise ValueError(
@@ -192,8 +198,22 @@ class LanguageModel(Task):
         return self.tokens.metrics(loss)
 
     def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
-        """Return lines as beginnings of a text; half of the sequence length is kept for the continuation."""
+        """Return lines as beginnings of a text; half of the sequence length is kept for the continuation.
+
+        To a pretrained model a line may be a chat or a prompt in JSON, and then all are: none of these is cut.
+        """
         length = self.config.data.sequence_length // 2
+        asked = [self.tokens.asked(line, f"line {number}") for number, line in enumerate(lines, first)]
+        for number, one in enumerate(asked, first):
+            self._answers_json = one is not None if self._answers_json is None else self._answers_json
+            if self._answers_json != (one is not None):
+                kinds = ["text", "JSON with messages or a prompt"]
+                raise ValueError(
+                    f"line {number}: expected {kinds[self._answers_json]}, as in the lines before it, received "
+                    f"{kinds[not self._answers_json]}; give lines of each kind by themselves"
+                )
+        if questions := [one for one in asked if one is not None]:
+            return self._questions(questions, first)
         found = [self.tokens.line(line, length) for line in lines]
         tokens, lengths = padded_rows([beginning for beginning, _ in found], length, self.tokens.pad)
         # Uncut, a line takes as much again for its continuation.
@@ -204,8 +224,25 @@ class LanguageModel(Task):
             lengths=lengths,
         )
 
+    def _questions(self, questions: Sequence[Asked], first: int) -> Examples:
+        """Return prompts and chats as samples, with the tokens that end the answers."""
+        length = self.config.data.sequence_length
+        most = self.maker.longest - length // 2
+        for number, question in enumerate(questions, first):
+            if len(question.ids) > most:
+                raise ValueError(
+                    f"line {number}: expected at most {most} tokens, which the model's positions leave beside "
+                    f"{length // 2} of an answer, received {len(question.ids)}; shorten the chat or the prompt"
+                )
+        tokens, lengths = padded_rows([one.ids for one in questions], max(len(one.ids) for one in questions), 0)
+        every = sorted({token for one in questions for token in one.ends})
+        ends = np.tile(np.array(every, np.int64), (len(questions), 1))
+        nothing = np.full((len(questions), 1), IGNORED, np.int64)
+        # None is cut.
+        return Examples(tokens, nothing, whole=np.minimum(lengths, length), lengths=lengths, ends=ends)
+
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Return the tokens that come next, up to the end of the line, [B, S / 2], filled up with -1."""
+        """Return the tokens that come next, up to the end of the line or the answer, [B, S / 2], filled up with -1."""
         return self.predict_scored(model, batch, device)[0]
 
     def predict_scored(
@@ -220,13 +257,23 @@ class LanguageModel(Task):
             for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
         ]
         scores = [0.0] * len(prompts)
-        ends = self.tokens.line_ends
+        ends = batch.inputs["ends"][0].tolist() if "ends" in batch.inputs else self.tokens.line_ends
         found = self.maker.generate(model, prompts, max_new_tokens=length, ends=ends, on_score=scores.__setitem__)
         rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=_NOTHING) for row in found])
         return rows, torch.tensor([[score] for score in scores], dtype=torch.float64, device=device)
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
-        return self.tokens.text(prediction[prediction != _NOTHING])
+        tokens = prediction[prediction != _NOTHING]
+        return self.tokens.decoder()(tokens.tolist(), True) if self._answers_json else self.tokens.text(tokens)
+
+    def encode_chat(self, text: str) -> Asked:
+        found = self.tokens.asked(as_chat(json.dumps({"prompt": text}), "--prompt"), "--prompt")
+        assert found is not None
+        return found
+
+    @property
+    def ends(self) -> Sequence[int]:
+        return self.tokens.ends
 
     def encode_prompt(self, text: str, most: int) -> list[int]:
         return self.tokens.prompt(text, most)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemesh.models.registry import maker_of
+
 from .base import Batch, Examples, hash_of, is_held_out, padded_rows
 from .record_task import RecordTask
 from .records import Record
@@ -29,6 +31,7 @@ from .records import Record
 if TYPE_CHECKING:
     import torch
 
+    from fusemesh.config import Config
     from fusemesh.transformer import Transformer, TransformerConfig
 
     from .tokens import Tokens
@@ -46,6 +49,7 @@ DEFAULTS: Mapping[str, Any] = {
 LANGUAGES = ("ca", "cs", "da", "de", "en", "es", "fi", "fr", "hu", "it", "nb", "nl", "pl", "pt", "ro", "sv", "tr")
 _DAYS = 240  # in every language
 _SHOWN = 8  # labels in a message
+_MULTIPLE = 16  # of tokens in a sample that is fitted to its text
 
 
 class TextClassification(RecordTask):
@@ -70,6 +74,18 @@ class TextClassification(RecordTask):
             raise ValueError(f"data.path: expected at least 2 labels, received {len(counts)} in {self.source}")
         labels = sorted(counts, key=self._order_of())
         return {"labels": labels, "counts": [counts[label] for label in labels]}
+
+    @classmethod
+    def metadata_of_folder(cls, config: Config) -> Mapping[str, Any]:
+        """Return the labels of the folder's head; how often each was in the training data is not known."""
+        labels = maker_of(config).labels()
+        if len(labels) < 2:
+            raise ValueError(
+                f"model: expected the folder of a classifier, with at least 2 labels in its config.json, received "
+                f"{config.model.pretrained!r} {'with one' if labels else 'without such a head'}; train one by fusemesh "
+                f"train text_classification --model.pretrained {config.model.pretrained}"
+            )
+        return {"labels": labels}
 
     def _order_of(self) -> Callable[[str], Any]:
         """Return by what labels are sorted: their places in a pretrained head that has all of them, or themselves."""
@@ -131,9 +147,12 @@ class TextClassification(RecordTask):
             )
         return [*train, *moved], kept
 
-    def _texts(self, texts: Sequence[str], targets: np.ndarray) -> Examples:
+    def _texts(self, texts: Sequence[str], targets: np.ndarray, *, fitted: bool = False) -> Examples:
+        """Return texts as samples, of ``data.sequence_length`` tokens, or of no more than the longest needs."""
         length = self.config.data.sequence_length
         rows, whole = self._tokens.whole([text.strip() for text in texts], length)
+        if fitted:
+            length = min(length, -(-max(map(len, rows)) // _MULTIPLE) * _MULTIPLE)
         tokens, lengths = padded_rows(rows, length, self._tokens.pad)
         return Examples(tokens, targets, whole=whole, lengths=lengths)
 
@@ -160,13 +179,14 @@ class TextClassification(RecordTask):
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
         expected = self._expected(count)
-        guess = np.full(count, int(np.argmax(self.metadata["counts"])))
-        return {
+        found = {
             "accuracy": accuracy(predictions[:, 0], expected),
             "macro_f1": macro_f1(predictions[:, 0], expected),
-            "majority_accuracy": accuracy(guess, expected),
-            "majority_macro_f1": macro_f1(guess, expected),
         }
+        if "counts" in self.metadata:
+            guess = np.full(count, int(np.argmax(self.metadata["counts"])))
+            found |= {"majority_accuracy": accuracy(guess, expected), "majority_macro_f1": macro_f1(guess, expected)}
+        return found
 
     def _expected(self, count: int) -> np.ndarray:
         """Return the labels of the first held-out samples, by number."""
@@ -187,7 +207,8 @@ class TextClassification(RecordTask):
         draw_matrix(self.confusion(predictions), self.labels, folder / "confusion.png", title=title)
 
     def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
-        return self._texts(lines, np.zeros((len(lines), 1), np.int64))
+        # A pretrained model may take many tokens, and lines be short.
+        return self._texts(lines, np.zeros((len(lines), 1), np.int64), fitted=self.maker.refines)
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
         return self.labels[int(prediction[0])]

@@ -6,6 +6,7 @@ import codecs
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,15 +15,24 @@ from .corpus import in_bytes
 from .encodings import check_characters
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt or a chat to answer, as tokens, and the tokens each of which ends the answer."""
+
+    ids: list[int]
+    ends: Sequence[int]
+
+
 class Tokens(ABC):
     """Texts of a task as tokens, and back.
 
-    ``pad`` fills samples up; ``line_ends`` are the tokens each of which ends the continuation of a line. Of a
-    sequence-to-sequence model ``begin`` is the token that its decoder begins with, and each of ``target_ends`` ends a
-    target."""
+    ``pad`` fills samples up; ``line_ends`` are the tokens each of which ends the continuation of a line, ``ends`` those
+    that end one of any other text. Of a sequence-to-sequence model ``begin`` is the token that its decoder begins with,
+    and each of ``target_ends`` ends a target."""
 
     pad: int
     line_ends: Sequence[int]
+    ends: Sequence[int] = ()
     begin: int
     target_ends: Sequence[int]
 
@@ -43,6 +53,14 @@ class Tokens(ABC):
     @abstractmethod
     def prompt(self, text: str, most: int) -> list[int]:
         """Return the last tokens of a text that is to be continued, at most ``most``."""
+
+    def asked(self, line: str, where: str) -> Asked | None:
+        """Return the prompt or the chat that a line holds as JSON; None of a line that is text itself.
+
+        Raises:
+            ValueError: it cannot be answered; ``where`` it stands is named.
+        """
+        return None
 
     @abstractmethod
     def decoder(self) -> Callable[[Sequence[int], bool], str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .document import Document
-from .records import Chat, Entry
+from .records import ASSISTANT, Chat, Entry
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FILE = "chat_template.jinja"
@@ -43,7 +43,10 @@ class ChatTemplate:
         # Texts are made tokens of together; of a chat with marks there are none here.
         rendered: list[list[tuple[_Cut, str]]] = []
         for chat, where in chats:
-            has_marks = _MARK.search(self._source(chat.tools, where))
+            source = self._source(
+                chat.tools, where, "for records with messages", "give records with prompt and completion"
+            )
+            has_marks = _MARK.search(source)
             rendered.append([] if has_marks else self._prefixes(chat, where))
         rows = iter(self._rows([text for prefixes in rendered for _, text in prefixes]))
         found = []
@@ -52,6 +55,27 @@ class ChatTemplate:
             spans = self._by_prefixes(where, prefixes, own) if prefixes else self._by_marks(chat, where)
             found.append(self._document(chat, *spans))
         return found
+
+    def check(self) -> None:
+        """Raise ValueError if there is no template to ask by."""
+        self._source(None, "--chat", "to ask by", "leave --chat out")
+
+    def question(self, chat: Chat, where: str) -> tuple[list[int], int]:
+        """Return the tokens of a chat and of what the template writes before an answer, and the token that ends one.
+
+        Raises:
+            ValueError: there is no template, or it refuses the chat.
+        """
+        self._source(chat.tools, where, "for a line with messages", "give lines of text")
+        ids = self._rows([str(self._apply(chat, len(chat.messages), where, True, tokenize=False))])[0]
+        answer = {"role": ASSISTANT, "content": "Yes."}
+        answered = Chat([*chat.messages, answer], chat.tools, (len(chat.messages),))
+        try:
+            (document,) = self.documents([Entry(answered, where, "")])
+        except ValueError:
+            # Its answers cannot be told apart, or follow no such turn.
+            return ids, self.end
+        return ids, int(document.ids[np.flatnonzero(document.counts)[-1]])
 
     def _document(self, chat: Chat, ids: list[int], spans: list[tuple[int, int]]) -> Document:
         """Return tokens with those of some places as targets, to the end of the turn in each."""
@@ -67,13 +91,13 @@ class ChatTemplate:
         counts[:1] = False
         return Document(np.asarray(ids, np.int32), counts)
 
-    def _source(self, tools: list[Any] | None, where: str) -> str:
+    def _source(self, tools: list[Any] | None, where: str, use: str, instead: str) -> str:
         try:
             found: str = self.tokenizer.get_chat_template(None, tools)
         except ValueError:
             raise ValueError(
-                f"{where}: expected a folder with a chat template for records with messages, received {self.path!r}, "
-                f"which has no {_FILE}; put the model's {_FILE} into it, or give records with prompt and completion"
+                f"{where}: expected a folder with a chat template {use}, received {self.path!r}, which has no {_FILE}; "
+                f"put the model's {_FILE} into it, or {instead}"
             ) from None
         return found
 

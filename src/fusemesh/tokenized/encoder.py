@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .chat import ChatTemplate
 from .document import Document
 from .records import Chat, Completion, Entry, Text, is_blank
 
@@ -50,10 +48,6 @@ class Encoder:
     def __init__(self, tokens: FolderTokens) -> None:
         self.tokens = tokens
 
-    @functools.cached_property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokens.tokenizer, self.tokens.end, self.tokens.path)
-
     def documents(self, entries: Iterable[Entry], counts: Counts) -> Iterator[tuple[Entry, Document]]:
         """Yield records and what becomes of them; ``counts`` takes how many there are.
 
@@ -84,7 +78,7 @@ class Encoder:
             return [_whole(row) for row in self.tokens.encode([e.value.text for e in entries])]  # type: ignore[union-attr]
         if isinstance(entries[0].value, Completion):
             return self._completions(entries)
-        return self._template.documents(entries)
+        return self.tokens.chats.documents(entries)
 
     def _completions(self, entries: Sequence[Entry]) -> list[Document]:
         """Return the tokens of prompts and completions, those of the prompts as when the prompt stands alone."""

@@ -11,7 +11,7 @@ from fusemesh.tasks.encodings import check_characters
 from fusemesh.tasks.records import json_objects
 
 ENDINGS = (".jsonl", ".ndjson")
-_ASSISTANT = "assistant"
+ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True)
@@ -131,16 +131,16 @@ def _value(found: Any, columns: Columns, where: str) -> Value:
     if "messages" in item:
         return _chat(item, where)
     if "prompt" in item and "completion" in item:
-        return Completion(_text(item, "prompt", where), _text(item, "completion", where))
+        return Completion(text_in(item, "prompt", where), text_in(item, "completion", where))
     if "text" in item:
-        return Text(_text(item, "text", where))
+        return Text(text_in(item, "text", where))
     raise ValueError(
         f"{where}: expected the key text, the keys prompt and completion, or the key messages, received "
         f"{', '.join(map(repr, item)) or 'none'}; rename them, or name them by data.columns"
     )
 
 
-def _text(item: Mapping[str, Any], key: str, where: str) -> str:
+def text_in(item: Mapping[str, Any], key: str, where: str) -> str:
     value = item[key]
     if not isinstance(value, str):
         shown = json.dumps(value)
@@ -153,6 +153,24 @@ def _text(item: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _chat(item: Mapping[str, Any], where: str) -> Chat:
+    messages, tools = messages_of(item, where)
+    last = messages[-1]["role"]
+    if last != ASSISTANT:
+        raise ValueError(
+            f"{where}: expected a chat that ends with the assistant's turn, of which a model learns, received one that "
+            f"ends with the turn of {last!r}; add the answer, or drop the turn"
+        )
+    trained = tuple(n for n, m in enumerate(messages) if m["role"] == ASSISTANT and m.get("weight", 1) != 0)
+    return Chat(without_weights(messages), tools, trained)
+
+
+def without_weights(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as a template takes them."""
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
+def messages_of(item: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """Return the messages of a chat and its tools; raise ValueError where they are none."""
     messages = item["messages"]
     if not isinstance(messages, list) or not messages:
         found = "an empty list" if messages == [] else f"a {type(messages).__name__}"
@@ -164,23 +182,15 @@ def _chat(item: Mapping[str, Any], where: str) -> Chat:
                 f"{where}, message {number}: expected an object with role and content, received {keys}; write "
                 '{"role": "user", "content": "..."}'
             )
-        if message.get("content") is None and not (message["role"] == _ASSISTANT and message.get("tool_calls")):
+        if message.get("content") is None and not (message["role"] == ASSISTANT and message.get("tool_calls")):
             raise ValueError(
                 f"{where}, message {number}: expected a content, received none; write it, or drop the chat"
             )
     check_characters(json.dumps(messages, ensure_ascii=False), where)
-    last = messages[-1]["role"]
-    if last != _ASSISTANT:
-        raise ValueError(
-            f"{where}: expected a chat that ends with the assistant's turn, of which a model learns, received one that "
-            f"ends with the turn of {last!r}; add the answer, or drop the turn"
-        )
     tools = item.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"{where}: expected tools as a list of JSON schemas, received a {type(tools).__name__}")
-    trained = tuple(n for n, m in enumerate(messages) if m["role"] == _ASSISTANT and m.get("weight", 1) != 0)
-    kept = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    return Chat(kept, tools or None, trained)
+    return messages, tools or None
 
 
 def _name(value: Value) -> str:
