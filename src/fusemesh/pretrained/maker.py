@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemesh.models.base import ModelMaker
-from fusemesh.tasks.names import PRETRAINED_TASKS
 
 from . import folder
 from .defaults import MOST_TOKENS, say_defaults
@@ -73,11 +72,6 @@ class PretrainedModel(ModelMaker):
 
     def check(self) -> None:
         config = self.config
-        if config.task not in PRETRAINED_TASKS:
-            raise ValueError(
-                f"{folder.KEY}: expected task {' or '.join(PRETRAINED_TASKS)}, whose texts a pretrained model's "
-                f"tokenizer can read, received {config.task}; leave it out to train a new model"
-            )
         folder.check_task(folder.config_of(self.path), self.path, config.task)
         if config.data.sequence_length > self.longest:
             raise ValueError(
