@@ -26,8 +26,8 @@ SWEEP := $(PYTEST) $(if $(PART),--part $(PART))
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP) ## train a byte-level model on the standard library's source in dp2 x tp2, evaluate, merge, compare
-	$(BIN)/python examples/train_stdlib.py
+demo: $(STAMP) ## from text to chat: train a tokenizer and a small model, fine-tune it in another layout, ask it
+	$(BIN)/python examples/pretrain_and_chat.py
 
 test: $(STAMP) ## the tests, in two runs: kernels in Triton's interpreter, then everything else
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow"

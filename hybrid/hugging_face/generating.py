@@ -91,9 +91,8 @@ def next_logits(
     stages: Any = model
     if encoder_outputs is not None:
         assert attention_mask is not None
-        logits = stages.logits(
-            encoder_outputs["last_hidden_state"].squeeze(-1), lengths=attention_mask.sum(1), target_tokens=decoder_input_ids
-        )
+        source = encoder_outputs["last_hidden_state"].squeeze(-1)
+        logits = stages.logits(source, lengths=attention_mask.sum(1), target_tokens=decoder_input_ids)
         return Output(logits=logits[:, -1:])
     assert input_ids is not None
     if attention_mask is None:

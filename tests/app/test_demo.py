@@ -1,4 +1,4 @@
-"""The main job, small: examples/train_stdlib.py in dp2 x tp2, from training to the report. Layers: 4 gloo ranks."""
+"""examples/train_stdlib.py, small, in dp2 x tp2, from training to the report. Layers: 4 gloo ranks."""
 
 import importlib.util
 import json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import runpy
 from pathlib import Path
@@ -97,3 +98,23 @@ def test_a_script_is_accelerated_and_learns_the_same(
     monkeypatch.setattr(script, "train", lambda: next(results))
     with pytest.raises(SystemExit, match="disagree"):
         script.main()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_from_text_to_chat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The demo, on this package's own source; in fewer steps."""
+    script = example("pretrain_and_chat")
+    source, out = Path(script.cli.__file__).parent, tmp_path / "out"
+    assert script.main(["--out", str(out), "--text", str(source), "--scale", "0.25"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    losses = report["answers_loss"]
+    assert losses["tuned"] < min(losses["untuned"], losses["unigram"]) and report["relative_difference"] <= 1e-5
+    assert list(report["answers"]) == list(script.QUESTIONS) and all(report["answers"].values())
+    assert "$ fusemesh predict" in capfd.readouterr().out
+    # It replaces a run of its own, and nothing else.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "base").write_text("a file of mine")
+    with pytest.raises(SystemExit, match="holds files, but no run of this script"):
+        script.main(["--out", str(other)])
