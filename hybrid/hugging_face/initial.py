@@ -46,7 +46,7 @@ def whole_initial_value(
             torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "big"))
             compat.initial_value(model, name, value, stand_ins)
         # By their hash: a second copy of a large embedding may not fit.
-        found.add(hashlib.blake2b(value.reshape(-1).view(torch.uint8).numpy()).digest())
+        found.add(hashlib.blake2b(value.reshape(-1).view(torch.uint8).numpy().data).digest())
     if len(found) > 1:
         raise ValueError(
             f"model: expected initial values of {name!r}, which the folder lacks, received none from "
