@@ -14,6 +14,10 @@ from .. import compat
 
 # What configs call the probability with which attention weights are dropped.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+# Their positions begin behind the padding token's number.
+_BEHIND_PADDING = ("roberta",)
+# Their forward makes a mask without asking positions.
+_MASKS_WITHOUT_POSITIONS = ("bert", "roberta")
 
 
 @contextlib.contextmanager
@@ -37,9 +41,16 @@ def documents(model: Any, positions: torch.Tensor) -> Iterator[dict[str, Any]]:
             "positions: expected 0 at the beginning of each row, where a document begins, received "
             f"{positions[:, 0].tolist()[:8]}; let them begin again at 0 with each document"
         )
-    given: dict[str, Any] = {"position_ids": positions}
+    first = (model.config.pad_token_id or 0) + 1 if model.config.model_type in _BEHIND_PADDING else 0
+    given: dict[str, Any] = {"position_ids": positions + first}
     drops = model.training and any(getattr(model.config, name, 0.0) for name in _DROPOUTS)
     if drops or compat.attention_of(model.config) != "fusemesh":
+        if model.config.model_type in _MASKS_WITHOUT_POSITIONS:
+            mask = _mask(positions)
+            if compat.attention_of(model.config) == "eager":
+                dtype = next(model.parameters()).dtype
+                mask = mask.new_zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            given["attention_mask"] = mask
         yield given
         return
     bounds = torch.cat([starts, starts.new_tensor([len(flat)])]).int()
@@ -48,3 +59,10 @@ def documents(model: Any, positions: torch.Tensor) -> Iterator[dict[str, Any]]:
     given |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
     with without_mask():
         yield given
+
+
+def _mask(positions: torch.Tensor) -> torch.Tensor:
+    """Return which tokens each sees, bool [B, 1, S, S]: those of its document, up to itself."""
+    numbers = (positions == 0).cumsum(1)
+    places = torch.arange(positions.shape[1], device=positions.device)
+    return ((numbers[:, :, None] == numbers[:, None, :]) & (places[:, None] >= places))[:, None]

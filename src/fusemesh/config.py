@@ -91,7 +91,8 @@ class DataConfig:
     )
     packing: bool = _doc(
         True,
-        "records of a pretrained language model share samples, and none sees another; false: each has its own",
+        "texts and records of a pretrained language model share samples, and none sees another; false: texts are "
+        "windows of one stream, and each record has a sample of its own",
     )
 
 

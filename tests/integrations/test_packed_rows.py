@@ -15,8 +15,9 @@ from tests.support.hugging_face import KeepDouble
 from tests.support.ranks import packed as ranks
 
 FP64 = 1e-12
-NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2")
+NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "bert", "roberta")
 NO_DROPOUT = {
+    **{key: {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} for key in ("bert", "roberta")},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "phi3": {"embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
@@ -64,6 +65,17 @@ def loss_of(model: Any, positions: torch.Tensor) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("attention", ["fusemesh", "eager"])
+def test_a_decoder_of_an_encoders_family_begins_at_its_own_first_position(name: str, attention: str) -> None:
+    """RoBERTa's stands behind the padding token's number; also where transformers makes the mask of positions."""
+    model = as_trainable(ranks.build(name, **changed(name)))
+    model.set_attn_implementation(attention)
+    torch.testing.assert_close(
+        loss_of(model, ranks.rows()[2]), ranks.alone(name, **changed(name))["loss"], rtol=FP64, atol=0
+    )
+
+
 def test_a_leak_is_noticed() -> None:
     """One bound missing, and positions that go on: the loss is another."""
     model = as_trainable(ranks.build("llama"))
@@ -94,11 +106,16 @@ def test_no_mask_is_made_but_for_dropout(name: str, monkeypatch: pytest.MonkeyPa
     assert bounds["max_length_q"] == 24
 
 
-def test_attention_that_drops_weights_takes_the_mask() -> None:
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")]
+    + [(name, "attention_probs_dropout_prob") for name in ("bert", "roberta")],
+)
+def test_attention_that_drops_weights_takes_the_mask(name: str, rate: str) -> None:
     """Where a document changes whose tokens are no targets, the loss of the others stays."""
     found = []
     for first in (7, 8):
-        model = as_trainable(ranks.build("llama", attention_dropout=0.25)).train()
+        model = as_trainable(ranks.build(name, **{**changed(name), rate: 0.25})).train()
         tokens, targets, positions = ranks.rows()
         tokens[0, 0], targets[0, :9] = first, -100
         torch.manual_seed(0)

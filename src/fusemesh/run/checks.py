@@ -148,6 +148,9 @@ def order_of(settings: Settings, samples: Dataset) -> BatchOrder:
 def check_resumable(config: Config, state: dict[str, Any], how: Resume) -> None:
     """Check that a run can go on from the state of a checkpoint; raise ValueError if it is another's, or is done."""
     saved = configuration.load(base=state["config"])
+    if saved.model.pretrained and "packing" not in state["config"]["data"]:
+        # Of a version whose samples were windows of all texts.
+        saved = dataclasses.replace(saved, data=dataclasses.replace(saved.data, packing=False))
     if config.model == maker_of(saved).found_in(checkpoints_of(config)).model:
         saved = dataclasses.replace(saved, model=config.model)
     if "data" in state or how.allow_changed_data:

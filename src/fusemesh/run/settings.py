@@ -25,9 +25,19 @@ def load_config(
     """Return the configuration as :func:`fusemesh.config.load` does, with the defaults of the use beneath.
 
     Raises:
-        ValueError: as :func:`fusemesh.config.load`; or there is no such task, or no such pretrained model.
+        ValueError: as :func:`fusemesh.config.load`; or there is no such task, or no such pretrained model; or
+            ``data.packing`` is given with a new language model.
     """
-    return configuration.load(path, overrides, base=base, defaults=_defaults)
+    config = configuration.load(path, overrides, base=base, defaults=_defaults)
+    is_new = config.task == "language_model" and not config.model.pretrained
+    # Whatever is saved holds the default.
+    if is_new and ("data.packing" in (overrides or {}) or not config.data.packing):
+        raise ValueError(
+            "data.packing: expected nothing with a new language model, whose samples are windows of one stream of "
+            f"bytes, received {str(config.data.packing).lower()}; leave it out, or give model.pretrained, whose "
+            "documents are packed"
+        )
+    return config
 
 
 def _defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -69,6 +69,8 @@ class Trainer:
         if world.is_first:
             for line in filter(None, map(self.task.say_cuts, ("train", "held_out"))):
                 logger.warning("%s", line)
+            if not quiet and (text := self.task.say_packed()):
+                print(text, file=sys.stderr, flush=True)
             if not quiet and (text := self.task.sample_text()):
                 print(f"one of the samples, its targets between ⟦ and ⟧: {text}", file=sys.stderr, flush=True)
         self.order = order_of(run.settings, self.task.train)
@@ -162,6 +164,7 @@ class Trainer:
             "training_loss": training_loss,
             "loss": evaluation.loss,
             "held_out": evaluation.as_dict(),
+            **({"packed": packed} if (packed := self.task.packed()) else {}),
             "cut": {part: self.task.cuts(part) for part in ("train", "held_out")},
             "tokens": tokens,
             "seconds": round(seconds, 3),

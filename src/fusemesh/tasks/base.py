@@ -176,6 +176,19 @@ class Task(ABC):
         share = f"{cut} of {len(whole)} {'is' if cut == 1 else 'are'}"
         return f"{share} cut at data.sequence_length = {length} tokens (the longest takes {max(whole)})"
 
+    def packed(self) -> dict[str, Any]:
+        """Return how documents to train on share rows: ``documents``, ``rows``, ``fill`` (0 to 1) and ``in_pieces``,
+        how many documents are cut into several rows; nothing where they do not share rows."""
+        return {}
+
+    def say_packed(self) -> str:
+        """Return :meth:`packed` as a sentence; "" if there is nothing."""
+        found = self.packed()
+        if not found:
+            return ""
+        text = f"{found['documents']} documents to train on share {found['rows']} rows, {found['fill']:.1%} full"
+        return f"{text}; {found['in_pieces']} are cut into pieces of several rows" if found["in_pieces"] else text
+
     def sample_text(self) -> str:
         """Return one sample to train on as text, with its targets between marks; "" where all tokens are targets."""
         return ""

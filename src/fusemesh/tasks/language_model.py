@@ -1,7 +1,8 @@
 """Language modelling on text files, by default the Python standard library's own source.
 
 A sample is a fixed-length window of one of the corpus's two streams, known by its global index; see corpus.py. A new
-model's tokens are bytes, a pretrained one's those of its tokenizer; see tokens.py.
+model's tokens are bytes, a pretrained one's those of its tokenizer; see tokens.py. Samples of a pretrained model are
+rows of whole documents, which do not see each other, unless ``data.packing`` is false; see fusemesh.tokenized.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class LanguageModel(Task):
                     f"data.path: expected text with a new model, whose tokens are bytes, received {path!r}; give the "
                     "model whose tokenizer made it as model.pretrained, or the text itself"
                 )
-        if config.data.columns and not self._is_documents:
+        if config.data.columns and not self._has_records:
             raise ValueError(
                 "data.columns: expected nothing with task language_model, whose text has no records (a pretrained "
                 f"model takes those of .jsonl files), received {config.data.columns!r}"
@@ -114,7 +115,12 @@ class LanguageModel(Task):
 
     @functools.cached_property
     def _is_documents(self) -> bool:
-        """Whether samples are documents, of records or token files, in the place of windows of a stream."""
+        """Whether samples are made of documents, in the place of windows of a stream: of a pretrained model records and
+        token files always, and texts where they are packed."""
+        return self.maker.refines and (self.config.data.packing or self._has_records)
+
+    @property
+    def _has_records(self) -> bool:
         if not self.maker.refines:
             return False
         from fusemesh.tokenized.data import is_documents
@@ -137,10 +143,17 @@ class LanguageModel(Task):
         return load_corpus(data.path, data.held_out, encoding=data.encoding, join=self.tokens.stream)
 
     def choose_length(self) -> int:
-        """Return the default, or what a pretrained model takes, or less where the text to train on is shorter."""
+        """Return the default, or what a pretrained model takes, or less where the text to train on is shorter.
+
+        Of records what 99 in 100 fit into; packed rows are as long as the model takes, unless there are then fewer than
+        a step takes.
+        """
         default: int = min(self.maker.longest, _MOST_LENGTH) if self.maker.refines else DEFAULTS["data.sequence_length"]
         if self._is_documents:
-            return min(default, -(-self._documents.longest() // _LEAST_LENGTH) * _LEAST_LENGTH)
+            wanted = self._documents.longest()
+            if self.config.data.packing:
+                wanted = max(wanted, self._documents.tokens_in_all() // self.config.training.global_batch_size)
+            return min(default, -(-wanted // _LEAST_LENGTH) * _LEAST_LENGTH)
         fits = (len(self._corpus.train) - 1) // _LEAST_LENGTH * _LEAST_LENGTH
         return min(default, max(fits, _LEAST_LENGTH))
 
@@ -175,7 +188,12 @@ class LanguageModel(Task):
     @property
     def source(self) -> str:
         """Where the text is from."""
-        return self.config.data.path if self._is_documents else source_of(self.config.data.path)
+        return self.config.data.path if self._has_records else source_of(self.config.data.path)
+
+    def packed(self) -> dict[str, Any]:
+        if not self._is_documents:
+            return {}
+        return self._documents.packed(self.train, self.config.data.sequence_length)
 
     def sample_text(self) -> str:
         return self._documents.shown(self.config.data.sequence_length) if self._is_documents else ""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .documents import Documents, DocumentSource, Selection
 from .encoder import LEFT_OUT, Counts, Encoder
 from .file import TokenFile, is_token_file
 from .mixture import sources_in
+from .packing import PackedRows
 from .padded import Mixture
 from .records import Columns
 from .sources import Read, Source, has_records
@@ -145,10 +146,28 @@ class DocumentData:
         made = [self.rows(part.documents, length) for part in parts]
         return made[0] if len(made) == 1 else Mixture(made, [part.weight for part in parts])
 
+    def packed(self, samples: Dataset, length: int) -> dict[str, Any]:
+        """Return of samples how many documents they are, in how many rows, how full these are (0 to 1), and how many
+        documents are cut into pieces of several rows; nothing if they are not packed."""
+        parts = samples.datasets if isinstance(samples, Mixture) else [samples]
+        rows = [part for part in parts if isinstance(part, PackedRows)]
+        if not rows:
+            return {}
+        return {
+            "documents": sum(len(part.documents) for part in rows),
+            "rows": len(samples),
+            "fill": round(sum(part.filled for part in rows) / (length * len(samples)), 4),
+            "in_pieces": sum(part.in_pieces for part in rows),
+        }
+
     def longest(self) -> int:
         """Return a length that 99 in 100 documents to train on fit into."""
         lengths = np.sort(np.concatenate([loaded.documents.lengths for loaded, _ in self._train]))
         return int(lengths[-(-99 * len(lengths) // 100) - 1])
+
+    def tokens_in_all(self) -> int:
+        """Return how many tokens the documents to train on have together."""
+        return sum(int(loaded.documents.lengths.sum()) for loaded, _ in self._train)
 
     def cuts(self, part: str, length: int) -> dict[str, int]:
         """Return how many records there are, how many are cut, and how many are left out, and why."""

@@ -38,7 +38,8 @@ class PackedRows:
         # The pieces in the order of rows, and of each row the first.
         self._pieces = np.argsort(rows, kind="stable")
         self._firsts = np.searchsorted(rows[self._pieces], np.arange(int(rows.max()) + 2))
-        self.fill = float(sizes.sum() / (length * len(self)))
+        #: How many places of all rows are filled, and how many documents are cut into pieces.
+        self.filled, self.in_pieces = int(sizes.sum()), int((pieces > 1).sum())
 
     def __len__(self) -> int:
         return len(self._firsts) - 1

@@ -269,7 +269,7 @@ def test_a_run_keeps_the_small_files_byte_for_byte(qwen: Path, tmp_path: Path) -
 
 
 def test_documents_become_windows_of_the_tokenizers_tokens(qwen: Path, text: str) -> None:
-    found = with_length(configured(qwen, data__path=text, data__sequence_length="16"))
+    found = with_length(configured(qwen, data__path=text, data__sequence_length="16", data__packing="false"))
     task, tokenizer = build_task(found), transformers.AutoTokenizer.from_pretrained(qwen)
     assert isinstance(task, LanguageModel)
     train = task.train
@@ -291,7 +291,10 @@ def test_documents_become_windows_of_the_tokenizers_tokens(qwen: Path, text: str
 def test_the_length_follows_the_model_and_the_text(qwen: Path, text: str, tmp_path: Path) -> None:
     assert with_length(configured(qwen, data__path=text)).data.sequence_length == 64
     (tmp_path / "short.txt").write_text("".join(f"one two {n}\n" for n in range(4)))
-    assert with_length(configured(qwen, data__path=str(tmp_path / "short.txt"))).data.sequence_length == 32
+    short = {"data__path": str(tmp_path / "short.txt")}
+    assert with_length(configured(qwen, **short, data__packing="false")).data.sequence_length == 32
+    # Rows that lines share, each of which has a row of its own in a step.
+    assert with_length(configured(qwen, **short)).data.sequence_length == 16
 
 
 def test_a_document_has_one_end_and_a_prompt_none(qwen: Path) -> None:

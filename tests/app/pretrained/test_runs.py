@@ -118,6 +118,29 @@ def test_every_family_begins_where_plain_transformers_does(
     assert found[1] == pytest.approx(wanted[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["single", pytest.param("fsdp2 x tp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
+def test_rows_beyond_the_tokenizers_tokens_stay(
+    family: str, layout: str, folder: Callable[..., Path], run: Run
+) -> None:
+    """An embedding of 96 rows under a tokenizer of 80 tokens: loaded, trained and exported whole, and in the loss."""
+    source = folder(family, vocab_size=96, tokens=80)
+    assert len(transformers.AutoTokenizer.from_pretrained(source)) == 80
+    configured, summary = run(source, layout)
+    wanted, _, model = runs.plain(configured)
+    found = losses_of(configured)
+    assert found[0] == pytest.approx(wanted[0], rel=5e-6) and found == pytest.approx(wanted, rel=1e-4)
+    before, after = runs.tensors(source), runs.tensors(Path(summary["exported"]))
+    assert {name: x.shape for name, x in before.items()} == {name: x.shape for name, x in after.items()}
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & after.keys():
+        rows, plain = after[name][80:], model.state_dict()[name][80:]
+        assert rows.shape[0] == 16 and not torch.equal(rows, before[name][80:])
+        assert (rows - plain).norm() <= 2e-3 * plain.norm()
+    alone = transformers.AutoModelForCausalLM.from_pretrained(summary["exported"])
+    assert alone.get_input_embeddings().num_embeddings == alone.config.vocab_size == 96
+    assert len(transformers.AutoTokenizer.from_pretrained(summary["exported"])) == 80
+
+
 @pytest.mark.slow
 def test_weights_of_bf16_train_as_fp32_and_are_bf16_again(folder: Callable[..., Path], run: Run) -> None:
     source = folder("llama", dtype=torch.bfloat16)

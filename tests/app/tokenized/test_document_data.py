@@ -11,20 +11,15 @@ import numpy as np
 import pytest
 
 from fusemesh import cli, config
-from fusemesh.config import Config
 from fusemesh.hybrid.data import BatchOrder
 from fusemesh.run.fingerprint import fingerprint, with_absolute_paths
 from fusemesh.run.settings import load_config
 from fusemesh.tasks.base import IGNORED
 from fusemesh.tasks.registry import build_task
 from fusemesh.tokenized.mixture import sources_in, written
-from fusemesh.tokenized.tokenizing import Job, tokenize
 from tests.support.pretrained import runs
-from tests.support.pretrained.chats import chat, lines, make_chat_model
-
-CHATS = [chat(f"What is {n}?", f"It is {n} and a fox.", "And?", "The dog " * (n % 5 + 1)) for n in range(60)]
-TEXTS = [{"text": f"{n}: the lazy dog sleeps on. " * (n % 9 + 1)} for n in range(40)]
-PROMPTS = [{"prompt": f"{n} " + "What? " * (n % 24 + 1), "completion": " It."} for n in range(60)]
+from tests.support.pretrained.chats import lines, make_chat_model
+from tests.support.pretrained.documents import CHATS, TEXTS, make_data, rows_of, samples_of, settings
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    for name, items in (("chats", CHATS), ("texts", TEXTS), ("prompts", PROMPTS)):
-        (path / f"{name}.jsonl").write_text(lines(items), encoding="utf-8")
-        tokenize(Job((str(path / f"{name}.jsonl"),), str(folder)), path / f"{name}.tokens", size=700)
-    return path
-
-
-def settings(folder: Path, path: Path | str, directory: Path | str = "unused", **more: str) -> Config:
-    # A sample each, unless more says otherwise.
-    own = {"data__sequence_length": "48", "data__packing": "false", "training__steps": "3", **more}
-    return runs.settings(folder, str(path), Path(directory), **own)
-
-
-def rows_of(configured: Config, part: str = "train") -> list[tuple[list[int], list[int]]]:
-    samples = getattr(build_task(configured), part)
-    batch = samples.batch(range(len(samples)))
-    return [(tokens.tolist(), targets.tolist()) for tokens, targets in zip(batch.tokens, batch.targets, strict=True)]
+    return make_data(tmp_path_factory.mktemp("data"), folder)
 
 
 @pytest.mark.parametrize("kind", ["chats", "texts", "prompts"])
@@ -184,15 +163,6 @@ def test_a_weighted_run_resumes_in_another_layout_with_the_same_samples(folder, 
     runs.train(config.as_dict(rest), True)
     assert samples_of(tmp_path / "half") == samples_of(tmp_path / "whole")
     assert len(samples_of(tmp_path / "whole")) == 160
-
-
-def samples_of(directory: Path) -> list[int]:
-    """The samples of all steps in order, those of all replicas."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for path in sorted((directory / "samples").glob("*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
-            found[line["step"], line["replica"]] = line["samples"]
-    return [number for key in sorted(found) for number in found[key]]
 
 
 def damaged(path: Path, change: Callable[[bytes], bytes], tmp_path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from pathlib import Path
@@ -13,13 +14,16 @@ transformers = pytest.importorskip("transformers", minversion="5.20")
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from fusemesh.hybrid import compat  # noqa: E402
 from fusemesh.hybrid.hugging_face import reading  # noqa: E402
 from fusemesh.hybrid.hugging_face.folder import WEIGHTS  # noqa: E402
+from fusemesh.hybrid.hugging_face.initial import whole_initial_value  # noqa: E402
 from fusemesh.hybrid.hugging_face.load import load_pretrained  # noqa: E402
 from fusemesh.hybrid.layout import Layout  # noqa: E402
 from fusemesh.hybrid.ranks.testing import RankPool  # noqa: E402
-from tests.support.pretrained.folders import CAUSAL, PRETRAINED, make_folder  # noqa: E402
+from tests.support.pretrained.folders import CAUSAL, CLASSES, PRETRAINED, make_folder, make_model  # noqa: E402
 from tests.support.ranks import pretrained_load as ranks  # noqa: E402
 
 ALL = tuple(PRETRAINED)
@@ -202,3 +206,40 @@ def test_peak_memory_is_a_ranks_own_part_and_one_tensor(
         # Beside them staging, and what torch and the allocator keep.
         assert peak <= own + 40000 * 512 * 2 + 4 * reading.STAGING, (peak, own)
         assert requested <= 1.1 * nbytes / degrees.world_size
+
+
+class Storages(TorchDispatchMode):
+    """Keeps the memory of at least so many bytes that operators make."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.found: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == "cpu":
+            storage = result.untyped_storage()
+            if storage.nbytes() >= self.least:
+                self.found[storage.data_ptr()] = storage
+        return result
+
+
+def test_a_new_tensor_is_drawn_in_the_memory_of_one() -> None:
+    model = make_model("bert", CLASSES, num_labels=5)
+    own = model.get_submodule("classifier").weight
+    # The memory is kept, so that none is given out twice.
+    with Storages(own.nbytes) as made:
+        value = whole_initial_value(model, "classifier.weight", own, 3, {})
+    assert len(made.found) == 1
+    seed = int.from_bytes(hashlib.blake2b(b"3 classifier.weight", digest_size=7).digest(), "big")
+    want = torch.empty_like(own).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(value, want)
+
+
+def test_a_tensor_that_nothing_sets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("bert", CLASSES)
+    monkeypatch.setattr(compat, "initial_value", lambda model, name, value, stand_ins: value[0].zero_())
+    own = model.get_submodule("classifier").weight
+    with pytest.raises(ValueError, match=r"expected initial values of 'classifier.weight', which the folder lacks"):
+        whole_initial_value(model, "classifier.weight", own, 3, {})

@@ -151,13 +151,13 @@ def make_model(name: str, kind: str | None = None, *, seed: int = 0, **changed: 
     return model
 
 
-def make_tokenizer() -> Any:
-    """Return a byte-level BPE tokenizer of ``VOCABULARY`` tokens or fewer trained on :data:`TEXT`."""
+def make_tokenizer(tokens: int = VOCABULARY) -> Any:
+    """Return a byte-level BPE tokenizer of so many tokens or fewer trained on :data:`TEXT`."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special))
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=tokens, special_tokens=special))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -170,12 +170,14 @@ def make_folder(
     *,
     dtype: torch.dtype | None = None,
     shard: str = "40KB",
+    tokens: int = VOCABULARY,
     **changed: Any,
 ) -> Path:
-    """Save a model of the family, and a tokenizer, as transformers does, in several files; return the folder."""
+    """Save a model of the family, and a tokenizer of so many tokens, as transformers does, in several files; return the
+    folder."""
     model = make_model(name, kind, **changed)
     if dtype is not None:
         model = model.to(dtype)
     model.save_pretrained(path, max_shard_size=shard)
-    make_tokenizer().save_pretrained(path)
+    make_tokenizer(tokens).save_pretrained(path)
     return path

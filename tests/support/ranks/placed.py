@@ -9,6 +9,7 @@ import logging
 import pickle
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,19 +119,28 @@ def filled(world: World, folder: str) -> tuple[str, torch.Tensor, dict[str, str]
     return said.pop("to_empty"), model.get_buffer("layers.0.attention.scale"), said
 
 
-def alone(world: World) -> list[str]:
-    """What the first rank logs that waits for the other."""
+def alone(world: World, said: str) -> list[str]:
+    """What the first rank logs that waits for the other, which comes when the file ``said`` says that it has."""
     layout = Layout(dp=world.world_size)
     model = fusemesh.parallelize(plain(), build_mesh(layout, world), layout)
     told: list[str] = []
+
+    patience = placed._PATIENCE
+
+    def emit(record: logging.LogRecord) -> None:
+        told.append(record.getMessage())
+        placed._PATIENCE = patience
+        Path(said).touch()
+
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = emit  # type: ignore[method-assign]
     logger = logging.getLogger(placed.__name__)
-    logger.addHandler(handler)
-    patience, placed._PATIENCE = placed._PATIENCE, 0.05
+    if world.is_first:
+        logger.addHandler(handler)
+        placed._PATIENCE = 0.05
     try:
-        if world.rank:
-            time.sleep(0.3)
+        while not world.is_first and not Path(said).exists():
+            time.sleep(0.01)
         fusemesh.whole_state_dict(model)
     finally:
         placed._PATIENCE = patience
