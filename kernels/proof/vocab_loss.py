@@ -81,7 +81,7 @@ class Forward:
 
     def trials(self) -> Iterator[Trial]:
         """Yield small calls: of numbers whose products and sums fp32 holds, then of any."""
-        tile = loss.tile_of(self.h, self.head.weight)
+        tile = loss.tile_of("forward", self.h, self.head)
         for seed, sizes in enumerate(_sizes(tile, self.h)):
             yield self._trial(tile, *_small(self.h, self.head, self.local, sizes, seed, exact=seed == 0), seed == 0)
 
@@ -117,7 +117,7 @@ class Backward:
 
     def trials(self) -> Iterator[Trial]:
         """Yield small calls."""
-        tile = loss.tile_of(self.h, self.head.weight)
+        tile = loss.tile_of("dz", self.h, self.head)
         for seed, sizes in enumerate(_sizes(tile, self.h)):
             h, head, local = _small(self.h, self.head, self.local, sizes, seed, exact=False)
             sums = chunked.forward(h.double(), _as(head, torch.float64), local)

@@ -19,10 +19,10 @@ from . import tiles
 from .loss_kernels import vocab_loss_dz_kernel, vocab_loss_forward_kernel
 
 
-def tile_of(h: torch.Tensor, weight: torch.Tensor) -> Tile:
-    """Return the tile that the kernels take for these tensors."""
-    is_aligned = linear._is_aligned((weight.shape[1],), h, weight)
-    return tiles.choose(target_of(h.device), h.dtype, is_aligned)
+def tile_of(op: str, h: torch.Tensor, head: Head) -> Tile:
+    """Return the tile that the kernel of ``op`` takes: ``forward`` or ``dz``."""
+    is_aligned = linear._is_aligned((h.shape[1],), h.contiguous(), head.weight)
+    return tiles.choose(op, target_of(h.device), h.dtype, tiles.form(head.softcap is not None, is_aligned))
 
 
 def forward(
@@ -39,7 +39,7 @@ def forward(
     own = h.new_zeros(N, dtype=torch.float32)
     if N == 0 or V == 0:
         return Sums(torch.full_like(own, float("-inf")), torch.zeros_like(own), own)
-    tile = tile or tile_of(h, weight)
+    tile = tile or tile_of("forward", h, head)
     num_tiles = num_tiles or tiles.tiles_of_a_program(tile, N, V)
     parts = triton.cdiv(triton.cdiv(V, tile.cols), num_tiles)
     # [parts, N]
@@ -88,7 +88,7 @@ def backward(
     h, weight = h.contiguous(), head.weight
     gradients = Gradients(h, head, wanted)
     (N, E), V = h.shape, len(weight)
-    tile = tile or tile_of(h, weight)
+    tile = tile or tile_of("dz", h, head)
     # Rows of dz start on multiples of 128 bytes, whatever V is.
     width = width or min(columns_of_a_chunk(N, h.dtype.itemsize), -(-max(V, 1) // 64) * 64)
     dz = h.new_empty((N, width))

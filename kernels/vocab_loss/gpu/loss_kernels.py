@@ -71,6 +71,12 @@ def _targets(p_local, o_n, N, V):
     return tl.where((b_local >= 0) & (b_local < V), b_local, -1).to(tl.int32)
 
 
+@triton.jit
+def _is_target(b_local, o_v):
+    """Where a row's target is, [BLOCK_N, BLOCK_V]. 32 bits, since 64 a comparison would spill registers."""
+    return o_v.to(tl.int32)[None, :] == b_local[:, None]
+
+
 @triton.jit(do_not_specialize=["N", "V", "num_tiles"])
 def vocab_loss_forward_kernel(
     p_h,
@@ -113,7 +119,7 @@ def vocab_loss_forward_kernel(
         b_z, _ = _logits(
             p_h, p_weight, p_bias, s_weight, o_n, o_v, N, V, E, scale, softcap, PRECISION, BLOCK_N, BLOCK_V, BLOCK_E
         )
-        b_own += tl.sum(tl.where(o_v[None, :] == b_local[:, None], b_z, 0.0), 1)
+        b_own += tl.sum(tl.where(_is_target(b_local, o_v), b_z, 0.0), 1)
         b_z = tl.where((o_v < V)[None, :], b_z, float("-inf"))
         b_more = tl.maximum(b_largest, tl.max(b_z, 1))
         # Logits may all be -inf so far (a bias that hides columns), and -inf - -inf must not happen.
@@ -170,7 +176,7 @@ def vocab_loss_dz_kernel(
     b_largest = tl.load(p_rows + N + o_n, mask=m_n, other=float("inf"))
     b_log_total = tl.load(p_rows + 2 * tl.cast(N, tl.int64) + o_n, mask=m_n, other=0.0)
     b_dz = tl.exp(b_z - b_largest[:, None] - b_log_total[:, None])
-    b_dz -= tl.where(o_v[None, :] == b_local[:, None], 1.0, 0.0)
+    b_dz -= tl.where(_is_target(b_local, o_v), 1.0, 0.0)
     b_dz *= (b_dloss * scale)[:, None]
     b_dz *= b_slope
     p_bdz = p_dz + o_n[:, None] * width + o_c[None, :]
