@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .. import compat
+from .. import compat, op_rules
 from ..autocast import autocast_dtype
-from ..backend_record import Request, needs_gradient
+from ..backend_record import Backend, Refusal, Request, needs_gradient
 from ..backends import choose
 from . import api, chunked, ops
 
@@ -27,19 +27,19 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         counted: torch.Tensor,
         head: tuple[float, float | None],
         group: dist.ProcessGroup | None,
-        backend: str,
+        record: Backend,
     ) -> torch.Tensor:
         # [n, E]: the rows that count alone
         rows = counted.nonzero().squeeze(1)
         used, own = h[rows], local[rows]
-        found = chunked.Sums(*ops.vocab_loss_forward(used, weight, bias, own, *head, backend))
+        found = ops.forward(record, used, chunked.Head(weight, bias, *head), own)
         largest = api.reduce(found.largest.clone(), group, dist.ReduceOp.MAX)
         # A rank without columns has -inf, of which nothing is left; a total that is NaN stays NaN.
         total = torch.where(found.total == 0, 0.0, found.total * torch.exp(found.largest - largest))
         total, target = api.reduce(torch.stack([total, found.own]), group, dist.ReduceOp.SUM)
         log_total = torch.log(total)
         ctx.save_for_backward(h, weight, bias, rows, own, largest, log_total)
-        ctx.head, ctx.backend = head, backend
+        ctx.head, ctx.record = head, record
         loss = largest.new_zeros(len(h))
         # Not the sum of both: beside a large one the logarithm would lose its last digits.
         loss[rows] = log_total - (target - largest)
@@ -49,13 +49,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[Any, ...]:
         h, weight, bias, rows, own, largest, log_total = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        of_rows = torch.stack([dloss[rows], largest, log_total])
-        found = ops.vocab_loss_backward(of_rows, h[rows], weight, bias, own, *ctx.head, *wanted, ctx.backend)
-        gradients = [x if want else None for x, want in zip(found, wanted, strict=True)]
-        if gradients[0] is not None:
-            gradients[0] = torch.zeros_like(h).index_copy_(0, rows, gradients[0])
-        return *gradients, None, None, None, None, None
+        head, of_rows = chunked.Head(weight, bias, *ctx.head), torch.stack([dloss[rows], largest, log_total])
+        found = ops.backward(ctx.record, of_rows, h[rows], head, own, ctx.needs_input_grad[:3])
+        dh = None if found[0] is None else torch.zeros_like(h).index_copy_(0, rows, found[0])
+        return dh, *found[1:], None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
@@ -115,6 +112,10 @@ def fused_linear_cross_entropy(
     transforms = compat.transforms()
     needs_grad = bool(transforms) and needs_gradient(h, weight, bias)
     record = choose(backend, Request("vocab_loss", h.device, h.dtype, needs_grad=needs_grad, transforms=transforms))
+    if transforms and "vocab_loss" not in record.differentiable:
+        what = op_rules.active_transforms()
+        refusal = Refusal("backend", f"one with a rule for {what}", f"{record.name!r}, whose vocab_loss has none")
+        raise refusal.error(record.name, "use backend='auto' or 'torch'")
     if transforms:
         acc = chunked.wide(h.dtype)
         z = scale * torch.nn.functional.linear(h.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
@@ -122,7 +123,7 @@ def fused_linear_cross_entropy(
         return api.by_formula(z, targets, vocab_start, ignore_index)
     flat = targets.reshape(-1)
     arguments = (h.reshape(-1, h.shape[-1]), weight, bias, flat - vocab_start, flat != ignore_index)
-    loss = _FusedLinearCrossEntropy.apply(*arguments, (float(scale), softcap), group, record.name)
+    loss = _FusedLinearCrossEntropy.apply(*arguments, (float(scale), softcap), group, record)
     return loss.reshape(targets.shape)
 
 

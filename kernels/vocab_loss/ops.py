@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import backends, op_rules
-from ..backend_record import AUTO, Request, implementation
+from ..backend_record import AUTO, Backend, Request, implementation
 from .chunked import Head, Sums, wide
 
 # Sums of each row, in fp32 (fp64 for fp64): see chunked.Sums.
@@ -24,6 +24,38 @@ BACKWARD_SCHEMA = (
     "(Tensor rows, Tensor h, Tensor weight, Tensor? bias, Tensor local, float scale, float? softcap,"
     " bool h_grad, bool weight_grad, bool bias_grad, str backend) -> (Tensor dh, Tensor dweight, Tensor dbias)"
 )
+
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def forward(record: Backend, h: torch.Tensor, head: Head, local: torch.Tensor) -> Sums:
+    """Return the sums of rows h over this rank's columns: by the op where these are kernels, else by the functions."""
+    if "vocab_loss" not in record.differentiable:
+        return Sums(*vocab_loss_forward(h, head.weight, head.bias, local, head.scale, head.softcap, record.name))
+    backends.count("vocab_loss_forward", record.name)
+    found: Sums = implementation(record.name, "vocab_loss").forward(h, head, local)
+    return found
+
+
+def backward(
+    record: Backend,
+    rows: torch.Tensor,
+    h: torch.Tensor,
+    head: Head,
+    local: torch.Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> Gradients:
+    """Return the gradients of h, weight and bias that are wanted, in the way of :func:`forward`."""
+    found: Gradients
+    if "vocab_loss" not in record.differentiable:
+        of_head = (head.weight, head.bias, local, head.scale, head.softcap)
+        values = vocab_loss_backward(rows, h, *of_head, *wanted, record.name)
+        dh, dweight, dbias = (x if want else None for x, want in zip(values, wanted, strict=True))
+        return dh, dweight, dbias
+    backends.count("vocab_loss_backward", record.name)
+    found = implementation(record.name, "vocab_loss").backward(rows, h, head, local, wanted)
+    return found
 
 
 def _forward(

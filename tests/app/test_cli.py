@@ -126,7 +126,7 @@ def test_doctor(capfd):
     assert set(findings["backends"]["cpu"]) == {"reference", "torch", "cpu", "triton"}
     assert findings["backends"]["cpu"]["torch"] is None
     assert "TRITON_INTERPRET=1" in findings["backends"]["cpu"]["triton"]
-    assert findings["auto"]["cpu"] == {"attention": AUTO, "linear": "torch", "decode": DECODE}
+    assert findings["auto"]["cpu"] == {"attention": AUTO, "linear": "torch", "loss": "torch", "decode": DECODE}
     assert findings["process_groups"]["gloo"] is True
     assert findings["engine"]["available"] is (findings["backends"]["cpu"]["cpu"] is None)
 
