@@ -60,7 +60,7 @@ def forward(h: torch.Tensor, head: Head, local: torch.Tensor) -> Sums:
 
 def finite_shift(largest: torch.Tensor) -> torch.Tensor:
     """Return what logits are relative to: the largest, or 0 where all are -inf (a bias that hides columns)."""
-    return torch.where(largest == float("-inf"), 0.0, largest)
+    return largest.masked_fill(largest == float("-inf"), 0.0)
 
 
 class Gradients:

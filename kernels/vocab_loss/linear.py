@@ -35,7 +35,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         found = ops.forward(record, used, chunked.Head(weight, bias, *head), own)
         largest = api.reduce(found.largest.clone(), group, dist.ReduceOp.MAX)
         # A rank without columns has -inf, of which nothing is left; a total that is NaN stays NaN.
-        total = torch.where(found.total == 0, 0.0, found.total * torch.exp(found.largest - largest))
+        total = (found.total * torch.exp(found.largest - largest)).masked_fill(found.total == 0, 0.0)
         total, target = api.reduce(torch.stack([total, found.own]), group, dist.ReduceOp.SUM)
         log_total = torch.log(total)
         ctx.save_for_backward(h, weight, bias, rows, own, largest, log_total)

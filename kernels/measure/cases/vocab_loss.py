@@ -91,13 +91,21 @@ class VocabLossCase:
 
     def eager_call(self, x: Inputs) -> torch.Tensor:
         """Return the loss as PyTorch's own functions compute it: logits in the dtype of h, what follows in fp32."""
-        h, weight = x["h"], x["weight"]
-        assert h is not None and weight is not None
-        z = F.linear(h, weight, x.get("bias"))
-        z = z if self.scale == 1 else self.scale * z
-        if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
+        z = self._logits(x)
         return F.cross_entropy(z if z.dtype == torch.float64 else z.float(), x["targets"], reduction="none")
+
+    def _logits(self, x: Inputs) -> torch.Tensor:
+        z = F.linear(x["h"], x["weight"], x.get("bias"))
+        z = z if self.scale == 1 else self.scale * z
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def _absolute(self, x: Inputs) -> Tensors:
+        """Return the gradients computed with the absolute values of all factors."""
+        z = self._logits(x)
+        p, counts = torch.softmax(z, -1), (x["targets"] >= 0)[:, None]
+        dz = (p + F.one_hot(x["targets"].clamp(min=0), self.columns)) * (abs(self.scale) * x["dloss"].abs()[:, None])
+        dz = dz * counts * (1.0 if self.softcap is None else 1 - (z / self.softcap) ** 2)
+        return {"dh": dz @ x["weight"].abs(), "dweight": dz.t() @ x["h"].abs(), "dbias": dz.sum(0)}
 
     def compute(self, x: Inputs, backend: str) -> Tensors:
         """Return the loss and every gradient, through the public function, on one tape."""
@@ -113,11 +121,13 @@ class VocabLossCase:
             results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
         return results
 
-    def expected(self, x: Inputs, direction: str = "backward") -> tuple[Tensors, Tensors]:
-        """Return (exact in fp64, eager in the tested dtype): the loss, and for the backward the gradients."""
+    def expected(self, x: Inputs, direction: str = "backward") -> tuple[Tensors, Tensors, Tensors]:
+        """Return (exact in fp64, eager in the tested dtype, by absolute values): the loss, and for the backward the
+        gradients, which alone are computed with absolute values.
+        """
         doubled = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
         exact = self._on_one_tape(doubled, self.eager_call, (direction,))
-        return exact, self._on_one_tape(x, self.eager_call, (direction,))
+        return exact, self._on_one_tape(x, self.eager_call, (direction,)), self._absolute(doubled)
 
     expected_at_ends = expected
 
@@ -127,9 +137,12 @@ class VocabLossCase:
         Raises:
             AssertionError: one of them is outside the error budget.
         """
-        exact, eager = want
-        return [budget.check(name, value, exact[name], eager[name]) for name, value in outputs.items()]
+        exact, eager, absolute = want
+        return [
+            budget.check(name, value, exact[name], eager[name], absolute=absolute.get(name))
+            for name, value in outputs.items()
+        ]
 
-    def eager(self, want: tuple[Tensors, Tensors]) -> Tensors:
+    def eager(self, want: tuple[Tensors, Tensors, Tensors]) -> Tensors:
         """Return eager PyTorch's values in the shapes of the results."""
         return dict(want[1])
