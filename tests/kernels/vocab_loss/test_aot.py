@@ -73,6 +73,7 @@ def test_a_head_with_softcap_and_bias(target: str) -> None:
     check([(target, torch.bfloat16, "capped", True)])
 
 
+@pytest.mark.slow
 def test_other_dtypes_and_forms() -> None:
     check([("sm_90", torch.float32, "plain", False), ("sm_80", torch.float16, "unaligned", True)])
 

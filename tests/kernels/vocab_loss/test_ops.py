@@ -24,8 +24,7 @@ def call(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 3.0)], ids=["fp32", "bf16"])
 def test_opcheck(dtype: torch.dtype, softcap: float | None) -> None:
     h, weight, local = call(dtype)
     of_head = (weight, torch.randn(V).to(dtype), local, 0.5, softcap)
