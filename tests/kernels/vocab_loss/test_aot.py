@@ -1,6 +1,7 @@
 """Layer: kernels, ahead of time. The loss's kernels in every shipped tile, as machine code for absent GPUs.
 
-The launchers themselves choose the tiles, on tensors of which nobody reads the memory, so that the code is what a GPU would run.
+The launchers themselves choose the tiles, on tensors whose memory nobody reads, so that the code is what a GPU would
+run.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_the_sums_are_those_of_the_chunks(dtype: str, num_tiles: int) -> None:
     """Targets of other ranks, in front of this one's columns and behind them, have no logit here."""
     x = VocabLossCase(dtype, 70, 33, 333, has_bias=True).inputs()
     head, local = Head(x["weight"], x["bias"], 0.5, 4.0), torch.randint(-300, 600, (70,))
-    local[:4] = torch.tensor([0, 332, 333, -1])
+    local[:6] = torch.tensor([0, 332, 333, -1, 2**32 + 3, 3 - 2**32])
     with poison.poisoned_empty():
         found = loss.forward(x["h"], head, local, num_tiles=num_tiles)
     wide, eager = (
@@ -123,6 +123,14 @@ def test_the_sums_are_those_of_the_chunks(dtype: str, num_tiles: int) -> None:
     for name in found._fields:
         budget.check(name, getattr(found, name), getattr(wide, name), getattr(eager, name))
     assert not found.own[(local < 0) | (local >= 333)].any()
+
+
+@pytest.mark.parametrize("tile", [tiles.Tile(16, 128, 32, group=2), tiles.Tile(32, 16, 64, group=3)], ids=str)
+def test_many_tiles_in_groups(tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that end with a chunk or with the vocabulary, several rows of them, the last group incomplete."""
+    monkeypatch.setattr(tiles, "choose", lambda *_: tile)
+    monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 12)
+    check(VocabLossCase("fp32", 81, 99, 435, True, 0.5, 3.0))
 
 
 def test_a_rank_without_columns() -> None:
@@ -142,11 +150,13 @@ def test_nothing_counts() -> None:
 
 
 def test_nan_is_not_hidden() -> None:
-    x = VocabLossCase("fp32", 5, 24, 150).inputs()
-    x["h"][2, 3] = torch.nan
-    for backend in ("triton", "torch"):
-        value = fusemesh.fused_linear_cross_entropy(x["h"], x["weight"], x["targets"], backend=backend)
-        assert value.isnan().tolist() == [False, False, True, False, False]
+    """Of a row, or of one column: then the largest of the others is still a number."""
+    for name, index, rows in (("h", (2, 3), [False, False, True, False, False]), ("weight", (70, 3), [True] * 5)):
+        x = VocabLossCase("fp32", 5, 24, 150).inputs()
+        x[name][index] = torch.nan
+        for backend in ("triton", "torch"):
+            value = fusemesh.fused_linear_cross_entropy(x["h"], x["weight"], x["targets"], backend=backend)
+            assert value.isnan().tolist() == rows, (name, backend)
 
 
 STRIDES = {
