@@ -2,9 +2,9 @@
 
 Predicted, not measured: bytes of memory moved for each logit in 16 bits. Forward: none; h and the weight are read about
 once for each group of tiles that share the L2 cache, and 8 bytes are written for each row and part of the columns.
-Backward: 6, dz being written once and read by two products. Chunks by PyTorch's operations (chunked.py) move about 52 in
-the backward: 4 for logits in fp32, 8 for each of four operations in place, 12 for rounding dz to 16 bits twice, 4 for
-the products.
+Backward: 6, dz being written once and read by two products. Chunks by PyTorch's operations (chunked.py) move about 52
+in the backward: 4 for logits in fp32, 8 for each of four operations in place, 12 for rounding dz to 16 bits twice, 4
+for the products.
 """
 
 from __future__ import annotations
