@@ -10,6 +10,10 @@ first call.
 Prediction, written before the first run: it computes the logits twice, so it takes 4/3 of the time where all rows
 count, and a third of the plain one's where one in four does; memory is some chunks of 64 MiB beside the gradients,
 against three times the logits, 1.7 GiB in fp32.
+
+Found on two cores of an AMD EPYC (family 26), torch 2.13: fp32 1.21 of the plain time where all rows count and 0.21
+where one in four does; bf16 1.15 and 0.94. Memory 768 and 881 MiB against 1799 in fp32, 474 and 634 against 1793 in
+bf16, of which the weight's gradient is 594 and 297.
 """
 
 from __future__ import annotations
