@@ -65,10 +65,10 @@ def of_linear(target: str, dtype: str, features: dict[str, Any]) -> list[tuple[i
     return found
 
 
-def of_loss(target: str, dtype: str, is_capped: bool) -> list[int]:
+def of_loss(target: str, dtype: str) -> list[int]:
     """Return numbers of features, multiples of 16, with which both kernels' loops run 1 to stages + 1 times."""
     found: set[int] = set()
     for op in loss_tiles.OPS:
-        tile = loss_tiles.choose(op, TARGETS[target], ALL_DTYPES[dtype], loss_tiles.form(is_capped, True))
+        tile = loss_tiles.choose(op, TARGETS[target], ALL_DTYPES[dtype], loss_tiles.form(False, True))
         found |= {-(-length // 16) * 16 for length in around(tile.depth, tile.num_stages)}
     return sorted(found)

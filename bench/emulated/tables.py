@@ -200,9 +200,9 @@ def losses(target: str) -> Iterator[Entry]:
             yield Entry(tables.loss(dtype, n=140, v=401, e=144, **features), large=True)
             yield Entry(tables.loss(dtype, n=33, v=283, e=80, **features))
             yield Entry(tables.loss(dtype, n=70, v=149, e=83, **features), large=True)
-        for is_capped in (False, True):
-            for e in lengths.of_loss(target, dtype, is_capped):
-                yield Entry(tables.loss(dtype, n=17, v=270, e=e, softcap=3.0 if is_capped else None), large=True)
+    for dtype in ("bf16", "fp32"):
+        for e in lengths.of_loss(target, dtype):
+            yield Entry(tables.loss(dtype, n=17, v=270, e=e), large=True)
     for case in tables.LOSS:
         yield Entry(small(case), large=case.columns > 1000)
 

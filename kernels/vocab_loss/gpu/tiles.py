@@ -30,7 +30,7 @@ _TILES: dict[tuple[str, str, int], Tile] = {
     ("dz", "unaligned", 2): Tile(64, 64, 32, 8),
     ("forward", "plain", 4): Tile(128, 64, 32, 8),
     ("forward", "capped", 4): Tile(128, 64, 32, 8),
-    ("forward", "unaligned", 4): Tile(64, 64, 16, 8),
+    ("forward", "unaligned", 4): Tile(128, 64, 16, 8),
     ("dz", "plain", 4): Tile(64, 128, 32, 8),
     ("dz", "capped", 4): Tile(64, 128, 32, 8),
     ("dz", "unaligned", 4): Tile(64, 64, 32, 8),
