@@ -78,7 +78,7 @@ def fused_linear_cross_entropy(
     On a GPU, in fp32, fp16 and bf16, ``auto`` takes Triton's kernels, each proven at its first use: in the forward
     logits exist in registers alone, and in the backward one kernel goes from h to the logits' gradient, which it writes
     in the dtype of h, a chunk at a time; PyTorch's products make those of h and weight of it. On a CPU, in fp64, and
-    where a kernel was not right, PyTorch's operations compute all of it in chunks. Both are deterministic.
+    where a kernel was not right, PyTorch's operations compute all of it in chunks.
 
     Args:
         h: [*, E], equal on every rank of ``group``.

@@ -84,7 +84,7 @@ def test_text_for_people(run, capfd):
     for arguments, expected in (
         (["eval", run], "step 6, layout single: held-out loss "),
         (["merge", run, "-o", run / "other.safetensors"], "parameters of "),
-        (["doctor"], f"auto on cpu     attention: {AUTO}, linear: torch, decode: {DECODE}"),
+        (["doctor"], f"auto on cpu     attention: {AUTO}, linear: torch, loss: torch, decode: {DECODE}"),
     ):
         capfd.readouterr()
         assert cli.main(list(map(str, arguments))) == 0
