@@ -7,6 +7,7 @@ S sequence, T target sequence, V vocabulary, C classes.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from ..dropout import dropout_of
 from ..pipeline_parallel import PipelinedModel
-from . import heads
+from . import generating, heads
 from .anatomy import ANATOMIES, Anatomy, kind_of, model_type_of
 from .stage import HuggingFaceStage, Place, border_of, run, stacks_of
 
@@ -87,14 +88,28 @@ def _trainable(kind: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], Batch):
             return self._run(args[0])
+        if self.pipeline is not None and self.next_logits is not None:
+            return self.next_logits(self, *args, **kwargs)
         if self.pipeline is not None:
             raise ValueError(
-                f"forward: expected loss(), loss_and_gradients() or logits() of {type(self).__name__} with pp, where a "
-                "rank has some of the blocks alone, received a call of the model; call one of these, or use pp1"
+                f"forward: expected loss(), loss_and_gradients(), logits() or generate() of {type(self).__name__} with "
+                "pp, where a rank has some of the blocks alone, received a call of the model; call one of these, or "
+                "use pp1"
             )
         return kind.forward(self, *args, **kwargs)
 
     members = {"__module__": kind.__module__, "forward": forward, "plain_forward": staticmethod(kind.forward)}
+    if hasattr(kind, "generate"):
+
+        @functools.wraps(kind.generate)
+        def generate(self: Any, *args: Any, **options: Any) -> Any:
+            if self.pipeline is None:
+                return kind.generate(self, *args, **options)
+            given = inspect.signature(kind.generate).bind_partial(self, *args, **options).arguments
+            options = {name: x for name, x in given.items() if name not in ("self", "kwargs")}
+            return generating.over_stages(self, kind.generate, {**options, **given.get("kwargs", {})})
+
+        members["generate"] = generate
     return type(kind.__name__, (TrainableModel, kind), members)
 
 
@@ -111,6 +126,8 @@ class TrainableModel(PipelinedModel):
 
     plain_forward: Any
     config: Any
+    # Within generate() with pp: what a call of the model returns.
+    next_logits: Any = None
 
     @property
     def anatomy(self) -> Anatomy:

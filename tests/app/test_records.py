@@ -307,8 +307,12 @@ def test_an_answer_behind_the_cut_is_not_trained_on(tmp_path: Path) -> None:
     assert task.held_out.batch([0, 1]).targets.tolist() == [[-100, -100], [3, 4]]
     assert task.held_out.targets_in([0, 1]) == 2
     path.write_text("who?\tThere came Anna Bell.\tAnna Bell\n")
-    with pytest.raises(ValueError, match=r"data\.sequence_length: expected enough words .* received 6, which cuts"):
-        build_task(configured("question_answering", str(path), **options))
+    other = tmp_path / "b.txt"
+    other.write_text("who?\tAnna Bell came.\tAnna Bell\n")
+    for train, held_out in ((path, other), (other, path)):
+        files = {**options, "data.held_out": str(held_out)}
+        with pytest.raises(ValueError, match=r"data\.sequence_length: expected enough words .* received 6, which cuts"):
+            build_task(configured("question_answering", str(train), **files))
 
 
 def test_a_length_is_chosen_from_the_data(tmp_path: Path) -> None:

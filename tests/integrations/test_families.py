@@ -136,16 +136,17 @@ def test_what_tp_splits(rank_pool: RankPool) -> None:
     ("layout", "name"),
     [
         ("fsdp2", "t5"),
+        ("pp2", "phi3"),
         *(
             pytest.param(layout, name, marks=pytest.mark.slow)
-            for layout in ("tp2", "dp2 x tp2", "fsdp2")
+            for layout in ("tp2", "dp2 x tp2", "fsdp2", "pp2", "pp2 x tp2", "fsdp2 x pp2")
             for name in ("t5", "marian", "bart", "gpt2", "phi3")
-            if (layout, name) != ("fsdp2", "t5")
+            if (layout, name) not in (("fsdp2", "t5"), ("pp2", "phi3"))
         ),
     ],
 )
 def test_generation_on_a_mesh_equals_one_process(rank_pool: RankPool, layout: str, name: str) -> None:
-    """Of an encoder and a decoder, too, whose encoder is called by itself."""
+    """Of an encoder and a decoder, too, whose encoder is called by itself; and over the stages of a pipeline."""
     want = ranks.generated(None, layout, name)
     for found in rank_pool.run(ranks.generated, layout, name, ranks=Layout.parse(layout).world_size):
         assert torch.equal(found, want)

@@ -46,7 +46,6 @@ def run(options: argparse.Namespace) -> Outcome:
         able = " or ".join(name for name in TASKS if task_class(name).continues_texts)
         raise ValueError(f"model: expected one of task {able}, received {resolved.task}; use fusemesh predict")
     maker = maker_of(resolved)
-    maker.check_generating(target.settings.layout)
     limit = maker.longest - 1
     tokens = options.tokens if options.tokens is not None else max(1, resolved.data.sequence_length // 2)
     if not 1 <= tokens <= limit:

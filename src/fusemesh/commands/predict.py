@@ -27,13 +27,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Answer each line as it comes in one process, and all lines together on several ranks."""
-    from fusemesh.models.registry import maker_of
     from fusemesh.run.predictor import answer_rank, answer_stream
-    from fusemesh.tasks.registry import task_class
 
     target = find_target(options)
-    if task_class(target.settings.config.task).continues_texts:
-        maker_of(target.settings.config).check_generating(target.settings.layout)
     ranks, values = target.ranks, config.as_dict(target.settings.config)
     path, verify = str(target.path), target.verify
     lines = lines_of(sys.stdin, target.given.get("data.encoding", ""))

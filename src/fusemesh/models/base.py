@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import torch
 
     from fusemesh.config import Config
-    from fusemesh.hybrid.layout import Layout
     from fusemesh.hybrid.planner.model import ModelDescription
     from fusemesh.tasks.base import Task
     from fusemesh.tasks.tokens import Tokens
@@ -119,9 +118,6 @@ class ModelMaker(ABC):
     def describe(self, task: Task) -> ModelDescription:
         """Return the task's model as the planner sees it."""
 
-    def check_generating(self, layout: Layout) -> None:  # noqa: B027 (a Transformer generates in every layout)
-        """Check that :meth:`generate` works in a layout; raise ValueError with what to do if it does not."""
-
     @abstractmethod
     def generate(
         self,
@@ -129,6 +125,7 @@ class ModelMaker(ABC):
         prompts: Sequence[torch.Tensor],
         *,
         max_new_tokens: int,
+        begin: int | None = None,
         ends: Sequence[int] = (),
         sampling: Any = None,
         num_beams: int = 1,
@@ -136,8 +133,10 @@ class ModelMaker(ABC):
         on_token: Callable[[int, int], None] | None = None,
         on_score: Callable[[int, float], None] | None = None,
     ) -> list[torch.Tensor]:
-        """Return the tokens that a model of texts adds to each prompt; see :func:`fusemesh.generate`.
+        """Return the tokens that a model of texts adds to each prompt, or that one of sequence to sequence makes of
+        each source; see :func:`fusemesh.generate`.
 
         Args:
+            begin: the token with which the decoder of a sequence-to-sequence model begins; None of other models.
             ends: tokens each of which ends a row.
         """

@@ -19,7 +19,8 @@ MOST_TOKENS = 1024  # of a sample, where nobody says how many
 def fine_tuning_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of fine-tuning by dotted key, given the values of the configuration that are known.
 
-    The computation's dtype follows the weights on disk: bfloat16 for folders of bfloat16, float32 for others.
+    The computation's dtype follows the weights on disk: bfloat16 for folders of bfloat16, float32 for others. The beams
+    of a translation are those that the folder's generation_config.json asks for, 1 where it does not say.
 
     Raises:
         ValueError: the dtype is not given and the folder cannot be read; names the remedy.
@@ -28,10 +29,15 @@ def fine_tuning_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     steps = values.get("training.steps", _STEPS)
     if isinstance(steps, int):
         found["training.warmup_steps"] = max(1, steps // _WARM_UP)
+    path = str(values["model.pretrained"])
     if "training.dtype" not in values:
         from .folder import stored_dtype
 
-        found["training.dtype"] = stored_dtype(str(values["model.pretrained"]))
+        found["training.dtype"] = stored_dtype(path)
+    if values.get("task") == "translation" and "evaluation.num_beams" not in values:
+        from .folder import generation_config_of
+
+        found["evaluation.num_beams"] = generation_config_of(path).num_beams or 1
     return found
 
 

@@ -110,6 +110,26 @@ def _config_of(path: str, changed: int, size: int) -> Any:
         raise ValueError(f"{KEY}: {str(Path(path, 'config.json'))!r} cannot be used by transformers: {text}") from error
 
 
+def generation_config_of(path: str) -> Any:
+    """Return transformers' GenerationConfig of a folder: its generation_config.json, or what config.json says of it.
+
+    Raises:
+        ValueError: the file cannot be used.
+    """
+    from transformers import GenerationConfig
+
+    config = config_of(path)
+    file = Path(path, "generation_config.json")
+    if not file.is_file():
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        # Whatever a file that is damaged, or of a newer version, raises.
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{KEY}: {str(file)!r} cannot be used by transformers: {text}") from error
+
+
 def task_of_class(name: str) -> str:
     """Return the task of the head of a class of transformers, by its name; "" where it has none of ours."""
     return next((task for end, task in _HEADS.items() if name.endswith(end)), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,10 +38,12 @@ def generate(
     prompts: Sequence[torch.Tensor],
     *,
     max_new_tokens: int,
+    begin: int | None = None,
     ends: Sequence[int] = (),
     sampling: Any = None,
     num_beams: int = 1,
     seed: int = 0,
+    defaults: GenerationConfig | None = None,
     on_token: Callable[[int, int], None] | None = None,
     on_score: Callable[[int, float], None] | None = None,
 ) -> list[torch.Tensor]:
@@ -49,33 +52,39 @@ def generate(
     All ranks go on until every replica is done, as fully_shard's collectives need it. Random numbers come from torch's
     generator, seeded alike on every rank.
 
+    Args:
+        defaults: of the model's folder: what the arguments here do not say, such as tokens that are forced or never
+            written, and penalties.
+
     Raises:
         ValueError: tokens are to be told of several rows at once.
     """
     if on_token is not None and len(prompts) > 1:
         raise ValueError(f"on_token: expected None with more than one prompt, received {len(prompts)} prompts")
-    device, most = prompts[0].device, max(len(prompt) for prompt in prompts)
+    device = prompts[0].device
     pad = ends[0] if ends else 0
-    rows = torch.stack([F.pad(prompt, (most - len(prompt), 0), value=pad) for prompt in prompts])
-    starts = torch.tensor([most - len(prompt) for prompt in prompts], device=device)
-    mask = (torch.arange(most, device=device) >= starts[:, None]).long()
-    options = GenerationConfig(
+    options = copy.deepcopy(defaults) if defaults is not None else GenerationConfig()
+    options.update(
         max_new_tokens=max_new_tokens,
+        # It would say the same, of prompt and new tokens together.
+        max_length=None,
         num_beams=num_beams,
         do_sample=sampling is not None,
+        decoder_start_token_id=begin,
         eos_token_id=list(ends) or None,
-        pad_token_id=pad,
+        pad_token_id=pad if options.pad_token_id is None else options.pad_token_id,
         use_cache=True,
         return_dict_in_generate=True,
         output_logits=on_score is not None,
         output_scores=on_score is not None and num_beams > 1,
-        **({} if sampling is None else _drawn(sampling)),
+        **_drawn(sampling),
     )
     was_training = model.training
     model.eval()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
+            rows, mask = _padded(prompts, pad, left=begin is None)
             found = model.generate(
                 rows,
                 attention_mask=mask,
@@ -85,15 +94,30 @@ def generate(
             )
     finally:
         model.train(was_training)
-    added = [_up_to(row, set(ends)) for row in found.sequences[:, most:]]
+    start = 1 if begin is not None else rows.shape[1]
+    added = [_up_to(row, set(ends)) for row in found.sequences[:, start:]]
     if on_score is not None:
-        for row, score in enumerate(_scores(model, found, most, [len(x) for x in added], num_beams)):
+        for row, score in enumerate(_scores(model, found, start, [len(x) for x in added], num_beams)):
             on_score(row, score)
     return added
 
 
+def _padded(prompts: Sequence[torch.Tensor], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts as rows [B, S], and int64 [B, S], 0 where a row is padded: on the left if it is to go on."""
+    most = max(len(prompt) for prompt in prompts)
+
+    def row(x: torch.Tensor, value: int) -> torch.Tensor:
+        missing = most - len(x)
+        return F.pad(x, (missing, 0) if left else (0, missing), value=value)
+
+    rows = torch.stack([row(prompt, pad) for prompt in prompts])
+    return rows, torch.stack([row(torch.ones_like(prompt), 0) for prompt in prompts])
+
+
 def _drawn(sampling: Any) -> dict[str, Any]:
     """Return :class:`fusemesh.Sampling` in transformers' words, in which none of its own defaults is left."""
+    if sampling is None:
+        return {"temperature": None, "top_k": None, "top_p": None}
     return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
 
 

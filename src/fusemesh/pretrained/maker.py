@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemesh.models.base import ModelMaker
-from fusemesh.tasks.names import PRETRAINED_TASKS
 
 from . import folder
 from .defaults import say_defaults
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from fusemesh.config import Config
-    from fusemesh.hybrid.layout import Layout
     from fusemesh.hybrid.planner.model import ModelDescription
     from fusemesh.tasks.base import Task
     from fusemesh.tasks.tokens import Tokens
@@ -73,11 +71,6 @@ class PretrainedModel(ModelMaker):
 
     def check(self) -> None:
         config = self.config
-        if config.task not in PRETRAINED_TASKS:
-            raise ValueError(
-                f"{folder.KEY}: expected task {' or '.join(PRETRAINED_TASKS)}, whose texts a pretrained model's "
-                f"tokenizer can read, received {config.task}; leave it out to train a new model"
-            )
         folder.check_task(folder.config_of(self.path), self.path, config.task)
         if config.data.sequence_length > self.longest:
             raise ValueError(
@@ -168,18 +161,10 @@ class PretrainedModel(ModelMaker):
 
         return describe_model(self.build(task), self.path)
 
-    def check_generating(self, layout: Layout) -> None:
-        if layout.pp > 1:
-            other = str(dataclasses.replace(layout, pp=1))
-            raise ValueError(
-                f"layout: expected one without pp, over whose stages transformers' generate() does not go, received "
-                f"{layout}; give --layout {other if ' ' not in other else repr(other)}: a model is loaded in any layout"
-            )
-
     def generate(self, model: Any, prompts: Sequence[torch.Tensor], **options: Any) -> list[torch.Tensor]:
         from .generation import generate
 
-        return generate(model, prompts, **options)
+        return generate(model, prompts, defaults=folder.generation_config_of(self.path), **options)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from fusemesh.tasks.encodings import check_characters
 from fusemesh.tasks.tokens import Tokens
 
-from .folder import KEY, check_version, config_of
+from .folder import KEY, check_version, config_of, generation_config_of
 
 _FILES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "merges.txt", "tekken.json")
 _SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -43,16 +43,39 @@ class FolderTokens(Tokens):
 
     @functools.cached_property
     def ends(self) -> list[int]:
-        """The tokens that end a text: the tokenizer's, and those that the model's configuration names."""
-        named = getattr(config_of(self.path), "eos_token_id", None)
-        further = named if isinstance(named, list) else [named] if isinstance(named, int) else []
-        return sorted({self.end, *further})
+        """The tokens that end a text: the tokenizer's, and those that the model's configurations name."""
+        found = {self.end}
+        for config in (config_of(self.path), generation_config_of(self.path)):
+            named = getattr(config, "eos_token_id", None)
+            found.update(named if isinstance(named, list) else [named] if isinstance(named, int) else [])
+        return sorted(found)
 
     @functools.cached_property
     def line_ends(self) -> Sequence[int]:  # type: ignore[override]
         """Those, and all tokens that hold a newline."""
         texts = self._tokenizer.batch_decode([[number] for number in range(len(self._tokenizer))])
         return sorted({*self.ends, *(number for number, text in enumerate(texts) if "\n" in text)})
+
+    @property
+    def target_ends(self) -> Sequence[int]:  # type: ignore[override]
+        """The same."""
+        return self.ends
+
+    @functools.cached_property
+    def begin(self) -> int:  # type: ignore[override]
+        """The token that the decoder of a sequence-to-sequence model begins with.
+
+        Raises:
+            ValueError: neither configuration of the folder names it.
+        """
+        for config in (config_of(self.path), generation_config_of(self.path)):
+            found = getattr(config, "decoder_start_token_id", None)
+            if isinstance(found, int):
+                return found
+        raise ValueError(
+            f"{KEY}: expected decoder_start_token_id, with which a decoder begins, in config.json of {self.path!r}, "
+            "received none; add it (the id of the padding token of T5 and Marian, of </s> of BART)"
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -104,6 +127,16 @@ class FolderTokens(Tokens):
         # What the tokenizer makes nothing of is one token, too: each text has a last one.
         return [row or [self.end] for row in rows], [len(row) for row in uncut]
 
+    def targets(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        if not texts:
+            return [], []
+        # As targets: some tokenizers have a vocabulary of their own for each language.
+        found = self._tokenizer(text_target=list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+        rows = [row if row and row[-1] in self.ends else [*row, self.end] for row in found]
+        # The end stays where the text before it is cut.
+        cut = [row if len(row) <= most else [*row[: most - 1], row[-1]] for row in rows]
+        return cut, [len(row) for row in rows]
+
     def _without_end(self, row: list[int]) -> list[int]:
         last = len(row)
         while last and row[last - 1] in self.ends:
@@ -139,6 +172,10 @@ class FolderTokens(Tokens):
 
     def text(self, tokens: np.ndarray) -> str:
         return self._text(tokens.tolist()).split("\n")[0]
+
+    def target_text(self, tokens: np.ndarray) -> str:
+        row = tokens.tolist()
+        return self._text(row[: next((at for at, token in enumerate(row) if token in self.ends), None)]).strip()
 
     def _text(self, tokens: Sequence[int]) -> str:
         found: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -21,6 +21,7 @@ from fusemesh.run.fingerprint import evaluated, fingerprint
 from fusemesh.run.setup import Share, joined, load_file
 from fusemesh.run.setup import checkpoint_of as checkpoint_of  # public here
 from fusemesh.tasks.base import IGNORED, Batch, Dataset, Task
+from fusemesh.tasks.windows import Windows
 
 logger = logging.getLogger("fusemesh")
 
@@ -49,8 +50,14 @@ class Evaluation:
 
 
 def held_out_samples(config: Config, samples: Dataset) -> int:
-    """Return the number of held-out samples that an evaluation takes."""
-    return min(config.evaluation.samples or len(samples), len(samples))
+    """Return the number of held-out samples that an evaluation takes; of records in windows, that of records."""
+    there = samples.records if isinstance(samples, Windows) else len(samples)
+    return min(config.evaluation.samples or there, there)
+
+
+def _windows_of(samples: Dataset, count: int) -> int:
+    """Return the number of samples that the first ``count`` are, or as records have for windows."""
+    return samples.windows_of(count) if isinstance(samples, Windows) else count
 
 
 def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -71,8 +78,9 @@ def evaluate(model: Any, task: Task, share: Share) -> Evaluation:
     model.eval()
     samples, batch_size = task.held_out, task.config.evaluation.batch_size
     count = held_out_samples(task.config, samples)
+    windows = _windows_of(samples, count)
     total = torch.zeros((), dtype=torch.float64, device=share.device)
-    for indices, valid in evaluation_batches(count, batch_size, share.replicas, share.replica):
+    for indices, valid in evaluation_batches(windows, batch_size, share.replicas, share.replica):
         tokens, targets, inputs = on_device(samples.batch(indices), share.device)
         targets[valid:] = IGNORED
         total += model.loss(tokens, targets, **inputs).double()
@@ -80,7 +88,7 @@ def evaluate(model: Any, task: Task, share: Share) -> Evaluation:
         total = sum_over_replicas(total, share.mesh)
     predictions = predict(model, task, samples, count, batch_size, share) if task.metric else None
     model.train(training)
-    targets_counted = samples.targets_in(range(count))
+    targets_counted = samples.targets_in(range(windows))
     loss = total.item() / targets_counted
     metrics = task.score(loss, predictions, count)
     return Evaluation(loss, metrics, targets_counted, count, time.perf_counter() - began, predictions)
@@ -91,6 +99,8 @@ def predict(model: Any, task: Task, samples: Dataset, count: int, batch_size: in
 
     Each replica computes its share.
     """
+    if isinstance(samples, Windows):
+        return predict_scored(model, task, samples, count, batch_size, share)[0]
     return _of_all(lambda batch: (task.predict(model, batch, share.device),), samples, count, batch_size, share)[0]
 
 
@@ -99,10 +109,11 @@ def predict_scored(
     model: Any, task: Task, samples: Dataset, count: int, batch_size: int, share: Share
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return predictions as :func:`predict` does, and their scores, fp64 [count, n]."""
+    windows = _windows_of(samples, count)
     found, scores = _of_all(
-        lambda batch: task.predict_scored(model, batch, share.device), samples, count, batch_size, share
+        lambda batch: task.predict_scored(model, batch, share.device), samples, windows, batch_size, share
     )
-    return found, scores
+    return samples.joined(found, scores) if isinstance(samples, Windows) else (found, scores)
 
 
 def _of_all(

@@ -34,12 +34,14 @@ Indices = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples: tokens int64 [B, S]; targets int64 [B, n], :data:`IGNORED` where one does not count; and what else
-    the model takes by name, int64 [B, ...]."""
+    """Some samples: tokens int64 [B, S]; targets int64 [B, n], :data:`IGNORED` where one does not count; what else the
+    model takes by name, int64 [B, ...]; and ``aside`` what the task needs with predictions and the model does not take.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
+    aside: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Dataset(Protocol):

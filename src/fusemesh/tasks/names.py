@@ -2,5 +2,3 @@
 
 # The name of a task is that of its module in this package; its class is the name in camel case.
 TASKS = ("language_model", "text_classification", "translation", "question_answering")
-# Those whose texts can be given to a pretrained model, as its tokenizer's tokens.
-PRETRAINED_TASKS = ("language_model", "text_classification")

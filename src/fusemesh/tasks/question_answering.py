@@ -6,7 +6,8 @@ words. Who goes with which answer is held out by hash: no held-out fact was seen
 
 Tokens are words and punctuation marks, see spans.py, each by the hash of its lower case modulo WORDS (Weinberger et
 al., 2009), so that any text has some, and equal words have equal tokens; an answer is cut out of the passage as it is
-written there. A record may say where it stands, by ``answer_start``; without, it has to stand in one place.
+written there. A record may say where it stands, by ``answer_start``; without, it has to stand in one place. For a
+pretrained model tokens are its tokenizer's, and a long passage is seen in several windows, see windows.py.
 
 Metrics: exact match and F1 of words, by the rules of SQuAD (Rajpurkar et al., 2016): lower case, no punctuation, no
 articles; of characters in scripts without spaces (CMRC, by Cui et al., 2019, counts their longest common run instead).
@@ -23,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import IGNORED, PAD, SEPARATOR, Batch, Examples, hash_of
+from .base import Batch, Examples, hash_of
+from .passages import MOST_WORDS, WORDS, Passages, WordPassages
 from .record_task import RecordTask
 from .records import Record, split_line
-from .spans import cut, exact_match, f1, find_answer, overlap_guess, spans_of
+from .spans import exact_match, f1, overlap_guess
+from .windows import TokenPassages
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
 
 FIELDS = ("question", "passage", "answer")
 OPTIONAL_FIELDS = ("answer_start",)
-WORDS = 4096
-MOST_WORDS = 16  # of an answer, unless the training data have longer ones
 DEFAULTS: Mapping[str, Any] = {
     "data.sequence_length": 64,
     "model.num_layers": 2,
@@ -149,88 +150,57 @@ class QuestionAnswering(RecordTask):
     def default_version() -> str:
         return "composed facts, version 1"
 
+    @functools.cached_property
+    def _passages(self) -> Passages:
+        return TokenPassages(self) if self.maker.refines else WordPassages(self)
+
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
-        """Return how many words tokens tell apart, and how many an answer may have."""
-        most = MOST_WORDS
-        if self.config.data.path:
-            most = max(most, *(last - first + 1 for first, last in map(_span_of, records)))
-        return {"words": WORDS, "answer_words": most}
+        return self._passages.metadata(records)
 
     def length_of(self, record: Record) -> int:
-        return _length(len(spans_of(record.values[0])), len(spans_of(record.values[1])))
+        return self.lengths_of([record])[0]
+
+    def lengths_of(self, records: Sequence[Record]) -> list[int]:
+        return self._passages.lengths(records)
 
     def read_train(self) -> Examples:
-        return self._without_cut_answers(super().read_train())
+        return self._passages.to_train_on(self._records[0])
 
     def examples(self, records: Sequence[Record]) -> Examples:
-        spans, cut_off, within = [], 0, 0
-        for record in records:
-            first, last = _span_of(record)
-            before = len(self._question(tokens_of(record.values[0])))
-            # An answer behind the end of a passage that was cut: nothing to learn from it.
-            fits = before + last < self.config.data.sequence_length
-            spans.append((before + first, before + last) if fits else (IGNORED, IGNORED))
-            cut_off += not fits
-            # Without an offset they stand at its borders.
-            within += bool(record.values[3:]) and cut(record.values[1], (first, last)) != record.values[2].strip()
-        found = self._texts([record.values[:2] for record in records], np.array(spans, np.int64))
-        found.counts = {"answers_cut_off": cut_off, "answers_within_words": within}
+        found = self._passages.to_answer(records)
+        if not found.targets_in(range(len(found))):
+            raise self._passages.no_answer_fits()
         return found
 
-    def _without_cut_answers(self, examples: Examples) -> Examples:
-        """Drop passages that were cut before their answers. Held out ones stay, and count as wrong."""
-        kept = np.flatnonzero(examples.targets[:, 0] != IGNORED)
-        if not len(kept):
-            raise ValueError(
-                f"data.sequence_length: expected enough words to hold a question and a passage up to its answer, "
-                f"received {self.config.data.sequence_length}, which cuts every answer in {self.source}"
-            )
-        inputs = {name: values[kept] for name, values in examples.inputs.items()}
-        found = Examples(examples.tokens[kept], examples.targets[kept], whole=examples.whole, **inputs)
-        found.counts = examples.counts
-        return found
+    def cuts(self, part: str) -> dict[str, int]:
+        found = super().cuts(part)
+        # Of a pretrained model's passages nothing is cut.
+        return {**found, "cut": found["questions_cut"]} if "questions_cut" in found else found
 
-    def _question(self, tokens: Sequence[int]) -> list[int]:
-        return [*tokens[: self.config.data.sequence_length // 2], SEPARATOR]
-
-    def _texts(self, pairs: Sequence[Sequence[str]], targets: np.ndarray) -> Examples:
+    def say_cut_lengths(self, whole: Sequence[int] | np.ndarray) -> str:
+        if not self.maker.refines:
+            return super().say_cut_lengths(whole)
         length = self.config.data.sequence_length
-        tokens = np.full((len(pairs), length), PAD, np.uint16)
-        lengths, starts = np.zeros(len(pairs), np.int64), np.zeros(len(pairs), np.int64)
-        whole = []
-        for row, (question, passage) in enumerate(pairs):
-            asked, said = tokens_of(question), tokens_of(passage)
-            beginning = self._question(asked)
-            found = [*beginning, *said][:length]
-            tokens[row, : len(found)], lengths[row], starts[row] = found, len(found), len(beginning)
-            whole.append(_length(len(asked), len(said)))
-        return Examples(tokens, targets, whole=whole, lengths=lengths, span_starts=starts)
+        long = int((np.asarray(whole, np.int64) > length).sum())
+        if not long:
+            return ""
+        share = f"{long} of {len(whole)} {'takes' if long == 1 else 'take'}"
+        return f"{share} more than data.sequence_length = {length} tokens, {max(whole)} at most: seen in windows"
+
+    def sample_text(self) -> str:
+        return self._passages.shown(self.train)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes(vocab_size=self.metadata["words"], architecture="encoder", output="span")
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Return first and last word, in the passage, of the most probable span of no more words than answers have,
-        [B, 2]."""
+        """Return where the most probable span begins and ends that is no longer than answers are, [B, 2]."""
         return self.predict_scored(model, batch, device)[0]
 
     def predict_scored(
         self, model: Transformer, batch: Batch, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same, and the span's probability among all of no more words in the passage, [B, 1]."""
-        import torch
-
-        inputs: dict[str, Any] = {name: torch.from_numpy(x).to(device) for name, x in batch.inputs.items()}
-        logits = model.logits(torch.from_numpy(batch.tokens).to(device), **inputs)
-        most = min(self.metadata["answer_words"], logits.shape[-1])
-        ends = torch.nn.functional.pad(logits[:, 1], (0, most - 1), value=float("-inf")).unfold(1, most, 1)
-        # [B, first word, number of words beyond it]: small also where passages are long.
-        pairs = (logits[:, 0, :, None] + ends).flatten(1)
-        best = pairs.argmax(-1)
-        first, beyond = best // most, best % most
-        # An empty passage has no span, and every probability in it is NaN.
-        probability = pairs.double().softmax(-1).gather(1, best[:, None]).nan_to_num()
-        return torch.stack((first, first + beyond), dim=-1) - inputs["span_starts"][:, None], probability
+        return self._passages.predict_scored(model, batch, device)
 
     def named_scores(self, scores: np.ndarray) -> dict[str, Any]:
         return {"probability": float(scores[0])}
@@ -238,7 +208,9 @@ class QuestionAnswering(RecordTask):
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
         records = self.held_out_records[:count]
-        found = [cut(record.values[1], span) for record, span in zip(records, predictions, strict=True)]
+        found = [
+            self._passages.answer(span, record.values[1]) for record, span in zip(records, predictions, strict=True)
+        ]
         guesses = [overlap_guess(record.values[0], record.values[1]) for record in records]
         expected = [record.values[2] for record in records]
         result = {}
@@ -250,31 +222,10 @@ class QuestionAnswering(RecordTask):
 
     def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         pairs = [split_line(line, FIELDS[:2], f"line {number}") for number, line in enumerate(lines, first)]
-        return self._texts(pairs, np.full((len(lines), 2), IGNORED, np.int64))
+        return self._passages.questions(pairs)
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
-        return cut(split_line(line, FIELDS[:2], "line")[1], prediction)
-
-
-def _span_of(record: Record) -> tuple[int, int]:
-    """Return the first and the last word of a record's answer in its passage; raise as :func:`find_answer` does."""
-    _, passage, answer, *start = record.values
-    return find_answer(passage, answer, start[0] if start else "", record.where)
-
-
-def _length(question: int, passage: int) -> int:
-    """Return the length that holds so many words of a question, which has one half at most, and of a passage."""
-    return max(2 * question, question + 1 + passage)
-
-
-def tokens_of(text: str) -> list[int]:
-    """Return the words and marks of a text as hashes, none of which is a control token."""
-    return [_token(text[start:end].lower()) for start, end in spans_of(text)]
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _token(word: str) -> int:
-    return SEPARATOR + 1 + hash_of(word) % (WORDS - SEPARATOR - 1)
+        return self._passages.answer(prediction, split_line(line, FIELDS[:2], "line")[1])
 
 
 def composed_facts(*, held_out: bool) -> list[Record]:

@@ -51,6 +51,10 @@ class RecordTask(Task):
     def length_of(self, record: Record) -> int:
         """Return the ``data.sequence_length`` that a record takes uncut."""
 
+    def lengths_of(self, records: Sequence[Record]) -> list[int]:
+        """Return :meth:`length_of` of each record."""
+        return [self.length_of(record) for record in records]
+
     def metadata_of(self, records: Sequence[Record]) -> Mapping[str, Any]:
         """Return the metadata that these records to train on give."""
         return {}
@@ -70,7 +74,7 @@ class RecordTask(Task):
 
             default: int = defaults_of(self.config.task)["data.sequence_length"]
             return default
-        lengths = sorted(self.length_of(record) for part in self._records for record in part)
+        lengths = sorted(length for part in self._records for length in self.lengths_of(part))
         most = min(_MOST_LENGTH, self.maker.longest) if self.maker.refines else _MOST_LENGTH
         covered = lengths[math.ceil(_COVERED * len(lengths)) - 1]
         return min(most, -(-max(covered, _LEAST_LENGTH) // _LEAST_LENGTH) * _LEAST_LENGTH)

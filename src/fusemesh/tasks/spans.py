@@ -57,6 +57,13 @@ def _is_mark(letter: str) -> bool:
     return letter > "\x7f" and (letter in _JOINERS or unicodedata.category(letter)[0] == "M")
 
 
+def end_of_marks(text: str, at: int) -> int:
+    """Return where the combining marks end that stand at a place; the place itself if none does."""
+    while 0 < at < len(text) and _is_mark(text[at]):
+        at += 1
+    return at
+
+
 def cut(passage: str, span: Sequence[int] | np.ndarray) -> str:
     """Return the text from the first to the last word of a span."""
     words = spans_of(passage)
@@ -67,15 +74,26 @@ def cut(passage: str, span: Sequence[int] | np.ndarray) -> str:
 def find_answer(passage: str, answer: str, start: str, where: str) -> tuple[int, int]:
     """Return the first and the last word of an answer in its passage.
 
+    Where ``start`` says so the answer may begin or end within a word, which is then part of the span. Arguments and
+    errors are those of :func:`place_of_answer`.
+    """
+    begin, end = place_of_answer(passage, answer, start, where)
+    inside = [index for index, (first, last) in enumerate(spans_of(passage)) if first < end and begin < last]
+    return inside[0], inside[-1]
+
+
+def place_of_answer(passage: str, answer: str, start: str, where: str) -> tuple[int, int]:
+    """Return where an answer, without blanks around it, begins and ends in its passage, in characters.
+
     Args:
         start: the answer's offset, in characters of the passage from 0; "" if the record has none. There the answer
-            may begin or end within a word, which is then part of the span.
+            may begin or end within a word.
         where: file and line, for messages.
 
     Raises:
         ValueError: the answer does not stand there; or without an offset, in several places or within words alone.
     """
-    words, text = spans_of(passage), answer.strip()
+    text = answer.strip()
     if start.strip():
         try:
             at = int(start)
@@ -91,13 +109,11 @@ def find_answer(passage: str, answer: str, start: str, where: str) -> tuple[int,
                 f"{where}: expected {text!r} at answer_start, received {there!r} at character {at} of the passage; "
                 "count characters, from 0"
             )
-        inside = [index for index, (begin, end) in enumerate(words) if begin < at + len(text) and at < end]
-        if inside:
-            return inside[0], inside[-1]
-    begins = {begin: index for index, (begin, _) in enumerate(words)}
-    ends = {end: index for index, (_, end) in enumerate(words)}
+        return at, at + len(text)
+    words = spans_of(passage)
+    begins, ends = {begin for begin, _ in words}, {end for _, end in words}
     places = [match.start() for match in re.finditer(f"(?={re.escape(text)})", passage)]
-    found = [(begins[at], ends[at + len(text)]) for at in places if at in begins and at + len(text) in ends]
+    found = [(at, at + len(text)) for at in places if at in begins and at + len(text) in ends]
     if len(found) == 1:
         return found[0]
     if found:

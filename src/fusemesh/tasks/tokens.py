@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .base import PAD, decode, encode, shortened
+from .base import BEGIN, END, PAD, decode, encode, shortened
 from .corpus import in_bytes
 from .encodings import check_characters
 
@@ -17,10 +17,14 @@ from .encodings import check_characters
 class Tokens(ABC):
     """Texts of a task as tokens, and back.
 
-    ``pad`` fills samples up; ``line_ends`` are the tokens each of which ends the continuation of a line."""
+    ``pad`` fills samples up; ``line_ends`` are the tokens each of which ends the continuation of a line. Of a
+    sequence-to-sequence model ``begin`` is the token that its decoder begins with, and each of ``target_ends`` ends a
+    target."""
 
     pad: int
     line_ends: Sequence[int]
+    begin: int
+    target_ends: Sequence[int]
 
     @abstractmethod
     def stream(self, documents: Sequence[bytes]) -> np.ndarray:
@@ -49,6 +53,15 @@ class Tokens(ABC):
         """Return the text of a continuation's tokens."""
 
     @abstractmethod
+    def targets(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        """Return the tokens of targets of a sequence-to-sequence model, their ends among them, at most ``most`` each,
+        and how many each takes uncut."""
+
+    @abstractmethod
+    def target_text(self, tokens: np.ndarray) -> str:
+        """Return the text of a target's tokens, up to the first that ends it or fills it up."""
+
+    @abstractmethod
     def metrics(self, loss: float) -> dict[str, float]:
         """Return the metrics of a mean loss per token in nats."""
 
@@ -58,6 +71,8 @@ class Bytes(Tokens):
 
     pad = PAD
     line_ends = (ord("\n"),)
+    begin = BEGIN
+    target_ends = (END,)
 
     def stream(self, documents: Sequence[bytes]) -> np.ndarray:
         return in_bytes(documents)
@@ -80,6 +95,13 @@ class Bytes(Tokens):
         return lambda tokens, last: decoder.decode(bytes(tokens), last)
 
     def text(self, tokens: np.ndarray) -> str:
+        return decode(tokens)
+
+    def targets(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[int]]:
+        data = [encode(text) for text in texts]
+        return [[*shortened(text, most - 1), END] for text in data], [len(text) + 1 for text in data]
+
+    def target_text(self, tokens: np.ndarray) -> str:
         return decode(tokens)
 
     def metrics(self, loss: float) -> dict[str, float]:

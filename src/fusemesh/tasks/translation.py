@@ -1,5 +1,7 @@
 """Translation: text to text, with an encoder-decoder. By default numbers in English words to French words.
 
+A new model's tokens are bytes, a pretrained one's those of its tokenizer; see tokens.py.
+
 The default corpus is made by num2words: every number from 0 to 9999, of which one in sixteen, by hash, is held out.
 French counts by twenties above sixty and agrees in number, so that words cannot be replaced one by one.
 
@@ -9,13 +11,15 @@ translations that are exactly right; beside them those of copying the source.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base import BEGIN, END, IGNORED, PAD, Batch, Examples, decode, encode, hash_of, is_held_out, padded, shortened
+from .base import IGNORED, Batch, Examples, hash_of, is_held_out, padded_rows
 from .record_task import RecordTask
 from .records import Record
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from fusemesh.transformer import Transformer, TransformerConfig
+
+    from .tokens import Tokens
 
 FIELDS = ("source", "target")
 DEFAULTS: Mapping[str, Any] = {
@@ -57,35 +63,37 @@ class Translation(RecordTask):
     def check_packages(self) -> None:
         text_scores(["a"], ["a"])
 
+    @functools.cached_property
+    def _tokens(self) -> Tokens:
+        return self.maker.tokens()
+
     def examples(self, records: Sequence[Record]) -> Examples:
         length = self.config.data.sequence_length
-        data = [encode(record.values[1].strip()) for record in records]
-        targets = [shortened(target, length - 1) for target in data]
-        seen, lengths = padded([bytes([BEGIN]) + target for target in targets], length)
-        expected, _ = padded([target + bytes([END]) for target in targets], length)
-        counted = np.arange(length) < lengths[:, None]
-        labels = np.where(counted, expected.astype(np.int64), IGNORED)
-        return self._sources([record.values[0] for record in records], labels, seen, [len(target) for target in data])
+        rows, whole = self._tokens.targets([record.values[1].strip() for record in records], length)
+        # The decoder sees what stands before each target.
+        seen, lengths = padded_rows([[self._tokens.begin, *row[:-1]] for row in rows], length, self._tokens.pad)
+        expected, _ = padded_rows(rows, length, self._tokens.pad)
+        targets = np.where(np.arange(length) < lengths[:, None], expected, IGNORED)
+        return self._sources([record.values[0] for record in records], targets, seen, whole)
 
     def length_of(self, record: Record) -> int:
-        source, target = (len(encode(value.strip())) for value in record.values)
-        return max(source, target + 1)
+        source, target = ([value.strip()] for value in record.values)
+        return max(self._tokens.whole(source, sys.maxsize)[1][0], self._tokens.targets(target, sys.maxsize)[1][0])
 
     def _sources(
         self, sources: Sequence[str], targets: np.ndarray, seen: np.ndarray, target_lengths: Sequence[int]
     ) -> Examples:
         length = self.config.data.sequence_length
-        data = [encode(source.strip()) for source in sources]
-        tokens, lengths = padded([shortened(source, length) for source in data], length)
-        # A target keeps room for its end.
-        whole = [max(len(source), target + 1) for source, target in zip(data, target_lengths, strict=True)]
+        rows, source_lengths = self._tokens.whole([source.strip() for source in sources], length)
+        tokens, lengths = padded_rows(rows, length, self._tokens.pad)
+        whole = [max(pair) for pair in zip(source_lengths, target_lengths, strict=True)]
         return Examples(tokens, targets, whole=whole, lengths=lengths, target_tokens=seen)
 
     def model_config(self) -> TransformerConfig:
         return self.sizes(architecture="encoder-decoder")
 
     def predict(self, model: Transformer, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Return the bytes of the translations, [B, S], filled up with PAD."""
+        """Return the tokens of the translations, [B, S], filled up."""
         return self.predict_scored(model, batch, device)[0]
 
     def predict_scored(
@@ -94,8 +102,6 @@ class Translation(RecordTask):
         """Return the same, and the log-likelihood of each, [B, 1]."""
         import torch
 
-        from fusemesh.transformer.generation import generate
-
         length = self.config.data.sequence_length
         # A sample that only fills the batch up may be empty.
         sources = [
@@ -103,21 +109,22 @@ class Translation(RecordTask):
             for row, size in zip(batch.tokens, batch.inputs["lengths"], strict=True)
         ]
         scores = [0.0] * len(sources)
-        found = generate(
+        found = self.maker.generate(
             model,
             sources,
             max_new_tokens=length,
-            begin=BEGIN,
-            end=END,
+            begin=self._tokens.begin,
+            ends=self._tokens.target_ends,
             num_beams=self.config.evaluation.num_beams,
             on_score=scores.__setitem__,
         )
-        rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in found])
+        pad = self._tokens.pad
+        rows = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=pad) for row in found])
         return rows, torch.tensor([[score] for score in scores], dtype=torch.float64, device=device)
 
     def score(self, loss: float, predictions: np.ndarray | None, count: int) -> dict[str, float]:
         assert predictions is not None
-        found = [decode(row) for row in predictions]
+        found = [self._tokens.target_text(row) for row in predictions]
         records = self.held_out_records[:count]
         expected = [record.values[1].strip() for record in records]
         sources = [record.values[0].strip() for record in records]
@@ -128,11 +135,11 @@ class Translation(RecordTask):
 
     def examples_of(self, lines: Sequence[str], first: int = 1) -> Examples:
         shape = (len(lines), self.config.data.sequence_length)
-        nothing = np.full(shape, IGNORED, np.int64), np.full(shape, PAD, np.uint8)
+        nothing = np.full(shape, IGNORED, np.int64), np.full(shape, self._tokens.pad, np.int32)
         return self._sources(lines, *nothing, [0] * len(lines))
 
     def answer(self, prediction: np.ndarray, line: str) -> str:
-        return decode(prediction)
+        return self._tokens.target_text(prediction)
 
 
 def text_scores(found: Sequence[str], expected: Sequence[str]) -> dict[str, float]:

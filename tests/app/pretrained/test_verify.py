@@ -97,6 +97,7 @@ def test_every_family_and_kind(layout: str, tmp_path: Path) -> None:
                 assert found["compared"] >= 10, (name, kind, found["compared"])
 
 
+@pytest.mark.slow
 def test_a_pipeline(rank_pool: RankPool, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "mistral", "mistral")
     found = verified(rank_pool, folder, CAUSAL, "pp2")

@@ -76,7 +76,6 @@ def test_a_whole_model_goes_back_to_the_byte(tmp_path: Path, name: str, kind: st
     ("layout", "families"),
     [
         ("dp2 x tp2", SOME[:1]),
-        ("pp2 x fsdp2", SOME[2:]),
         *(
             pytest.param(layout, EVERY, marks=pytest.mark.slow)
             for layout in ("single", "fsdp4", "tp4", "dp2 x tp2", "fsdp2 x tp2", "pp2 x tp2", "pp4")

@@ -145,6 +145,9 @@ def generated(world: World | None, text: str, name: str) -> torch.Tensor:
             layout = Layout.parse(text)
             fusemesh.parallelize(model, build_mesh(layout, world), layout)
         mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        if kind != PAIRS:
+            # What goes on is padded on the left.
+            mask, ids = mask.flip(1), ids.flip(1)
         return model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
 
 
