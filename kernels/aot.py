@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m fusemesh.kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", nargs="+", default=["sm_90"], choices=tuple(TARGETS))
-    parser.add_argument("--kernel", default="attention", choices=("attention", "linear"))
+    parser.add_argument("--kernel", default="attention", choices=("attention", "linear", "loss"))
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=tuple(_DTYPES))
     parser.add_argument("--head-dim", type=int, default=128, help="attention: D")
     parser.add_argument("--v-head-dim", type=int, help="attention: Dv (default: D)")
@@ -333,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bias", help="attention: with a bias and its gradient; the dims, out of BHQK, of its shape")
     parser.add_argument("--activation", help="linear: gelu, gelu_tanh, silu or relu2")
     parser.add_argument("--gated", action="store_true", help="linear: with w_up")
+    parser.add_argument("--softcap", type=float, help="loss: of the logits")
     parser.add_argument("--no-backward", action="store_true", help="the forward kernels only")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument(
@@ -352,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
         from .emulator.launch import command
 
         return command.run(options)
-    from .runtime.launches import attention_launches, linear_launches
+    from .runtime.launches import attention_launches, linear_launches, loss_launches
 
     reports = []
     for target in options.target:
@@ -368,6 +369,8 @@ def main(arguments: list[str] | None = None) -> int:
                     bias=options.bias,
                     backward=backward,
                 )
+            elif options.kernel == "loss":
+                fn = loss_launches(dtype, softcap=options.softcap, backward=backward)
             else:
                 fn = linear_launches(dtype, options.activation, gated=options.gated, backward=backward)
             reports += compile_launches(fn, target)

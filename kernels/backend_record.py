@@ -21,7 +21,7 @@ from . import compat
 # What an op is given in place of a backend's name: to choose when it runs. AUTO_AGAIN: likewise, in the backward of a
 # forward over the same keys, which may compute that again.
 AUTO, AUTO_AGAIN = "auto", "auto_again"
-OPERATIONS = ("attention", "attention_varlen", "attention_decode", "linear")
+OPERATIONS = ("attention", "attention_varlen", "attention_decode", "linear", "vocab_loss")
 # What an error calls a transform.
 TRANSFORMS = {
     compat.VMAP: "torch.func.vmap",
@@ -69,7 +69,7 @@ class Request:
 
     operation: str  # one of OPERATIONS
     device: torch.device
-    dtype: torch.dtype  # of q, or of a linear layer's x
+    dtype: torch.dtype  # of q, of a linear layer's x or of the loss's h
     head_dims: tuple[int, int] = (1, 1)  # D and Dv
     call: Any = None  # the attention.call.options.Call
     needs_grad: bool = False  # a gradient will be asked for
@@ -97,7 +97,8 @@ class Backend:
         implementations: for each operation that it computes, the module (or its absolute name). Attention: functions
             ``forward(q, k, v, call)`` and ``backward(do, q, k, v, out, lse, dlse, call, *, bias_grad)`` (see also
             ``keeps_rest``); decode:
-            ``decode(call)``; linear: as ``matmul/reference.py`` and, through ops, ``matmul/gpu/linear.py``.
+            ``decode(call)``; linear: as ``matmul/reference.py`` and, through ops, ``matmul/gpu/linear.py``;
+            vocab_loss: functions as in ``vocab_loss/chunked.py``.
         limits: the refusal of a request whatever the machine, or None.
         unavailable: why it cannot run on tensors of a device on this machine, or None.
         automatic: why ``auto`` takes it for a request that it does not refuse, or None where auto leaves it.

@@ -9,6 +9,7 @@ from fusemesh.kernels.attention.gpu import decode_tiles, tiles
 from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
 from fusemesh.kernels.measure.cases.common import ALL_DTYPES
 from fusemesh.kernels.runtime.launch import TARGETS
+from fusemesh.kernels.vocab_loss.gpu import tiles as loss_tiles
 
 
 def around(block: int, stages: int) -> list[int]:
@@ -62,3 +63,12 @@ def of_linear(target: str, dtype: str, features: dict[str, Any]) -> list[tuple[i
         if i:
             found.append((max(ends["wgrad"], 33), ends["dgrad"], ends["forward"]))
     return found
+
+
+def of_loss(target: str, dtype: str) -> list[int]:
+    """Return numbers of features, multiples of 16, with which both kernels' loops run 1 to stages + 1 times."""
+    found: set[int] = set()
+    for op in loss_tiles.OPS:
+        tile = loss_tiles.choose(op, TARGETS[target], ALL_DTYPES[dtype], loss_tiles.form(False, True))
+        found |= {-(-length // 16) * 16 for length in around(tile.depth, tile.num_stages)}
+    return sorted(found)

@@ -13,7 +13,7 @@ from typing import Any
 from bench.emulated import lengths
 from bench.gpu import tables
 from fusemesh.kernels.attention.gpu import decode_tiles
-from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
+from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase, VocabLossCase
 from fusemesh.kernels.measure.cases.common import DTYPES
 from fusemesh.kernels.runtime.launch import TARGETS
 from tests.support import attention_cases, decode_cases, varlen_cases
@@ -28,7 +28,7 @@ class Entry:
     """A case, and how it is run."""
 
     case: Case
-    large: bool = False  # the linear layer takes the tiles of large results
+    large: bool = False  # the linear layer takes the tiles of large results; the loss goes through many columns at once
     surrounded: bool = False  # inputs lie in seas of NaN
 
     @property
@@ -56,6 +56,9 @@ def small(case: Case) -> Case:
         return dataclasses.replace(case, Sq=min(case.Sq, _LONGEST), Sk=min(case.Sk, _LONGEST), B=1)
     if isinstance(case, LinearCase):
         sizes = {"rows": 203, "out_features": 144, "in_features": 217}
+        return dataclasses.replace(case, **{name: min(getattr(case, name), most) for name, most in sizes.items()})
+    if isinstance(case, VocabLossCase):
+        sizes = {"rows": 203, "features": 217, "columns": 401}
         return dataclasses.replace(case, **{name: min(getattr(case, name), most) for name, most in sizes.items()})
     if isinstance(case, PackedCase):
         lens = {name: tuple(min(n, _LONGEST) for n in getattr(case, name)) for name in ("lens_q", "lens_k")}
@@ -163,6 +166,7 @@ def surrounded() -> Iterator[Case]:
     yield attention("fp16", S=77, D=80, Dv=48, layout="bshd", B=2)
     yield linear(activation="silu", gated=True)
     yield linear("fp32", m=33, n=17, k=23, activation="gelu")
+    yield tables.loss(n=33, v=149, e=80)
 
 
 def linears(target: str) -> Iterator[Entry]:
@@ -187,6 +191,20 @@ def linears(target: str) -> Iterator[Entry]:
         for features in epilogues:
             for shape in lengths.of_linear(target, dtype, features):
                 yield Entry(linear(dtype, *shape, **features))
+
+
+def losses(target: str) -> Iterator[Entry]:
+    """Yield every tile of the loss, every feature of a head, and loops over features of every length."""
+    for dtype in DTYPES:
+        for features in ({}, {"has_bias": True}, {"softcap": 3.0}, {"has_bias": True, "softcap": 3.0, "scale": 0.5}):
+            yield Entry(tables.loss(dtype, n=140, v=401, e=144, **features), large=True)
+            yield Entry(tables.loss(dtype, n=33, v=283, e=80, **features))
+            yield Entry(tables.loss(dtype, n=70, v=149, e=83, **features), large=True)
+    for dtype in ("bf16", "fp32"):
+        for e in lengths.of_loss(target, dtype):
+            yield Entry(tables.loss(dtype, n=17, v=270, e=e), large=True)
+    for case in tables.LOSS:
+        yield Entry(small(case), large=case.columns > 1000)
 
 
 def decodes(target: str) -> Iterator[DecodeCase]:
@@ -249,7 +267,7 @@ def entries(target: str) -> list[Entry]:
         packs(target),
         fp8s(target),
     )
-    in_turn = tables.in_turn(*([Entry(case) for case in table] for table in cases), linears(target))
+    in_turn = tables.in_turn(*([Entry(case) for case in table] for table in cases), linears(target), losses(target))
     return list(dict.fromkeys([*found, *in_turn]))
 
 
@@ -264,6 +282,7 @@ def by_chance(target: str) -> list[Entry]:
         linear(m=200, n=208, k=272),
         linear("fp16", m=70, n=83, k=149, activation="gelu"),
         tables.decode(lens=(1030, 300, 256, 0), H=4, Hkv=2, D=64, page=32, causal=True, Sq=2),
+        tables.loss(n=140, v=401, e=272, has_bias=True),
     ]
     return [*short(target), *(Entry(case) for case in found)]
 
@@ -281,5 +300,7 @@ def short(target: str) -> list[Entry]:
         # Loops that are long enough to overwrite what products under way read.
         Entry(linear(m=200, n=80, k=80)),
         Entry(linear("fp32", m=33, n=32, k=48, activation="gelu")),
+        # Two chunks, and a program of the forward that goes through two tiles of columns.
+        Entry(tables.loss(n=33, v=283, e=80, has_bias=True, softcap=3.0, ignored=2), large=True),
     ]
     return found + [Entry(case) for case in fp8s(target) if case.D == 16]

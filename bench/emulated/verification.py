@@ -17,6 +17,8 @@ from fusemesh.kernels.emulator import emulate
 from fusemesh.kernels.matmul.gpu import tiles as linear_tiles
 from fusemesh.kernels.proof import first_use
 from fusemesh.kernels.testing import poison
+from fusemesh.kernels.vocab_loss.gpu import loss
+from fusemesh.kernels.vocab_loss.gpu import tiles as loss_tiles
 
 # How the emulator lands copies: as late and as early as the rules allow.
 COPIES: tuple[dict[str, Any], ...] = ({"copies": "late"}, {"copies": "early"})
@@ -91,11 +93,18 @@ def _surrounded(value: torch.Tensor) -> tuple[poison.Surrounded, torch.Tensor]:
 
 @contextlib.contextmanager
 def _tiles(entry: Entry) -> Iterator[None]:
-    """Within the block linear layers take the tiles of large results, if the entry asks for them."""
+    """Within the block linear layers take the tiles of large results, if the entry asks for them.
+
+    The loss takes its columns in chunks of 192, and programs that go through many of them.
+    """
     if not entry.large:
         yield
         return
-    with mock.patch.object(linear_tiles, "_ENOUGH_TILES", 1):
+    with (
+        mock.patch.object(linear_tiles, "_ENOUGH_TILES", 1),
+        mock.patch.object(loss_tiles, "_ENOUGH_PROGRAMS", 2),
+        mock.patch.object(loss, "columns_of_a_chunk", lambda *_: 192),
+    ):
         yield
 
 

@@ -9,7 +9,15 @@ import torch
 
 from bench.gpu.verification import recorded
 from fusemesh.kernels.measure import contest, results, tile_bench
-from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase, self_attention
+from fusemesh.kernels.measure.cases import (
+    AttentionCase,
+    Case,
+    DecodeCase,
+    LinearCase,
+    PackedCase,
+    VocabLossCase,
+    self_attention,
+)
 from fusemesh.kernels.measure.cases.common import Inputs, Tensors
 
 RECORDED = ("triton", "triton tutorial")
@@ -21,6 +29,9 @@ def tiny(case: Case) -> Case:
         return dataclasses.replace(case, Sq=min(case.Sq, 19), Sk=min(case.Sk, 23 if case.Sk != case.Sq else 19))
     if isinstance(case, LinearCase):
         sizes = {"rows": 19, "out_features": 17, "in_features": 23}
+        return dataclasses.replace(case, **{name: min(getattr(case, name), most) for name, most in sizes.items()})
+    if isinstance(case, VocabLossCase):
+        sizes = {"rows": 19, "features": 23, "columns": 29}
         return dataclasses.replace(case, **{name: min(getattr(case, name), most) for name, most in sizes.items()})
     if isinstance(case, PackedCase):
         lens = {name: tuple(n % 23 for n in getattr(case, name)) for name in ("lens_q", "lens_k")}

@@ -61,6 +61,8 @@ CASES: tuple[Case, ...] = (
     tables.decode(lens=(130,), D=576, Dv=512, H=16, Hkv=1, latent=True),
     tables.packed(lens_q=(67, 0, 33), lens_k=(65, 9, 70), bias="bhmn", causal=True, softcap=3.0),
     tables.attention(Sq=130, Sk=130, D=256, causal=True),
+    tables.loss(n=67, v=403, e=80, has_bias=True, softcap=3.0),
+    tables.loss("fp32", n=33, v=65, e=17, ignored=1),
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
+from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase, VocabLossCase
 from fusemesh.kernels.measure.cases.common import DTYPES
 from fusemesh.kernels.runtime.launch import target_of
 
@@ -32,6 +32,11 @@ def attention(dtype: str = "bf16", **features: Any) -> AttentionCase:
 def linear(dtype: str = "bf16", m: int = 203, n: int = 113, k: int = 217, **features: Any) -> LinearCase:
     """Return a layer [m, k] by [n, k] with these features."""
     return LinearCase(dtype, m, k, n, **features)
+
+
+def loss(dtype: str = "bf16", n: int = 203, v: int = 1001, e: int = 217, **features: Any) -> VocabLossCase:
+    """Return the loss of n rows of e features over v tokens with these features."""
+    return VocabLossCase(dtype, n, e, v, **features)
 
 
 def decode(dtype: str = "bf16", lens: tuple[int, ...] = (301, 1, 130), **features: Any) -> DecodeCase:
@@ -132,6 +137,14 @@ LINEAR: tuple[LinearCase, ...] = (
     *(linear(t, columns=True, activation="silu", gated=True) for t in DTYPES),
 )
 
+LOSS: tuple[VocabLossCase, ...] = (
+    loss(n=2048, v=32000, e=1024),
+    loss(n=300, v=50257, e=768, has_bias=True, softcap=30.0),
+    *(loss(t, has_bias=b, softcap=c, scale=s) for t in DTYPES for b, c, s in ((False, None, 1.0), (True, 3.0, 0.5))),
+    *(loss(t, n=n, v=v, e=e) for t in DTYPES for n, v, e in ((1, 1, 1), (130, 17, 1), (1, 1029, 203), (9, 5, 256))),
+    *(loss(t, n=70, e=256, ignored=3, transposed=True) for t in DTYPES),
+)
+
 DECODE: tuple[DecodeCase, ...] = (
     decode(lens=(8191, 100)),
     decode(added=1, page=64, causal=True, lens=(1000, 63, 64)),
@@ -172,6 +185,7 @@ REPEATED: frozenset[Case] = frozenset(
         COMBINATIONS[2],
         attention(D=256, Sq=777, Sk=777, causal=True, H=2, Hkv=2),
         *(LINEAR[i] for i in (0, 2)),
+        LOSS[1],
         DECODE[0],
         PACKED[0],
         FP8[0],
@@ -196,4 +210,4 @@ def in_turn(*tables: Iterable[Any]) -> list[Any]:
 
 def all_cases(device: torch.device, is_dry: bool) -> list[Case]:
     """Return every case for ``device``."""
-    return in_turn(ATTENTION, LINEAR, DECODE, PACKED, fp8_cases(device, is_dry))
+    return in_turn(ATTENTION, LINEAR, DECODE, PACKED, LOSS, fp8_cases(device, is_dry))

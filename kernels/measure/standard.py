@@ -15,7 +15,7 @@ import torch
 
 from ..proof import first_use
 from ..runtime import launch
-from .cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
+from .cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase, VocabLossCase
 
 DTYPES = ("bf16", "fp16", "fp32")
 FEATURES: tuple[dict[str, Any], ...] = (
@@ -33,6 +33,7 @@ LAYERS: tuple[dict[str, Any], ...] = (
     {"activation": "relu2"},
     {"activation": "silu", "gated": True},
 )
+HEADS: tuple[dict[str, Any], ...] = ({}, {"has_bias": True}, {"softcap": 30.0})
 
 
 def cases() -> list[Case]:
@@ -50,6 +51,7 @@ def cases() -> list[Case]:
             cache: dict[str, Any] = {"capacity": 512, "lens": (500, 33), "H": 8, "Hkv": 2, "D": d, "Dv": d}
             found += [DecodeCase(dtype, **cache), DecodeCase(dtype, **cache, page=64)]
         found += [LinearCase(dtype, 272, 256, 512, **layer) for layer in LAYERS]
+        found += [VocabLossCase(dtype, 272, 256, 1025, ignored=7, **head) for head in HEADS]
     return found
 
 

@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None, device: torch.device | None = None)
     from ..attention.dense import ops as _dense  # noqa: F401
     from ..attention.varlen import ops as _varlen  # noqa: F401
     from ..matmul import ops as _linear  # noqa: F401
+    from ..vocab_loss import ops as _vocab_loss  # noqa: F401
 
     op = getattr(torch.ops.fusemesh, operation).default
     values = made(described, torch.device("cuda") if device is None else device)

@@ -11,7 +11,8 @@ import torch
 from ..attention.call.options import Call
 from ..attention.decode.spec import DecodeCall
 from ..backend_record import implementation
-from . import attention, first_use, linear
+from ..vocab_loss.chunked import Head
+from . import attention, first_use, linear, vocab_loss
 from . import decode as decode_trials
 from .trial import Trial
 
@@ -151,3 +152,43 @@ def linear_backward(tensors: tuple[Any, ...], flags: dict[str, bool], by_name: b
         _Linear("linear_backward", arguments, dy.device, linear.Backward(dy, x, w, w_up, slope, slope_up, flags)),
         by_name,
     )
+
+
+@dataclass(frozen=True)
+class _VocabLoss:
+    """A forward or backward of the head's product with the cross entropy."""
+
+    operation: str
+    arguments: tuple[Any, ...]
+    device: torch.device
+    real: vocab_loss.Forward | vocab_loss.Backward
+    limit = ""
+
+    def compute(self) -> Any:
+        """Return the results of the op."""
+        return self.real.compute()
+
+    def trials(self, exactly: bool) -> Iterable[Trial]:
+        """Yield small calls; their sizes always keep their factors of 2."""
+        return self.real.trials()
+
+
+def vocab_loss_forward(h: torch.Tensor, head: Head, local: torch.Tensor, by_name: bool) -> Any:
+    """Return the sums by Triton's kernel, or None: see :func:`first_use.run`."""
+    real = vocab_loss.Forward(h, head, local)
+    arguments = (h, head.weight, head.bias, local, head.scale, head.softcap)
+    return first_use.run(_VocabLoss("vocab_loss_forward", arguments, h.device, real), by_name)
+
+
+def vocab_loss_backward(
+    rows: torch.Tensor,
+    h: torch.Tensor,
+    head: Head,
+    local: torch.Tensor,
+    wanted: tuple[bool, bool, bool],
+    by_name: bool,
+) -> Any:
+    """Return the gradients of h, weight and bias by Triton's kernel, or None: see :func:`first_use.run`."""
+    real = vocab_loss.Backward(rows, h, head, local, wanted)
+    arguments = (rows, h, head.weight, head.bias, local, head.scale, head.softcap, *wanted)
+    return first_use.run(_VocabLoss("vocab_loss_backward", arguments, h.device, real), by_name)

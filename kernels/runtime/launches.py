@@ -98,3 +98,36 @@ def linear_launches(
                 torch.autograd.grad(y, [t for t in (x, w, b, w_up) if t is not None], torch.empty_like(y))
 
     return run
+
+
+def loss_launches(
+    dtype: torch.dtype,
+    *,
+    bias: bool = False,
+    softcap: float | None = None,
+    rows: int = 256,
+    features: int = 1024,
+    columns: int = 4096,
+    backward: bool = True,
+) -> Callable[[], None]:
+    """``fused_linear_cross_entropy`` on the Triton backend: the forward and, unless switched off, every gradient.
+
+    Args:
+        dtype: of h and the head.
+        bias, softcap: of the head.
+        rows, features, columns: N, E and V. Tiles do not depend on them, and PyTorch's products of the backward run.
+    """
+    from ..vocab_loss.linear import fused_linear_cross_entropy
+
+    def run() -> None:
+        def leaf(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, requires_grad=backward)
+
+        h, weight, b = leaf(rows, features), leaf(columns, features), leaf(columns) if bias else None
+        targets = torch.zeros(rows, dtype=torch.int64)
+        with any_device():
+            loss = fused_linear_cross_entropy(h, weight, targets, b, softcap=softcap, backend="triton")
+            if backward:
+                torch.autograd.grad(loss, [x for x in (h, weight, b) if x is not None], torch.empty_like(loss))
+
+    return run

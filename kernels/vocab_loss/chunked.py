@@ -51,57 +51,79 @@ def forward(h: torch.Tensor, head: Head, local: torch.Tensor) -> Sums:
     for columns, z, _ in _logits(h, head, slopes=False):
         more = torch.maximum(largest, z.amax(1))
         own += _picked(z, local - columns.start)
-        total = total * torch.exp(largest - more) + z.sub_(more.unsqueeze(1)).exp_().sum(1)
+        shift = finite_shift(more)
+        total = total * torch.exp(largest - shift) + z.sub_(shift.unsqueeze(1)).exp_().sum(1)
         largest = more
     assert V > 0 or not total.any()
     return Sums(largest, total, own)
 
 
+def finite_shift(largest: torch.Tensor) -> torch.Tensor:
+    """Return what logits are relative to: the largest, or 0 where all are -inf (a bias that hides columns)."""
+    return largest.masked_fill(largest == float("-inf"), 0.0)
+
+
+class Gradients:
+    """The gradients of h, weight and bias that are wanted, None the others, to which the columns add theirs."""
+
+    def __init__(self, h: torch.Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
+        self.h, self.head = h, head
+        h_wanted, weight_wanted, bias_wanted = wanted
+        self.dh = h.new_zeros(h.shape, dtype=wide(h.dtype)) if h_wanted else None
+        self.dweight = torch.empty_like(head.weight) if weight_wanted else None
+        self.dbias = torch.empty_like(head.bias) if bias_wanted and head.bias is not None else None
+
+    def add(self, columns: slice, dz: torch.Tensor, sums: torch.Tensor | None) -> None:
+        """Take in the gradient dz [N, columns] of logits; ``sums`` of it over rows, where the bias needs them."""
+        if self.dbias is not None:
+            assert sums is not None
+            self.dbias[columns] = sums
+        if self.dweight is not None:
+            self.dweight[columns] = product(dz.t(), self.h)
+        if self.dh is not None:
+            self.dh += product(dz, self.head.weight[columns])
+
+    def found(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the three in the dtype of h."""
+        return None if self.dh is None else self.dh.to(self.h.dtype), self.dweight, self.dbias
+
+
 def backward(
-    dloss: torch.Tensor,
-    h: torch.Tensor,
-    head: Head,
-    local: torch.Tensor,
-    largest: torch.Tensor,
-    log_total: torch.Tensor,
-    wanted: tuple[bool, bool, bool],
+    rows: torch.Tensor, h: torch.Tensor, head: Head, local: torch.Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of h, weight and bias that are wanted; that of h is this rank's term of a sum over ranks.
 
     Args:
-        dloss: [N]. largest, log_total: [N], of all ranks' columns; the probability is exp(z - largest - log_total).
+        rows: [3, N], of each row dloss, and of all ranks' columns the largest logit and log(total); the probability is
+            exp(z - largest - log_total).
     """
-    h_wanted, weight_wanted, bias_wanted = wanted
-    weight, acc = head.weight, wide(h.dtype)
-    dh = torch.zeros_like(h, dtype=acc) if h_wanted else None
-    dweight = torch.empty_like(weight) if weight_wanted else None
-    dbias = None if not bias_wanted or head.bias is None else torch.empty_like(head.bias)
-    rows = torch.arange(len(h), device=h.device)
+    dloss, largest, log_total = rows
+    gradients = Gradients(h, head, wanted)
+    index = torch.arange(len(h), device=h.device)
     for columns, z, slope in _logits(h, head, slopes=True):
         # softmax - onehot, in place of the logits
         dz = z.sub_(largest.unsqueeze(1)).sub_(log_total.unsqueeze(1)).exp_()
         at = local - columns.start
         here = (at >= 0) & (at < dz.shape[1])
-        dz.index_put_((rows, at.clamp(0, dz.shape[1] - 1)), -here.to(acc), accumulate=True)
+        dz.index_put_((index, at.clamp(0, dz.shape[1] - 1)), -here.to(dz.dtype), accumulate=True)
         dz.mul_((dloss * head.scale).unsqueeze(1))
         if slope is not None:
             dz.mul_(slope)
-        if dbias is not None:
-            dbias[columns] = dz.sum(0)
-        if dweight is not None:
-            dweight[columns] = _product(dz.t(), h)
-        if dh is not None:
-            dh += _product(dz, weight[columns])
-    return None if dh is None else dh.to(h.dtype), dweight, dbias
+        gradients.add(columns, dz, None if gradients.dbias is None else dz.sum(0))
+    return gradients.found()
+
+
+def columns_of_a_chunk(N: int, itemsize: int) -> int:
+    """Return how many columns of N rows take :data:`CHUNK_BYTES`, a multiple of 64."""
+    return max(_LEAST_COLUMNS, CHUNK_BYTES // max(1, N * itemsize) // _LEAST_COLUMNS * _LEAST_COLUMNS)
 
 
 def _logits(h: torch.Tensor, head: Head, *, slopes: bool) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
     """Yield columns, their logits [N, columns], which the receiver may change, and the softcap's slope there."""
-    acc = wide(h.dtype)
-    step = max(_LEAST_COLUMNS, CHUNK_BYTES // max(1, len(h) * acc.itemsize) // _LEAST_COLUMNS * _LEAST_COLUMNS)
+    step = columns_of_a_chunk(len(h), wide(h.dtype).itemsize)
     for start in range(0, len(head.weight), step):
         columns = slice(start, min(start + step, len(head.weight)))
-        z = _product(h, head.weight[columns].t())
+        z = product(h, head.weight[columns].t())
         if head.bias is not None:
             z += head.bias[columns]
         if head.scale != 1:
@@ -120,7 +142,7 @@ def _picked(z: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return torch.where((at >= 0) & (at < z.shape[1]), picked, 0.0)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a b in fp32, fp64 for fp64. 16-bit factors stay so; a CPU rounds the product of bf16 to it, too."""
     acc = wide(b.dtype)
     if b.device.type == "cuda" and b.dtype != acc:

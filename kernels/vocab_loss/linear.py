@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .. import compat
+from .. import compat, op_rules
 from ..autocast import autocast_dtype
-from . import api, chunked
+from ..backend_record import Backend, Refusal, Request, needs_gradient
+from ..backends import choose
+from . import api, chunked, ops
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -25,18 +27,19 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         counted: torch.Tensor,
         head: tuple[float, float | None],
         group: dist.ProcessGroup | None,
+        record: Backend,
     ) -> torch.Tensor:
         # [n, E]: the rows that count alone
         rows = counted.nonzero().squeeze(1)
         used, own = h[rows], local[rows]
-        found = chunked.forward(used, chunked.Head(weight, bias, *head), own)
+        found = ops.forward(record, used, chunked.Head(weight, bias, *head), own)
         largest = api.reduce(found.largest.clone(), group, dist.ReduceOp.MAX)
-        # A rank without columns has -inf, of which nothing is left.
-        total = torch.where(found.total > 0, found.total * torch.exp(found.largest - largest), 0.0)
+        # A rank without columns has -inf, of which nothing is left; a total that is NaN stays NaN.
+        total = (found.total * torch.exp(found.largest - largest)).masked_fill(found.total == 0, 0.0)
         total, target = api.reduce(torch.stack([total, found.own]), group, dist.ReduceOp.SUM)
         log_total = torch.log(total)
         ctx.save_for_backward(h, weight, bias, rows, own, largest, log_total)
-        ctx.head = head
+        ctx.head, ctx.record = head, record
         loss = largest.new_zeros(len(h))
         # Not the sum of both: beside a large one the logarithm would lose its last digits.
         loss[rows] = log_total - (target - largest)
@@ -46,10 +49,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[Any, ...]:
         h, weight, bias, rows, own, largest, log_total = ctx.saved_tensors
-        head = chunked.Head(weight, bias, *ctx.head)
-        found = chunked.backward(dloss[rows], h[rows], head, own, largest, log_total, ctx.needs_input_grad[:3])
+        head, of_rows = chunked.Head(weight, bias, *ctx.head), torch.stack([dloss[rows], largest, log_total])
+        found = ops.backward(ctx.record, of_rows, h[rows], head, own, ctx.needs_input_grad[:3])
         dh = None if found[0] is None else torch.zeros_like(h).index_copy_(0, rows, found[0])
-        return dh, *found[1:], None, None, None, None
+        return dh, *found[1:], None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
@@ -63,6 +66,7 @@ def fused_linear_cross_entropy(
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """``-log softmax(z)[target]`` per token, with the logits ``z = cap(scale * (h weight^T + bias))`` never kept.
 
@@ -70,6 +74,11 @@ def fused_linear_cross_entropy(
     product. Logits are computed some columns of the vocabulary at a time, in the forward, and again in the backward, in
     fp32 (fp64 for fp64; bf16 on a CPU is as its matmul gives it), and so are all sums; a weight's gradient is rounded
     once. Beside its results the op needs memory for some chunks of 64 MiB and, in the backward, h's gradient in fp32.
+
+    On a GPU, in fp32, fp16 and bf16, ``auto`` takes Triton's kernels, each proven at its first use: in the forward
+    logits exist in registers alone, and in the backward one kernel goes from h to the logits' gradient, which it writes
+    in the dtype of h, a chunk at a time; PyTorch's products make those of h and weight of it. On a CPU, in fp64, and
+    where a kernel was not right, PyTorch's operations compute all of it in chunks.
 
     Args:
         h: [*, E], equal on every rank of ``group``.
@@ -81,6 +90,9 @@ def fused_linear_cross_entropy(
         softcap: above 0 (Gemma 2's ``final_logit_softcapping``), or None.
         vocab_start: the id of this rank's first row.
         group: the ranks that hold the vocabulary; None when this process holds all of it.
+        backend: ``"triton"``, ``"torch"`` (as it is called on a CPU by ``"cpu"``, and by ``"reference"``, too), or
+            ``"auto"``. Calls are counted (:func:`fusemesh.kernels.backends.call_counts`) as
+            ``("vocab_loss_forward", backend)`` and ``("vocab_loss_backward", backend)``.
 
     Returns:
         loss [*], fp32 (fp64 for fp64), equal on every rank of the group. Its gradient must be too. The gradient of
@@ -97,14 +109,21 @@ def fused_linear_cross_entropy(
     _check(h, weight, targets, bias, scale, softcap)
     api.check_ids("fused_linear_cross_entropy", targets, weight.shape[0], vocab_start, group, ignore_index)
     targets = targets.long()
-    if compat.transforms():
+    transforms = compat.transforms()
+    needs_grad = bool(transforms) and needs_gradient(h, weight, bias)
+    record = choose(backend, Request("vocab_loss", h.device, h.dtype, needs_grad=needs_grad, transforms=transforms))
+    if transforms and "vocab_loss" not in record.differentiable:
+        what = op_rules.active_transforms()
+        refusal = Refusal("backend", f"one with a rule for {what}", f"{record.name!r}, whose vocab_loss has none")
+        raise refusal.error(record.name, "use backend='auto' or 'torch'")
+    if transforms:
         acc = chunked.wide(h.dtype)
         z = scale * torch.nn.functional.linear(h.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         return api.by_formula(z, targets, vocab_start, ignore_index)
     flat = targets.reshape(-1)
     arguments = (h.reshape(-1, h.shape[-1]), weight, bias, flat - vocab_start, flat != ignore_index)
-    loss = _FusedLinearCrossEntropy.apply(*arguments, (float(scale), softcap), group)
+    loss = _FusedLinearCrossEntropy.apply(*arguments, (float(scale), softcap), group, record)
     return loss.reshape(targets.shape)
 
 
@@ -133,6 +152,11 @@ def _check(
             f"bias: expected [{weight.shape[0]}], one a row of weight, in the dtype of h, {h.dtype}, received "
             f"{tuple(bias.shape)} in {bias.dtype}"
         )
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != h.device:
+            raise ValueError(
+                f"{name}: expected the device of h, {h.device}, received {tensor.device}; move it with .to({h.device})"
+            )
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, received {scale}")
     if softcap is not None and not 0 < softcap < math.inf:

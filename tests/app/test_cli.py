@@ -84,7 +84,7 @@ def test_text_for_people(run, capfd):
     for arguments, expected in (
         (["eval", run], "step 6, layout single: held-out loss "),
         (["merge", run, "-o", run / "other.safetensors"], "parameters of "),
-        (["doctor"], f"auto on cpu     attention: {AUTO}, linear: torch, decode: {DECODE}"),
+        (["doctor"], f"auto on cpu     attention: {AUTO}, linear: torch, loss: torch, decode: {DECODE}"),
     ):
         capfd.readouterr()
         assert cli.main(list(map(str, arguments))) == 0
@@ -126,7 +126,7 @@ def test_doctor(capfd):
     assert set(findings["backends"]["cpu"]) == {"reference", "torch", "cpu", "triton"}
     assert findings["backends"]["cpu"]["torch"] is None
     assert "TRITON_INTERPRET=1" in findings["backends"]["cpu"]["triton"]
-    assert findings["auto"]["cpu"] == {"attention": AUTO, "linear": "torch", "decode": DECODE}
+    assert findings["auto"]["cpu"] == {"attention": AUTO, "linear": "torch", "loss": "torch", "decode": DECODE}
     assert findings["process_groups"]["gloo"] is True
     assert findings["engine"]["available"] is (findings["backends"]["cpu"]["cpu"] is None)
 

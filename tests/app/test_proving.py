@@ -19,7 +19,7 @@ from fusemesh import cli
 from fusemesh.commands import bench
 from fusemesh.kernels import env
 from fusemesh.kernels.measure import comparison, standard
-from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
+from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase, VocabLossCase
 from fusemesh.kernels.proof import first_use, preferences, store
 from fusemesh.kernels.proof.store import Store, Verdict
 from fusemesh.kernels.runtime import launch
@@ -180,7 +180,8 @@ def test_the_standard_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cases) < 100
     for dtype in ("bf16", "fp16", "fp32"):
         for d in (64, 128):
-            of = [x for x in cases if not isinstance(x, LinearCase) and (x.dtype, x.D, x.Dv) == (dtype, d, d)]
+            others = (LinearCase, VocabLossCase)
+            of = [x for x in cases if not isinstance(x, others) and (x.dtype, x.D, x.Dv) == (dtype, d, d)]
             dense = [x for x in of if isinstance(x, AttentionCase)]
             for feature in (
                 lambda x: not x.causal,
@@ -196,6 +197,8 @@ def test_the_standard_set(monkeypatch: pytest.MonkeyPatch) -> None:
             assert {x.page for x in of if isinstance(x, DecodeCase)} == {None, 64}
         layers = [x for x in cases if isinstance(x, LinearCase) and x.dtype == dtype]
         assert {x.activation for x in layers} == {None, "gelu", "gelu_tanh", "silu", "relu2"}
+        heads = [x for x in cases if isinstance(x, VocabLossCase) and x.dtype == dtype]
+        assert {(x.has_bias, x.softcap) for x in heads} == {(False, None), (True, None), (False, 30.0)}
     with launch.any_device(), launch.assume_target(launch.TARGETS["sm_80"]):
         for case in cases:
             launched: list[str] = []

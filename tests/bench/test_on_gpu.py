@@ -40,7 +40,7 @@ def _dry_run(stage: str, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
 
 
 def _few(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    for name in ("ATTENTION", "LINEAR", "DECODE", "PACKED", "FP8"):
+    for name in ("ATTENTION", "LINEAR", "DECODE", "PACKED", "LOSS", "FP8"):
         monkeypatch.setattr(tables, name, getattr(tables, name)[:count])
 
 
@@ -48,7 +48,7 @@ def _twice(values: Tensors) -> Tensors:
     return {name: 2 * value for name, value in values.items()}
 
 
-ALL = (*tables.ATTENTION, *tables.LINEAR, *tables.DECODE, *tables.PACKED, *tables.FP8)
+ALL = (*tables.ATTENTION, *tables.LINEAR, *tables.DECODE, *tables.PACKED, *tables.LOSS, *tables.FP8)
 
 
 def test_correctness(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_the_matrix_holds_every_feature_in_every_dtype_and_a_dozen_combinations(
     assert {case.D for case in combined} - {2**i for i in range(4, 9)}, "head dims that are no power of two"
     assert any(case.Dv != case.D for case in combined)
     assert any(case.device_origin for case in combined) and any(case.window for case in combined)
-    assert len(set(ALL)) == len(ALL) == 170 and set(ALL) >= tables.REPEATED and len(tables.REPEATED) == 10
+    assert len(set(ALL)) == len(ALL) == 193 and set(ALL) >= tables.REPEATED and len(tables.REPEATED) == 11
     assert len({(case.op, case.name) for case in ALL}) == len(ALL), "names tell them apart"
 
 
@@ -192,9 +192,9 @@ def test_wrong_results_fail_correctness_after_they_were_written(
     _few(monkeypatch, 2)
     status, payload = _dry_run("correctness", tmp_path)
     assert status == 1
-    assert [row["check"][:6] for row in payload["rows"]] == ["WRONG:"] * 10
+    assert [row["check"][:6] for row in payload["rows"]] == ["WRONG:"] * 12
     printed = capsys.readouterr().out
-    assert "10 of FuseMesh's results are wrong or did not run" in printed and "WRONG: " in printed
+    assert "12 of FuseMesh's results are wrong or did not run" in printed and "WRONG: " in printed
 
 
 def test_a_wrong_result_fails_the_sweep_after_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_a_launcher_that_launches_nothing_is_noticed(tmp_path: Path, monkeypatch
     from fusemesh.kernels.matmul.gpu import linear as triton_matmul
 
     monkeypatch.setattr(triton_matmul, "launch", lambda *arguments, **options: None)
-    for name in ("ATTENTION", "DECODE", "PACKED", "FP8"):
+    for name in ("ATTENTION", "DECODE", "PACKED", "LOSS", "FP8"):
         monkeypatch.setattr(tables, name, ())
     status, payload = _dry_run("correctness", tmp_path)
     assert status == 1 and all("recorded []" in row["check"] for row in payload["rows"])

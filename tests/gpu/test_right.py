@@ -11,7 +11,7 @@ from fusemesh.kernels.measure.cases import Case
 
 pytestmark = pytest.mark.gpu
 
-CASES: tuple[Case, ...] = (*tables.ATTENTION, *tables.LINEAR, *tables.DECODE, *tables.PACKED)
+CASES: tuple[Case, ...] = (*tables.ATTENTION, *tables.LINEAR, *tables.DECODE, *tables.PACKED, *tables.LOSS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.name}")

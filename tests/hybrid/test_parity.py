@@ -111,13 +111,16 @@ def triton_expected(triton_pool: RankPool) -> Expected:
 
 def assert_calls(run: Run, backend: str, steps: int, microbatches: int) -> None:
     """Of each micro-batch: query, key, value, output, gate with up, down in each layer that the rank holds, and
-    attention once. The head's product is the loss's."""
+    attention once; the loss, which has the head's product, where the last norm is: of PyTorch's chunks in fp64."""
     names = run.steps[0].gradients
     layers = sum(name.endswith("mlp.down.weight") for name in names)
     linear, attention = (steps * microbatches * calls for calls in (6 * layers, layers))
     counts = {("linear_forward", backend): linear, ("attention_forward", backend): attention}
     if backend == "triton":
         counts |= {("linear_backward", backend): linear, ("attention_backward", backend): attention}
+    if "norm.weight" in names:
+        of_loss = {"reference": "torch"}.get(backend, backend)
+        counts |= {(f"vocab_loss_{way}", of_loss): steps * microbatches for way in ("forward", "backward")}
     assert run.counts == counts
 
 

@@ -216,6 +216,21 @@ def test_linear_layers_refuse_exactly_what_does_not_run(backend: str, dtype: str
             fused_linear(x, w, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_the_loss_refuses_exactly_what_does_not_run(backend: str, dtype: str) -> None:
+    h, weight = torch.randn(3, 16, dtype=DTYPES[dtype]), torch.randn(5, 16, dtype=DTYPES[dtype])
+    refusal = backend_record.records()[backend].refuse(Request("vocab_loss", h.device, h.dtype))
+    call = (h, weight, torch.tensor([0, 4, 2]))
+    if refusal is None:
+        want = torch.nn.functional.cross_entropy(h @ weight.t(), call[2], reduction="none")
+        have = fusemesh.fused_linear_cross_entropy(*call, backend=backend)
+        torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-3)
+    else:
+        with pytest.raises(ValueError, match=rf"^{refusal.argument}: expected "):
+            fusemesh.fused_linear_cross_entropy(*call, backend=backend)
+
+
 def test_the_cases_see_both_answers() -> None:
     """Every backend with limits refuses some of the cases, for each kind of reason, and takes others."""
     seen: dict[str, set[str]] = {name: set() for name in ("torch", "cpu", "triton")}
@@ -281,6 +296,8 @@ def test_the_tables_say_what_the_records_refuse(backend: str, page: str) -> None
     assert names == [name for name in ("fp32", "bf16", "fp64") if takes(backend, "attention", "plain", name, True)]
     computes_linear = "linear" in backend_record.records()[backend].implementations
     assert rows[-1][backend] == ("F B" if computes_linear else "-")
+    of_loss = Request("vocab_loss", torch.device("cpu"), torch.float32)
+    assert rows[-2][backend] == ("F B" if backend_record.records()[backend].refuse(of_loss) is None else "-")
 
 
 def test_what_docs_say_of_dropout_is_what_the_records_say() -> None:

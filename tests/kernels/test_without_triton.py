@@ -92,4 +92,4 @@ def test_attention_on_the_cpu_engine_and_doctor() -> None:
     assert found["backends"]["cpu"]["triton"].startswith("triton is not installed")
     assert (found["backends"]["cpu"]["cpu"] is None) == (outcome == "ran 1")
     chosen = ("cpu", "cpu") if outcome == "ran 1" else ("torch", "reference")
-    assert found["auto"]["cpu"] == {"attention": chosen[0], "linear": "torch", "decode": chosen[1]}
+    assert found["auto"]["cpu"] == {"attention": chosen[0], "linear": "torch", "loss": "torch", "decode": chosen[1]}

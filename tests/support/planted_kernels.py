@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
+from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase, VocabLossCase
 from tests.support.interpreted_device import Spoil
 
 DENSE = AttentionCase("fp32", B=1, H=2, Hkv=1, Sq=33, Sk=40, D=16, Dv=16, causal=True, align="bottom_right")
@@ -14,6 +14,7 @@ MASKED = AttentionCase("bf16", B=1, H=2, Hkv=2, Sq=33, Sk=40, mask="mn", bias="h
 PACKED = PackedCase("fp32", lens_q=(9, 0, 20), lens_k=(9, 4, 33), H=2, Hkv=1, causal=True, align="top_left")
 STEP = DecodeCase("fp32", capacity=600, lens=(500, 33), added=1, causal=True)
 LAYER = LinearCase("fp32", 17, 16, 24, "gelu")
+LOSS = VocabLossCase("bf16", 17, 24, 70, has_bias=True)
 GATED = LinearCase("bf16", 17, 16, 24, "silu", gated=True)
 
 
@@ -53,6 +54,11 @@ def delta_of_out_alone(args: dict[str, Any]) -> None:
     args["values"].p_delta[:, :, : do.shape[2]] -= (do.float() * rest.float()).sum(-1)
 
 
+def a_column_is_missing(args: dict[str, Any]) -> None:
+    """Leave out of each sum one column in a thousand."""
+    args["p_total"].mul_(0.999)
+
+
 # Each kernel, a call that launches it, a fault of it, and the results that the fault makes wrong.
 FAULTS: dict[str, tuple[str, Case, Spoil]] = {
     "forward": ("attention_forward_kernel", DENSE, add("views", 12)),
@@ -76,4 +82,8 @@ FAULTS: dict[str, tuple[str, Case, Spoil]] = {
     "linear's slope": ("linear_forward_kernel", LAYER, add("p_slope")),
     "dgrad": ("linear_dgrad_kernel", LAYER, add("p_dx", where=0)),
     "wgrad": ("linear_wgrad_kernel", GATED, add("p_dw_up")),
+    "loss": ("vocab_loss_forward_kernel", LOSS, a_column_is_missing),
+    "loss's own logit": ("vocab_loss_forward_kernel", LOSS, add("p_own", value=1e-3)),
+    "loss's dz": ("vocab_loss_dz_kernel", LOSS, lambda args: args["p_dz"][3].mul_(1.05)),
+    "loss's dbias": ("vocab_loss_dz_kernel", LOSS, add("p_dbias", value=0.1, where=0)),
 }

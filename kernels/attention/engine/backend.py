@@ -16,7 +16,7 @@ SOFTCAPS = (1e-37, 1e38)
 
 
 def _limits(request: Request) -> Refusal | None:
-    if request.operation == "linear":  # PyTorch's, in any dtype
+    if request.operation in CPU.instead:  # PyTorch's, in any dtype
         return None
     if request.dtype not in DTYPES:
         return Refusal("q", "float32, bfloat16 or float16", request.dtype)
@@ -42,7 +42,7 @@ def _unavailable(device: torch.device) -> str | None:
 def _automatic(request: Request) -> str | None:
     if request.device.type != "cpu" or launch.has_compiled_kernels(request.device):
         return None
-    return None if request.operation == "linear" else "the C++ engine"
+    return None if request.operation in CPU.instead else "the C++ engine"
 
 
 CPU = Backend(
@@ -56,5 +56,5 @@ CPU = Backend(
     unavailable=_unavailable,
     automatic=_automatic,
     # So that one name serves a whole model on CPU tensors; the engine has no product of matrices.
-    instead={"linear": "torch"},
+    instead={"linear": "torch", "vocab_loss": "torch"},
 )

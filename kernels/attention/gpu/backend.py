@@ -49,6 +49,10 @@ def _limits(request: Request) -> Refusal | None:
         if request.dtype == torch.float64:
             return Refusal("x", "float32, bfloat16 or float16", request.dtype)
         return None
+    if request.operation == "vocab_loss":
+        if request.dtype == torch.float64:
+            return Refusal("h", "float32, bfloat16 or float16", request.dtype)
+        return None
     is_decode = request.operation == "attention_decode"
     if request.dtype == torch.float64:
         return Refusal("q", "float32, bfloat16 or float16", request.dtype)
@@ -139,6 +143,7 @@ TRITON = Backend(
         "attention_varlen": "fusemesh.kernels.attention.gpu.varlen",
         "attention_decode": "fusemesh.kernels.attention.gpu.decode",
         "linear": "fusemesh.kernels.matmul.gpu.linear",
+        "vocab_loss": "fusemesh.kernels.vocab_loss.gpu.loss",
     },
     limits=_limits,
     unavailable=_unavailable,

@@ -27,7 +27,7 @@ def inexpressible(request: Request) -> str | None:
 
 
 def _limits(request: Request) -> Refusal | None:
-    if request.operation == "linear":
+    if request.operation in ("linear", "vocab_loss"):
         return None
     what = inexpressible(request)
     if what is None:
@@ -41,6 +41,8 @@ def _limits(request: Request) -> Refusal | None:
 
 
 def _automatic(request: Request) -> str | None:
+    if request.operation == "vocab_loss":
+        return f"PyTorch's products in chunks on {request.device.type}"
     if request.transforms and request.operation != "linear":  # as large as the reference there, and with less of it
         return None
     if request.operation == "linear":
@@ -54,8 +56,10 @@ TORCH = Backend(
     implementations={
         "attention": "fusemesh.kernels.attention.sdpa.dense",
         "linear": "fusemesh.kernels.matmul.torch_linear",
+        "vocab_loss": "fusemesh.kernels.vocab_loss.chunked",
     },
     limits=_limits,
     automatic=_automatic,
-    differentiable=frozenset({"attention", "linear"}),
+    # Of the loss the formula under a transform, the chunks elsewhere.
+    differentiable=frozenset({"attention", "linear", "vocab_loss"}),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...measure.cases import AttentionCase, LinearCase
+from ...measure.cases import AttentionCase, LinearCase, VocabLossCase
 from .. import COPIES, emulate
 from ..hazard import Hazard, UnknownInstruction
 from .counts import table
@@ -16,12 +16,14 @@ from .counts import table
 _DIMS = {"B": "b", "H": "h", "Q": "m", "K": "n"}
 
 
-def case_of(options: argparse.Namespace, dtype: str) -> AttentionCase | LinearCase:
+def case_of(options: argparse.Namespace, dtype: str) -> AttentionCase | LinearCase | VocabLossCase:
     """Return the call that the command's options describe, on small shapes."""
     length = options.length
     if options.kernel == "linear":
         rows, features = length, length + 24
         return LinearCase(dtype, rows, features, features, options.activation, options.gated)
+    if options.kernel == "loss":
+        return VocabLossCase(dtype, length, length + 24, 2 * length + 24, softcap=options.softcap)
     return AttentionCase(
         dtype,
         B=1,
@@ -80,6 +82,6 @@ def _lines(case: Any, target: str, options: argparse.Namespace) -> Iterator[tupl
             yield f"WRONG: other bits by when copies land: {', '.join(differing)}", False
 
 
-def _forward(case: AttentionCase | LinearCase, x: Any) -> dict[str, torch.Tensor]:
+def _forward(case: AttentionCase | LinearCase | VocabLossCase, x: Any) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         return {case.result: case.run(x, "triton")}

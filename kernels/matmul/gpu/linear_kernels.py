@@ -16,7 +16,7 @@ from .epilogues import activate, load_scaled
 
 
 @triton.jit
-def _tile_of_program(num_rows, num_cols, GROUP: tl.constexpr):
+def tile_of_program(num_rows, num_cols, GROUP: tl.constexpr):
     """(row, column) of this program's tile. Programs that run together share GROUP rows of tiles: the L2 cache's."""
     i_program = tl.program_id(0)
     per_group = GROUP * num_cols
@@ -27,12 +27,12 @@ def _tile_of_program(num_rows, num_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _offsets(i_tile, BLOCK: tl.constexpr):
+def offsets(i_tile, BLOCK: tl.constexpr):
     return tl.cast(i_tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def _step(BLOCK: tl.constexpr, stride):
+def step(BLOCK: tl.constexpr, stride):
     """The distance between two steps of a loop, in elements, 64-bit whatever the stride came as."""
     return tl.cast(BLOCK, tl.int64) * stride
 
@@ -76,10 +76,10 @@ def linear_forward_kernel(
 
     Where their pointers are given, slope = dy/dz (act'(z), gated u * act'(z)) and slope_up = dy/du (act(z)) are stored.
     """
-    i_m, i_n = _tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
-    o_m = _offsets(i_m, BLOCK_M)
-    o_n = _offsets(i_n, BLOCK_N)
-    o_k = _offsets(0, BLOCK_K)
+    i_m, i_n = tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    o_m = offsets(i_m, BLOCK_M)
+    o_n = offsets(i_n, BLOCK_N)
+    o_k = offsets(0, BLOCK_K)
     m_m = (o_m < M)[:, None]
     m_n = (o_n < N)[None, :]
 
@@ -104,9 +104,9 @@ def linear_forward_kernel(
             b_w_up = tl.load(p_bw_up, mask=m_w, other=0.0)
             fence_copies()
             b_u = tl.dot(b_x, b_w_up, b_u, input_precision=PRECISION)
-            p_bw_up += _step(BLOCK_K, s_w_up[1])
-        p_bx += _step(BLOCK_K, s_x[1])
-        p_bw += _step(BLOCK_K, s_w[1])
+            p_bw_up += step(BLOCK_K, s_w_up[1])
+        p_bx += step(BLOCK_K, s_x[1])
+        p_bw += step(BLOCK_K, s_w[1])
 
     if p_bias is not None:
         b_z += tl.load(p_bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
@@ -151,10 +151,10 @@ def linear_dgrad_kernel(
     GROUP: tl.constexpr,
 ):
     """dx = (dy * slope) w + (dy * slope_up) w_up; without slopes dy w."""
-    i_m, i_k = _tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
-    o_m = _offsets(i_m, BLOCK_M)
-    o_n = _offsets(0, BLOCK_N)
-    o_k = _offsets(i_k, BLOCK_K)
+    i_m, i_k = tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
+    o_m = offsets(i_m, BLOCK_M)
+    o_n = offsets(0, BLOCK_N)
+    o_k = offsets(i_k, BLOCK_K)
     m_m = (o_m < M)[:, None]
     m_k = (o_k < K)[None, :]
 
@@ -188,13 +188,13 @@ def linear_dgrad_kernel(
             b_w_up = tl.load(p_bw_up, mask=m_w, other=0.0)
             fence_copies()
             b_dx = tl.dot(b_du.to(b_w_up.dtype), b_w_up, b_dx, input_precision=PRECISION)
-            p_bslope_up += _step(BLOCK_N, s_slope_up[1])
-            p_bw_up += _step(BLOCK_N, s_w_up[0])
+            p_bslope_up += step(BLOCK_N, s_slope_up[1])
+            p_bw_up += step(BLOCK_N, s_w_up[0])
         b_dx = _finished(b_dx, WAITS)
-        p_bdy += _step(BLOCK_N, s_dy[1])
+        p_bdy += step(BLOCK_N, s_dy[1])
         if p_slope is not None:
-            p_bslope += _step(BLOCK_N, s_slope[1])
-        p_bw += _step(BLOCK_N, s_w[0])
+            p_bslope += step(BLOCK_N, s_slope[1])
+        p_bw += step(BLOCK_N, s_w[0])
 
     tl.store(p_dx + o_m[:, None] * K + o_k[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_m & m_k)
 
@@ -226,10 +226,10 @@ def linear_wgrad_kernel(
 
     dz = dy * slope, or dy where there is no slope; du = dy * slope_up.
     """
-    i_n, i_k = _tile_of_program(tl.cdiv(N, BLOCK_N), tl.maximum(tl.cdiv(K, BLOCK_K), 1), GROUP)
-    o_m = _offsets(0, BLOCK_M)
-    o_n = _offsets(i_n, BLOCK_N)
-    o_k = _offsets(i_k, BLOCK_K)
+    i_n, i_k = tile_of_program(tl.cdiv(N, BLOCK_N), tl.maximum(tl.cdiv(K, BLOCK_K), 1), GROUP)
+    o_m = offsets(0, BLOCK_M)
+    o_n = offsets(i_n, BLOCK_N)
+    o_k = offsets(i_k, BLOCK_K)
     m_n = (o_n < N)[None, :]
     m_k = (o_k < K)[None, :]
 
@@ -253,7 +253,7 @@ def linear_wgrad_kernel(
         if p_x is not None:
             # [BLOCK_M, BLOCK_K]
             b_x = tl.load(p_bx, mask=m_m & m_k, other=0.0)
-            p_bx += _step(BLOCK_M, s_x[0])
+            p_bx += step(BLOCK_M, s_x[0])
         if p_dw is not None or p_dbias is not None:
             # [BLOCK_M, BLOCK_N]
             b_dz = load_scaled(p_bdy, p_bslope, m_m & m_n, p_slope is not None)
@@ -273,10 +273,10 @@ def linear_wgrad_kernel(
             fence_copies()
             b_dw_up = tl.dot(tl.trans(b_du.to(b_x.dtype)), b_x, b_dw_up, input_precision=PRECISION)
             b_dw_up = _finished(b_dw_up, WAITS)
-            p_bslope_up += _step(BLOCK_M, s_slope_up[0])
-        p_bdy += _step(BLOCK_M, s_dy[0])
+            p_bslope_up += step(BLOCK_M, s_slope_up[0])
+        p_bdy += step(BLOCK_M, s_dy[0])
         if p_slope is not None:
-            p_bslope += _step(BLOCK_M, s_slope[0])
+            p_bslope += step(BLOCK_M, s_slope[0])
 
     o_dw = o_n[:, None] * K + o_k[None, :]
     m_dw = (o_n < N)[:, None] & m_k

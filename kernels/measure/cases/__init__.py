@@ -6,7 +6,8 @@ from .attention import AttentionCase, self_attention
 from .decode import DecodeCase
 from .linear import LinearCase
 from .packed import PackedCase
+from .vocab_loss import VocabLossCase
 
-Case = AttentionCase | DecodeCase | LinearCase | PackedCase
+Case = AttentionCase | DecodeCase | LinearCase | PackedCase | VocabLossCase
 
-__all__ = ["AttentionCase", "Case", "DecodeCase", "LinearCase", "PackedCase", "self_attention"]
+__all__ = ["AttentionCase", "Case", "DecodeCase", "LinearCase", "PackedCase", "VocabLossCase", "self_attention"]

@@ -55,13 +55,16 @@ def _auto(kind: str) -> dict[str, str]:
     from fusemesh.kernels.attention.decode.api import flash_attention_decode
     from fusemesh.kernels.attention.dense.api import flash_attention
     from fusemesh.kernels.matmul.api import fused_linear
+    from fusemesh.kernels.vocab_loss.linear import fused_linear_cross_entropy
 
     x = torch.zeros(1, 1, 16, 16, device=kind, requires_grad=True)
     cache, lengths = torch.zeros_like(x), torch.ones(1, dtype=torch.int32, device=kind)
+    targets = torch.zeros(16, dtype=torch.int64, device=kind)
     chosen = {}
     for operation, counted, run in (
         ("attention", "attention_forward", lambda: flash_attention(x, x, x, causal=True)),
         ("linear", "linear_forward", lambda: fused_linear(x, x[0, 0])),
+        ("loss", "vocab_loss_forward", lambda: fused_linear_cross_entropy(x[0, 0], x[0, 0], targets)),
         ("decode", "attention_decode", lambda: flash_attention_decode(x.detach(), cache, cache, cache_lens=lengths)),
     ):
         before = backends.call_counts()

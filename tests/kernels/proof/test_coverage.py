@@ -39,7 +39,7 @@ def every_result_is_right(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     made = trial.Trial
     monkeypatch.setattr(attention, "expected", expected)
-    for module in ("attention", "decode", "linear"):
+    for module in ("attention", "decode", "linear", "vocab_loss"):
         monkeypatch.setattr(f"fusemesh.kernels.proof.{module}.Trial", quiet)
     monkeypatch.setattr(store, "_default", Store(None))
     monkeypatch.setattr(first_use, "_mode", first_use.ON)
@@ -113,6 +113,22 @@ def test_layouts_of_linear_layers(sizes: tuple[int, int, int]) -> None:
             lambda x=x, w=w: fusemesh.fused_linear(x, w, activation="gelu", backend="triton").sum().backward(), device
         )
         found += [f"{order} {odd} {offset}: {why}"] if why else []
+    assert found == []
+
+
+def test_layouts_of_heads() -> None:
+    device, found = RecordingDevice(), []
+    for n, v, e in ((1, 1, 1), (33, 50, 48), (64, 1000, 33), (5, 40, 1)):
+        for order, odd, offset, cap in itertools.product(((0, 1), (1, 0)), (0, 1, 8), (0, 3, 8), (None, 3.0)):
+            h, w = (strided(shape, order, odd, offset, torch.float16).requires_grad_() for shape in ((n, e), (v, e)))
+            bias = strided((v,), (0,), 0, offset, torch.float16).requires_grad_()
+
+            def call(h: torch.Tensor = h, w: torch.Tensor = w, bias: torch.Tensor = bias, cap: Any = cap) -> None:
+                targets = torch.zeros(len(h), dtype=torch.int64)
+                fusemesh.fused_linear_cross_entropy(h, w, targets, bias, softcap=cap, backend="triton").sum().backward()
+
+            why = uncovered(call, device)
+            found += [f"{n} {v} {e} {order} {odd} {offset} {cap}: {why}"] if why else []
     assert found == []
 
 

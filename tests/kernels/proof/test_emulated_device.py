@@ -12,7 +12,7 @@ import pytest
 
 import fusemesh
 from fusemesh.kernels import backends
-from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase
+from fusemesh.kernels.measure.cases import AttentionCase, Case, DecodeCase, LinearCase, PackedCase, VocabLossCase
 from fusemesh.kernels.proof import store
 from fusemesh.kernels.runtime import launch
 from tests.support.interpreted_device import Spoil
@@ -52,9 +52,11 @@ ROWS: dict[str, Case] = {
     "cache": DecodeCase("bf16", **STEP),
     "pages": DecodeCase("bf16", **STEP, page=16, added=1, causal=True),
     "latent": DecodeCase("bf16", **{**STEP, "Hkv": 1, "D": 96}, latent=True),
+    "loss": VocabLossCase("bf16", 20, 32, 70, has_bias=True),
+    "loss with a softcap": VocabLossCase("fp32", 20, 33, 70, softcap=3.0, scale=0.5),
     "gated": LinearCase("fp32", 20, 32, 32, "silu", gated=True),
 }
-QUICK = ("linear", "cache")
+QUICK = ("linear", "cache", "loss")
 
 
 @pytest.mark.parametrize("row", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in ROWS])

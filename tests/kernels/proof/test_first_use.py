@@ -25,7 +25,7 @@ from fusemesh.kernels.proof import first_use, store
 from fusemesh.kernels.proof.store import Store
 from fusemesh.kernels.runtime.launch import execute_on
 from tests.support.interpreted_device import InterpretedDevice
-from tests.support.planted_kernels import DENSE, FAULTS, GATED, LAYER, MASKED, PACKED, STEP, add
+from tests.support.planted_kernels import DENSE, FAULTS, GATED, LAYER, LOSS, MASKED, PACKED, STEP, add
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("nothing_is_known")]
 
@@ -35,7 +35,7 @@ def slow(value: Any) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-QUICK = ("forward's lse", "dk and dv", "append", "linear", "wgrad")
+QUICK = ("forward's lse", "dk and dv", "append", "linear", "wgrad", "loss", "loss's dz")
 
 
 def computed(case: Case, device: InterpretedDevice, backend: str = "auto") -> list[str]:
@@ -48,7 +48,7 @@ def computed(case: Case, device: InterpretedDevice, backend: str = "auto") -> li
     return [str(x.message) for x in found if "wrong results on" in str(x.message)]
 
 
-@pytest.mark.parametrize("case", [*(slow(x) for x in (DENSE, MASKED, PACKED, LAYER)), STEP, GATED])
+@pytest.mark.parametrize("case", [*(slow(x) for x in (DENSE, MASKED, PACKED, LAYER)), STEP, GATED, LOSS])
 def test_auto_takes_what_is_right(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     device = InterpretedDevice()
     with caplog.at_level(logging.INFO, logger="fusemesh"):
