@@ -17,8 +17,9 @@ Prediction, written before the first run, when the fills were known: packed rows
 take 12.5, so the speed is 2.2 times at 39 %, a little more by attention to short documents. Docstrings fill padded rows
 by 10 %: 10 times less in the blocks, 8 times the speed.
 
-Found under load, no result kept, two pairs of turns on one thread: 2.3 times (2.1 in processors' time) at 39 %, and 5.6
-(3.2) with docstrings, whose pairs were 1.2 and 10 times.
+Found on two cores of an AMD EPYC (family 26), idle, torch 2.13, seven pairs: 3.16 times (1.56 to 7.09, as padded rows
+differ in how full they are) at 39 %, and 9.17 (3.07 to 15.85) with docstrings; in processors' time the same. Both are
+more than predicted; the reason was not looked for.
 """
 
 from __future__ import annotations
