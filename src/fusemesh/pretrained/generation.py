@@ -69,6 +69,8 @@ def generate(
         # It would say the same, of prompt and new tokens together.
         max_length=None,
         num_beams=num_beams,
+        # One answer to each prompt.
+        num_return_sequences=1,
         do_sample=sampling is not None,
         decoder_start_token_id=begin,
         eos_token_id=list(ends) or None,
