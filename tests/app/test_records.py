@@ -203,7 +203,7 @@ def test_columns_may_have_other_names_and_a_byte_order_mark(tmp_path: Path) -> N
         ("a.csv.gz", b"text,label\na,x\n", "a.csv.gz: expected a gzip file, as .gz says, received another kind"),
         ("a.txt", "a很\tx\n很".encode()[:-1], "a.txt, line 2: expected UTF-8, received its last character cut off"),
         ("a.txt", b"a\tx\nb x\n", "a.txt, line 2: expected text, label, separated by tabs, received 1 value"),
-        ("a.txt", b"a\tx\n\tx\n", "a.txt, line 2: expected a text, received nothing; fill it in"),
+        ("a.txt", b"a\tx\n\tx\n", "a.txt, line 2: expected a value of 'text', received nothing; fill it in"),
         ("a.txt", b"a\tx\n\xe4\tx\n", "a.txt, line 2: expected UTF-8, received the byte 0xe4; it is likely cp1252"),
     ],
 )

@@ -109,7 +109,9 @@ def read_records(
         for name, value in zip(fields.needed, record.values, strict=False):
             check_characters(value, record.where)
             if not value.strip():
-                raise ValueError(f"{record.where}: expected a {name}, received nothing; fill it in, or drop the line")
+                raise ValueError(
+                    f"{record.where}: expected a value of {name!r}, received nothing; fill it in, or drop the line"
+                )
     return records
 
 
