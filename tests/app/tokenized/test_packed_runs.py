@@ -11,6 +11,7 @@ import pytest
 from fusemesh import cli, config
 from fusemesh.config import Config
 from fusemesh.hybrid.data import BatchOrder
+from fusemesh.hybrid.layout import Layout
 from fusemesh.pretrained.tokenizer import FolderTokens
 from fusemesh.run.checks import Resume, check_resumable
 from fusemesh.run.metrics import read_metrics
@@ -22,6 +23,7 @@ from fusemesh.tokenized.packing import PackedRows
 from tests.support.pretrained import runs
 from tests.support.pretrained.chats import make_chat_model
 from tests.support.pretrained.documents import make_data, rows_of, samples_of, settings
+from tests.support.pretrained.folders import make_folder
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,25 @@ def test_a_packed_mixture_resumes_from_dp4_in_dp2_x_tp2(folder, data, tmp_path, 
         assert len(losses[0]) == steps
         summary = found[0] if isinstance(found, list) else found
         assert summary["loss"] == pytest.approx(want["loss"], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "fsdp2", "dp2 x tp2"])
+def test_packed_rows_drop_in_any_layout_what_one_process_drops(layout, data, tmp_path, rank_pool):
+    """GPT-2's own dropout, of attention, too, in rows that documents share."""
+    folder = make_folder(tmp_path / "gpt2", "gpt2")
+    more = {"data__packing": "true", "training__steps": "3", "training__dtype": "float64", "run__backend": "reference"}
+    losses = {}
+    for text in ("single", layout):
+        configured = settings(folder, data / "texts.jsonl", tmp_path / text, **more, layout=text)
+        world = Layout.parse(text).world_size
+        if world == 1:
+            runs.train(config.as_dict(configured))
+        else:
+            rank_pool.call(runs.train, config.as_dict(configured), False, ranks=world, timeout=240)
+        losses[text] = [line["loss"] for line in read_metrics(tmp_path / text) if "loss" in line]
+    assert losses[layout] == pytest.approx(losses["single"], rel=1e-12)
+    still = make_folder(tmp_path / "still", "gpt2", attn_pdrop=0.0)
+    runs.train(config.as_dict(settings(still, data / "texts.jsonl", tmp_path / "run", **more)))
+    assert read_metrics(tmp_path / "run")[0]["loss"] != pytest.approx(losses["single"][0], rel=1e-6)
